@@ -1,0 +1,52 @@
+"""The forward pass of an adapted Linen model, by the adapter's short cut through dense layers where it has one."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from compo_jax import tree
+from compo_jax.adapters.adapter import Adapter
+
+_COLLECTION = "adapter"
+
+
+def adapted(model: nn.Module, adapter: Adapter) -> Callable:
+    """`(base, module, *args, **kwargs) -> output` of `model` at `base + adapter.delta(module, base)`.
+
+    With an adapter that has `dense` the sum is never formed: the module travels as a variable collection `adapter` and
+    each `nn.Dense` that has an entry adds its term, so that with `base` frozen no gradient of its size exists. Any
+    model of Dense layers will do; one that scans over layers must carry the collection: `nn.scan(variable_axes={...,
+    "adapter": 0})`. ValueError where an entry of the module was not reached.
+    """
+
+    def merged(base, module, *args, **kwargs):
+        return model.apply({"params": tree.add(base, adapter.delta(module, base))}, *args, **kwargs)
+
+    def factored(base, module, *args, **kwargs):
+        reached = set()
+
+        def intercept(call, args, kwargs, context):
+            y = call(*args, **kwargs)
+            layer = context.module
+            if not isinstance(layer, nn.Dense) or context.method_name != "__call__":
+                return y
+            entry = layer.get_variable(_COLLECTION, "kernel")
+            if entry is None:
+                return y
+            reached.add("/".join((*layer.path, "kernel")))
+            leaves, structure = jax.tree.flatten(entry)
+            x, *leaves = nn.dtypes.promote_dtype(args[0], *leaves, dtype=layer.dtype)
+            return adapter.dense(x, y, jax.tree.unflatten(structure, leaves))
+
+        with nn.intercept_methods(intercept):
+            output = model.apply({"params": base, _COLLECTION: module}, *args, **kwargs)
+        entries = jax.tree.map(lambda _, entry: True if jax.tree.leaves(entry) else None, base, module)
+        if missed := sorted(set(tree.names(entries)) - reached):
+            raise ValueError(
+                f"the forward pass did not reach the module's entries for {', '.join(missed)}: they are not kernels of "
+                'nn.Dense layers, or they lie inside an nn.scan without variable_axes={..., "adapter": 0}'
+            )
+        return output
+
+    return merged if adapter.dense is None else factored

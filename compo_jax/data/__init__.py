@@ -1,0 +1,16 @@
+"""Streams of tasks (glyphs, TFDS sets, arrays), batches that are addressable by step, and augmentation in JAX."""
+
+from compo_jax.data import augment as augment
+from compo_jax.data import glyphs as glyphs
+
+from .batches import eval_batches as eval_batches
+from .batches import steps_per_epoch as steps_per_epoch
+from .batches import train_batches as train_batches
+from .sources import tfds_stream as tfds_stream
+from .stream import ArraySplit as ArraySplit
+from .stream import Split as Split
+from .stream import Task as Task
+from .stream import TaskStream as TaskStream
+from .stream import array_stream as array_stream
+from .stream import glyph_stream as glyph_stream
+from .stream import pooled as pooled

@@ -1,0 +1,220 @@
+"""Task streams from TensorFlow Datasets' image classification sets, read without TensorFlow and never downloaded.
+
+A set is divided into tasks by class order or by one of its label features (the alphabets of Omniglot, the coarse labels
+of CIFAR-100). Only files that are already prepared are opened, since a missing set would send TFDS to the network.
+"""
+
+import io
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Int, Integer, UInt8
+from PIL import Image
+
+from compo_jax.data import augment as augmentation
+from compo_jax.data.stream import ArraySplit, Augmentation, Split, Task, TaskStream, checked, group_classes, relabel
+
+# a mirror image is another character
+_CHARACTERS = {"mnist", "kmnist", "emnist", "usps", "omniglot", "svhn_cropped", "quickdraw_bitmap"}
+_INVERTED = {"omniglot"}  # black strokes on white
+_SPLITS = {"omniglot": ("train", None), "imagenet_r": ("test", None)}  # sets that don't divide a class's images
+_CHUNK = 512  # records read at a time
+
+
+class Decoding(NamedTuple):
+    """How stored bytes become pixels.
+
+    Attributes:
+      size: side of the result, in pixels.
+      crop: side of the central square that is kept, as a fraction of the image's shorter side.
+      invert: swap black and white.
+      reduce: filter for images larger than the result; `BOX` averages, which thin strokes survive.
+    """
+
+    size: int
+    crop: float = 1.0
+    invert: bool = False
+    reduce: Image.Resampling = Image.Resampling.BICUBIC
+
+    def __call__(self, stored: bytes) -> UInt8[np.ndarray, "size size 3"]:
+        with Image.open(io.BytesIO(stored)) as image:
+            image = image.convert("RGB")
+        side = self.crop * min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        method = self.reduce if side > self.size else Image.Resampling.BICUBIC
+        box = (left, top, left + side, top + side)
+        pixels = np.asarray(image.resize((self.size, self.size), method, box))
+        return 255 - pixels if self.invert else pixels
+
+
+class SourceSplit:
+    """A split that reads and decodes the asked images; `rows` are their places in `source`."""
+
+    def __init__(self, source, rows: Integer[np.ndarray, " images"], labels, decoding: Decoding):
+        self.source, self.rows, self.decoding = source, rows, decoding
+        self.labels = np.asarray(labels, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, indices: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n size size 3"]:
+        records = self.source.__getitems__(self.rows[indices].tolist())
+        pixels = [self.decoding(record["image"]) for record in records]
+        return np.array(pixels, np.uint8).reshape(-1, self.decoding.size, self.decoding.size, 3)
+
+    def load(self) -> ArraySplit:
+        """The same split in memory, decoded by threads."""
+        pieces = np.array_split(np.arange(len(self)), -(-len(self) // _CHUNK) or 1)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return ArraySplit(np.concatenate(list(pool.map(self.images, pieces))), self.labels)
+
+
+def _prepared(name: str, data_dir: str | Path) -> Path:
+    """The folder of the set's newest version (or the one in `name`, as `mnist:3.0.1`), as TFDS lays it out."""
+    root = Path(data_dir).expanduser()
+    advice = (
+        f"prepare the set where there is a network: python -c \"import tensorflow_datasets as tfds; tfds.builder("
+        f"'{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
+    )
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}; give TFDS's data_dir, or {advice}")
+    path, _, version = name.partition(":")
+    found = [p.parent for p in (root / path).glob(f"{version or '*'}/features.json")]
+    if not found:
+        files = [*root.glob("*/*/features.json"), *root.glob("*/*/*/features.json")]  # the latter with a config
+        sets = ", ".join(sorted({str(p.parent.parent.relative_to(root)) for p in files})) or "none at all"
+        raise FileNotFoundError(f"{root} has no prepared set {name!r}; it has {sets}; {advice}")
+    return max(found, key=lambda folder: tfds.core.Version(folder.name))
+
+
+def _read(builder, split: str, features: Sequence[str]):
+    """The records of a split with their images left as bytes, and the integer features of all of them."""
+    source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    values = [
+        [record[feature] for feature in features]
+        for start in range(0, len(source), _CHUNK)
+        for record in source.__getitems__(list(range(start, min(start + _CHUNK, len(source)))))
+    ]
+    return source, np.array(values, np.int64).reshape(-1, len(features)).T
+
+
+def _divide(labels: Integer[np.ndarray, " images"], fraction: float, seed: int | None):
+    """Rows for train and for test: `fraction` of each class's images for the test, the last ones if seed is None."""
+    test = np.zeros(len(labels), bool)
+    for c in np.unique(labels):
+        rows = np.flatnonzero(labels == c)
+        rows = rows if seed is None else np.random.default_rng([seed, c]).permutation(rows)
+        test[rows[len(rows) - round(fraction * len(rows)) :]] = True
+    return np.flatnonzero(~test), np.flatnonzero(test)
+
+
+def tfds_stream(
+    name: str,
+    data_dir: str | Path,
+    *,
+    size: int,
+    tasks: int | None = 10,
+    by: str | None = None,
+    seed: int | None = 0,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    test_fraction: float = 0.25,
+    label: str = "label",
+    invert: bool | None = None,
+    crop: float | None = None,
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+    augment: Augmentation | None | Literal["default"] = "default",
+    memory: int = 2 * 2**30,
+) -> TaskStream:
+    """A stream from the TFDS image classification set `name`, prepared in `data_dir` as array_record files.
+
+    Args:
+      size: side of the images, in pixels: the central square of each is resized to it (antialiased).
+      tasks: number of tasks. With `by`, that many of the feature's values are drawn from `seed`; None takes them all.
+      by: None for equal groups of classes; else a label feature, each of whose values is a task.
+      seed: of the class order, or of which values of `by` and in what order, and of `test_fraction`; None keeps the
+        set's own order.
+      train_split, test_split: in TFDS's syntax (`"train+validation"`, `"train[:10%]"`). Default: train and test, but
+        Omniglot's train and ImageNet-R's test alone.
+      test_fraction: share of each class's images that is held out for the test where `train_split` is given alone.
+      invert: swap black and white. Default: for Omniglot alone, so that its strokes are white.
+      crop: fraction of a test image's shorter side that is kept. Default: 0.875 where the images' sizes differ
+        (photographs: resize to 256 and crop 224), else 1; train images are always kept whole.
+      augment: default: random resized crop and flip; for characters a small affine map.
+      memory: bytes up to which the decoded images are held in memory; beyond it they are decoded when asked for.
+    """
+    builder = tfds.builder_from_directory(str(_prepared(name, data_dir)))
+    base = name.split("/")[0].split(":")[0]
+    features = dict(builder.info.features)
+    named = {key: feature.names for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)}
+    if label not in named or not isinstance(features.get("image"), tfds.features.Image):
+        there = ", ".join(sorted(features))
+        raise ValueError(f"{name} needs a feature `image` and class labels {label!r}, and has {there}")
+    if by is not None and (by not in named or by == label):
+        others = ", ".join(sorted(set(named) - {label})) or "none"
+        raise ValueError(f"{name} can't be divided into tasks by {by!r}; its other label features are: {others}")
+
+    if train_split is None:
+        train_split, default_test = _SPLITS.get(base, ("train", "test"))
+        test_split = test_split or default_test
+    wanted = [label] if by is None else [label, by]
+    sources, values = zip(*(_read(builder, s, wanted) for s in (train_split, test_split) if s), strict=True)
+    if test_split:
+        rows = [np.arange(len(v[0])) for v in values]
+    else:
+        sources, values, rows = sources * 2, values * 2, _divide(values[0][0], test_fraction, seed)
+    every = np.concatenate(values, axis=1)
+    names, groups = _groups(every, named[label], by and named[by], tasks, seed, base)
+
+    photographs = None in features["image"].shape
+    characters = base in _CHARACTERS
+    method = Image.Resampling.BOX if characters else Image.Resampling.BICUBIC
+    crops = (1.0, (0.875 if photographs else 1.0) if crop is None else crop)
+    decodings = [Decoding(size, c, base in _INVERTED if invert is None else invert, method) for c in crops]
+
+    def part(kind: int, group: list[int]) -> Split:
+        chosen = rows[kind][np.isin(values[kind][0][rows[kind]], group)]
+        labels = relabel(values[kind][0][chosen], group)
+        return SourceSplit(sources[kind], chosen, labels, decodings[kind])
+
+    made = [
+        Task(task, tuple(named[label][c] for c in group), part(0, group), part(1, group))
+        for task, group in zip(names, groups, strict=True)
+    ]
+    if augment == "default":
+        crop_flip = augmentation.chain(partial(augmentation.random_resized_crop, size=size), augmentation.random_flip)
+        augment = augmentation.random_affine if characters else crop_flip
+    stream = checked(TaskStream(base, tuple(made), size, mean, std, augment))
+    images = sum(len(t.train) + len(t.test) for t in stream.tasks)
+    if images * size * size * 3 > memory:
+        return stream
+    return stream._replace(
+        tasks=tuple(t._replace(train=t.train.load(), test=t.test.load()) for t in stream.tasks)
+    )
+
+
+def _groups(every, names, values, tasks, seed, base):
+    """Names and classes (in order) of the tasks; `every` holds the labels and, with `values`, the dividing feature."""
+    present = np.unique(every[0])  # Omniglot's classes are spread over its splits
+    if values is None:
+        if tasks is None:
+            raise ValueError(f"the number of tasks is needed to divide {base} by class order; or divide it with `by`")
+        groups = [[int(present[i]) for i in group] for group in group_classes(len(present), tasks, seed)]
+        return [f"{base}-{i}" for i in range(len(groups))], groups
+    pairs = np.unique(every, axis=1)
+    if pairs.shape[1] > len(present):
+        torn = pairs[0][np.flatnonzero(np.diff(pairs[0]) == 0)[0]]
+        raise ValueError(f"class {names[torn]!r} of {base} would be in several tasks: divide by a coarser feature")
+    found = np.unique(pairs[1])
+    if tasks is not None and not 1 <= tasks <= len(found):
+        raise ValueError(f"{tasks} tasks were asked for and {base} divides into {len(found)}: ask for fewer, or None")
+    order = found if seed is None else np.random.default_rng(seed).permutation(found)
+    chosen = order[:tasks]
+    return [values[v] for v in chosen], [pairs[0][pairs[1] == v].tolist() for v in chosen]

@@ -1,0 +1,254 @@
+"""Checkpoints in timm's layout (`vit_*`, Wightman, 2019, github.com/huggingface/pytorch-image-models), in and out of `ViT`.
+
+One table says what corresponds to what and is read in both directions; the shapes come from `ViT` itself.
+"""
+
+import math
+import os
+import re
+import secrets
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jaxtyping import Array, Float
+
+from compo_jax import tree
+from compo_jax.models.vit import ViT
+
+Tree = Any
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Transform(NamedTuple):
+    """Two inverse permutations of an array's axes: from a checkpoint's layout to ours, and back."""
+
+    ours: Callable[[np.ndarray], np.ndarray]
+    theirs: Callable[[np.ndarray], np.ndarray]
+
+
+IDENTITY = Transform(lambda x: x, lambda x: x)
+LINEAR = Transform(lambda x: x.transpose(1, 0), lambda x: x.transpose(1, 0))  # (out, in) and (in, out)
+CONVOLUTION = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW and HWIO
+
+
+class Row(NamedTuple):
+    """One parameter: its path in ours, its name in theirs; `{block}` in the name stands for our axis 0."""
+
+    path: str
+    name: str
+    transform: Transform
+
+
+TIMM = (
+    Row("cls", "cls_token", IDENTITY),
+    Row("position", "pos_embed", IDENTITY),
+    Row("patch/kernel", "patch_embed.proj.weight", CONVOLUTION),
+    Row("patch/bias", "patch_embed.proj.bias", IDENTITY),
+    Row("blocks/norm1/scale", "blocks.{block}.norm1.weight", IDENTITY),
+    Row("blocks/norm1/bias", "blocks.{block}.norm1.bias", IDENTITY),
+    Row("blocks/attention/qkv/kernel", "blocks.{block}.attn.qkv.weight", LINEAR),
+    Row("blocks/attention/qkv/bias", "blocks.{block}.attn.qkv.bias", IDENTITY),
+    Row("blocks/attention/proj/kernel", "blocks.{block}.attn.proj.weight", LINEAR),
+    Row("blocks/attention/proj/bias", "blocks.{block}.attn.proj.bias", IDENTITY),
+    Row("blocks/norm2/scale", "blocks.{block}.norm2.weight", IDENTITY),
+    Row("blocks/norm2/bias", "blocks.{block}.norm2.bias", IDENTITY),
+    Row("blocks/mlp/fc1/kernel", "blocks.{block}.mlp.fc1.weight", LINEAR),
+    Row("blocks/mlp/fc1/bias", "blocks.{block}.mlp.fc1.bias", IDENTITY),
+    Row("blocks/mlp/fc2/kernel", "blocks.{block}.mlp.fc2.weight", LINEAR),
+    Row("blocks/mlp/fc2/bias", "blocks.{block}.mlp.fc2.bias", IDENTITY),
+    Row("norm/scale", "norm.weight", IDENTITY),
+    Row("norm/bias", "norm.bias", IDENTITY),
+    Row("head/kernel", "head.weight", LINEAR),
+    Row("head/bias", "head.bias", IDENTITY),
+)
+
+_VARIANTS = (
+    (r"dist_token|head_dist", "a distilled DeiT, which has a second class token"),
+    (r"\b[qk]_norm\.", "a variant that normalises queries and keys"),
+    (r"\bls[12]\.gamma|\bgamma_[12]$", "a variant with layer scale (DeiT III, DINOv2)"),
+    (r"^fc_norm\.", "a variant that averages the tokens and normalises the average"),
+    (r"reg_token|register_token", "a variant with register tokens"),
+    (r"^pre_logits\.", "a variant with a representation layer before the head"),
+    (r"^norm_pre\.", "a variant that normalises the embeddings before the first block (CLIP)"),
+    (r"^attn_pool\.", "a variant with attention pooling (SigLIP)"),
+)
+
+
+def _architecture(shapes: Shapes) -> ViT:
+    """The ViT that most of the shapes agree on; what no shape tells is ViT-B/16's. One head, as shapes don't tell it."""
+
+    def length(pattern: str, rank: int, axis: int) -> int:
+        found = Counter(s[axis] for name, s in shapes.items() if len(s) == rank and re.fullmatch(pattern, name))
+        return found.most_common(1)[0][0] if found else 0
+
+    width = length(r"(blocks\.\d+\.norm[12]|norm|patch_embed\.proj)\.(weight|bias)", 1, 0) or 768
+    patch = length(r"patch_embed\.proj\.weight", 4, -1) or 16
+    grid = max(1, round(math.sqrt(max(0, (length(r"pos_embed", 3, 1) or 197) - 1))))
+    hidden = length(r"blocks\.\d+\.mlp\.fc1\.bias", 1, 0) or 4 * width
+    classes = length(r"head\.weight", 2, 0) or length(r"head\.bias", 1, 0)
+    depth = 1 + max((int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))), default=0)
+    return ViT(grid * patch, patch, width, depth, heads=1, mlp_ratio=hidden / width, classes=classes)
+
+
+def _check(shapes: Shapes, expected: Shapes, model: ViT) -> None:
+    missing = [name for name in expected if name not in shapes]
+    unexpected = [f"{name} {shapes[name]}" for name in shapes if name not in expected]
+    misshaped = [
+        f"{name} {shapes[name]} instead of {expected[name]}"
+        for name in shapes
+        if name in expected and shapes[name] != expected[name]
+    ]
+    if not (missing or unexpected or misshaped):
+        return
+    summary = (
+        f"the arrays don't fit a ViT of width {model.width}, depth {model.depth}, patch {model.patch}, RGB images of "
+        f"{model.image_size}x{model.image_size} and {model.classes} classes, which most of their shapes speak for:"
+    )
+    lists = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
+    lines = [summary]
+    lines += [f"{kind} ({len(entries)}): {', '.join(entries)}" for kind, entries in lists.items() if entries]
+    variants = [text for pattern, text in _VARIANTS if any(re.search(pattern, name) for name in shapes)]
+    lines += [f"this is {text}: ViT has no such part, take a checkpoint of the plain ViT" for text in variants]
+    if len(missing) == len(expected):
+        lines.append("no name is timm's: strip a common prefix of the names, or convert the checkpoint with timm")
+    raise ValueError("\n".join(lines))
+
+
+def _heads(width: int, heads: int | None) -> int:
+    if heads is None and width % 64:
+        raise ValueError(f"timm's heads are 64 wide and the width {width} is no multiple of that: pass heads=")
+    count = width // 64 if heads is None else heads
+    if count < 1 or width % count:
+        raise ValueError(f"{count} heads don't divide the width {width}: pass the heads= that the model was trained with")
+    return count
+
+
+def _resize(position: Float[Array, "1 tokens width"], grid: int) -> Float[Array, "1 resized width"]:
+    """Position embeddings for a grid of `grid` x `grid` patches (bicubic, antialiased); the CLS token's is kept."""
+    old = math.isqrt(position.shape[1] - 1)
+    width = position.shape[2]
+    patches = jax.image.resize(position[:, 1:].reshape(1, old, old, width), (1, grid, grid, width), "cubic")
+    return jnp.concatenate([position[:, :1], patches.reshape(1, grid * grid, width)], axis=1)
+
+
+def from_timm(
+    arrays: Mapping[str, np.ndarray], *, heads: int | None = None, image_size: int | None = None, dtype: Any = None
+) -> tuple[ViT, Tree]:
+    """The model and its parameters (`model.apply({"params": params}, images)`) from arrays under timm's names.
+
+    Width, depth, patch, image size, MLP ratio and classes (0 without a head) are read off the shapes. 16-bit arrays
+    become float32. Copies; the blocks are stacked on axis 0.
+
+    Args:
+      heads: attention heads; default width / 64, as in timm's `vit_*`.
+      image_size: side in pixels; where it isn't the checkpoint's, the position embeddings are resized.
+      dtype: the model's compute dtype.
+    Raises:
+      ValueError: names or shapes don't fit, all of them listed; heads don't divide the width, or the patch the images.
+    """
+    shapes = {name: np.shape(array) for name, array in arrays.items()}
+    model = _architecture(shapes)
+    image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    layout = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), layout)  # shapes without memory
+    _check(shapes, {name: array.shape for name, array in to_timm(hollow).items()}, model)
+    model = model.clone(heads=_heads(model.width, heads), dtype=dtype)
+    rows = {row.path: row for row in TIMM}
+
+    def read(path, _) -> jax.Array:
+        _, name, transform = rows[path]
+        numbers = range(model.depth) if "{block}" in name else [None]
+        parts = [transform.ours(np.asarray(arrays[name.format(block=block)])) for block in numbers]
+        array = np.stack(parts) if "{block}" in name else parts[0]
+        return jnp.asarray(array.astype(np.promote_types(array.dtype, np.float32)))
+
+    params = tree.map_with_name(read, layout)
+    if image_size not in (None, model.image_size):
+        if image_size < model.patch or image_size % model.patch:
+            raise ValueError(f"the patch ({model.patch}) doesn't divide image_size={image_size}: choose a multiple of it")
+        params["position"] = _resize(params["position"], image_size // model.patch)
+        model = model.clone(image_size=image_size)
+    return model, params
+
+
+def to_timm(params: Tree) -> dict[str, np.ndarray]:
+    """The arrays under timm's names, the exact inverse of `from_timm`; views where that is possible.
+
+    Takes any tree shaped as the parameters (a Fisher, a delta): a leaf that is None or absent is left out.
+    Raises ValueError for a leaf that ViT doesn't have.
+    """
+    leaves = dict(zip(tree.names(params), jax.tree.leaves(params), strict=True))
+    if unknown := sorted(leaves.keys() - {row.path for row in TIMM}):
+        raise ValueError(
+            f"timm's ViT has no counterpart of {', '.join(unknown)}: give the tree under 'params', shaped as a ViT's "
+            "parameters (an adapter's delta, not its factors)"
+        )
+    arrays = {}
+    for path, name, transform in TIMM:
+        if path in leaves:
+            leaf = np.asarray(leaves[path])
+            parts = enumerate(leaf) if "{block}" in name else [(None, leaf)]
+            arrays |= {name.format(block=block): transform.theirs(part) for block, part in parts}
+    return arrays
+
+
+def load(
+    path: str | Path, *, heads: int | None = None, image_size: int | None = None, dtype: Any = None
+) -> tuple[ViT, Tree]:
+    """`from_timm` of a .safetensors file; `heads` in the file's metadata, if there, replaces the default.
+
+    Raises FileNotFoundError, and ValueError where it isn't a safetensors file or doesn't fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint file {path}: check the path, or download the file first")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.offset_keys()}
+    except safetensors.SafetensorError as error:
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+            raise ValueError(
+                f"{path} is a PyTorch pickle, which isn't read as it can run code. Convert it once, where PyTorch is: "
+                f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), "
+                f"{path.with_suffix('.safetensors').name!r})"
+            ) from error
+        raise ValueError(
+            f"{path} is no complete safetensors file ({error}): it may be a truncated download, a Git LFS pointer, or "
+            "another format; download it again"
+        ) from error
+    if heads is None and "heads" in metadata:
+        if not metadata["heads"].isdecimal():
+            raise ValueError(f"{path}: the metadata's heads is {metadata['heads']!r} and not a number: pass heads=")
+        heads = int(metadata["heads"])
+    try:
+        return from_timm(arrays, heads=heads, image_size=image_size, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def save(path: str | Path, params: Tree, metadata: Mapping[str, Any] | None = None, dtype: Any = np.float16) -> None:
+    """Writes `to_timm(params)` as a .safetensors file of `dtype`; either the whole file is there or none.
+
+    `metadata` is stored as text; `{"heads": model.heads}` makes `load` independent of timm's convention. float16 holds
+    weights to 3 digits and loses values below 6e-8 (a Fisher's, say). Raises ValueError for values too big for `dtype`.
+    """
+    path = Path(path)
+    arrays = to_timm(params)
+    with np.errstate(over="ignore"):
+        cast = {name: np.ascontiguousarray(array.astype(dtype)) for name, array in arrays.items()}
+    if lost := [name for name in cast if np.isinf(cast[name]).any() and not np.isinf(arrays[name]).any()]:
+        raise ValueError(f"{', '.join(lost)}: values beyond the range of {np.dtype(dtype)}; save with dtype=np.float32")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        safetensors.numpy.save_file(cast, temporary, {str(key): str(value) for key, value in (metadata or {}).items()})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

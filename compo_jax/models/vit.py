@@ -1,0 +1,131 @@
+"""Vision Transformer (Dosovitskiy et al., 2021, arXiv 2010.11929) in Flax Linen, laid out as timm's `vit_*` models:
+pre-norm blocks, one joint qkv weight, exact GELU, a CLS token, learned position embeddings."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_NORMAL = nn.initializers.truncated_normal(0.02)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one joint qkv weight."""
+
+    heads: int
+    dtype: Any = None
+    kernel: str = "xla"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        batch, tokens, width = x.shape
+        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=_NORMAL, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0)
+        if x.dtype == jnp.float64:  # jax.nn's takes its softmax in float32 whatever comes in
+            x = nn.dot_product_attention(q, k, v)
+        else:
+            x = jax.nn.dot_product_attention(q, k, v, implementation=self.kernel)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=_NORMAL, name="proj")(x.reshape(batch, tokens, width))
+
+
+class MLP(nn.Module):
+    """Two dense layers with an exact GELU between them."""
+
+    width: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        out = x.shape[-1]
+        x = nn.Dense(self.width, dtype=self.dtype, kernel_init=_NORMAL, name="fc1")(x)
+        x = nn.gelu(x, approximate=False)
+        return nn.Dense(out, dtype=self.dtype, kernel_init=_NORMAL, name="fc2")(x)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block; scanned over depth, hence the carry and the empty output."""
+
+    heads: int
+    mlp_width: int
+    dtype: Any = None
+    kernel: str = "xla"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens width"], _=None):
+        norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")(x)
+        x = x + Attention(self.heads, self.dtype, self.kernel, name="attention")(norm)
+        norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")(x)
+        return x + MLP(self.mlp_width, self.dtype, name="mlp")(norm), None
+
+
+class ViT(nn.Module):
+    """Vision Transformer; images NHWC in, logits out.
+
+    The parameters of all blocks are stacked on axis 0, unrolled or not, so that a checkpoint fits both. A variable
+    collection `adapter` is carried through the scan for `compo_jax.adapters`.
+
+    Attributes:
+      image_size, patch: side of the square image and of a patch, in pixels.
+      width, depth, heads, mlp_ratio: as in the paper.
+      classes: size of the head; 0 for none, and then a call returns the CLS feature.
+      dtype: compute dtype; None follows the arrays (a float64 tree is computed in float64).
+      unroll: True writes the blocks out instead of scanning over them (slower to compile; XLA's cost analysis counts
+        the body of a scan once, so count FLOPs with this on).
+      kernel: attention implementation, `xla` or `cudnn` (a GPU and a 16-bit dtype; no second derivatives).
+    """
+
+    image_size: int = 224
+    patch: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    classes: int = 0
+    dtype: Any = None
+    unroll: bool = False
+    kernel: str = "xla"
+
+    def setup(self):
+        if self.image_size % self.patch or self.width % self.heads:
+            raise ValueError(
+                f"a ViT needs an image size ({self.image_size}) that the patch ({self.patch}) divides and a width "
+                f"({self.width}) that the number of heads ({self.heads}) divides"
+            )
+        tokens = (self.image_size // self.patch) ** 2 + 1
+        self.patches = nn.Conv(
+            self.width, (self.patch, self.patch), strides=self.patch, padding="VALID", dtype=self.dtype, name="patch"
+        )
+        self.cls = self.param("cls", _NORMAL, (1, 1, self.width))
+        self.position = self.param("position", _NORMAL, (1, tokens, self.width))
+        scanned = nn.scan(
+            Block,
+            variable_axes={"params": 0, "adapter": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+            unroll=self.depth if self.unroll else 1,
+        )
+        self.blocks = scanned(self.heads, round(self.width * self.mlp_ratio), self.dtype, self.kernel, name="blocks")
+        self.norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")
+        if self.classes:
+            self.head = nn.Dense(self.classes, dtype=self.dtype, kernel_init=_NORMAL, name="head")
+
+    def features(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch features"]:
+        """The CLS token after the last norm."""
+        if images.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"the model takes {self.image_size}x{self.image_size} images and got "
+                f"{images.shape[1]}x{images.shape[2]}: resize the images, or load the checkpoint with image_size="
+                f"{images.shape[1]}, which resizes its position embeddings"
+            )
+        x = self.patches(images)
+        x = x.reshape(x.shape[0], -1, self.width)
+        cls = jnp.broadcast_to(self.cls.astype(x.dtype), (x.shape[0], 1, self.width))
+        x = jnp.concatenate([cls, x], axis=1) + self.position.astype(x.dtype)
+        x, _ = self.blocks(x, None)
+        return self.norm(x[:, 0])
+
+    def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
+        x = self.features(images)
+        return self.head(x) if self.classes else x

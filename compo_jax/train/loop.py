@@ -1,0 +1,102 @@
+"""The training loop: progress, logging, checkpoints, resume, and a stop on numbers that are not finite."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from compo_jax.train.checkpoints import Checkpoints
+from compo_jax.train.log import Log
+from compo_jax.train.runners import Runner
+from compo_jax.train.step import TrainState
+
+Tree = Any
+
+
+def progress_bar(**kwargs) -> Progress:
+    """A bar with loss, images/s and time left, for `fit(progress=...)`; use as a context manager."""
+    return Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.0f} images/s"),
+        TimeRemainingColumn(),
+        **kwargs,
+    )
+
+
+def fit(
+    runner: Runner,
+    state: TrainState,
+    context: Tree,
+    batches: Callable[[int], Iterator[Tree]],
+    steps: int,
+    *,
+    log: Log | None = None,
+    record: dict[str, Any] | None = None,
+    checkpoints: Checkpoints | None = None,
+    checkpoint_seconds: float = 30.0,
+    progress: Progress | None = None,
+    every: int = 10,
+) -> TrainState:
+    """Takes the steps from `state.step` (or from the newest checkpoint) to `steps`.
+
+    Args:
+      runner: see `jit_runner`, `pmap_runner`.
+      context: what stays the same; see `make_step`.
+      batches: `start -> iterator` over the batches from step `start` on, so that a resumed run sees the very batches
+        that an uninterrupted one sees.
+      log, record: a line every `every` steps and at the last one: `record`, step, metrics, images_per_second.
+      checkpoints: saved every `checkpoint_seconds` and at the end; where one is there, training goes on from it.
+      progress: see `progress_bar`.
+
+    Raises FloatingPointError when an update was not finite; the state before it has then been saved.
+    """
+    record = record or {}
+    if checkpoints is not None and checkpoints.latest is not None:
+        saved = checkpoints.load({"state": state, "position": np.int64(0)})
+        state = saved["state"]
+        if log is not None:
+            log.position = int(saved["position"])
+    first = int(state.step)
+    if first >= steps:
+        return state
+
+    def save(state):
+        if checkpoints is not None:
+            position = np.int64(0 if log is None else log.position)
+            checkpoints.save(int(state.step), {"state": state, "position": position})
+
+    label = " ".join(str(value) for value in record.values())
+    bar = None if progress is None else progress.add_task(label, total=steps, completed=first, loss=np.nan, rate=np.nan)
+    placed, context = runner.place(state), runner.place(context)
+    last_save = since = time.perf_counter()
+    images = 0
+    for k, batch in zip(range(first + 1, steps + 1), batches(first), strict=False):
+        images += jax.tree.leaves(batch)[0].shape[0]
+        placed, metrics = runner.step(placed, context, runner.shard(batch))
+        if k % every and k != steps:
+            continue
+        values = {name: float(value) for name, value in runner.fetch(metrics).items()}
+        now = time.perf_counter()
+        rate, images, since = images / (now - since), 0, now
+        if values.pop("not_finite") or not np.isfinite(values["loss"]):
+            save(runner.fetch(placed))
+            raise FloatingPointError(
+                f"the gradient was not finite at or shortly before step {k} of {label or 'training'} (loss "
+                f"{values['loss']}): the learning rate or the regulariser may be too large, or an image may hold NaN. "
+                "The last good state was kept" + ("." if checkpoints is None else f" in {checkpoints.path}.")
+            )
+        if log is not None:
+            log.write(**record, step=k, **values, images_per_second=round(rate, 1))
+        if progress is not None:
+            progress.update(bar, completed=k, loss=values["loss"], rate=rate)
+        if now - last_save > checkpoint_seconds or k == steps:
+            save(runner.fetch(placed))
+            last_save = time.perf_counter()
+    if progress is not None:
+        progress.remove_task(bar)
+    return jax.tree.map(jax.numpy.asarray, runner.fetch(placed))

@@ -1,0 +1,72 @@
+"""Two ways to run the same step on any number of devices: jit over a mesh, and pmap."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from compo_jax import mesh as meshes
+from compo_jax.train.step import TrainState, make_step
+
+Tree = Any
+
+
+class Runner(NamedTuple):
+    """How a step is run.
+
+    Attributes:
+      place: puts a state or a context (the same on every device) where the step wants it.
+      shard: divides a batch (first axis) among the devices.
+      step: `(state, context, batch) -> (state, metrics)` on what `place` and `shard` return.
+      fetch: a placed tree as one copy, for saving and reading.
+    """
+
+    place: Callable[[Tree], Tree]
+    shard: Callable[[Tree], Tree]
+    step: Callable[[TrainState, Tree, Tree], tuple[TrainState, Tree]]
+    fetch: Callable[[Tree], Tree]
+
+
+def _check(batch: Tree, devices: int) -> None:
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % devices:
+        raise ValueError(f"a batch of {rows} can't be divided among {devices} devices: choose a multiple of {devices}")
+
+
+def jit_runner(loss, optimizer, *, extras=None, mesh: Mesh | None = None) -> Runner:
+    """The step of `make_step(loss, optimizer, extras=extras)` under jit, the batch split over `mesh`'s data axis.
+
+    The default mesh has every device. The loss sees the whole batch: XLA divides the work and sums the gradients.
+    """
+    mesh = meshes.data_mesh() if mesh is None else mesh
+    step = jax.jit(make_step(loss, optimizer, extras=extras))
+
+    def shard(batch):
+        _check(batch, mesh.size)
+        return jax.device_put(batch, meshes.split(mesh))
+
+    return Runner(lambda tree: jax.device_put(tree, meshes.replicated(mesh)), shard, step, lambda tree: tree)
+
+
+def pmap_runner(loss, optimizer, *, extras=None, devices: int | None = None) -> Runner:
+    """The same step under `jax.pmap`: each device sees its part of the batch, and gradients are averaged.
+
+    Equal to `jit_runner` for a loss that is a plain mean over the batch; randomness drawn for a batch differs, since
+    each device draws for its own part.
+    """
+    local = jax.local_devices()[:devices]
+    step = jax.pmap(make_step(loss, optimizer, extras=extras, axis="batch"), axis_name="batch", devices=local)
+
+    def place(tree):
+        return jax.device_put_replicated(tree, local) if hasattr(jax, "device_put_replicated") else _stack(tree)
+
+    def _stack(tree):
+        return jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (len(local), *np.shape(x))), tree)
+
+    def shard(batch):
+        _check(batch, len(local))
+        return jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), batch)
+
+    return Runner(place, shard, step, lambda tree: jax.tree.map(lambda x: x[0], tree))
