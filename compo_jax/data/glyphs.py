@@ -55,6 +55,12 @@ class Distortion(NamedTuple):
     bend: float = 0.025  # standard deviation of the smooth displacement, fraction of the side
     contrast: tuple[float, float] = (0.5, 1.0)
     noise: float = 0.2  # largest standard deviation of the pixel noise; the image spans 0 to 1
+    shade: float = 0.0  # largest level of a smooth, uneven background, where 1 is the character's own
+    invert: bool = False  # dark on light
+
+
+#: Dark on light, unevenly lit: for streams whose domain is not that of the backbone's pre-training.
+SCAN = Distortion(shade=0.5, invert=True)
 
 
 def _master(character: str, face: Path, stroke: int) -> np.ndarray | None:
@@ -132,15 +138,18 @@ def render(
 
     def sample(label, variant, rows, columns):
         return jax.scipy.ndimage.map_coordinates(
-            shapes[label, variant].astype(jnp.float32), [rows, columns], order=1, mode="constant"
+            shapes[label, variant].astype(jnp.float32), [rows, columns], order=1, mode="constant", cval=0.0
         )
 
     images = jax.vmap(sample)(labels, variant, rows, columns) / 255
-    key_level, key_noise = jax.random.split(next(keys))
+    key_level, key_noise, key_shade = jax.random.split(next(keys), 3)
     level = jax.random.uniform(key_level, (2, n, 1, 1))
     contrast = d.contrast[0] + (d.contrast[1] - d.contrast[0]) * level[0]
     noise = d.noise * level[1] * jax.random.normal(key_noise, images.shape)
-    return jnp.clip(contrast * images + noise, 0, 1)
+    corners = d.shade * jax.random.uniform(key_shade, (n, 2, 2))
+    shade = jax.image.resize(corners, images.shape, "linear")
+    images = jnp.clip(shade + (contrast - shade) * images + noise, 0, 1)
+    return 1 - images if d.invert else images
 
 
 _render = jax.jit(render, static_argnames=("size", "distortion"))
