@@ -1,0 +1,32 @@
+"""Incremental learning by composition: reference of the base, modules of tasks, composed evaluation."""
+
+from compo_jax.incremental.classifier import Head as Head
+from compo_jax.incremental.classifier import align as align
+from compo_jax.incremental.classifier import alignment_loss as alignment_loss
+from compo_jax.incremental.classifier import head_fisher as head_fisher
+from compo_jax.incremental.classifier import new_head as new_head
+from compo_jax.incremental.classifier import probe as probe
+from compo_jax.incremental.evaluate import Accuracies as Accuracies
+from compo_jax.incremental.evaluate import evaluator as evaluator
+from compo_jax.incremental.evaluate import predictions as predictions
+from compo_jax.incremental.evaluate import stream_head as stream_head
+from compo_jax.incremental.learner import task_columns as task_columns
+from compo_jax.incremental.learner import task_trainer as task_trainer
+from compo_jax.incremental.metrics import accuracy_so_far as accuracy_so_far
+from compo_jax.incremental.metrics import final_accuracy as final_accuracy
+from compo_jax.incremental.metrics import final_forgetting as final_forgetting
+from compo_jax.incremental.mixtures import Mixtures as Mixtures
+from compo_jax.incremental.mixtures import empty_mixtures as empty_mixtures
+from compo_jax.incremental.mixtures import fit_mixtures as fit_mixtures
+from compo_jax.incremental.mixtures import sample as sample
+from compo_jax.incremental.optimizer import coupled_adamw as coupled_adamw
+from compo_jax.incremental.optimizer import decoupled_adamw as decoupled_adamw
+from compo_jax.incremental.optimizer import rates as rates
+from compo_jax.incremental.reference import Reference as Reference
+from compo_jax.incremental.reference import features as features
+from compo_jax.incremental.reference import reference_stage as reference_stage
+from compo_jax.incremental.regularisers import head_penalty as head_penalty
+from compo_jax.incremental.regularisers import iel_penalty as iel_penalty
+from compo_jax.incremental.regularisers import ita_penalty as ita_penalty
+from compo_jax.incremental.settings import Method as Method
+from compo_jax.incremental.settings import Settings as Settings

@@ -8,7 +8,14 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from compo_jax import tree
+
 Tree = Any
+
+
+def _leaves(like: Tree) -> dict[str, str]:
+    leaves = jax.tree.leaves(like)
+    return {name: f"{x.dtype}{list(x.shape)}" for name, x in zip(tree.names(like), leaves, strict=True)}
 
 
 class Checkpoints:
@@ -32,24 +39,25 @@ class Checkpoints:
         newest = self._open().latest
         return None if newest is None else newest.step
 
-    def save(self, number: int, tree: Tree) -> None:
-        """Saves `tree` as checkpoint `number`, unless that one is there; returns when it is on disk."""
+    def save(self, number: int, state: Tree) -> None:
+        """Saves `state` as checkpoint `number`, unless that one is there; returns when it is on disk."""
         if self.latest != number:
-            self._open().save(number, tree)
+            self._open().save(number, state)
 
     def load(self, like: Tree) -> Tree:
         """The newest checkpoint, as arrays of the shapes, dtypes and shardings of `like`.
 
         ValueError where it was saved from a tree of another structure.
         """
-        try:
-            return self._open().load(self.latest, jax.tree.map(ocp.arrays.to_shape_dtype_struct, like) if hasattr(
-                ocp.arrays, "to_shape_dtype_struct") else like)
-        except (ValueError, KeyError) as error:
+        # Compared here, since orbax casts another dtype in silence and reports other names without naming them.
+        saved, wanted = _leaves(self._open().metadata(self.latest).metadata), _leaves(like)
+        if differing := sorted(name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)):
+            told = "; ".join(f"{n}: {saved.get(n, 'nothing')} there, {wanted.get(n, 'nothing')} now" for n in differing[:8])
             raise ValueError(
-                f"the checkpoint in {self.path} doesn't fit this run: was it written with other settings or by "
-                f"another version? Remove the folder to start over. ({error})"
-            ) from error
+                f"the checkpoint in {self.path} doesn't fit this run ({told}{'; ...' if differing[8:] else ''}): was it "
+                "written with other settings or by another version? Remove the folder to start over"
+            )
+        return self._open().load(self.latest, like)
 
     def remove(self) -> None:
         """Deletes all checkpoints."""

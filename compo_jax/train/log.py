@@ -23,22 +23,26 @@ class Log:
                 from tensorboardX import SummaryWriter
             except ImportError as error:
                 raise ValueError("TensorBoard events need tensorboardX: pip install tensorboardX") from error
-            self._writer = SummaryWriter(os.fspath(tensorboard))
+            self._writer = SummaryWriter(os.fspath(tensorboard), flush_secs=10)
 
     def write(self, **record: Any) -> None:
         """Adds one line; numbers also go to TensorBoard, at the record's `step`, under its `run` and `task`."""
         with self.path.open("r+b") as file:
-            file.seek(self.position)
+            file.seek(min(self.position, file.seek(0, os.SEEK_END)))  # the end, where the file was cut or removed
             file.truncate()
             file.write(json.dumps(record).encode() + b"\n")
             self.position = file.tell()
         if self._writer is not None and "step" in record:
             prefix = "/".join(str(record[k]) for k in ("run", "task") if k in record)
             for name, value in record.items():
-                if name != "step" and isinstance(value, int | float):
+                if name not in ("run", "task", "step") and isinstance(value, int | float):
                     self._writer.add_scalar(f"{prefix}/{name}", value, record["step"])
-            self._writer.flush()
 
     def records(self) -> list[dict[str, Any]]:
         """All lines up to `position`."""
         return [json.loads(line) for line in self.path.read_bytes()[: self.position].splitlines()]
+
+    def close(self) -> None:
+        """Waits until TensorBoard's events are on disk; they are written by a thread."""
+        if self._writer is not None:
+            self._writer.close()

@@ -57,7 +57,7 @@ def fit(
     """
     record = record or {}
     if checkpoints is not None and checkpoints.latest is not None:
-        saved = checkpoints.load({"state": state, "position": np.int64(0)})
+        saved = checkpoints.load({"state": state, "position": np.zeros((), np.int64)})
         state = saved["state"]
         if log is not None:
             log.position = int(saved["position"])
@@ -67,14 +67,16 @@ def fit(
 
     def save(state):
         if checkpoints is not None:
-            position = np.int64(0 if log is None else log.position)
+            position = np.array(0 if log is None else log.position, np.int64)
             checkpoints.save(int(state.step), {"state": state, "position": position})
+
+    save(state)  # the log's position, for a run that is killed before its first checkpoint
 
     label = " ".join(str(value) for value in record.values())
     bar = None if progress is None else progress.add_task(label, total=steps, completed=first, loss=np.nan, rate=np.nan)
     placed, context = runner.place(state), runner.place(context)
     last_save = since = time.perf_counter()
-    images = 0
+    images, k = 0, first
     for k, batch in zip(range(first + 1, steps + 1), batches(first), strict=False):
         images += jax.tree.leaves(batch)[0].shape[0]
         placed, metrics = runner.step(placed, context, runner.shard(batch))
@@ -97,6 +99,8 @@ def fit(
         if now - last_save > checkpoint_seconds or k == steps:
             save(runner.fetch(placed))
             last_save = time.perf_counter()
+    if k < steps:
+        raise ValueError(f"the batches ended after step {k} of {steps}: give an iterator that goes on to the last step")
     if progress is not None:
         progress.remove_task(bar)
     return jax.tree.map(jax.numpy.asarray, runner.fetch(placed))

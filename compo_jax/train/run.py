@@ -63,4 +63,8 @@ def open_run(folder: str | os.PathLike, config: dict[str, Any], *, tensorboard: 
         else:
             write_json(path, config)
         events = folder / "tensorboard" if tensorboard else None
-        yield Run(folder, Log(folder / "metrics.jsonl", events), resumed)
+        log = Log(folder / "metrics.jsonl", events)
+        try:
+            yield Run(folder, log, resumed)
+        finally:
+            log.close()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from compo_jax import mesh as meshes
@@ -56,17 +56,21 @@ def pmap_runner(loss, optimizer, *, extras=None, devices: int | None = None) -> 
     Equal to `jit_runner` for a loss that is a plain mean over the batch; randomness drawn for a batch differs, since
     each device draws for its own part.
     """
-    local = jax.local_devices()[:devices]
-    step = jax.pmap(make_step(loss, optimizer, extras=extras, axis="batch"), axis_name="batch", devices=local)
-
-    def place(tree):
-        return jax.device_put_replicated(tree, local) if hasattr(jax, "device_put_replicated") else _stack(tree)
-
-    def _stack(tree):
-        return jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (len(local), *np.shape(x))), tree)
+    mesh = meshes.data_mesh(devices)
+    count, split = mesh.size, meshes.split(mesh)
+    step = make_step(loss, optimizer, extras=extras, axis=meshes.DATA)
+    # Under jit each device makes its own row only; stacking first would hold every copy on one device.
+    copies = jax.jit(
+        lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), tree), out_shardings=split
+    )
 
     def shard(batch):
-        _check(batch, len(local))
-        return jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), batch)
+        _check(batch, count)
+        return jax.device_put(jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch), split)
 
-    return Runner(place, shard, step, lambda tree: jax.tree.map(lambda x: x[0], tree))
+    return Runner(
+        place=lambda tree: copies(jax.device_put(tree, meshes.replicated(mesh))),
+        shard=shard,
+        step=jax.pmap(step, axis_name=meshes.DATA, devices=list(mesh.devices.flat)),
+        fetch=lambda tree: jax.tree.map(lambda x: x.addressable_data(0)[0], tree),
+    )

@@ -61,6 +61,8 @@ def make_step(
         if axis is not None:
             gradients, metrics = jax.lax.pmean((gradients, metrics), axis)
         more = {} if extras is None else extras(state.params, context, state.step)
+        finite = jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(more)]).all()
+        gradients = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), gradients)  # the guard looks at them alone
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params, **more)
         params = optax.apply_updates(state.params, updates)
         metrics["not_finite"] = optimizer_state.total_notfinite
