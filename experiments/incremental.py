@@ -32,7 +32,7 @@ console = Console()
 # What a data set wants where the command line says nothing.
 PRESETS = {
     "glyphs": {"tasks": 10, "epochs": 8, "batch": 64},
-    "omniglot": {"tasks": 10, "epochs": 20, "batch": 64, "by": "alphabet", "train_split": "test"},
+    "omniglot": {"tasks": 10, "epochs": 8, "batch": 64, "by": "alphabet", "train_split": "test"},
     "mnist": {"tasks": 5, "epochs": 1, "batch": 128},
 }
 PRESET = {"tasks": 10, "epochs": 20, "batch": 128, "by": None, "train_split": None}
@@ -57,10 +57,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=int)
     add("--batch", type=int)
     add("--rank", type=int, default=8)
-    add("--learning-rate", type=float, default=1e-3, help="of LoRA modules")
-    add("--full-learning-rate", type=float, default=1e-4, help="of full deltas (--compare)")
-    add("--alpha", type=float, default=1.0, help="weight of the Fisher penalty")
-    add("--pull", type=float, nargs=2, default=(0.01, 0.001), metavar=("F", "I"), help="pull of the heads: Fisher, identity")
+    add("--learning-rate", type=float, default=3e-3, help="of LoRA modules")
+    add("--full-learning-rate", type=float, default=1e-3, help="of full deltas (--compare)")
+    add("--alpha", type=float, default=300.0, help="weight of the Fisher penalty")
+    add("--pull", type=float, nargs=2, default=(0.1, 0.05), metavar=("F", "I"), help="pull of the heads: Fisher, identity")
     add("--fisher", default="monte_carlo", choices=["exact", "low_rank", "monte_carlo"])
     add("--fisher-images", type=int, default=256, help="images of a task for its Fisher; 0 for all")
     add("--compare", action="store_true", help="also run the ablations and baselines, LoRA and full deltas")

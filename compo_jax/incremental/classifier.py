@@ -6,12 +6,13 @@ that those seen so far are the first ones.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from compo_jax.incremental.mixtures import Mixtures, sample
 
-Head = dict[str, Array]
+Head = dict[str, Array | np.ndarray]
 
 
 def new_head(key: Key[Array, ""], features: int, classes: int) -> Head:

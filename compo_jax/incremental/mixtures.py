@@ -41,7 +41,7 @@ def fit_mixtures(
         model = GaussianMixture(count, covariance_type="diag", reg_covar=floor, random_state=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a rough mixture of few images serves as well
-            model.fit(own)
+            model.fit(own if len(own) > 1 else np.repeat(own, 2, axis=0))  # scikit-learn wants two samples
         weights[label] = 0
         weights[label, :count] = model.weights_
         means[label, :count] = model.means_

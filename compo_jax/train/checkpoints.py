@@ -52,10 +52,11 @@ class Checkpoints:
         # Compared here, since orbax casts another dtype in silence and reports other names without naming them.
         saved, wanted = _leaves(self._open().metadata(self.latest).metadata), _leaves(like)
         if differing := sorted(name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)):
-            told = "; ".join(f"{n}: {saved.get(n, 'nothing')} there, {wanted.get(n, 'nothing')} now" for n in differing[:8])
+            told = [f"{n}: {saved.get(n, 'nothing')} there, {wanted.get(n, 'nothing')} now" for n in differing[:8]]
             raise ValueError(
-                f"the checkpoint in {self.path} doesn't fit this run ({told}{'; ...' if differing[8:] else ''}): was it "
-                "written with other settings or by another version? Remove the folder to start over"
+                f"the checkpoint in {self.path} doesn't fit this run ({'; '.join(told)}"
+                f"{'; ...' if differing[8:] else ''}): was it written with other settings or by another version? "
+                "Remove the folder to start over"
             )
         return self._open().load(self.latest, like)
 

@@ -1,0 +1,7 @@
+"""Figures, tables and the page of a run."""
+
+from compo_jax.report import figures as figures
+from compo_jax.report.numbers import Row as Row
+from compo_jax.report.numbers import rows as rows
+from compo_jax.report.numbers import table as table
+from compo_jax.report.page import incremental as incremental

@@ -1,0 +1,509 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from compo_jax import adapters, incremental, tree
+from compo_jax.curvature import fisher_diagonal
+from compo_jax.data import array_stream
+from compo_jax.incremental import Method, Mixtures, Settings
+from compo_jax.mesh import data_mesh
+from compo_jax.models import ViT
+from compo_jax.train import jit_runner
+
+X64 = jax.enable_x64
+
+
+def arrays(seed, *shapes, scale=1.0):
+    random = np.random.default_rng(seed)
+    return [jnp.asarray(scale * random.normal(size=shape)) for shape in shapes]
+
+
+def all_of(split):
+    """The images and labels of a split."""
+    return split.images(np.arange(len(split))), split.labels
+
+
+def softmax(x):
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return x / x.sum(axis=-1, keepdims=True)
+
+
+def cross_entropy(values, labels):
+    return -np.mean(np.log(softmax(np.asarray(values, np.float64))[np.arange(len(labels)), labels]))
+
+
+# -- the penalties -----------------------------------------------------------------------------------------------------
+
+
+def deltas(count):
+    """`count` task vectors over two weights, with a None hole, and a positive diagonal."""
+    fisher = jax.tree.map(jnp.square, dict(zip("wv", arrays(0, (4, 3), (2, 3, 2)), strict=True))) | {"hole": None}
+    return fisher, [
+        dict(zip("wv", arrays(1 + t, (4, 3), (2, 3, 2)), strict=True)) | {"hole": None} for t in range(count)
+    ]
+
+
+def close(a, b, rtol=1e-12):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * np.abs(y).max(initial=0))
+
+
+def test_the_gradient_of_the_ita_penalty_is_alpha_times_fisher_times_delta():
+    with X64(True):
+        fisher, (delta,) = deltas(1)
+        close(
+            jax.grad(incremental.ita_penalty)(delta, fisher, 0.3), jax.tree.map(lambda f, d: 0.3 * f * d, fisher, delta)
+        )
+
+
+def test_a_hole_on_either_side_counts_as_zero():
+    with X64(True):
+        fisher, (delta, past) = deltas(2)
+        more = {**fisher, "hole": jnp.ones(3)}
+        less = {**fisher, "v": None}
+        value = incremental.ita_penalty(delta, fisher, 2.0)
+        np.testing.assert_allclose(value, sum(np.sum(fisher[k] * delta[k] ** 2) for k in "wv"), rtol=1e-12)
+        assert incremental.ita_penalty(delta, more, 2.0) == value
+        gradient = jax.grad(incremental.iel_penalty)(delta, past, less, 1.0, 2)
+        np.testing.assert_allclose(gradient["w"], less["w"] * (delta["w"] - past["w"]) / 2, rtol=1e-12)
+        assert not np.any(gradient["v"])
+
+
+def test_the_ita_penalty_is_independent_of_the_number_of_tasks():
+    """Ten other tasks like this one pull as hard as one; only IEL sees how many there are."""
+    with X64(True):
+        fisher, (delta, past) = deltas(2)
+        one = jax.grad(incremental.ita_penalty)(delta, fisher, 0.3)
+        for tasks in (3, 11):
+            mean = tree.weighted_sum([fisher] * (tasks - 1), [1 / (tasks - 1)] * (tasks - 1))
+            close(jax.grad(incremental.ita_penalty)(delta, mean, 0.3), one)
+        several = [jax.grad(incremental.iel_penalty)(delta, past, fisher, 0.3, tasks)["w"] for tasks in (3, 11)]
+        assert not np.allclose(*several, rtol=0.1)
+
+
+def test_lora_gets_the_chain_rule():
+    with X64(True):
+        w, other = arrays(0, (2, 5, 4), (5, 4))
+        base = {"w": w, "other": other}
+        fisher = {"w": jnp.square(arrays(1, w.shape)[0]), "other": None}
+        adapter = adapters.lora(2, targets="^w$")
+        module = adapter.init(jax.random.key(0), base)
+        a, b = module["w"]["a"], arrays(2, module["w"]["b"].shape)[0]
+        assert a.dtype == jnp.float64
+        found = jax.grad(lambda m: incremental.ita_penalty(adapter.delta(m, base), fisher, 0.7))(
+            {**module, "w": {"a": a, "b": b}}
+        )
+        for layer in range(2):
+            g = 0.7 * fisher["w"][layer] * (np.asarray(a[layer]) @ np.asarray(b[layer]))
+            np.testing.assert_allclose(found["w"]["a"][layer], g @ b[layer].T, rtol=1e-12, atol=1e-14)
+            np.testing.assert_allclose(found["w"]["b"][layer], a[layer].T @ g, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("tasks", [2, 5])
+def test_the_gradient_of_the_iel_penalty_is_that_of_the_ensembles_gap(tasks):
+    with X64(True):
+        fisher, vectors = deltas(tasks)
+        beta, w = 1.7, 1 / tasks
+
+        def gap(last):
+            every = [*vectors[:-1], last]
+            pairs = [(every[s], every[t]) for t in range(tasks) for s in range(t)]
+            return 0.5 * sum(w * w * jnp.sum(fisher[k] * (s[k] - t[k]) ** 2) for s, t in pairs for k in "wv")
+
+        past = tree.weighted_sum(vectors[:-1], [1.0] * (tasks - 1))
+        found = jax.grad(incremental.iel_penalty)(vectors[-1], past, fisher, beta, tasks)
+        close(found, jax.tree.map(lambda g: beta * tasks * g, jax.grad(gap)(vectors[-1])))
+        # The past is frozen, even where it is differentiated through.
+        through = jax.grad(lambda p: incremental.iel_penalty(vectors[-1], p, fisher, beta, tasks))(past)
+        assert not any(np.any(x) for x in jax.tree.leaves(through))
+
+
+def test_the_iel_penalty_of_the_first_task():
+    with X64(True):
+        fisher, (delta,) = deltas(1)
+        found = jax.grad(incremental.iel_penalty)(delta, None, fisher, 3.0, 1)
+        close(found, jax.tree.map(lambda f, d: 1.5 * f * d, fisher, delta))
+
+
+def test_the_pull_of_the_head_is_its_sum():
+    with X64(True):
+        names = ("kernel", "bias")
+        head, reference, fisher = (dict(zip(names, arrays(s, (3, 4), (4,)), strict=True)) for s in (0, 1, 2))
+        expected = 0.0
+        for name in names:
+            for index in np.ndindex(head[name].shape):
+                difference = float(head[name][index] - reference[name][index])
+                expected += 0.4 * float(fisher[name][index]) * difference**2 + 0.01 * difference**2
+        np.testing.assert_allclose(incremental.head_penalty(head, reference, fisher, 0.4, 0.01), expected, rtol=1e-12)
+
+
+# -- the classifier ----------------------------------------------------------------------------------------------------
+
+
+def test_the_heads_fisher_is_that_of_its_definition():
+    with X64(True):
+        kernel, bias, z = arrays(0, (5, 6), (6,), (9, 5))
+        head, mask = {"kernel": kernel, "bias": bias}, jnp.arange(6) != 4
+        apply = lambda h, z: jnp.where(mask, z @ h["kernel"] + h["bias"], -jnp.inf)  # noqa: E731
+        exact = jax.jit(lambda head, z: fisher_diagonal(apply, head, z).mean)(head, z)
+        close(jax.jit(incremental.head_fisher)(head, z, mask), exact)
+
+
+def test_the_alignment_loss_in_numpy():
+    with X64(True):
+        (values,) = arrays(0, (7, 5))
+        labels, mask = np.array([0, 1, 3, 0, 1, 3, 3]), np.array([True, True, False, True, False])
+        present = np.asarray(values)[:, mask]
+        scaled = present / (0.1 * (np.linalg.norm(present, axis=1, keepdims=True) + 1e-7))
+        expected = cross_entropy(scaled, np.array([0, 1, 2])[np.searchsorted([0, 1, 3], labels)])
+        align = partial(incremental.alignment_loss, labels=jnp.array(labels), mask=jnp.array(mask))
+        align = jax.jit(jax.value_and_grad(align))
+        loss, gradient = align(values)
+        np.testing.assert_allclose(loss, expected, rtol=1e-12)
+        np.testing.assert_allclose(align(50 * values)[0], expected, rtol=1e-5)  # what 1e-7 beside the norm leaves
+        assert not np.any(np.asarray(gradient)[:, ~mask])
+        assert np.all(np.isfinite(align(jnp.zeros_like(values))[1]))
+
+
+def test_the_probe_learns_its_columns_and_no_others():
+    z, head = arrays(3, (60, 6))[0], incremental.new_head(jax.random.key(0), 6, 5)
+    labels = jnp.asarray(2 + (z[:, 0] > 0).astype(jnp.int32))
+    mask = jnp.isin(jnp.arange(5), jnp.array([2, 3]))
+    found = incremental.probe(jax.random.key(1), head, z, labels, mask, steps=50, learning_rate=0.5)
+    head, found, z, mask = jax.tree.map(np.asarray, (head, found, z, mask))
+    for name in head:
+        np.testing.assert_array_equal(found[name][..., ~mask], head[name][..., ~mask])
+    values = z @ found["kernel"] + found["bias"]
+    assert np.mean(values[:, 2:4].argmax(1) + 2 == labels) > 0.9
+
+
+# -- the mixtures ------------------------------------------------------------------------------------------------------
+
+
+def drawn_mixtures():
+    """Three classes of two components, far apart, in six dimensions; the third and fourth rows of five are empty."""
+    random = np.random.default_rng(5)
+    weights = np.zeros((5, 3), np.float32)
+    weights[[0, 1, 2], :2] = [[0.3, 0.7], [0.5, 0.5], [0.9, 0.1]]
+    means, variances = 3 * random.normal(size=(5, 3, 6)), random.uniform(0.05, 0.5, size=(5, 3, 6))
+    means[weights == 0], variances[weights == 0] = np.nan, np.nan  # whoever draws from these is found out
+    return Mixtures(jnp.array(weights), jnp.array(means, jnp.float32), jnp.array(variances, jnp.float32))
+
+
+def test_fitting_finds_the_components_again():
+    random = np.random.default_rng(0)
+    count = 2000
+    means, variances = np.array([[0.0, 0, 0], [20, -20, 10]]), np.array([[1.0, 4, 0.25], [2, 1, 9]])
+    component = np.sort(random.integers(2, size=count))
+    z = (means[component] + np.sqrt(variances[component]) * random.normal(size=(count, 3))).astype(np.float32)
+    labels = np.full(count, 2)
+    z, labels = np.concatenate([z, z[:3] + 100]), np.concatenate([labels, [1, 1, 1]])
+    empty = incremental.empty_mixtures(4, 2, 3)
+    assert not np.any(empty.weights)
+    found = incremental.fit_mixtures(empty, z, labels, seed=0)
+    order = np.argsort(found.means[2, :, 0])
+    own = np.bincount(component)
+    # Each within five standard errors, and reg_covar: 1e-3 of the mean variance over all features.
+    np.testing.assert_allclose(found.weights[2][order], own / count, atol=1e-4)
+    assert np.all(np.abs(found.means[2][order] - means) < 5 * np.sqrt(variances / own[:, None]))
+    floor = 1e-3 * z.var(axis=0).mean()
+    error = np.abs(np.asarray(found.variances[2][order]) - floor - variances)
+    assert np.all(error < 5 * variances * np.sqrt(2 / own[:, None]))
+    for row in (0, 3):
+        assert not np.any(found.weights[row])
+
+
+def test_a_class_of_fewer_images_than_components_gets_one_each():
+    z = np.array([[0.0, 0], [4, 4], [8, 0]], np.float32)
+    found = incremental.fit_mixtures(incremental.empty_mixtures(2, 5, 2), z, np.array([1, 1, 1]), seed=0)
+    np.testing.assert_allclose(found.weights[1], [1 / 3] * 3 + [0] * 2, atol=1e-6)
+    np.testing.assert_allclose(sorted(found.means[1, :3].tolist()), sorted(z.tolist()), atol=1e-5)
+    assert np.all(found.variances[1] > 0)
+    again = incremental.fit_mixtures(found, z[:1], np.array([1]), seed=0)  # nothing of the old fit is left
+    np.testing.assert_allclose(again.weights[1], [1, 0, 0, 0, 0])
+    np.testing.assert_allclose(again.means[1, 0], z[0])
+    assert np.all(again.variances[1, 0] > 0)
+
+
+def test_samples_have_the_mixtures_moments():
+    mixtures, n, sample = drawn_mixtures(), 20_000, jax.jit(incremental.sample)
+    for label in range(3):
+        z = np.asarray(sample(jax.random.key(label), mixtures, np.full(n, label)), np.float64)
+        assert np.all(np.isfinite(z))
+        w, m, v = (np.asarray(x)[label, :2] for x in mixtures)
+        w = w[:, None]
+        mean = (w * m).sum(0)
+        variance = (w * (v + m**2)).sum(0) - mean**2
+        assert np.all(np.abs(z.mean(0) - mean) < 5 * np.sqrt(variance / n))
+        fourth = ((z - z.mean(0)) ** 4).mean(0)  # of the sample, for the variance's standard error
+        assert np.all(np.abs(z.var(0) - variance) < 5 * np.sqrt((fourth - variance**2) / n))
+
+
+def test_alignment_learns_the_classes_seen_and_touches_no_others():
+    mixtures = drawn_mixtures()
+    head = incremental.new_head(jax.random.key(0), 6, 5)
+    align = jax.jit(incremental.align)
+    found = align(jax.random.key(1), head, mixtures, 3, steps=300)
+    two = align(jax.random.key(1), head, mixtures, 2, steps=3)
+    labels = np.arange(900) % 3
+    z = np.asarray(jax.jit(incremental.sample)(jax.random.key(2), mixtures, labels))
+    head, found, two = jax.tree.map(np.asarray, (head, found, two))
+
+    def accuracy(head):
+        return np.mean((z @ head["kernel"] + head["bias"])[:, :3].argmax(1) == labels)
+
+    assert accuracy(found) > 0.95 > 0.8 > accuracy(head)
+    for name in head:  # rows 3 and 4 hold NaN: had one been drawn, everything would be NaN
+        assert np.all(np.isfinite(found[name]))
+        np.testing.assert_array_equal(found[name][..., 3:], head[name][..., 3:])
+    np.testing.assert_array_equal(two["kernel"][:, 2:], head["kernel"][:, 2:])
+    assert align._cache_size() == 1  # one compilation for every task
+
+
+# -- the optimizer -----------------------------------------------------------------------------------------------------
+
+
+def test_the_schedule():
+    np.testing.assert_allclose(incremental.rates(1), [1])
+    found = incremental.rates(5)
+    np.testing.assert_allclose(found[0], 1)
+    np.testing.assert_allclose(found[2], np.cos(np.radians(44.55)), rtol=1e-6)
+    np.testing.assert_allclose(found[4], np.cos(np.radians(89.1)), rtol=1e-4)
+    assert len(found) == 5
+
+
+def adam(gradients, learning_rates):
+    """Updates of Adam (Kingma and Ba, 2015, algorithm 1)."""
+    m = v = 0
+    for t, (g, rate) in enumerate(zip(gradients, learning_rates, strict=True), 1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        yield -rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+
+
+def test_the_decoupled_step_by_hand():
+    with X64(True):
+        first, second = ({"w": w, "b": b, "hole": None} for w, b in (arrays(0, (4, 3), (3,)), arrays(1, (4, 3), (3,))))
+        pull = {"w": 1e3 * first["w"], "b": first["b"] + 1, "hole": None}  # one above the clip, one below
+        norm = np.linalg.norm(pull["w"])
+        assert norm > 100 > np.linalg.norm(pull["b"])
+        optimizer = incremental.decoupled_adamw(3e-4)
+        state = optimizer.init(first)
+        one, state = optimizer.update(first, state, first, rate=1.0, regulariser=pull)
+        two, state = optimizer.update(second, state, first, rate=0.5, regulariser=pull)
+        for name, clipped in (("w", pull["w"] * 100 / norm), ("b", pull["b"])):
+            by_hand = adam([np.asarray(first[name]), np.asarray(second[name])], [3e-4, 1.5e-4])
+            np.testing.assert_allclose(one[name], next(by_hand) - clipped, rtol=1e-10)
+            np.testing.assert_allclose(two[name], next(by_hand) - 0.5 * clipped, rtol=1e-10)
+        still = incremental.decoupled_adamw(0.0)
+        alone, _ = still.update(first, still.init(first), first, rate=0.5, regulariser=pull)
+        np.testing.assert_allclose(alone["b"], -0.5 * pull["b"], rtol=1e-12)
+        zero = jax.tree.map(jnp.zeros_like, pull)
+        none, _ = still.update(first, still.init(first), first, rate=0.5, regulariser=zero)
+        assert not any(np.any(x) for x in jax.tree.leaves(none))
+
+
+def test_the_coupled_step_clips_the_sum_by_its_global_norm():
+    with X64(True):
+        first = dict(zip("wb", arrays(0, (4, 3), (3,), scale=300), strict=True))
+        second = dict(zip("wb", arrays(1, (4, 3), (3,)), strict=True))
+        norm = np.sqrt(sum(np.sum(np.square(x)) for x in first.values()))
+        optimizer = incremental.coupled_adamw(3e-4)
+        state = optimizer.init(first)
+        one, state = optimizer.update(first, state, first, rate=1.0)
+        two, state = optimizer.update(second, state, first, rate=0.5)
+        for name in "wb":
+            by_hand = adam([np.asarray(first[name]) * 100 / norm, np.asarray(second[name])], [3e-4, 1.5e-4])
+            np.testing.assert_allclose(one[name], next(by_hand), rtol=1e-10)
+            np.testing.assert_allclose(two[name], next(by_hand), rtol=1e-10)
+
+
+# -- metrics and evaluation --------------------------------------------------------------------------------------------
+
+
+def test_the_metrics_by_hand():
+    nan = np.nan
+    matrix = np.array([[0.9, nan, nan], [0.7, 0.8, nan], [0.6, 0.85, 0.95]])
+    np.testing.assert_allclose(incremental.final_accuracy(matrix), 0.8)
+    np.testing.assert_allclose(incremental.final_forgetting(matrix), (0.3 - 0.05) / 2)
+    np.testing.assert_allclose(incremental.accuracy_so_far(matrix), [0.9, 0.75, 0.8])
+    again = np.array([[0.5, nan, nan], [0.7, 0.8, nan], [0.6, 0.9, 1.0]])  # best after the second task
+    np.testing.assert_allclose(incremental.final_forgetting(again), (0.1 - 0.1) / 2, atol=1e-12)
+    assert incremental.final_forgetting(np.array([[0.9]])) == 0
+
+
+def test_the_streams_head_adds_each_tasks_change_to_the_newest_reference():
+    reference = {"kernel": np.arange(12.0).reshape(2, 6), "bias": np.arange(6.0)}
+    started = [{"kernel": np.full((2, n), 9.0), "bias": np.full(n, 7.0)} for n in (2, 3)]
+    trained = [{"kernel": h["kernel"] + k, "bias": h["bias"] - k} for k, h in enumerate(started)]
+    found = incremental.stream_head(trained, started, reference)
+    change = np.array([0, 0, 1, 1, 1])
+    np.testing.assert_allclose(found["kernel"], reference["kernel"][:, :5] + change)
+    np.testing.assert_allclose(found["bias"], reference["bias"][:5] - change)
+
+
+def test_predictions_among_all_classes_and_among_the_tasks_own():
+    head = {"kernel": np.eye(4, dtype=np.float32), "bias": np.array([0, 0, 0, 0.5], np.float32)}
+    z = np.array([[3, 0, 2, 1], [0, 0, 1, 0.6], [0, 1, 2, 0]], np.float32)
+    every, own = incremental.predictions(z, head, 2, 2)
+    assert every.tolist() == [0, 3, 2]
+    assert own.tolist() == [0, 1, 0]
+
+
+# -- reference and learner on a small stream ---------------------------------------------------------------------------
+
+MODEL = ViT(image_size=16, patch=8, width=12, depth=1, heads=2, unroll=True)  # compiles faster than a scan
+ADAPTED = [r"(qkv|proj|fc1|fc2)/kernel$"]
+SETTINGS = Settings(
+    epochs=8, batch=16, components=2, probe_epochs=2, align_epochs=(2, 1), align_samples=32, fisher_method="exact",
+    eval_batch=16,
+)  # fmt: skip
+WIDTH = 3
+
+
+@pytest.fixture(scope="module")
+def stream():
+    """Two tasks of two and three classes: noisy pictures of one pattern a class."""
+    random = np.random.default_rng(0)
+    patterns = random.integers(0, 256, size=(5, 16, 16, 3))
+
+    def split(count):
+        labels = np.arange(5 * count) % 5
+        noise = 80 * random.normal(size=(len(labels), 16, 16, 3))
+        return np.clip(patterns[labels] + noise, 0, 255).astype(np.uint8), labels
+
+    return array_stream(*split(16), *split(7), tasks=[[0, 1], [2, 3, 4]])
+
+
+@pytest.fixture(scope="module")
+def base():
+    """Three times its start, where the features of different pictures differ."""
+    start = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    return jax.tree.map(lambda x: 3 * np.asarray(x), start)
+
+
+@pytest.fixture(scope="module")
+def features(stream):
+    """`(params, pixels) -> features` in NumPy."""
+    forward = jax.jit(lambda p, x: MODEL.apply({"params": p}, stream.prepare(x), method="features"))
+    return lambda params, pixels: np.asarray(forward(params, pixels))
+
+
+@pytest.fixture(scope="module")
+def references(stream, base):
+    start, after = incremental.reference_stage(MODEL, base, stream, SETTINGS, ADAPTED, 0)
+    zero = after(start, 0)
+    return start, zero, after(zero, 1)
+
+
+def test_the_reference_is_of_the_classes_seen(stream, base, references):
+    start, zero, one = jax.tree.map(np.asarray, references)
+    for name in start.head:
+        np.testing.assert_array_equal(zero.head[name][..., 2:], start.head[name][..., 2:])
+        assert np.any(one.head[name][..., 2:] != zero.head[name][..., 2:])
+    assert zero.mixtures.weights.sum(1).round(5).tolist() == [1, 1, 0, 0, 0]
+    np.testing.assert_array_equal(one.mixtures.means[:2], zero.mixtures.means[:2])
+    assert (int(zero.images), int(one.images)) == (32, 80)
+    assert not any(np.any(x) for x in jax.tree.leaves(zero.head_fisher))
+    assert np.all((one.head_fisher["bias"] > 0) & (one.head_fisher["bias"] <= 0.25))
+
+
+def test_the_fisher_of_the_other_tasks_is_that_of_the_base_on_them(stream, base, references):
+    _, zero, one = references
+    for leaf in jax.tree.leaves(zero.others):
+        np.testing.assert_allclose(leaf, SETTINGS.epsilon, rtol=1e-6)
+    kept = tree.partition(base, ADAPTED)[0]
+    images = stream.prepare(all_of(stream.tasks[0].train)[0])
+
+    def apply(params, images):
+        z = MODEL.apply({"params": tree.combine(params, base)}, images, method="features")
+        return z @ zero.head["kernel"][:, :2] + zero.head["bias"][:2]
+
+    fisher = jax.jit(lambda p, x: fisher_diagonal(apply, p, x, method="low_rank", tolerance=0.0).mean)
+    found = jax.tree.map(np.asarray, fisher(kept, images))
+    assert jax.tree.structure(found) == jax.tree.structure(one.others)
+    for x, y in zip(jax.tree.leaves(one.others), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(x, y + SETTINGS.epsilon, rtol=1e-4, atol=1e-5 * y.max())
+        assert y.max() > 1e-4
+
+
+def trainer(stream, base, adapter, width=WIDTH, **options):
+    return incremental.task_trainer(
+        MODEL, base, stream, SETTINGS, Method("m", adapter, 1e-2, **options), 0, width=width,
+        runner=partial(shared_runner, adapter.name),
+    )  # fmt: skip
+
+
+RUNNERS = {}
+
+
+def shared_runner(name, loss, optimizer, **options):
+    """One for all methods with an adapter, to save compilations: what differs between them is in the context."""
+    if name not in RUNNERS:
+        RUNNERS[name] = jit_runner(loss, optimizer, mesh=data_mesh(1), **options)
+    return RUNNERS[name]
+
+
+@pytest.fixture(scope="module")
+def plain(stream, base, references):
+    """A trainer of LoRA modules with no penalty, and what it makes of the first task."""
+    train = trainer(stream, base, adapters.lora(1))
+    return train, train(stream.tasks[0], 0, references[1])
+
+
+def test_training_lowers_the_tasks_loss_and_twice_is_bit_for_bit_the_same(stream, base, features, references, plain):
+    train, (module, head) = plain
+    images, labels = all_of(stream.tasks[0].train)
+
+    def loss(params, head):
+        return cross_entropy(features(params, images) @ head["kernel"] + head["bias"], labels)
+
+    started = jax.tree.map(lambda x: np.asarray(x)[..., :2], references[1].head)
+    trained = tree.add(base, adapters.lora(1).delta(module, base))
+    assert head["kernel"].shape == (12, 2)
+    assert loss(trained, head) < 0.8 * loss(base, started)
+    assert loss(trained, started) < loss(base, started)  # the module's own part
+    again = train(stream.tasks[0], 0, references[1])
+    for x, y in zip(jax.tree.leaves((module, head)), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_the_columns_that_fill_up_a_head_do_not_matter(stream, base, references, plain):
+    wider = trainer(stream, base, adapters.lora(1), width=6)(stream.tasks[0], 0, references[1])
+    for x, y in zip(jax.tree.leaves(wider), jax.tree.leaves(plain[1]), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def size(adapter, module, base):
+    """L2 norm of the module's delta."""
+    return np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(adapter.delta(module, base))))
+
+
+def test_the_decoupled_penalty_holds_a_module_near_zero_and_a_head_at_its_reference(stream, base, references, plain):
+    adapter = adapters.lora(1)
+    # The first task knows ε = 1e-5 of the others: alpha times it must stay below 2 / |AᵀA| or the step overshoots.
+    held = trainer(stream, base, adapter, alpha=1e5, pull=(0.0, 0.2))
+    module, head = held(stream.tasks[0], 0, references[1])
+    assert size(adapter, module, base) < 0.5 * size(adapter, plain[1][0], base)
+    started = np.asarray(references[1].head["kernel"])[:, :2]
+    assert np.abs(head["kernel"] - started).max() < 0.5 * np.abs(plain[1][1]["kernel"] - started).max()
+
+
+def test_the_coupled_penalty_holds_a_full_delta_near_zero(stream, base, references):
+    adapter = adapters.full()
+    free, held = (trainer(stream, base, adapter, alpha=a)(stream.tasks[1], 2, references[2])[0] for a in (0.0, 1e6))
+    assert size(adapter, held, base) < 0.3 * size(adapter, free, base)
+
+
+def test_the_evaluator_counts_right_answers(stream, base, features, references):
+    head = jax.tree.map(np.asarray, references[2].head)
+    found = incremental.evaluator(MODEL, stream, 16)(base, head, 2)
+    for t, (task, first) in enumerate(zip(stream.tasks, (0, 2), strict=True)):
+        images, labels = all_of(task.test)
+        values = features(base, images) @ head["kernel"] + head["bias"]
+        np.testing.assert_allclose(found.incremental[t], np.mean(values.argmax(1) == labels + first))
+        own = values[:, first : first + len(task.classes)].argmax(1)
+        np.testing.assert_allclose(found.within[t], np.mean(own == labels))
