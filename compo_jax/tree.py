@@ -74,8 +74,12 @@ def weighted_sum(trees: Iterable[Tree], weights: Iterable[float]) -> Tree:
     total = None
     for tree, weight in zip(trees, weights, strict=True):
         scaled = jax.tree.map(lambda x, w=weight: x * jnp.asarray(w, x.dtype), tree)
-        total = scaled if total is None else jax.tree.map(
-            lambda a, b: b if a is None else a if b is None else a + b, total, scaled, is_leaf=_is_none
+        total = (
+            scaled
+            if total is None
+            else jax.tree.map(
+                lambda a, b: b if a is None else a if b is None else a + b, total, scaled, is_leaf=_is_none
+            )
         )
     if total is None:
         raise ValueError("a weighted sum needs at least one tree")
@@ -86,7 +90,9 @@ def dot(a: Tree, b: Tree) -> jax.Array:
     """Inner product of two trees over the leaves that both have, at highest precision."""
     products = jax.tree.map(
         lambda x, y: None if x is None or y is None else jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST),
-        a, b, is_leaf=_is_none,
+        a,
+        b,
+        is_leaf=_is_none,
     )
     return sum(jax.tree.leaves(products), start=jnp.zeros(()))
 
@@ -97,7 +103,7 @@ def size(tree: Tree) -> int:
 
 
 def fingerprint(tree: Tree) -> str:
-    """SHA-256 (hexadecimal) of the tree's paths, shapes, dtypes and bytes: equal for equal trees, wherever they live."""
+    """SHA-256 (hexadecimal) of the tree's paths, shapes, dtypes and bytes, wherever the tree lives."""
     digest = hashlib.sha256()
     for path, leaf in sorted((path_name(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)):
         array = np.asarray(leaf)

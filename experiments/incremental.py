@@ -12,6 +12,8 @@ numbers: the table in README.md.
 """
 
 import argparse
+import json
+import re
 import shutil
 import sys
 import time
@@ -32,7 +34,7 @@ console = Console()
 # What a data set wants where the command line says nothing.
 PRESETS = {
     "glyphs": {"tasks": 10, "epochs": 8, "batch": 64},
-    "omniglot": {"tasks": 10, "epochs": 8, "batch": 64, "by": "alphabet", "train_split": "test"},
+    "omniglot": {"tasks": 10, "epochs": 6, "batch": 64, "by": "alphabet", "train_split": "test"},
     "mnist": {"tasks": 5, "epochs": 1, "batch": 128},
 }
 PRESET = {"tasks": 10, "epochs": 20, "batch": 128, "by": None, "train_split": None}
@@ -60,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--learning-rate", type=float, default=3e-3, help="of LoRA modules")
     add("--full-learning-rate", type=float, default=1e-3, help="of full deltas (--compare)")
     add("--alpha", type=float, default=300.0, help="weight of the Fisher penalty")
-    add("--pull", type=float, nargs=2, default=(0.1, 0.05), metavar=("F", "I"), help="pull of the heads: Fisher, identity")
+    add("--pull", type=float, nargs=2, default=(0.1, 0.05), metavar=("F", "I"), help="pull of the heads")
     add("--fisher", default="monte_carlo", choices=["exact", "low_rank", "monte_carlo"])
     add("--fisher-images", type=int, default=256, help="images of a task for its Fisher; 0 for all")
     add("--compare", action="store_true", help="also run the ablations and baselines, LoRA and full deltas")
@@ -72,7 +74,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for key, value in (PRESET | PRESETS.get(options.data, {})).items():
         if getattr(options, key, None) is None:
             setattr(options, key, value)
-    options.name = options.name or f"incremental-{options.data}-{options.seed}" + ("-compare" if options.compare else "")
+    suffix = "-compare" if options.compare else ""
+    options.name = options.name or f"incremental-{options.data}-{options.seed}{suffix}"
     return options
 
 
@@ -80,7 +83,8 @@ def load_backbone(options):
     """(model without its head, params, description)."""
     if options.backbone is None:
         model, params, made = models.embedded()
-        described = f"embedded ViT {model.width}x{model.depth}, pre-trained on {sum(made['characters'].values())} Latin characters"
+        count = sum(made["characters"].values())
+        described = f"embedded ViT {model.width}x{model.depth}, pre-trained on {count} Latin characters"
     else:
         model, params = models.load(options.backbone, heads=options.heads, image_size=options.image_size)
         described = options.backbone.name
@@ -93,14 +97,25 @@ def load_backbone(options):
 def load_stream(options, size: int) -> data.TaskStream:
     if options.data == "glyphs":
         return data.glyph_stream(
-            list(data.glyphs.TASKS)[: options.tasks], classes=options.classes, train=options.images, test=20, size=size,
-            seed=options.seed, distortion=data.glyphs.SCAN,
+            list(data.glyphs.TASKS)[: options.tasks],
+            classes=options.classes,
+            train=options.images,
+            test=20,
+            size=size,
+            seed=options.seed,
+            distortion=data.glyphs.SCAN,
         )
     if options.data_dir is None:
         raise ValueError(f"--data {options.data} needs --data-dir, the folder where TFDS has prepared the set")
     return data.tfds_stream(
-        options.data, options.data_dir, size=size, tasks=options.tasks, by=options.by, seed=options.seed,
-        train_split=options.train_split, test_split=options.test_split,
+        options.data,
+        options.data_dir,
+        size=size,
+        tasks=options.tasks,
+        by=options.by,
+        seed=options.seed,
+        train_split=options.train_split,
+        test_split=options.test_split,
     )
 
 
@@ -122,6 +137,12 @@ def methods(options) -> list[Method]:
     return made
 
 
+def composed_head(pool: ModulePool, members: list[str], reference: incremental.Reference):
+    """The head over the classes of the modules `members`."""
+    trained, started = ([pool.load(name, part) for name in members] for part in ("head", "start"))
+    return incremental.stream_head(trained, started, reference.head)
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     began = time.perf_counter()
@@ -130,16 +151,20 @@ def main(arguments: list[str] | None = None) -> None:
     model, base, backbone = load_backbone(options)
     stream = load_stream(options, model.image_size)
     tasks, total = len(stream.tasks), len(stream.classes)
-    console.print(f"{backbone}; {stream.name}: {tasks} tasks, {total} classes, {sum(len(t.train) for t in stream.tasks)} images")
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("runs", "tensorboard")}
-    with open_run(options.runs / options.name, config, tensorboard=options.tensorboard) as run, progress_bar(
-        console=console
-    ) as progress:
+    images = sum(len(task.train) for task in stream.tasks)
+    console.print(f"{backbone}; {stream.name}: {tasks} tasks, {total} classes, {images} images")
+    chosen = {k: v for k, v in vars(options).items() if k not in ("runs", "tensorboard")}
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items()}
+    with (
+        open_run(options.runs / options.name, config, tensorboard=options.tensorboard) as run,
+        progress_bar(console=console) as progress,
+    ):
         if (run.folder / "metrics.json").exists():
-            console.print(f"{run.folder} is finished; its report is {run.folder / 'report.html'}. Remove it to start over.")
+            console.print(report.table(json.loads((run.folder / "metrics.json").read_text())))
+            console.print(f"{run.folder} is finished: see its report.html. Remove the folder to start over.")
             return
 
-        # -- what runs ---------------------------------------------------------------------------------------------------
+        # -- what runs -------------------------------------------------------------------------------------------------
         settings = Settings(
             options.epochs, options.batch, fisher_method=options.fisher, fisher_images=options.fisher_images
         )
@@ -148,23 +173,26 @@ def main(arguments: list[str] | None = None) -> None:
         widest = max(len(task.classes) for task in stream.tasks)
         trainers = {
             m.name: incremental.task_trainer(
-                model, base, stream, settings, m, options.seed, width=total if m.mode == "joint" else widest, runner=runner
+                model, base, stream, settings, m, options.seed, runner=runner,
+                width=total if m.mode == "joint" else widest,
             )
             for m in tried
-        }
+        }  # fmt: skip
         patterns = [pattern for pattern, _ in adapters.VIT_TARGETS]
         reference, refer = incremental.reference_stage(model, base, stream, settings, patterns, options.seed)
         evaluate = incremental.evaluator(model, stream, settings.eval_batch)
         fingerprint = tree.fingerprint(base)
         pools = {m.name: ModulePool(run.folder / ("pool" if m is tried[0] else f"pools/{m.name}")) for m in tried}
-        names = [f"{t:02d}-{task.name}" for t, task in enumerate(stream.tasks)]
+        names = [f"{t:02d}-" + re.sub(r"[^A-Za-z0-9._-]+", "_", task.name) for t, task in enumerate(stream.tasks)]
 
-        # -- resume -------------------------------------------------------------------------------------------------------
-        # rows[m, t, s]: accuracy of method m after task t on task s; [..., 0] class-incremental, [..., 1] within the task
+        # -- resume ----------------------------------------------------------------------------------------------------
+        # rows[m, t, s]: accuracy of method m after task t on task s, class-incremental and within the task
         learned = Checkpoints(run.folder / "checkpoints" / "learned")
         kept = {
-            "reference": reference, "rows": np.full((len(tried), tasks, tasks, 2), np.nan),
-            "seconds": np.zeros(len(tried)), "position": np.zeros((), np.int64),
+            "reference": reference,
+            "rows": np.full((len(tried), tasks, tasks, 2), np.nan),
+            "seconds": np.zeros(len(tried)),
+            "position": np.zeros((), np.int64),
         }
         first_task = 0
         if learned.latest is not None:
@@ -174,51 +202,40 @@ def main(arguments: list[str] | None = None) -> None:
         reference, rows, seconds = kept["reference"], np.array(kept["rows"]), np.array(kept["seconds"])
         run.log.position = int(kept["position"])
 
-        # -- task by task -------------------------------------------------------------------------------------------------
-        heads = {}
+        # -- task by task ----------------------------------------------------------------------------------------------
         for t in range(first_task, tasks):
             reference = refer(reference, t)
             for i, method in enumerate(tried):
                 if method.mode == "joint" and t < tasks - 1:
                     continue
-                clock = time.perf_counter()
                 joint, sequential = method.mode == "joint", method.mode == "sequential"
-                task = data.pooled(stream) if joint else stream.tasks[t]
-                begin = 0 if joint else stream.offsets[t]
-                pool = pools[method.name]
+                task, first = (data.pooled(stream), 0) if joint else (stream.tasks[t], stream.offsets[t])
+                pool, name = pools[method.name], "joint" if joint else names[t]
+                before = pool.load(names[t - 1]) if sequential and t else None
+                clock = time.perf_counter()
                 module, head = trainers[method.name](
-                    task, begin, reference, pool.load(names[t - 1]) if sequential and t else None,
-                    log=run.log, record={"run": method.name, "task": task.name}, progress=progress,
-                    checkpoints=Checkpoints(run.folder / "checkpoints" / f"{method.name}-{t}"),
-                )
+                    task, first, reference, before, log=run.log, record={"run": method.name, "task": task.name},
+                    progress=progress, checkpoints=Checkpoints(run.folder / "checkpoints" / f"{method.name}-{t}"),
+                )  # fmt: skip
                 seconds[i] += time.perf_counter() - clock
-                start = jax.tree.map(
-                    lambda x, b=begin, n=len(task.classes): np.asarray(x[..., b : b + n]), reference.head
-                )
+                start = incremental.task_columns(reference.head, first, len(task.classes), len(task.classes))
                 pool.add(
-                    "joint" if joint else names[t], module, base=fingerprint, adapter=method.adapter, task=task.name,
-                    classes=task.classes, seed=options.seed, extra=config, overwrite=True, head=head, start=start,
-                )
-                members = ["joint"] if joint else names[: t + 1]
-                params = pool.compose(base, members[-1:] if sequential else members)
-                heads[method.name] = incremental.stream_head(
-                    [pool.load(name, "head") for name in members], [pool.load(name, "start") for name in members],
-                    reference.head,
-                )
-                rows[i, t, : t + 1] = np.stack(evaluate(params, heads[method.name], t + 1), axis=-1)
-            learned.save(t + 1, {
-                "reference": reference, "rows": rows, "seconds": seconds,
-                "position": np.array(run.log.position, np.int64),
-            })
-            line = ", ".join(f"{m.name} {np.nanmean(rows[i, t, :, 0]):.3f}" for i, m in enumerate(tried) if t == tasks - 1 or m.mode != "joint")
-            console.print(f"after {stream.tasks[t].name} ({t + 1}/{tasks}): {line}")
+                    name, module, base=fingerprint, adapter=method.adapter, task=task.name, classes=task.classes,
+                    seed=options.seed, extra=config, overwrite=True, head=head, start=start,
+                )  # fmt: skip
+                members = [name] if joint else names[: t + 1]
+                params = pool.compose(base, [name] if sequential else members)
+                known = evaluate(params, composed_head(pool, members, reference), t + 1)
+                rows[i, t, : t + 1] = np.stack(known, axis=-1)
+            position = np.array(run.log.position, np.int64)
+            learned.save(t + 1, {"reference": reference, "rows": rows, "seconds": seconds, "position": position})
+            means = rows[:, t, : t + 1, 0].mean(axis=1)
+            reached = [f"{m.name} {x:.3f}" for m, x in zip(tried, means, strict=True) if not np.isnan(x)]
+            console.print(f"after {stream.tasks[t].name} ({t + 1}/{tasks}): {', '.join(reached)}")
 
-        # -- what the pool can do without training ------------------------------------------------------------------------
-        pool, head = pools[tried[0].name], incremental.stream_head(
-            [pools[tried[0].name].load(name, "head") for name in names],
-            [pools[tried[0].name].load(name, "start") for name in names],
-            reference.head,
-        )
+        # -- what the pool can do without training ---------------------------------------------------------------------
+        pool = pools[tried[0].name]
+        head = composed_head(pool, names, reference)
         frozen = evaluate(base, reference.head, tasks)
         composed = pool.compose(base)
         whole = evaluate(composed, head, tasks)
@@ -226,14 +243,16 @@ def main(arguments: list[str] | None = None) -> None:
         def skill(t, members):
             known = evaluate(pool.compose(base, members), head, tasks).incremental
             return {
-                "task": stream.tasks[t].name, "target": float(known[t]), "control": float(np.delete(known, t).mean())
+                "task": stream.tasks[t].name,
+                "target": float(known[t]),
+                "control": float(np.delete(known, t).mean()),
             }
 
         specialise = [skill(t, [names[t]]) for t in range(tasks)] if tasks > 1 else []
         unlearn = [skill(t, [n for n in names if n != names[t]]) for t in range(tasks)] if tasks > 1 else []
         samples = draw_samples(model, stream, settings, composed, head)
 
-        # -- results ------------------------------------------------------------------------------------------------------
+        # -- results ---------------------------------------------------------------------------------------------------
         records = run.log.records()
         rates = [r["images_per_second"] for r in records if r["run"] == tried[0].name]
         results = {}
@@ -247,13 +266,18 @@ def main(arguments: list[str] | None = None) -> None:
                 "seconds": float(seconds[i]),
             }
         metrics = {
-            "name": options.name, "data": stream.name, "backbone": backbone, "method": tried[0].name,
-            "tasks": [task.name for task in stream.tasks], "classes": [len(task.classes) for task in stream.tasks],
+            "name": options.name,
+            "data": stream.name,
+            "backbone": backbone,
+            "method": tried[0].name,
+            "tasks": [task.name for task in stream.tasks],
+            "classes": [len(task.classes) for task in stream.tasks],
             **{k: v for k, v in results[tried[0].name].items() if k != "seconds"},
             "frozen_features_accuracy": float(frozen.incremental.mean()),
             "frozen_features_task_incremental_accuracy": float(frozen.within.mean()),
             "composed": {task.name: float(a) for task, a in zip(stream.tasks, whole.incremental, strict=True)},
-            "specialise": specialise, "unlearn": unlearn,
+            "specialise": specialise,
+            "unlearn": unlearn,
             "images_per_second": float(np.median(rates)) if rates else None,
             "seconds": time.perf_counter() - began,
             "methods": results,

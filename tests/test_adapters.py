@@ -37,7 +37,9 @@ def vit(**changes):
 def randomised(key, module):
     leaves, structure = jax.tree.flatten(module)
     keys = jax.random.split(key, len(leaves))
-    return structure.unflatten([0.3 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
+    return structure.unflatten(
+        [0.3 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    )
 
 
 CASES = {
@@ -51,7 +53,7 @@ CASES = {
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_fast_path_equals_the_merged_forward_in_value_and_gradient(name, kind):
     model, x, targets = CASES[name]
-    base = model.init(jax.random.key(0), x)["params"]
+    base = jax.jit(model.init)(jax.random.key(0), x)["params"]
     adapter = adapters.lora(2, targets) if kind == "lora" else adapters.full(targets)
     module = randomised(jax.random.key(1), adapter.init(jax.random.key(2), base))
     forward = adapters.adapted(model, adapter)
@@ -59,10 +61,10 @@ def test_the_fast_path_equals_the_merged_forward_in_value_and_gradient(name, kin
     def merged(module):
         return model.apply({"params": tree.add(base, adapter.delta(module, base))}, x)
 
-    np.testing.assert_allclose(forward(base, module, x), merged(module), atol=1e-5, rtol=1e-5)
-    assert np.abs(merged(module) - model.apply({"params": base}, x)).max() > 1e-2
-    fast = jax.grad(lambda m: jnp.sum(forward(base, m, x) ** 2))(module)
-    slow = jax.grad(lambda m: jnp.sum(merged(m) ** 2))(module)
+    np.testing.assert_allclose(jax.jit(forward)(base, module, x), jax.jit(merged)(module), atol=1e-5, rtol=1e-5)
+    assert np.abs(jax.jit(merged)(module) - model.apply({"params": base}, x)).max() > 1e-2
+    fast = jax.jit(jax.grad(lambda m: jnp.sum(forward(base, m, x) ** 2)))(module)
+    slow = jax.jit(jax.grad(lambda m: jnp.sum(merged(m) ** 2)))(module)
     for a, b in zip(jax.tree.leaves(fast), jax.tree.leaves(slow), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()) + 1e-6)
 
@@ -70,7 +72,7 @@ def test_the_fast_path_equals_the_merged_forward_in_value_and_gradient(name, kin
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_new_module_changes_nothing(kind):
     model, x = vit()
-    base = model.init(jax.random.key(0), x)["params"]
+    base = jax.jit(model.init)(jax.random.key(0), x)["params"]
     adapter = adapters.build(kind, {}) if kind == "full" else adapters.lora(2)
     delta = adapter.delta(adapter.init(jax.random.key(1), base), base)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(delta))
@@ -80,7 +82,7 @@ def test_a_new_module_changes_nothing(kind):
 def test_lora_of_vit_b_16_has_the_parameters_of_the_paper():
     model = ViT()
     base = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3))))["params"]
-    count = lambda adapter: sum(  # noqa: E731
+    count = lambda adapter: sum(
         int(np.prod(leaf.shape))
         for leaf in jax.tree.leaves(jax.eval_shape(lambda b: adapter.init(jax.random.key(0), b), base))
     )
@@ -121,7 +123,9 @@ def test_no_gradient_of_a_frozen_kernel_is_formed():
     plain = flops(lambda base, x: model.apply({"params": base}, x), base, images)
     step = flops(lambda m, base, x: jax.grad(lambda m: jnp.sum(forward(base, m, x) ** 2))(m), module, base, images)
     assert 2.0 < step / plain <= 2.3
-    composed = flops(lambda base, x: model.apply({"params": base}, x), tree_like(tree.add, base, adapter, module), images)
+    composed = flops(
+        lambda base, x: model.apply({"params": base}, x), tree_like(tree.add, base, adapter, module), images
+    )
     assert composed == plain
 
 
@@ -131,11 +135,11 @@ def tree_like(add, base, adapter, module):
 
 def test_bad_input():
     model, x = vit()
-    base = model.init(jax.random.key(0), x)["params"]
+    base = jax.jit(model.init)(jax.random.key(0), x)["params"]
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="'fc7' matches no parameter.*blocks/attention/qkv/kernel"):
         adapters.lora(2, ("qkv/kernel", "fc7")).init(key, base)
-    with pytest.raises(ValueError, match="rank 39 is larger than the 12x36 matrix blocks/attention/qkv/kernel"):
+    with pytest.raises(ValueError, match="rank 13 is larger than the 12x12 matrix blocks/attention/proj/kernel"):
         adapters.lora(13).init(key, base)
     with pytest.raises(ValueError, match="patch/kernel is .*narrow the targets"):
         adapters.lora(1, "kernel").init(key, base)

@@ -48,13 +48,16 @@ class Toy(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, count):
         for label, number in itertools.product(range(6), range(count)):
-            yield f"{label}-{number}", {
-                "image": Image.fromarray(np.full((8, 10), 40 * label + number, np.uint8)),
-                "label": label,
-                "family": self.FAMILY[label],
-                "torn": number % 2,
-                "number": number,
-            }
+            yield (
+                f"{label}-{number}",
+                {
+                    "image": Image.fromarray(np.full((8, 10), 40 * label + number, np.uint8)),
+                    "label": label,
+                    "family": self.FAMILY[label],
+                    "torn": number % 2,
+                    "number": number,
+                },
+            )
 
     def _generate_half(self):
         return ((key, example) for key, example in self._generate_examples(4) if example["label"] < 3)

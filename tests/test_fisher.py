@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ def mlp(classes=5):
         "a": jax.random.normal(key[0], (3, 6), jnp.float64),
         "b": [jax.random.normal(key[1], (6, classes), jnp.float64), jnp.zeros(classes, jnp.float64)],
     }
-    apply = lambda p, x: jnp.tanh(x["left"] @ p["a"] + x["right"]) @ p["b"][0] + p["b"][1]  # noqa: E731
+    apply = lambda p, x: jnp.tanh(x["left"] @ p["a"] + x["right"]) @ p["b"][0] + p["b"][1]
     inputs = {"left": jax.random.normal(key[2], (7, 3), jnp.float64), "right": jnp.ones((7, 6), jnp.float64)}
     return apply, params, inputs
 
@@ -29,14 +31,13 @@ def tiny_vit():
 
 def brute_force(apply, params, inputs):
     """The definition, image by image and class by class, one reverse pass each."""
-    total = jax.tree.map(jnp.zeros_like, params)
-    images = jax.tree.leaves(inputs)[0].shape[0]
-    for n in range(images):
+    log_p = jax.jit(lambda params, image: jax.nn.log_softmax(apply(params, image)[0]))
+    gradient = jax.jit(jax.grad(lambda params, image, c: log_p(params, image)[c]))
+    total = jax.tree.map(np.zeros_like, params)
+    for n in range(jax.tree.leaves(inputs)[0].shape[0]):
         image = jax.tree.map(lambda x: x[n : n + 1], inputs)  # noqa: B023
-        p = jax.nn.softmax(apply(params, image)[0])
-        for c in range(p.shape[0]):
-            gradient = jax.grad(lambda q: jax.nn.log_softmax(apply(q, image)[0])[c])(params)  # noqa: B023
-            total = jax.tree.map(lambda t, g: t + p[c] * g**2, total, gradient)  # noqa: B023
+        for c, value in enumerate(np.exp(log_p(params, image))):
+            total = jax.tree.map(lambda t, g: t + value * np.square(g), total, gradient(params, image, c))  # noqa: B023
     return total
 
 
@@ -60,13 +61,14 @@ def test_low_rank_is_exact_without_tolerance_and_bounded_by_its_certificate_with
     with X64(True):
         apply, params, inputs = mlp(classes=12)
         exact = brute_force(apply, params, inputs)
-        close(fisher_diagonal(apply, params, inputs, method="low_rank", tolerance=0).total, exact, 1e-9)
+        close(fisher_diagonal(apply, params, inputs, method="low_rank", tolerance=0.0).total, exact, 1e-9)
+        low_rank = partial(fisher_diagonal, apply, method="low_rank", chunk=2)
         for tolerance in (0.3, 0.05, 0.01):
-            found = fisher_diagonal(apply, params, inputs, method="low_rank", tolerance=tolerance, chunk=2)
+            found = low_rank(params, inputs, tolerance=tolerance)
             assert 1 - tolerance <= found.captured <= 1
             for part, whole in zip(jax.tree.leaves(found.total), jax.tree.leaves(exact), strict=True):
                 assert np.all(part <= whole * (1 + 1e-9) + 1e-12)
-            # Of the bias of the last layer the diagonal is that of diag(p) - p pᵀ itself: the certificate is sharp there.
+            # Of the last layer's bias the diagonal is that of diag(p) - p pᵀ itself: the certificate is sharp there.
             bias = found.total["b"][1].sum() / exact["b"][1].sum()
             assert bias >= 1 - tolerance
 
@@ -95,12 +97,12 @@ def test_monte_carlo_is_unbiased():
             found = fisher_diagonal(apply, params, inputs, method="monte_carlo", key=key)
             return jnp.concatenate([x.ravel() for x in jax.tree.leaves(found.total)])
 
-        draws = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(3), 4000))
+        draws = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(3), 20_000))
         error = draws.mean(0) - exact
-        deviation = draws.std(0) / np.sqrt(4000)
+        deviation = draws.std(0) / np.sqrt(20_000)
         z = np.asarray(error / jnp.where(deviation > 0, deviation, 1))
-        assert np.abs(z).max() < 4.5  # of about 60 normals
-        assert np.mean(z**2) < 2
+        assert np.abs(z).max() < 4.5  # of about 50 normals, correlated: all share the draws
+        assert jnp.abs(error).sum() < 0.03 * exact.sum()
 
 
 def test_empirical_uses_the_given_labels():
@@ -121,9 +123,9 @@ def test_empirical_uses_the_given_labels():
 def test_a_class_with_logit_minus_infinity_takes_no_part(method):
     with X64(True):
         apply, params, inputs = mlp(classes=5)
-        hidden = lambda p, x: jnp.where(jnp.arange(5) < 3, apply(p, x), -jnp.inf)  # noqa: E731
-        shown = lambda p, x: apply(p, x)[:, :3]  # noqa: E731
-        found = fisher_diagonal(hidden, params, inputs, method=method, tolerance=0)
+        hidden = lambda p, x: jnp.where(jnp.arange(5) < 3, apply(p, x), -jnp.inf)
+        shown = lambda p, x: apply(p, x)[:, :3]
+        found = fisher_diagonal(hidden, params, inputs, method=method, tolerance=0.0)
         close(found.total, brute_force(shown, params, inputs), 1e-10)
 
 

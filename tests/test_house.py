@@ -19,7 +19,9 @@ def imports(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             if node.level:
-                yield ".".join(["compo_jax", *path.relative_to(ROOT / "compo_jax").parts[: -node.level], node.module or ""])
+                yield ".".join(
+                    ["compo_jax", *path.relative_to(ROOT / "compo_jax").parts[: -node.level], node.module or ""]
+                )
             else:
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
 

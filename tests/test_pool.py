@@ -88,8 +88,16 @@ def test_round_trip_keeps_every_bit(pool, base, case):
 
 def test_manifest_holds_what_was_given(pool, base):
     returned = pool.add(
-        "lora-1", next(modules(base, 1)), base=tree.fingerprint(base), adapter="lora", settings={"rank": np.int64(2)},
-        task="greek", classes=["α", "β"], metrics={"accuracy": jnp.float32(0.5)}, seed=3, extra={"lr": (0.1, 0.2)},
+        "lora-1",
+        next(modules(base, 1)),
+        base=tree.fingerprint(base),
+        adapter="lora",
+        settings={"rank": np.int64(2)},
+        task="greek",
+        classes=["α", "β"],
+        metrics={"accuracy": jnp.float32(0.5)},
+        seed=3,
+        extra={"lr": (0.1, 0.2)},
         head={"kernel": jnp.zeros((4, 2), jnp.bfloat16)},
     )
     found = pool.manifest("lora-1")

@@ -90,7 +90,9 @@ def test_vit_b16_has_timms_names_shapes_and_size(classes, tensors):
     shapes = names_and_shapes(width=768, depth=12, hidden=3072, patch=16, grid=14, classes=classes)
     assert len(shapes) == tensors
     model = ViT(classes=classes)
-    params = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32))["params"]
+    params = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32))[
+        "params"
+    ]
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)
     assert {name: array.shape for name, array in to_timm(zeros).items()} == shapes
     assert tree.size(zeros) == sum(map(np.prod, shapes.values())) == 85_798_656 + 769 * classes
@@ -388,7 +390,9 @@ def test_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     params = from_timm(random_arrays(), heads=HEADS)[1]
     save(path, params, {"heads": HEADS})
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"^norm\.bias: values beyond the range of float16; save with dtype=np.float32"):
+    with pytest.raises(
+        ValueError, match=r"^norm\.bias: values beyond the range of float16; save with dtype=np.float32"
+    ):
         save(path, params | {"norm": {"bias": np.full(24, 1e6, np.float32)}})
 
     def half_written(arrays, file, metadata):
@@ -407,7 +411,13 @@ def test_load_says_what_is_wrong_with_a_file(tmp_path):
         load(tmp_path / "nowhere.safetensors")
     whole = safetensors.numpy.save(random_arrays())
     path = tmp_path / "vit.safetensors"
-    for content in (whole[:-3], whole[:100], whole[:4], b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"):
+    for content in (
+        whole[:-3],
+        whole[:100],
+        whole[:4],
+        b"",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+    ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"vit\.safetensors is no complete safetensors file .*download it again"):
             load(path)

@@ -8,7 +8,7 @@ from compo_jax.adapters.adapter import VIT_TARGETS, Adapter, Targets, rules, sel
 
 
 def lora(rank: int = 16, targets: Targets = VIT_TARGETS, init_scale: float = 1.0) -> Adapter:
-    """LoRA (Hu et al., 2022, arXiv 2106.09685): `delta = a @ b`, with `a` (in, r) kaiming-uniform and `b` (r, out) zero.
+    """LoRA (Hu et al., 2022, arXiv 2106.09685): `delta = a @ b`, `a` (in, r) kaiming-uniform and `b` (r, out) zero.
 
     Args:
       rank: r; a target `(pattern, m)` gets rank m·r (3r for a joint qkv kernel).
@@ -31,9 +31,7 @@ def lora(rank: int = 16, targets: Targets = VIT_TARGETS, init_scale: float = 1.0
         width = rank * tree.first_match(name, rules(targets))
         *stack, fan_in, fan_out = kernel.shape
         if width > min(fan_in, fan_out):
-            raise ValueError(
-                f"rank {width} is larger than the {fan_in}x{fan_out} matrix {name}: choose a smaller rank"
-            )
+            raise ValueError(f"rank {width} is larger than the {fan_in}x{fan_out} matrix {name}: choose a smaller rank")
         bound = init_scale / fan_in**0.5
         return {
             "a": jax.random.uniform(key, (*stack, fan_in, width), kernel.dtype, -bound, bound),

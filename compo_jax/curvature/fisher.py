@@ -135,6 +135,7 @@ def fisher_diagonal(
             return jax.tree.map(jnp.add, total, squares(jax.vmap(lambda f, column: f(column)[0])(pull, columns), mask))
 
         if method == "exact":
+
             def body(c, total):
                 column = jnp.sqrt(probabilities[:, c, None]) * jax.vmap(_one_column, (0, None))(probabilities, c)
                 return add(total, column)
@@ -163,4 +164,3 @@ def fisher_diagonal(
     xs = (jax.tree.map(padded, inputs), real, labels if method == "empirical" else None, keys)
     (total, captured), _ = jax.lax.scan(one_chunk, start, xs)
     return FisherDiagonal(total, jnp.array(batch), captured)
-

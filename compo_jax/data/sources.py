@@ -79,7 +79,7 @@ def _prepared(name: str, data_dir: str | Path) -> Path:
     """The folder of the set's newest version (or the one in `name`, as `mnist:3.0.1`), as TFDS lays it out."""
     root = Path(data_dir).expanduser()
     advice = (
-        f"prepare the set where there is a network: python -c \"import tensorflow_datasets as tfds; tfds.builder("
+        f'prepare the set where there is a network: python -c "import tensorflow_datasets as tfds; tfds.builder('
         f"'{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
     )
     if not root.is_dir():
@@ -130,7 +130,7 @@ def tfds_stream(
     crop: float | None = None,
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
     std: tuple[float, float, float] = (0.5, 0.5, 0.5),
-    augment: Augmentation | None | Literal["default"] = "default",
+    augment: Augmentation | Literal["default"] | None = "default",
     memory: int = 2 * 2**30,
 ) -> TaskStream:
     """A stream from the TFDS image classification set `name`, prepared in `data_dir` as array_record files.
@@ -195,9 +195,7 @@ def tfds_stream(
     images = sum(len(t.train) + len(t.test) for t in stream.tasks)
     if images * size * size * 3 > memory:
         return stream
-    return stream._replace(
-        tasks=tuple(t._replace(train=t.train.load(), test=t.test.load()) for t in stream.tasks)
-    )
+    return stream._replace(tasks=tuple(t._replace(train=t.train.load(), test=t.test.load()) for t in stream.tasks))
 
 
 def _groups(every, names, values, tasks, seed, base):

@@ -97,9 +97,7 @@ def align(
     return jax.lax.fori_loop(0, steps, body, head)
 
 
-def head_fisher(
-    head: Head, features: Float[Array, "n features"], mask: Bool[Array, " classes"]
-) -> dict[str, Array]:
+def head_fisher(head: Head, features: Float[Array, "n features"], mask: Bool[Array, " classes"]) -> dict[str, Array]:
     """Mean diagonal Fisher of the head in closed form: `mean_n p_k (1 - p_k) z_d²` and `mean_n p_k (1 - p_k)`."""
     p = jax.nn.softmax(masked(logits(head, features), mask))
     variance = p * (1 - p)

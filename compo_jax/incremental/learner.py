@@ -28,7 +28,15 @@ def task_columns(head: Head, first: int, count: int, width: int) -> Head:
 
 
 def task_trainer(
-    model, base: Tree, stream: TaskStream, settings: Settings, method: Method, seed: int, *, width: int, runner=jit_runner
+    model,
+    base: Tree,
+    stream: TaskStream,
+    settings: Settings,
+    method: Method,
+    seed: int,
+    *,
+    width: int,
+    runner=jit_runner,
 ) -> Callable:
     """`(task, first, reference, module=None, **fit_options) -> (module, head)`: trains a module and its task's head.
 

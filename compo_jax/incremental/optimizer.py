@@ -47,9 +47,7 @@ def add_decoupled(clip: float) -> optax.GradientTransformationExtraArgs:
 
 def decoupled_adamw(learning_rate: float, clip: float = 100.0) -> optax.GradientTransformationExtraArgs:
     """AdamW without weight decay whose update wants `rate` and `regulariser`: see `add_decoupled`."""
-    return optax.chain(
-        optax.scale_by_adam(), optax.scale(-learning_rate), scale_by_rate(), add_decoupled(clip)
-    )
+    return optax.chain(optax.scale_by_adam(), optax.scale(-learning_rate), scale_by_rate(), add_decoupled(clip))
 
 
 def coupled_adamw(learning_rate: float, clip: float = 100.0) -> optax.GradientTransformationExtraArgs:

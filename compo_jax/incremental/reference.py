@@ -46,9 +46,9 @@ def features(model, stream: TaskStream, batch: int) -> Callable[[Tree, Split], F
         return model.apply({"params": params}, stream.prepare(images), method="features")
 
     def run(params, split):
-        return np.concatenate([
-            np.asarray(forward(params, part["image"]), np.float32)[:real] for part, real in eval_batches(split, batch)
-        ])
+        return np.concatenate(
+            [np.asarray(forward(params, part["image"]), np.float32)[:real] for part, real in eval_batches(split, batch)]
+        )
 
     return run
 
@@ -78,8 +78,13 @@ def reference_stage(
             return masked(logits(head, z), jnp.arange(total) < seen)
 
         return fisher_diagonal(
-            apply, kept, stream.prepare(images), method=settings.fisher_method, tolerance=settings.fisher_tolerance,
-            key=key, labels=labels,
+            apply,
+            kept,
+            stream.prepare(images),
+            method=settings.fisher_method,
+            tolerance=settings.fisher_tolerance,
+            key=key,
+            labels=labels,
         )
 
     @jax.jit

@@ -42,8 +42,8 @@ class Method(NamedTuple):
       learning_rate: of AdamW at the first epoch.
       alpha: weight of the Fisher penalty on the task vector; 0 for none.
       pull: (λ_F, λ_I), the pull of a task's head to its aligned reference.
-      mode: `independent`, a module for each task, trained alone from the base and composed by averaging (incremental task
-        arithmetic); `sequential`, one module trained on and on; `joint`, one module trained on all tasks at once.
+      mode: `independent`, a module for each task, trained alone from the base and composed by averaging (incremental
+        task arithmetic); `sequential`, one module trained on and on; `joint`, one module trained on all tasks at once.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Checkpoints in timm's layout (`vit_*`, Wightman, 2019, github.com/huggingface/pytorch-image-models), in and out of `ViT`.
+"""Checkpoints in timm's layout (Wightman, 2019, github.com/huggingface/pytorch-image-models) of `ViT`, in and out.
 
 One table says what corresponds to what and is read in both directions; the shapes come from `ViT` itself.
 """
@@ -82,7 +82,7 @@ _VARIANTS = (
 
 
 def _architecture(shapes: Shapes) -> ViT:
-    """The ViT that most of the shapes agree on; what no shape tells is ViT-B/16's. One head, as shapes don't tell it."""
+    """The ViT that most of the shapes agree on; what no shape tells is ViT-B/16's. One head: no shape tells it."""
 
     def length(pattern: str, rank: int, axis: int) -> int:
         found = Counter(s[axis] for name, s in shapes.items() if len(s) == rank and re.fullmatch(pattern, name))
@@ -126,7 +126,7 @@ def _heads(width: int, heads: int | None) -> int:
         raise ValueError(f"timm's heads are 64 wide and the width {width} is no multiple of that: pass heads=")
     count = width // 64 if heads is None else heads
     if count < 1 or width % count:
-        raise ValueError(f"{count} heads don't divide the width {width}: pass the heads= that the model was trained with")
+        raise ValueError(f"{count} heads don't divide the width {width}: pass heads= as the model was trained")
     return count
 
 
@@ -172,7 +172,7 @@ def from_timm(
     params = tree.map_with_name(read, layout)
     if image_size not in (None, model.image_size):
         if image_size < model.patch or image_size % model.patch:
-            raise ValueError(f"the patch ({model.patch}) doesn't divide image_size={image_size}: choose a multiple of it")
+            raise ValueError(f"the patch ({model.patch}) doesn't divide image_size={image_size}: choose a multiple")
         params["position"] = _resize(params["position"], image_size // model.patch)
         model = model.clone(image_size=image_size)
     return model, params

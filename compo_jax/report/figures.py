@@ -127,10 +127,21 @@ def accuracy_so_far(
     right = axes.get_xlim()[1]
     for (name, y, colour), place in zip(ends, places, strict=True):
         axes.annotate(
-            _short(name, 20), (right, y), (right + 0.1 * max(1, count - 1), place), va="center", fontsize=8,
-            fontweight="bold" if name == main else "normal", parse_math=False, annotation_clip=False,
+            _short(name, 20),
+            (right, y),
+            (right + 0.1 * max(1, count - 1), place),
+            va="center",
+            fontsize=8,
+            fontweight="bold" if name == main else "normal",
+            parse_math=False,
+            annotation_clip=False,
             arrowprops={
-                "arrowstyle": "-", "color": colour, "linewidth": 1, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 4
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 1,
+                "relpos": (0, 0.5),
+                "shrinkA": 2,
+                "shrinkB": 4,
             },
         )
     return figure
@@ -154,8 +165,14 @@ def final_accuracies(accuracies: Mapping[str, float], frozen: float | None, main
     if frozen is not None:
         axes.axvline(100 * frozen, color=INK, linestyle="--", linewidth=1)
         axes.annotate(
-            f"frozen features {100 * frozen:.1f}", (100 * frozen, 1), (0, 3), xycoords=("data", "axes fraction"),
-            textcoords="offset points", ha="center", va="bottom", fontsize=8,
+            f"frozen features {100 * frozen:.1f}",
+            (100 * frozen, 1),
+            (0, 3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=8,
         )
     return figure
 
@@ -191,7 +208,12 @@ def specialise_and_unlearn(
             heights = [100 * value[key] for value in values]
             axes.bar(place + shift, heights, 0.4, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=text)
             axes.plot(
-                place + shift, 100 * np.array(wholes[key]), "D", color=INK, markeredgecolor="white", markersize=4.5,
+                place + shift,
+                100 * np.array(wholes[key]),
+                "D",
+                color=INK,
+                markeredgecolor="white",
+                markersize=4.5,
                 label="all modules" if key == "control" else None,
             )
         _name_ticks(axes, "x", tasks)
@@ -235,14 +257,10 @@ def samples(samples: Sequence[tuple[np.ndarray, str, str, str]]) -> Figure:
         axes.imshow(image)
         # marks of direction around the arrow, or the two of a right-to-left script would change places
         arrow, size = ("\n\u200e→ \u200e", 6.5) if long else ("\u200e → \u200e", 8)
-        axes.set_title(
-            f"\u200e{_short(true, 11)}{arrow}{_short(predicted, 9)}", fontsize=size, pad=3, parse_math=False
-        )
+        axes.set_title(f"\u200e{_short(true, 11)}{arrow}{_short(predicted, 9)}", fontsize=size, pad=3, parse_math=False)
         axes.set_xlabel(_short(task, 10), fontsize=7, labelpad=2, parse_math=False)
         axes.spines[:].set(visible=true != predicted, color=WRONG, linewidth=2.5)
         if true != predicted:
             for colour, width in (("white", 4), (WRONG, 2)):
-                axes.plot(
-                    0.85, 0.85, "x", transform=axes.transAxes, color=colour, markersize=8, markeredgewidth=width
-                )
+                axes.plot(0.85, 0.85, "x", transform=axes.transAxes, color=colour, markersize=8, markeredgewidth=width)
     return figure

@@ -1,0 +1,120 @@
+"""The main job from its command line: results, resume after a kill, and what it says to bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compo_jax.pool import ModulePool
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--tasks", "2", "--classes", "3", "--images", "24", "--epochs", "3", "--batch", "24", "--fisher-images", "24"]
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "experiments" / "incremental.py"), *map(str, arguments)]
+
+
+def run(*arguments):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "1000"}
+    return subprocess.run(command(*arguments), capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+
+
+def comparable(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    done = run(*SMALL, "--runs", runs, "--name", "whole")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return runs / "whole", done.stdout
+
+
+def test_the_main_job_writes_what_it_promises(finished):
+    folder, printed = finished
+    metrics = json.loads((folder / "metrics.json").read_text())
+    matrix = metrics["accuracy_matrix"]
+    assert matrix[0][1] is None
+    assert metrics["final_accuracy"] == pytest.approx(np.mean(matrix[1]))
+    assert metrics["final_forgetting"] == pytest.approx(matrix[0][0] - matrix[1][0])
+    assert metrics["final_accuracy"] > 1.5 / 6  # better than chance
+    assert 0 < metrics["frozen_features_accuracy"] <= 1
+    assert metrics["images_per_second"] > 0
+    assert metrics["seconds"] > 0
+    assert (folder / "report.html").stat().st_size > 20_000
+    assert json.loads((folder / "config.json").read_text())["seed"] == 0
+    pool = ModulePool(folder / "pool")
+    assert pool.names() == ["00-arabic", "01-armenian"]
+    assert pool.load("00-arabic", "head")["kernel"].shape == (96, 3)
+    assert pool.manifest("01-armenian").settings["rank"] == 8
+    assert "ita-lora" in printed
+    assert "frozen" in printed
+
+
+def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(finished):
+    folder, _ = finished
+    before = (folder / "metrics.json").read_bytes()
+    again = run(*SMALL, "--runs", folder.parent, "--name", folder.name)
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+    assert (folder / "metrics.json").read_bytes() == before
+    other = run(*SMALL, "--runs", folder.parent, "--name", folder.name, "--rank", "4")
+    assert other.returncode == 2
+    assert "rank: 8 there, 4 now" in other.stdout
+
+
+def test_a_killed_run_ends_bit_identical(finished, tmp_path):
+    whole, _ = finished
+    folder = tmp_path / "killed"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    arguments = [*SMALL, "--runs", tmp_path, "--name", "killed"]
+    # Killed when the first task's module is in the pool, and when the second task's training has begun.
+    for sign in ("pool/00-arabic", "checkpoints/ita-lora-1"):
+        process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        until = time.monotonic() + 200
+        while not (folder / sign).exists() and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.01)
+        assert (folder / sign).exists()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (folder / "metrics.json").exists()
+    last = run(*arguments)
+    assert last.returncode == 0, last.stdout + last.stderr
+    assert comparable(folder) == comparable(whole)
+    for name in ("00-arabic", "01-armenian"):
+        first, second = ModulePool(whole / "pool").manifest(name), ModulePool(folder / "pool").manifest(name)
+        assert first.parts == second.parts  # shapes, dtypes and SHA-256 of every array
+    first, second = (json.loads((f / "metrics.json").read_text()) for f in (whole, folder))
+    assert first["accuracy_matrix"] == second["accuracy_matrix"]
+    assert first["frozen_features_accuracy"] == second["frozen_features_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--data", "mnist"], "needs --data-dir"),
+        (["--data", "mnist", "--data-dir", "{tmp}/nowhere"], "there is no folder"),
+        (["--data", "mnist", "--data-dir", "{tmp}"], "no prepared set 'mnist'"),
+        (["--classes", "1"], "needs two"),
+        (["--classes", "40"], "has only 20 characters"),
+        (["--rank", "200"], "rank 600 is larger than the 96x288 matrix"),
+        (["--backbone", "{tmp}/nothing.safetensors"], "nothing.safetensors"),
+        (["--runs", "{tmp}/file"], "can't be written"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, told, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    filled = [a.format(tmp=tmp_path) for a in arguments]
+    result = run(*SMALL, *([] if "--runs" in filled else ["--runs", tmp_path / "runs"]), *filled)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert told in result.stdout
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from compo_jax import tree
+from compo_jax.data import glyphs
+from compo_jax.models import ViT, embedded
+
+SMALL = {"image_size": 16, "patch": 8, "width": 12, "depth": 3, "heads": 2, "classes": 5}
+IMAGES = jnp.sin(jnp.arange(2 * 16 * 16 * 3, dtype=jnp.float32)).reshape(2, 16, 16, 3)
+
+
+def initial(model):
+    return jax.jit(model.init)(jax.random.key(0), IMAGES)["params"]
+
+
+def test_scanned_and_unrolled_are_one_model_with_one_set_of_parameters():
+    params = initial(ViT(**SMALL))
+    assert params["blocks"]["attention"]["qkv"]["kernel"].shape == (3, 12, 36)
+    unrolled = ViT(**SMALL, unroll=True)
+    assert tree.names(initial(unrolled)) == tree.names(params)
+    np.testing.assert_allclose(
+        ViT(**SMALL).apply({"params": params}, IMAGES), unrolled.apply({"params": params}, IMAGES), atol=1e-6
+    )
+
+
+def test_logits_are_the_head_of_the_features_and_a_model_without_head_returns_them():
+    model = ViT(**SMALL)
+    params = initial(model)
+    z = model.apply({"params": params}, IMAGES, method="features")
+    assert z.shape == (2, 12)
+    logits = z @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(model.apply({"params": params}, IMAGES), logits, atol=1e-6)
+    headless = {name: leaf for name, leaf in params.items() if name != "head"}
+    np.testing.assert_array_equal(model.copy(classes=0).apply({"params": headless}, IMAGES), z)
+
+
+def test_compute_dtype_follows_the_arrays_or_the_attribute():
+    model = ViT(**SMALL)
+    params = initial(model)
+    exact = model.apply({"params": params}, IMAGES)
+    half = model.copy(dtype=jnp.bfloat16).apply({"params": params}, IMAGES)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=0.05 * float(jnp.abs(exact).max()))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+        out = model.apply({"params": wide}, IMAGES.astype(jnp.float64))
+        assert out.dtype == jnp.float64
+        # In float64 a central difference agrees with the derivative far beyond what float32 anywhere would allow.
+        direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), wide)
+        images = IMAGES.astype(jnp.float64)
+        f = jax.jit(lambda t: jnp.sum(jnp.sin(model.apply({"params": tree.add(wide, direction, t)}, images))))
+        step = 1e-6
+        np.testing.assert_allclose(jax.grad(f)(0.0), (f(step) - f(-step)) / (2 * step), rtol=1e-6)
+
+
+def test_bad_sizes_are_explained():
+    model = ViT(**SMALL)
+    with pytest.raises(ValueError, match="takes 16x16 images and got 24x24.*resize"):
+        model.init(jax.random.key(0), jnp.zeros((1, 24, 24, 3)))
+    with pytest.raises(ValueError, match="the patch \\(7\\) divides"):
+        ViT(**{**SMALL, "patch": 7}).init(jax.random.key(0), IMAGES)
+
+
+def test_the_shipped_backbone_is_as_accurate_as_its_sidecar_says():
+    model, params, made = embedded()
+    assert made["seed"] == 0
+    assert made["command"].startswith("python experiments/pretrain.py")
+    shapes = glyphs.masters("".join(glyphs.PRETRAINING.values()))
+    assert model.classes == len(shapes) == sum(made["characters"].values())
+    labels = np.arange(made["held_out_images"]) % len(shapes)
+    images = glyphs.images(jax.random.key(1001), shapes, labels)  # the key that experiments/pretrain.py holds out
+    predict = jax.jit(lambda x: model.apply({"params": params}, x / 127.5 - 1).argmax(axis=-1))
+    accuracy = np.mean(
+        [predict(x.astype(np.float32)) == y for x, y in zip(np.split(images, 8), np.split(labels, 8), strict=True)]
+    )
+    assert abs(accuracy - made["held_out_accuracy"]) < 0.005
+    assert accuracy > 0.85
