@@ -153,6 +153,9 @@ def main(arguments: list[str] | None = None) -> None:
     tasks, total = len(stream.tasks), len(stream.classes)
     images = sum(len(task.train) for task in stream.tasks)
     console.print(f"{backbone}; {stream.name}: {tasks} tasks, {total} classes, {images} images")
+    tried = methods(options)
+    for method in tried:  # a wrong rank or pattern is said before there is a run folder
+        jax.eval_shape(method.adapter.init, jax.random.key(0), base)
     chosen = {k: v for k, v in vars(options).items() if k not in ("runs", "tensorboard")}
     config = {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items()}
     with (
@@ -169,7 +172,6 @@ def main(arguments: list[str] | None = None) -> None:
             options.epochs, options.batch, fisher_method=options.fisher, fisher_images=options.fisher_images
         )
         runner = {"jit": jit_runner, "pmap": pmap_runner}[options.runner]
-        tried = methods(options)
         widest = max(len(task.classes) for task in stream.tasks)
         trainers = {
             m.name: incremental.task_trainer(

@@ -106,7 +106,7 @@ def test_a_killed_run_ends_bit_identical(finished, tmp_path):
         (["--data", "mnist", "--data-dir", "{tmp}"], "no prepared set 'mnist'"),
         (["--classes", "1"], "needs two"),
         (["--classes", "40"], "has only 20 characters"),
-        (["--rank", "200"], "rank 600 is larger than the 96x288 matrix"),
+        (["--rank", "200"], "rank 200 is larger than the 96x96 matrix"),
         (["--backbone", "{tmp}/nothing.safetensors"], "nothing.safetensors"),
         (["--runs", "{tmp}/file"], "can't be written"),
     ],
@@ -118,3 +118,4 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, told, tmp_path):
     assert result.returncode == 2, result.stdout + result.stderr
     assert told in result.stdout
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()  # nothing that a rerun would trip on
