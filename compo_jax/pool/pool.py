@@ -200,7 +200,7 @@ class ModulePool:
 
     def _adapter(self, manifest: Manifest) -> adapters.Adapter:
         try:
-            return adapters.build(manifest.adapter, {key: _tuples(value) for key, value in manifest.settings.items()})
+            return adapters.build(manifest.adapter, manifest.settings)
         except (ValueError, TypeError) as error:
             raise ValueError(f"the adapter of module {manifest.name!r} in {self.path} is not built: {error}") from error
 
@@ -249,11 +249,6 @@ class ModulePool:
             "or missing, or the module was replaced just now. Try again, else remove it and add it again; the other "
             "modules are unaffected"
         )
-
-
-def _tuples(value):
-    # JSON made lists of the settings' tuples
-    return tuple(_tuples(child) for child in value) if isinstance(value, list) else value
 
 
 def _accumulate(total: Tree | None, delta: Tree, weight: float) -> Tree:

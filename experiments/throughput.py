@@ -1,0 +1,95 @@
+"""Speed of a LoRA training step: compile time, images per second, FLOPs by XLA's count.
+
+    python experiments/throughput.py                                  # the embedded size
+    python experiments/throughput.py --model s16 --batch 16
+    python experiments/throughput.py --model b16 --batch 128 --dtype bfloat16 --peak 989    # on a GPU; TFLOP/s
+
+Takes a minute or two. FLOPs are those of the unrolled model (XLA counts the body of a scan once); the time is the
+median of the steps of the scanned one. Expected numbers: the table in README.md.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from compo_jax import adapters
+from compo_jax.models import ViT
+from compo_jax.train import init_state, jit_runner, make_step
+
+MODELS = {
+    "embedded": ViT(32, 8, 96, 4, 3),
+    "s16": ViT(224, 16, 384, 12, 6),
+    "b16": ViT(224, 16, 768, 12, 12),
+}
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", choices=MODELS, default="embedded")
+parser.add_argument("--batch", type=int, default=64)
+parser.add_argument("--rank", type=int, default=16)
+parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+parser.add_argument("--steps", type=int, default=10)
+parser.add_argument("--peak", type=float, help="the device's matrix peak in TFLOP/s, for the fraction reached")
+
+
+def main() -> None:
+    options = parser.parse_args()
+    half = options.dtype == "bfloat16"
+    model = MODELS[options.model].copy(
+        dtype=jnp.bfloat16 if half else None, kernel="cudnn" if half and jax.default_backend() == "gpu" else "xla"
+    )
+    shape = (options.batch, model.image_size, model.image_size, 3)
+    base = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *shape[1:])))["params"]
+    adapter = adapters.lora(options.rank)
+    optimizer = optax.adamw(1e-3)
+    params = {"module": adapter.init(jax.random.key(1), base), "head": jnp.zeros((model.width, 10))}
+    state = init_state(params, optimizer)
+
+    def loss_of(model):
+        forward = adapters.adapted(model, adapter)
+
+        def loss(params, context, batch, step):
+            z = forward(context, params["module"], batch["image"], method="features")
+            logits = z.astype(jnp.float32) @ params["head"]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), {}
+
+        return loss
+
+    batch = {
+        "image": np.random.default_rng(0).normal(size=shape).astype(np.float32),
+        "label": np.arange(options.batch, dtype=np.int32) % 10,
+    }
+
+    unrolled = model.copy(unroll=True, kernel="xla")  # a fused kernel's FLOPs are not in XLA's count
+    step = jax.jit(make_step(loss_of(unrolled), optimizer)).lower(state, base, batch).cost_analysis()["flops"]
+    forward = (
+        jax.jit(lambda p, x: unrolled.apply({"params": p}, x)).lower(base, batch["image"]).cost_analysis()["flops"]
+    )
+
+    runner = jit_runner(loss_of(model), optimizer)
+    state, context, batch = runner.place(state), runner.place(base), runner.shard(batch)
+    clock = time.perf_counter()
+    state, _ = jax.block_until_ready(runner.step(state, context, batch))
+    first = time.perf_counter() - clock
+    seconds = []
+    for _ in range(options.steps):
+        clock = time.perf_counter()
+        state, _ = jax.block_until_ready(runner.step(state, context, batch))
+        seconds.append(time.perf_counter() - clock)
+    median = float(np.median(seconds))
+    device = f"{jax.devices()[0].device_kind} x {jax.device_count()}"
+    spread = f"{1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f}"
+    print(f"{options.model}, batch {options.batch}, {options.dtype}, {device}: {options.batch / median:.0f} images/s")
+    print(f"compile {first - median:.1f} s; step {1e3 * median:.1f} ms, median of {options.steps} ({spread})")
+    print(
+        f"step {step / 1e9:.2f} GFLOP = {step / forward:.2f} forward passes; {step / median / 1e12:.3f} TFLOP/s reached"
+    )
+    if options.peak:
+        print(f"{100 * step / median / 1e12 / options.peak:.1f} % of the peak of {options.peak} TFLOP/s")
+
+
+if __name__ == "__main__":
+    main()
