@@ -77,7 +77,7 @@ def fisher_diagonal(
     """Diagonal of the Fisher of `softmax(apply(params, inputs))`, from the square of each image's own gradient.
 
     Pulling the columns of any V with `V Vᵀ = diag(p) - p pᵀ` back to the parameters, squaring and summing gives the
-    diagonal (Porrello et al., 2025, section 3, and the identity behind it).
+    diagonal (Porrello et al., 2025).
 
     Args:
       apply: logits; a class that is not there yet may have the logit -inf. Images are seen one at a time (under vmap).

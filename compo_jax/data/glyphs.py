@@ -61,7 +61,7 @@ class Distortion(NamedTuple):
 
 
 #: Dark on light, unevenly lit: for streams whose domain is not that of the backbone's pre-training.
-SCAN = Distortion(shade=0.5, invert=True)
+SCAN = Distortion(rotation=0.15, shear=0.15, bend=0.015, contrast=(0.7, 1.0), noise=0.1, shade=0.3, invert=True)
 
 
 def _master(character: str, face: Path, stroke: int) -> np.ndarray | None:

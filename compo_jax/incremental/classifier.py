@@ -36,7 +36,7 @@ def alignment_loss(
 ) -> Float[Array, ""]:
     """Mean cross-entropy of logits divided by `temperature` times their norm over the classes of `mask`.
 
-    Spec of Porrello et al. (2025), pre-consolidation: no class can win by longer logits.
+    Of the pre-consolidation of Porrello et al. (2025): no class can win by longer logits.
     """
     present = jnp.where(mask, values, 0)
     squares = jnp.sum(present**2, axis=-1, keepdims=True)

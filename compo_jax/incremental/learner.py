@@ -41,7 +41,7 @@ def task_trainer(
     """`(task, first, reference, module=None, **fit_options) -> (module, head)`: trains a module and its task's head.
 
     The cross-entropy is over the task's classes only. The penalty takes the decoupled step where the adapter has few
-    parameters of its own, and is added to the loss for full deltas (Porrello et al., 2025, appendix).
+    parameters of its own, and is added to the loss for full deltas (Porrello et al., 2025).
 
     Args:
       width: columns of a head, at least the classes of any task; one compilation serves all tasks.

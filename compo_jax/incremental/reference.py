@@ -72,7 +72,7 @@ def reference_stage(
     align_head = jax.jit(align, static_argnames=("batch",))
 
     @jax.jit
-    def weight_fisher(images, head, seen, key, labels):
+    def weight_fisher(kept, base, images, head, seen, key, labels):
         def apply(params, images):
             z = model.apply({"params": tree.combine(params, base)}, images, method="features")
             return masked(logits(head, z), jnp.arange(total) < seen)
@@ -123,9 +123,8 @@ def reference_stage(
         fisher, images = reference.fisher, reference.images
         for first in range(0, len(chosen), settings.eval_batch):
             part = chosen[first : first + settings.eval_batch]
-            found = weight_fisher(
-                task.train.images(part), head, seen, jax.random.fold_in(keys[2], first), jnp.asarray(labels[part])
-            )
+            images_of_part, key = task.train.images(part), jax.random.fold_in(keys[2], first)
+            found = weight_fisher(kept, base, images_of_part, head, seen, key, jnp.asarray(labels[part]))
             fisher = jax.tree.map(jnp.add, fisher, found.total)
             images = images + found.count
         count = jnp.maximum(reference.images, 1)

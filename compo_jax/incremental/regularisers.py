@@ -38,6 +38,8 @@ def iel_penalty(delta: Tree, past: Tree | None, fisher_mean: Tree, beta: float |
       past: sum of the earlier modules' task vectors; None at the first task.
       tasks: T, the current task counted.
     """
+    if tasks > 1 and past is None:
+        raise ValueError(f"with {tasks} tasks the sum of the earlier modules' task vectors is needed: past=...")
     if tasks == 1:
         return 0.25 * beta * _quadratic(fisher_mean, delta, delta)
     own = 0.5 * (1 - 1 / tasks) * _quadratic(fisher_mean, delta, delta)

@@ -53,7 +53,7 @@ def fit(
       checkpoints: saved every `checkpoint_seconds` and at the end; where one is there, training goes on from it.
       progress: see `progress_bar`.
 
-    Raises FloatingPointError when an update was not finite; the state before it has then been saved.
+    Raises FloatingPointError after an update that was not finite: it was not made, and the finite state is saved.
     """
     record = record or {}
     if checkpoints is not None and checkpoints.latest is not None:
