@@ -47,7 +47,7 @@ def lora(rank: int = 16, targets: Targets = VIT_TARGETS, init_scale: float = 1.0
         return jax.tree.map(lambda _, entry: None if entry is None else entry["a"] @ entry["b"], base, module)
 
     def dense(x, y, entry):
-        rows = x.reshape(-1, x.shape[-1])  # XLA's thin matrix products on a CPU are a third faster in two dimensions
+        rows = x.reshape(-1, x.shape[-1])  # XLA's thin matrix products on a CPU are faster in two dimensions
         return y + ((rows @ entry["a"]) @ entry["b"]).reshape(y.shape)
 
     settings = {"rank": rank, "targets": [list(rule) for rule in rules(targets)], "init_scale": init_scale}

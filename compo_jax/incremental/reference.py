@@ -94,13 +94,14 @@ def reference_stage(
         found = head_fisher(head, drawn, jnp.arange(total) < seen)
         return jax.tree.map(lambda f: jnp.where(past > 0, f, 0), found)
 
+    head = new_head(root, width, total)
     start = Reference(
         empty_mixtures(total, settings.components, width),
-        new_head(root, width, total),
+        head,
         jax.tree.map(jnp.zeros_like, kept),
         jnp.zeros((), jnp.int32),
         jax.tree.map(jnp.zeros_like, kept),
-        jax.tree.map(jnp.zeros_like, new_head(root, width, total)),
+        jax.tree.map(jnp.zeros_like, head),
     )
 
     def after(reference: Reference, t: int) -> Reference:
