@@ -22,9 +22,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh: Mesh) -> NamedSharding:
-    """The first axis is divided over the mesh's data axis."""
-    return NamedSharding(mesh, PartitionSpec(DATA))
+def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """One axis of an array is divided over the mesh's data axis."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
 
 
 def start_distributed(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:

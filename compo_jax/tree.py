@@ -110,3 +110,29 @@ def fingerprint(tree: Tree) -> str:
         digest.update(f"{path} {array.shape} {array.dtype.str}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def require_float(tree: Tree, what: str) -> None:
+    """ValueError where `tree`, called `what` in the message, has no leaves or one that can't be differentiated."""
+    if not jax.tree.leaves(tree):
+        raise ValueError(f"{what} has no leaves: nothing is left to differentiate")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"{what} has a leaf {path_name(path)} of type {jnp.result_type(leaf)}: only floating-point leaves are "
+                "differentiated; close over the others"
+            )
+
+
+def require_like(tree: Tree, like: Tree, what: str) -> None:
+    """ValueError that lists every path where `tree` is not shaped as `like`; None in `tree` fits anything."""
+    have = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)}
+    want = {path_name(p): np.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(like)}
+    holes = [path for path, leaf in have.items() if leaf is None]
+    found = {path: np.shape(leaf) for path, leaf in have.items() if leaf is not None}
+    covered = {p for p in want for hole in holes if p == hole or p.startswith(f"{hole}/") or not hole}
+    problems = [f"{p} is missing" for p in want if p not in found and p not in covered]
+    problems += [f"{p} is unknown" for p in found if p not in want]
+    problems += [f"{p} is {found[p]} and should be {want[p]}" for p in want if p in found and found[p] != want[p]]
+    if problems:
+        raise ValueError(f"{what} doesn't fit the parameters: {'; '.join(problems)}")

@@ -38,6 +38,7 @@ PRESETS = {
     "mnist": {"tasks": 5, "epochs": 1, "batch": 128},
 }
 PRESET = {"tasks": 10, "epochs": 20, "batch": 128, "by": None, "train_split": None}
+METHODS = [f"{way}-{kind}" for kind in ("lora", "full") for way in ("ita", "pull", "none", "sequential", "joint")]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -60,12 +61,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int)
     add("--rank", type=int, default=8)
     add("--learning-rate", type=float, default=3e-3, help="of LoRA modules")
-    add("--full-learning-rate", type=float, default=1e-3, help="of full deltas (--compare)")
+    add("--full-learning-rate", type=float, default=1e-3, help="of full deltas")
     add("--alpha", type=float, default=300.0, help="weight of the Fisher penalty")
     add("--pull", type=float, nargs=2, default=(0.1, 0.05), metavar=("F", "I"), help="pull of the heads")
     add("--fisher", default="monte_carlo", choices=["exact", "low_rank", "monte_carlo"])
     add("--fisher-images", type=int, default=256, help="images of a task for its Fisher; 0 for all")
-    add("--compare", action="store_true", help="also run the ablations and baselines, LoRA and full deltas")
+    add("--methods", nargs="+", default=["ita-lora"], choices=METHODS, metavar="NAME", help=", ".join(METHODS))
+    add("--compare", action="store_const", dest="methods", const=METHODS, help="all of them")
     add("--seed", type=int, default=0)
     add("--name", help="name of the run; default: made from the data and the seed")
     add("--runs", type=Path, default=Path("runs"), help="folder of the runs")
@@ -74,7 +76,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for key, value in (PRESET | PRESETS.get(options.data, {})).items():
         if getattr(options, key, None) is None:
             setattr(options, key, value)
-    suffix = "-compare" if options.compare else ""
+    options.methods = list(dict.fromkeys(options.methods))
+    tried = "compare" if options.methods == METHODS else "-".join(options.methods)
+    suffix = "" if tried == "ita-lora" else f"-{tried}"
     options.name = options.name or f"incremental-{options.data}-{options.seed}{suffix}"
     return options
 
@@ -120,21 +124,20 @@ def load_stream(options, size: int) -> data.TaskStream:
 
 
 def methods(options) -> list[Method]:
-    """The main method, and with --compare the ablations and baselines, each for LoRA and for full deltas."""
-    kinds = {"lora": (adapters.lora(options.rank), options.learning_rate)}
-    if options.compare:
-        kinds["full"] = (adapters.full(), options.full_learning_rate)
-    made = []
-    for kind, (adapter, rate) in kinds.items():
-        made.append(Method(f"ita-{kind}", adapter, rate, options.alpha, tuple(options.pull)))
-        if options.compare:
-            made += [
-                Method(f"pull-{kind}", adapter, rate, 0.0, tuple(options.pull)),
-                Method(f"none-{kind}", adapter, rate),
-                Method(f"sequential-{kind}", adapter, rate, mode="sequential"),
-                Method(f"joint-{kind}", adapter, rate, mode="joint"),
-            ]
-    return made
+    """The methods asked for: ITA, its ablations and the baselines, each for LoRA and for full deltas."""
+    kinds = {
+        "lora": (adapters.lora(options.rank), options.learning_rate),
+        "full": (adapters.full(), options.full_learning_rate),
+    }
+    pull = tuple(options.pull)
+    more = {
+        "ita": {"alpha": options.alpha, "pull": pull},
+        "pull": {"pull": pull},
+        "none": {},
+        "sequential": {"mode": "sequential"},
+        "joint": {"mode": "joint"},
+    }
+    return [Method(name, *kinds[kind], **more[way]) for name in options.methods for way, kind in [name.split("-")]]
 
 
 def composed_head(pool: ModulePool, members: list[str], reference: incremental.Reference):

@@ -74,7 +74,7 @@ def test_low_rank_is_exact_without_tolerance_and_bounded_by_its_certificate_with
 
 
 def test_the_closed_form_of_the_cholesky_columns_equals_numpys_pivoted_elimination():
-    from compo_jax.curvature.fisher import _cholesky
+    from compo_jax.curvature.softmax import cholesky as _cholesky
 
     with X64(True):
         p = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (9,), jnp.float64))

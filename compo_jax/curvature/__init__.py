@@ -1,4 +1,18 @@
-"""Exact curvature of any function of any pytree of arrays."""
+"""Exact curvature of any function of any pytree of arrays: no framework is known here."""
 
 from compo_jax.curvature.fisher import FisherDiagonal as FisherDiagonal
 from compo_jax.curvature.fisher import fisher_diagonal as fisher_diagonal
+from compo_jax.curvature.landscape import Landscape as Landscape
+from compo_jax.curvature.landscape import Remainder as Remainder
+from compo_jax.curvature.landscape import landscape as landscape
+from compo_jax.curvature.landscape import mix as mix
+from compo_jax.curvature.products import ggn as ggn
+from compo_jax.curvature.products import ggnvp as ggnvp
+from compo_jax.curvature.products import hessian as hessian
+from compo_jax.curvature.products import hvp as hvp
+from compo_jax.curvature.spectrum import density as density
+from compo_jax.curvature.spectrum import diagonal as diagonal
+from compo_jax.curvature.spectrum import frobenius_norm as frobenius_norm
+from compo_jax.curvature.spectrum import spectrum as spectrum
+from compo_jax.curvature.spectrum import top_eigenvalues as top_eigenvalues
+from compo_jax.curvature.spectrum import trace as trace

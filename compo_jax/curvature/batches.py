@@ -1,0 +1,106 @@
+"""A data set as the operators see it: batches on the device, scanned over, with means weighted by examples."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from compo_jax.mesh import DATA, replicated, split
+
+Tree = Any
+
+
+class Batches(NamedTuple):
+    """A data set on the device.
+
+    Attributes:
+      groups: batches of one size each, stacked on axis 0.
+      counts: examples in each batch of a group.
+    """
+
+    groups: tuple[Tree, ...]
+    counts: tuple[Any, ...]
+
+    @property
+    def first(self) -> tuple:
+        return jax.tree.map(lambda x: x[0], self.groups[0])
+
+
+def examples(batch: Tree) -> int:
+    """Length of axis 0, which all arrays of a batch share."""
+    sizes = {np.shape(x)[:1] for x in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or () in sizes:
+        shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
+        raise ValueError(f"a batch's arrays must share the length of axis 0; its arrays have the shapes {shapes}")
+    return sizes.pop()[0]
+
+
+def stack(batches: Iterable[tuple], mesh: Mesh | None = None) -> Batches:
+    """Stacks batches `(inputs, labels, ...)` of equal shapes, so that a scan can go over them.
+
+    Args:
+      batches: what a loss takes after the parameters, a tuple for each batch; examples on axis 0 of every array.
+      mesh: splits every batch over the mesh's devices; one that they don't divide, as the last may be, is replicated.
+    """
+    groups: dict[Any, list[tuple]] = {}
+    for batch in batches:
+        if not isinstance(batch, tuple):
+            raise ValueError(
+                f"a batch is the tuple of what follows the parameters, (images, labels) say, not a {type(batch).__name__}"
+            )
+        if examples(batch) == 0:
+            raise ValueError("there is a batch without examples: drop it, or look at what made it")
+        shapes = jax.tree.map(lambda x: (np.shape(x), jnp.result_type(x)), batch)
+        groups.setdefault(str(shapes), []).append(batch)
+    if not groups:
+        raise ValueError("there are no batches: an iterator that has been used up gives none a second time")
+    counts = tuple(examples(group[0]) for group in groups.values())
+    stacked = tuple(jax.tree.map(lambda *x: jnp.stack(x), *group) for group in groups.values())
+    if mesh is not None:
+        devices = mesh.shape[DATA]
+        stacked = tuple(
+            jax.device_put(group, split(mesh, axis=1) if count % devices == 0 else replicated(mesh))
+            for group, count in zip(stacked, counts, strict=True)
+        )
+    return Batches(stacked, counts)
+
+
+def mean(function: Callable[..., Tree], batches: Batches) -> Tree:
+    """The mean of `function(*batch)`, a mean over the batch's examples, over all examples; one result in memory."""
+    total = None
+    for group, count in zip(*batches, strict=True):
+        like = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], group))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        part, _ = jax.lax.scan(lambda sum, batch: (jax.tree.map(jnp.add, sum, function(*batch)), None), zero, group)
+        part = jax.tree.map(lambda x, n=count: n * x, part)
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    number = sum(count * _length(group) for group, count in zip(*batches, strict=True))
+    return jax.tree.map(lambda x: x / number, total)
+
+
+def each(function: Callable[..., Tree], batches: Batches) -> tuple[Tree, jax.Array]:
+    """(`function(*batch)` of every batch, stacked on axis 0; each batch's fraction of the examples)."""
+    parts = [jax.lax.scan(lambda _, batch: (None, function(*batch)), None, group)[1] for group in batches.groups]
+    counts = jnp.concatenate([jnp.full(_length(g), n) for g, n in zip(*batches, strict=True)])
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts), counts / counts.sum()
+
+
+def _length(group: Tree) -> int:
+    return jax.tree.leaves(group)[0].shape[0]
+
+
+def require_deterministic(function: Callable, *args: Any) -> None:
+    """ValueError where `function(*args)` has two values; under a trace, where there are no values, nothing is done."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args)):
+        return
+    # Traced twice, because what Python draws (a dropout key, a shuffled index) is drawn while tracing.
+    values = [jax.tree.leaves(jax.jit(lambda *a: function(*a))(*args)) for _ in range(2)]
+    if not all(np.allclose(a, b, rtol=1e-5, equal_nan=True) for a, b in zip(*values, strict=True)):
+        raise ValueError(
+            "the function has two values at the same parameters and the same batch: curvature is taken of a function "
+            "that draws nothing. Turn dropout off (deterministic=True), fix the random key, and don't shuffle or "
+            "augment anew at each call"
+        )
