@@ -69,7 +69,7 @@ def add(base: Tree, delta: Tree, scale: float | jax.Array = 1.0) -> Tree:
     )
 
 
-def weighted_sum(trees: Iterable[Tree], weights: Iterable[float]) -> Tree:
+def weighted_sum(trees: Iterable[Tree], weights: Iterable[float | jax.Array]) -> Tree:
     """`sum_t weights[t] * trees[t]`, one tree in memory beside the sum; None counts as zero."""
     total = None
     for tree, weight in zip(trees, weights, strict=True):

@@ -2,6 +2,10 @@
 
 from compo_jax.curvature.fisher import FisherDiagonal as FisherDiagonal
 from compo_jax.curvature.fisher import fisher_diagonal as fisher_diagonal
+from compo_jax.curvature.kronecker import Kronecker as Kronecker
+from compo_jax.curvature.kronecker import eigenvalue_corrected as eigenvalue_corrected
+from compo_jax.curvature.kronecker import kronecker as kronecker
+from compo_jax.curvature.kronecker import merge_kronecker as merge_kronecker
 from compo_jax.curvature.landscape import Landscape as Landscape
 from compo_jax.curvature.landscape import Remainder as Remainder
 from compo_jax.curvature.landscape import landscape as landscape

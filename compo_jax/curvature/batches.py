@@ -49,7 +49,7 @@ def stack(batches: Iterable[tuple], mesh: Mesh | None = None) -> Batches:
     for batch in batches:
         if not isinstance(batch, tuple):
             raise ValueError(
-                f"a batch is the tuple of what follows the parameters, (images, labels) say, not a {type(batch).__name__}"
+                f"a batch is the tuple of what follows the parameters, (images, labels) say, not {type(batch)}"
             )
         if examples(batch) == 0:
             raise ValueError("there is a batch without examples: drop it, or look at what made it")

@@ -174,25 +174,53 @@ class _Interpreter:
         contracted, batch = equation.params["dimension_numbers"]
         right = isinstance(arguments[1], _Weight)
         weight, x = (arguments[1], arguments[0]) if right else arguments
-        y = equation.primitive.bind(*(a.value if isinstance(a, _Weight) else a for a in arguments), **equation.params)
         if isinstance(x, _Weight) or any(batch):
-            for argument in arguments:
-                self.plain(argument)
-            return [y], {}
+            return self.bind(equation, arguments), {}
         of_x, of_weight = contracted if right else contracted[::-1]
-        free = tuple(i for i in range(weight.value.ndim) if i not in of_weight)
-        tokens = x.size // math.prod(x.shape[i] for i in of_x)
-        layer = Dense(weight.stack, tuple(of_weight), free, weight.value.shape, tokens)
-        size_in, size_out = layer.sizes
+        rest = [i for i in range(x.ndim) if i not in of_x]
+        rows = x.transpose(*rest, *of_x).reshape(-1, math.prod(x.shape[i] for i in of_x))
+        return self.tapped(
+            equation, arguments, probes, weight, of_weight, rows, lambda y, d: (d if right else d.T).reshape(y.shape)
+        )
+
+    def convolve(self, equation, arguments, probes):
+        x, weight = arguments
+        settings = equation.params
+        grouped = settings["feature_group_count"] > 1 or settings["batch_group_count"] > 1
+        if isinstance(x, _Weight) or grouped:
+            return self.bind(equation, arguments), {}
+        dimensions = settings["dimension_numbers"]
+        _, of_in, *spatial = dimensions.rhs_spec
+        features = dimensions.out_spec[1]
+        patches = jax.lax.conv_general_dilated_patches(
+            x,
+            [weight.value.shape[i] for i in spatial],
+            settings["window_strides"],
+            settings["padding"],
+            settings["lhs_dilation"],
+            settings["rhs_dilation"],
+            dimensions,
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        patches = jnp.moveaxis(patches, features, -1)
+        rows = patches.reshape(-1, patches.shape[-1])  # channels first, then the window, as the weight's axes below
+
+        def place(y, d):
+            return jnp.moveaxis(d.reshape(*patches.shape[:-1], -1), -1, features)
+
+        return self.tapped(equation, arguments, probes, weight, (of_in, *spatial), rows, place)
+
+    def tapped(self, equation, arguments, probes, weight, contracted, rows, place):
+        """The output of a dense layer plus its probe, and its inputs `rows` (tokens, in)."""
+        y = equation.primitive.bind(*(a.value if isinstance(a, _Weight) else a for a in arguments), **equation.params)
+        free = tuple(i for i in range(weight.value.ndim) if i not in contracted)
+        layer = Dense(weight.stack, tuple(contracted), free, weight.value.shape, rows.shape[0])
         self.found[weight.name] = layer
-        self.outputs[weight.name] = jax.ShapeDtypeStruct((*weight.stack, tokens, size_out), y.dtype)
+        self.outputs[weight.name] = jax.ShapeDtypeStruct((*weight.stack, layer.tokens, layer.sizes[1]), y.dtype)
         self.uses.setdefault(weight.name, set()).add(id(equation))
         if self.probes is None:
             return [y], {}
-        rest = [i for i in range(x.ndim) if i not in of_x]
-        vectors = x.transpose(*rest, *of_x).reshape(tokens, size_in)
-        probe = probes[weight.name]
-        return [y + (probe if right else probe.T).reshape(y.shape)], {weight.name: vectors}
+        return [y + place(y, probes[weight.name])], {weight.name: rows}
 
     rules = {
         primitives.jit_p: jit,
@@ -200,15 +228,17 @@ class _Interpreter:
         primitives.remat_p: checkpoint,
         primitives.convert_element_type_p: convert,
         primitives.dot_general_p: dot,
+        primitives.conv_general_dilated_p: convolve,
     }
 
 
 def tap(function: Callable[..., Any], params: Tree, *args: Any) -> Taps:
     """Finds the dense layers of `function(params, *args)`; only shapes are looked at.
 
-    A leaf counts where one `dot_general` without batch axes, possibly inside jit, checkpoint, or scans over the leaf's
-    first axes, is all that uses it. Weights that are shared, sliced, transposed or convolved do not, and are left to
-    the caller; nor do those inside a custom derivative, a loop or a branch.
+    A leaf counts where all that uses it is one `dot_general` without batch axes or one convolution without groups (a
+    dense layer of patches), possibly inside jit, checkpoint, or scans over the leaf's first axes. Weights that are
+    shared, sliced or transposed do not, and are left to the caller; nor do those inside a custom derivative, a loop or
+    a branch.
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(params, *args)
     structure = jax.tree.structure(shape)

@@ -1,0 +1,269 @@
+"""Kronecker factors of the Fisher, which is the Gauss-Newton matrix of the cross-entropy, of dense layers (K-FAC)."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from compo_jax import tree
+from compo_jax.curvature.fisher import squares
+from compo_jax.curvature.layers import Dense
+from compo_jax.curvature.pullback import Pulled, Reduction, pull_back
+
+Tree = Any
+Layout = tuple[tuple[str, Dense], ...]
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+class _Blocks:
+    """A symmetric matrix with one block for each dense layer, applied to trees shaped as the parameters."""
+
+    layout: Layout
+
+    def block(self, name: str, v: Float[Array, "*stack in out"]) -> Float[Array, "*stack in out"]:
+        raise NotImplementedError
+
+    def _map(self, function: Callable, vector: Tree) -> Tree:
+        layers = dict(self.layout)
+        missing = sorted(set(tree.names(vector)) - set(layers))
+        if missing:
+            raise ValueError(f"there are no Kronecker factors for {', '.join(missing)}, only for {', '.join(layers)}")
+
+        def one(name, leaf):
+            return None if leaf is None else layers[name].leaf(function(name, layers[name].matrix(leaf)))
+
+        return tree.map_with_name(one, vector)
+
+    def matvec(self, vector: Tree) -> Tree:
+        """The product with a tree shaped as the parameters, None where it is zero."""
+        return self._map(self.block, vector)
+
+    def quadratic(self, vector: Tree) -> Array:
+        """`vᵀ G v`, of a task vector say: `tr(B Δ A Δᵀ)`, the penalty of TAK (2026, arXiv 2602.17385)."""
+        return tree.dot(vector, self.matvec(vector))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["basis", "values"], meta_fields=["layout"])
+@dataclass(frozen=True)
+class Eigen(_Blocks):
+    """Blocks that are diagonal in a Kronecker product of two bases.
+
+    Attributes:
+      basis: for each layer (U (*stack, in, in), V (*stack, out, out)), eigenvectors in columns.
+      values: for each layer (*stack, in, out), the eigenvalue of the matrix `U[:, i] V[:, j]ᵀ`.
+    """
+
+    basis: dict[str, tuple[Array, Array]]
+    values: dict[str, Array]
+    layout: Layout
+
+    def _in_basis(self, name, v, values):
+        a, b = self.basis[name]
+        rotated = _product("...ki,...kl,...lj->...ij", a, v, b)
+        return _product("...ik,...kl,...jl->...ij", a, values * rotated, b)
+
+    def block(self, name, v):
+        return self._in_basis(name, v, self.values[name])
+
+    def solve(self, vector: Tree, damping: float | Array) -> Tree:
+        """`(G + damping I)⁻¹ v`, exact."""
+        return self._map(lambda name, v: self._in_basis(name, v, 1 / (self.values[name] + damping)), vector)
+
+    def diagonal(self) -> dict[str, Array]:
+        """The diagonal of G, for each layer shaped as its weight."""
+        return {
+            name: layer.leaf(
+                _product(
+                    "...ik,...kl,...jl->...ij", self.basis[name][0] ** 2, self.values[name], self.basis[name][1] ** 2
+                )
+            )
+            for name, layer in self.layout
+        }
+
+    def trace(self) -> Array:
+        return sum(jnp.sum(values) for values in self.values.values())
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["inputs", "outputs", "count"], meta_fields=["layout"])
+@dataclass(frozen=True)
+class Kronecker(_Blocks):
+    """G ≈ A ⊗ B in each layer: the weight's change Δ (in, out) goes to `A Δ B`.
+
+    Attributes:
+      inputs: for each layer A (*stack, in, in), the mean Gram matrix of its inputs.
+      outputs: for each layer B (*stack, out, out), the mean Gram matrix of the gradients of its outputs.
+      count: images.
+    """
+
+    inputs: dict[str, Array]
+    outputs: dict[str, Array]
+    count: Array
+    layout: Layout
+
+    def block(self, name, v):
+        return _product("...ik,...kl,...lj->...ij", self.inputs[name], v, self.outputs[name])
+
+    def eigen(self) -> Eigen:
+        """The same matrix in its eigenbasis."""
+        a, b = ({name: jnp.linalg.eigh(x) for name, x in part.items()} for part in (self.inputs, self.outputs))
+        # The factors are Gram matrices: below zero there is but rounding.
+        values = {n: jnp.maximum(a[n][0], 0)[..., :, None] * jnp.maximum(b[n][0], 0)[..., None, :] for n in a}
+        return Eigen({name: (a[name][1], b[name][1]) for name in a}, values, self.layout)
+
+    def solve(self, vector: Tree, damping: float | Array) -> Tree:
+        """`(A ⊗ B + damping I)⁻¹ v`, exact, by the factors' eigenvectors; solve often with `eigen()`, made once."""
+        return self.eigen().solve(vector, damping)
+
+    def diagonal(self) -> dict[str, Array]:
+        """The diagonal of G, for each layer shaped as its weight."""
+
+        def outer(a, b):
+            return jnp.diagonal(a, axis1=-2, axis2=-1)[..., :, None] * jnp.diagonal(b, axis1=-2, axis2=-1)[..., None, :]
+
+        return {name: layer.leaf(outer(self.inputs[name], self.outputs[name])) for name, layer in self.layout}
+
+    def trace(self) -> Array:
+        return sum(
+            jnp.sum(jnp.trace(a, axis1=-2, axis2=-1) * jnp.trace(self.outputs[name], axis1=-2, axis2=-1))
+            for name, a in self.inputs.items()
+        )
+
+
+def kronecker(
+    apply: Callable[[Tree, Any], Float[Array, "batch classes"]],
+    params: Tree,
+    inputs: Any,
+    *,
+    tokens: str = "expand",
+    method: str = "exact",
+    tolerance: float = 1e-3,
+    labels: Int[Array, " batch"] | None = None,
+    key: Key[Array, ""] | None = None,
+    chunk: int | None = None,
+) -> Kronecker:
+    """Kronecker factors of the Fisher of the mean loss, for every leaf of `params` (Martens and Grosse, 2015).
+
+    Exact for one dense layer and one image of one token; for more, the mean of a product is taken for the product of
+    the means.
+
+    Args:
+      params: weights of dense layers (or convolutions), each used once; close over everything else.
+      tokens: how a weight is seen that multiplies several tokens of an image (Eschenhagen et al., 2023, arXiv
+        2311.00636): `expand`, each token is an example of its own; `reduce`, inputs are averaged over the tokens and
+        gradients summed, which is exact where the model averages them itself.
+
+    The other arguments, and their errors: see `fisher_diagonal`. ValueError also where a leaf is not the weight of
+    exactly one dense layer.
+    """
+    if tokens not in ("expand", "reduce"):
+        raise ValueError(f"unknown tokens={tokens!r}; known are expand, reduce")
+
+    def grams(layers):
+        _require_dense(layers, params)
+
+        def gram(x, real):  # sum over images and tokens
+            x = x.astype(dtype)
+            return _product("n...si,n...sj,n->...ij", x, x, real.astype(dtype))
+
+        def chunk(sums, inputs, real):
+            seen = {n: x if tokens == "expand" else jnp.mean(x, axis=-2, keepdims=True) for n, x in inputs.items()}
+            return {n: (a + gram(seen[n], real) / seen[n].shape[-2], b) for n, (a, b) in sums.items()}
+
+        def column(sums, pulled: Pulled):
+            back = {
+                n: d if tokens == "expand" else jnp.sum(d, axis=-2, keepdims=True) for n, d in pulled.outputs.items()
+            }
+            return {n: (a, b + gram(back[n], pulled.real)) for n, (a, b) in sums.items()}
+
+        def zero(layer):
+            return tuple(jnp.zeros((*layer.stack, size, size), dtype) for size in layer.sizes)
+
+        def finish(sums):
+            a, b = ({name: pair[i] / batch for name, pair in sums.items()} for i in (0, 1))
+            return Kronecker(a, b, jnp.array(batch), tuple(layers.items()))
+
+        return Reduction({name: zero(layer) for name, layer in layers.items()}, column, chunk, finish)
+
+    batch = jax.tree.leaves(inputs)[0].shape[0]
+    dtype = jnp.result_type(*jax.tree.leaves(params), jnp.float32)
+    options = {"method": method, "tolerance": tolerance, "labels": labels, "key": key, "chunk": chunk}
+    return pull_back(apply, params, inputs, grams, **options)[0]
+
+
+def eigenvalue_corrected(
+    factors: Kronecker,
+    apply: Callable[[Tree, Any], Float[Array, "batch classes"]],
+    params: Tree,
+    inputs: Any,
+    *,
+    method: str = "exact",
+    tolerance: float = 1e-3,
+    labels: Int[Array, " batch"] | None = None,
+    key: Key[Array, ""] | None = None,
+    chunk: int | None = None,
+) -> Eigen:
+    """The factors' eigenbasis with the images' exact second moments in it (EKFAC; George et al., 2018).
+
+    Of all matrices that are diagonal in that basis it is the nearest to the Fisher's block, and it has its trace.
+    Arguments as `kronecker`.
+    """
+    basis = factors.eigen().basis
+
+    def moments(layers):
+        _require_dense(layers, params)
+
+        def column(sums, pulled: Pulled):
+            def add(name, sum):
+                a, b = basis[name]
+                real = pulled.real.reshape(-1, *[1] * (pulled.outputs[name].ndim - 1))
+                x = _product("n...si,...ij->n...sj", pulled.inputs[name], a)
+                return squares(x, _product("n...si,...ij->n...sj", pulled.outputs[name] * real, b), sum)
+
+            return {name: add(name, sum) for name, sum in sums.items()}
+
+        return Reduction(
+            {name: jnp.zeros((*layer.stack, *layer.sizes), basis[name][0].dtype) for name, layer in layers.items()},
+            column,
+            finish=lambda sums: {name: sum / batch for name, sum in sums.items()},
+        )
+
+    batch = jax.tree.leaves(inputs)[0].shape[0]
+    options = {"method": method, "tolerance": tolerance, "labels": labels, "key": key, "chunk": chunk}
+    values, _ = pull_back(apply, params, inputs, moments, **options)
+    return Eigen(basis, values, factors.layout)
+
+
+def merge_kronecker(factors: Sequence[Kronecker], weights: Sequence[float] | Array | None = None) -> Kronecker:
+    """One pair of factors for several tasks' data: `(Σ_t (n_t / N) A_t) ⊗ (Σ_t w_t B_t)` (TAK, 2026, arXiv 2602.17385).
+
+    Args:
+      weights: w, one a task; default n_t / N, for the mean loss over all images. TAK itself sums the tasks: ones.
+
+    Exact where the tasks' inputs have the same Gram matrix. ValueError where they are of different layers.
+    """
+    if not factors:
+        raise ValueError("no Kronecker factors were given to merge")
+    if any(other.layout != factors[0].layout for other in factors):
+        raise ValueError(
+            "Kronecker factors of different layers, or of images with other numbers of tokens, don't merge"
+        )
+    total = sum(f.count for f in factors)
+    share = [f.count / total for f in factors]
+    if weights is not None and len(weights) != len(factors):
+        raise ValueError(f"{len(factors)} tasks' factors were given {len(weights)} weights")
+    inputs = tree.weighted_sum([f.inputs for f in factors], share)
+    outputs = tree.weighted_sum([f.outputs for f in factors], share if weights is None else weights)
+    return Kronecker(inputs, outputs, total, factors[0].layout)
+
+
+def _require_dense(layers: dict[str, Dense], params: Tree) -> None:
+    others = [name for name in tree.names(params) if name not in layers]
+    if others:
+        raise ValueError(
+            f"Kronecker factors are of the weights of dense layers that are used once, which these are not: "
+            f"{', '.join(others)}. Keep only such weights in params (tree.partition) and close over the rest"
+        )
