@@ -83,46 +83,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def load_backbone(options):
-    """(model without its head, params, description)."""
-    if options.backbone is None:
-        model, params, made = models.embedded()
-        count = sum(made["characters"].values())
-        described = f"embedded ViT {model.width}x{model.depth}, pre-trained on {count} Latin characters"
-    else:
-        model, params = models.load(options.backbone, heads=options.heads, image_size=options.image_size)
-        described = options.backbone.name
-    model = model.copy(classes=0, dtype=None if options.dtype == "float32" else jnp.dtype(options.dtype))
-    if options.dtype == "bfloat16" and jax.default_backend() == "gpu":
-        model = model.copy(kernel="cudnn")
-    return model, {name: leaf for name, leaf in params.items() if name != "head"}, described
-
-
-def load_stream(options, size: int) -> data.TaskStream:
-    if options.data == "glyphs":
-        return data.glyph_stream(
-            list(data.glyphs.TASKS)[: options.tasks],
-            classes=options.classes,
-            train=options.images,
-            test=20,
-            size=size,
-            seed=options.seed,
-            distortion=data.glyphs.SCAN,
-        )
-    if options.data_dir is None:
-        raise ValueError(f"--data {options.data} needs --data-dir, the folder where TFDS has prepared the set")
-    return data.tfds_stream(
-        options.data,
-        options.data_dir,
-        size=size,
-        tasks=options.tasks,
-        by=options.by,
-        seed=options.seed,
-        train_split=options.train_split,
-        test_split=options.test_split,
-    )
-
-
 def methods(options) -> list[Method]:
     """The methods asked for: ITA, its ablations and the baselines, each for LoRA and for full deltas."""
     kinds = {
@@ -151,8 +111,11 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.perf_counter()
 
     # -- backbone and stream -------------------------------------------------------------------------------------------
-    model, base, backbone = load_backbone(options)
-    stream = load_stream(options, model.image_size)
+    model, base, backbone = models.backbone(options.backbone, options.heads, options.image_size, options.dtype)
+    if options.dtype == "bfloat16" and jax.default_backend() == "gpu":
+        model = model.copy(kernel="cudnn")
+    source = ("data_dir", "tasks", "seed", "by", "train_split", "test_split", "classes", "images")
+    stream = data.open_stream(options.data, model.image_size, **{key: getattr(options, key) for key in source})
     tasks, total = len(stream.tasks), len(stream.classes)
     images = sum(len(task.train) for task in stream.tasks)
     console.print(f"{backbone}; {stream.name}: {tasks} tasks, {total} classes, {images} images")

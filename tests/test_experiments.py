@@ -101,7 +101,7 @@ def test_a_killed_run_ends_bit_identical(finished, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--data", "mnist"], "needs --data-dir"),
+        (["--data", "mnist"], "mnist needs data_dir (--data-dir)"),
         (["--data", "mnist", "--data-dir", "{tmp}/nowhere"], "there is no folder"),
         (["--data", "mnist", "--data-dir", "{tmp}"], "no prepared set 'mnist'"),
         (["--classes", "1"], "needs two"),

@@ -96,11 +96,14 @@ def require_deterministic(function: Callable, *args: Any) -> None:
     """ValueError where `function(*args)` has two values; under a trace, where there are no values, nothing is done."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args)):
         return
-    # Traced twice, because what Python draws (a dropout key, a shuffled index) is drawn while tracing.
-    values = [jax.tree.leaves(jax.jit(lambda *a: function(*a))(*args)) for _ in range(2)]
+    draws = (
+        "the function has two values at the same parameters and the same batch: curvature is taken of a function "
+        "that draws nothing. Turn dropout off (deterministic=True), fix the random key, and don't shuffle or "
+        "augment anew at each call"
+    )
+    try:  # traced twice, because what Python draws (a dropout key, a shuffled index) is drawn while tracing
+        values = [jax.tree.leaves(jax.jit(lambda *a: function(*a))(*args)) for _ in range(2)]
+    except jax.errors.UnexpectedTracerError as error:  # the first trace has left a key behind for the second
+        raise ValueError(draws) from error
     if not all(np.allclose(a, b, rtol=1e-5, equal_nan=True) for a, b in zip(*values, strict=True)):
-        raise ValueError(
-            "the function has two values at the same parameters and the same batch: curvature is taken of a function "
-            "that draws nothing. Turn dropout off (deterministic=True), fix the random key, and don't shuffle or "
-            "augment anew at each call"
-        )
+        raise ValueError(draws)

@@ -154,6 +154,13 @@ def _require_finite(delta: Tree, t: int) -> None:
             raise ValueError(f"delta {t} has a number in {name} that isn't finite: its training may have diverged")
 
 
+def _hole_by_hole(delta: Tree, base: Tree) -> Tree:
+    """None for a whole branch becomes None for each of its leaves, so that deltas with other holes can be added."""
+    return jax.tree.map(
+        lambda d, b: jax.tree.map(lambda _: None, b) if d is None else d, delta, base, is_leaf=lambda d: d is None
+    )
+
+
 def _quadratic(gram, w):
     return jnp.einsum("...s,st,...t->...", w, gram, w, precision=jax.lax.Precision.HIGHEST)
 
@@ -170,8 +177,8 @@ def landscape(
     deltas: Sequence[Tree],
     *args: Any,
     batches: Iterable[tuple] | None = None,
-    anchor: Weights | None = None,
-    check: Weights | None = None,
+    anchor: Num[Array, " tasks"] | Num[np.ndarray, " tasks"] | Sequence | None = None,
+    check: Num[Array, "points tasks"] | Num[np.ndarray, "points tasks"] | Sequence | None = None,
     rematerialise: bool = False,
     mesh: Mesh | None = None,
 ) -> Landscape:
@@ -201,6 +208,10 @@ def landscape(
         tree.require_like(delta, base, f"delta {t}")
         tree.require_float(delta, f"delta {t}")
         _require_finite(delta, t)
+    deltas = [_hole_by_hole(delta, base) for delta in deltas]
+    for t, delta in enumerate(deltas):
+        moved = jax.tree.map(lambda b, d: None if d is None else b, base, delta)
+        tree.require_float(moved, f"what delta {t} is added to")
     if args and batches is not None:
         raise ValueError("the data were given twice, as arguments and as batches: give one of them")
     if not args and batches is None:
@@ -224,7 +235,7 @@ def landscape(
             f"{around.shape} and {points.shape}"
         )
     if mesh is not None:
-        base, deltas = jax.device_put((base, list(deltas)), replicated(mesh))
+        base, deltas = jax.device_put((base, deltas), replicated(mesh))
     function = jax.checkpoint(loss) if rematerialise else loss
 
     def measure(*batch):
@@ -247,7 +258,7 @@ def mix(landscapes: Sequence[Landscape], weights: Sequence[float] | Array) -> La
 
     ValueError where the landscapes have other anchors or points of check: they are of other modules, or elsewhere.
     """
-    if len(landscapes) != len(weights):
+    if len(landscapes) != len(weights) or not landscapes:
         raise ValueError(f"{len(landscapes)} landscapes were given {len(weights)} weights")
     head = landscapes[0]
     for other in landscapes[1:]:

@@ -20,7 +20,7 @@ def _moved(params: Tree, vector: Tree) -> tuple[Tree, Tree]:
     tree.require_float(params, "params")
     tree.require_like(vector, params, "the vector")
     moved = jax.tree.map(lambda v, p: None if v is None else p, vector, params, is_leaf=lambda x: x is None)
-    return moved, jax.tree.map(lambda p, v: jnp.asarray(v, p.dtype), moved, vector)
+    return moved, jax.tree.map(lambda p, v: jnp.asarray(v, jnp.result_type(p)), moved, vector)
 
 
 def hvp(loss: Callable[..., jax.Array], params: Tree, vector: Tree, *args: Any) -> Tree:
@@ -103,7 +103,7 @@ def hessian(
       mesh: batches are split over its devices (`compo_jax.mesh.data_mesh`), and the parameters replicated.
       check: refuse, with a ValueError, a loss with two values at one point; costs two passes over the first batch.
     """
-    return _operator(loss, hvp, params, batches, rematerialise, mesh, check)
+    return _operator(loss, hvp, loss, params, batches, rematerialise, mesh, check)
 
 
 def ggn(
@@ -121,16 +121,20 @@ def ggn(
     def product(apply, params, vector, inputs, *targets):
         return ggnvp(apply, params, vector, inputs, *targets, output_loss=output_loss)
 
-    return _operator(apply, product, params, batches, rematerialise, mesh, check)
+    def value(params, inputs, *targets):
+        outputs = apply(params, inputs)
+        return outputs if output_loss is None else output_loss(outputs, *targets)
+
+    return _operator(apply, product, value, params, batches, rematerialise, mesh, check)
 
 
-def _operator(function, product, params, batches, rematerialise, mesh, check):
+def _operator(function, product, value, params, batches, rematerialise, mesh, check):
     tree.require_float(params, "params")
     data = stack(batches, mesh)
     if mesh is not None:
         params = jax.device_put(params, replicated(mesh))
     if check:
-        require_deterministic(function, params, *(data.first if product is hvp else data.first[:1]))
+        require_deterministic(value, params, *data.first)
     function = jax.checkpoint(function) if rematerialise else function
 
     def multiply(params, data, vector):

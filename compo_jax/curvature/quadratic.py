@@ -16,10 +16,20 @@ def minimise(
     stop at any local minimum; but at the global one the KKT conditions make the objective linear in the weights and
     multipliers, and which bounds are active is a choice of 0 or 1: a mixed-integer linear programme (Xia, Vera and
     Zuluaga, 2020, arXiv 1810.02307), which SciPy's HiGHS solves to the end, in seconds for 20 weights. Either way the
-    KKT system of the active set that was found is then solved to machine precision.
+    KKT system of the active set that was found is then solved to machine precision. A slope of a millionth of the
+    curvature and below can escape HiGHS, and the value then is above the minimum by some 1e-7 of its largest term.
+
+    ValueError where the numbers aren't finite, or nothing satisfies the bounds.
     """
     gram, slope = np.asarray(gram, np.float64), np.asarray(slope, np.float64)
     lower, upper = np.asarray(lower, np.float64), np.asarray(upper, np.float64)
+    if not (np.all(np.isfinite(gram)) and np.all(np.isfinite(slope))):
+        raise ValueError("a quadratic with numbers that aren't finite has no minimum: the loss may have overflowed")
+    if sum_to is not None:
+        slope = slope - slope.mean()  # what all share changes nothing under the sum, and would set the scale
+    total, slack = 0.0 if sum_to is None else sum_to, 1e-12 * (np.abs(lower) + np.abs(upper)).sum()
+    if np.any(lower > upper) or (sum_to is not None and not lower.sum() - slack <= total <= upper.sum() + slack):
+        raise ValueError(f"no weights satisfy the bounds {lower} to {upper} with the sum {sum_to}: widen the bounds")
     reach = np.abs(gram) @ np.maximum(np.abs(lower), np.abs(upper)) + np.abs(slope)
     scale = reach.max() or 1.0
     gram, slope = (gram + gram.T) / 2 / scale, slope / scale
@@ -27,8 +37,8 @@ def minimise(
         w = _convex(gram, slope, lower, upper, sum_to)
         if _is_minimum(gram, slope, lower, upper, w, sum_to):
             return w
-    w = _global(gram, slope, lower, upper, sum_to)
-    return _polish(gram, slope, lower, upper, w, sum_to)
+    found = [_polish(gram, slope, lower, upper, w, sum_to) for w in _global(gram, slope, lower, upper, sum_to)]
+    return min(found, key=lambda w: slope @ w + 0.5 * w @ gram @ w)
 
 
 def _convex(gram, slope, lower, upper, sum_to) -> Vector:
@@ -56,12 +66,12 @@ def _is_minimum(gram, slope, lower, upper, w, sum_to) -> bool:
         gradient = gradient - (gradient[free].mean() if free.any() else gradient[w > lower].max(initial=-np.inf))
     return bool(
         np.all(np.abs(gradient[free]) < 1e-9)
-        and np.all(gradient[w <= lower] > -1e-9)
+        and np.all(gradient[(w <= lower) & (w < upper)] > -1e-9)
         and np.all(gradient[(w >= upper) & (w > lower)] < 1e-9)
     )
 
 
-def _global(gram, slope, lower, upper, sum_to) -> Vector:
+def _global(gram, slope, lower, upper, sum_to) -> list[Vector]:
     n = len(slope)
     # Variables: w, m and v (multipliers of the lower and upper bounds), y and z (bound active: 1), s (of the sum).
     one, nil, width = np.eye(n), np.zeros((n, n)), np.diag(upper - lower)
@@ -78,26 +88,36 @@ def _global(gram, slope, lower, upper, sum_to) -> Vector:
     target = 0.0 if sum_to is None else sum_to
     if sum_to is not None:
         rows.append((np.hstack([np.ones(n), np.zeros(4 * n + 1)])[None], target, target))
-    found = milp(
-        np.concatenate([slope, lower, -upper, np.zeros(2 * n), [target]]),
-        constraints=[LinearConstraint(*row) for row in rows],
-        bounds=(
+    programme = {
+        # HiGHS takes differences of less than 1e-6 for none.
+        "c": 1e4 * np.concatenate([slope, lower, -upper, np.zeros(2 * n), [target]]),
+        "constraints": [LinearConstraint(*row) for row in rows],
+        "bounds": (
             np.concatenate([lower, np.zeros(4 * n), [-summed]]),
             np.concatenate([upper, np.full(2 * n, big), np.ones(2 * n), [summed]]),
         ),
-        integrality=np.repeat([0, 0, 0, 1, 1, 0], [n, n, n, n, n, 1]),
-        options={"mip_rel_gap": 0.0},
-    )
-    if found.x is None:
-        raise ValueError(f"no weights satisfy the bounds {lower} to {upper} with the sum {sum_to}: {found.message}")
-    return np.clip(found.x[:n], lower, upper)
+        "integrality": np.repeat([0, 0, 0, 1, 1, 0], [n, n, n, n, n, 1]),
+    }
+    # With its presolve HiGHS has lost a minimum where slopes were 1e-6; without, it has called a programme infeasible.
+    found = [milp(**programme, options={"mip_rel_gap": 0.0, "presolve": presolve}).x for presolve in (True, False)]
+    if all(x is None for x in found):
+        raise RuntimeError("HiGHS found no weights though there are some: look at the Gram matrix for extreme numbers")
+    return [np.clip(x[:n], lower, upper) for x in found if x is not None]
 
 
 def _polish(gram, slope, lower, upper, w, sum_to) -> Vector:
-    """Solves the KKT system of the weights that are at no bound; keeps `w` where that is no better."""
-    summed, target = float(sum_to is not None), sum_to or 0.0
-    near = 1e-5 * np.maximum(upper - lower, 1e-300)
-    exact = np.where(w - lower < near, lower, np.where(upper - w < near, upper, w))
+    """The best feasible KKT solution with the weights that are close to a bound put on it; `w` where there is none."""
+    # A solver stops within some 1e-6 of a bound, and the minimum may itself lie that close to one: all readings count.
+    found = [_stationary(gram, slope, lower, upper, w, sum_to, near) for near in (1e-5, 1e-7, 1e-9)]
+    found = [x for x in found if np.all(x >= lower) and np.all(x <= upper)]
+    found = [x for x in found if sum_to is None or abs(x.sum() - sum_to) < 1e-12 * (1 + np.abs(x).sum())]
+    return min(found, key=lambda x: slope @ x + 0.5 * x @ gram @ x, default=w)
+
+
+def _stationary(gram, slope, lower, upper, w, sum_to, near) -> Vector:
+    """Solves the KKT system of the weights that are further than `near` (of the width) from both bounds."""
+    summed, near = float(sum_to is not None), near * (upper - lower)
+    exact = np.where(w - lower <= near, lower, np.where(upper - w <= near, upper, w))
     free = (exact > lower) & (exact < upper)
     if free.any():
         count = free.sum()
@@ -105,13 +125,9 @@ def _polish(gram, slope, lower, upper, w, sum_to) -> Vector:
         matrix[:count, :count] = gram[np.ix_(free, free)]
         matrix[count, :count] = matrix[:count, count] = summed
         fixed = exact[~free]
-        right = np.append(-slope[free] - gram[np.ix_(free, ~free)] @ fixed, summed * (target - fixed.sum()))
+        right = -slope[free] - gram[np.ix_(free, ~free)] @ fixed
+        right = np.append(right, summed * ((sum_to or 0.0) - fixed.sum()))
         # From where we are: where the system is singular, the smallest step to a solution.
         step = np.linalg.lstsq(matrix, right - matrix @ np.append(exact[free], 0), rcond=1e-12)[0]
         exact[free] += step[:count]
-    inside = np.all(exact >= lower) and np.all(exact <= upper) and (not summed or abs(exact.sum() - target) < 1e-9)
-
-    def value(w):
-        return slope @ w + 0.5 * w @ gram @ w
-
-    return exact if inside and value(exact) <= value(w) + 1e-9 else w
+    return exact

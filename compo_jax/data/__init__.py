@@ -6,6 +6,7 @@ from compo_jax.data import glyphs as glyphs
 from .batches import eval_batches as eval_batches
 from .batches import steps_per_epoch as steps_per_epoch
 from .batches import train_batches as train_batches
+from .named import open_stream as open_stream
 from .sources import tfds_stream as tfds_stream
 from .stream import ArraySplit as ArraySplit
 from .stream import Split as Split

@@ -10,6 +10,8 @@ from compo_jax.incremental.evaluate import Accuracies as Accuracies
 from compo_jax.incremental.evaluate import evaluator as evaluator
 from compo_jax.incremental.evaluate import predictions as predictions
 from compo_jax.incremental.evaluate import stream_head as stream_head
+from compo_jax.incremental.finished import FinishedRun as FinishedRun
+from compo_jax.incremental.finished import open_finished as open_finished
 from compo_jax.incremental.learner import task_columns as task_columns
 from compo_jax.incremental.learner import task_trainer as task_trainer
 from compo_jax.incremental.metrics import accuracy_so_far as accuracy_so_far

@@ -1,5 +1,6 @@
 """Models in Flax Linen, and checkpoints that others trained."""
 
+from compo_jax.models.backbone import backbone as backbone
 from compo_jax.models.embedded import embedded as embedded
 from compo_jax.models.pretrained import from_timm as from_timm
 from compo_jax.models.pretrained import load as load

@@ -1,0 +1,59 @@
+"""A run of the main job, opened again: the model, the stream of tasks and the pools that it left."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from compo_jax import data, models
+from compo_jax.data import TaskStream
+from compo_jax.pool import ModulePool
+
+Tree = Any
+
+
+class FinishedRun(NamedTuple):
+    """What a run's folder and its settings give back.
+
+    Attributes:
+      folder, config: where it is, and the settings that it was made with.
+      model, base: the backbone without its head, and its parameters.
+      backbone: what it is, in words.
+      stream: the tasks, with the very images.
+      pools: the modules of each independent method (`ita-lora`, ...), by its name; the first is the run's own.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    model: models.ViT
+    base: Tree
+    backbone: str
+    stream: TaskStream
+    pools: dict[str, ModulePool]
+
+
+def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> FinishedRun:
+    """Opens the folder of a finished run of experiments/incremental.py.
+
+    Args:
+      data_dir: where the data set is now; default: where it was.
+
+    ValueError where there is no finished run, FileNotFoundError where its data or its backbone are gone.
+    """
+    folder = Path(folder)
+    if not (folder / "metrics.json").exists():
+        raise ValueError(f"{folder} holds no finished run: make one with experiments/incremental.py")
+    config = json.loads((folder / "config.json").read_text())
+    model, base, described = models.backbone(config["backbone"], config["heads"], config["image_size"], config["dtype"])
+    options = ("tasks", "seed", "by", "train_split", "test_split", "classes", "images")
+    stream = data.open_stream(
+        config["data"],
+        model.image_size,
+        data_dir=config["data_dir"] if data_dir is None else data_dir,
+        **{key: config[key] for key in options},
+    )
+    pools = {
+        name: ModulePool(folder / ("pool" if i == 0 else f"pools/{name}"))
+        for i, name in enumerate(config["methods"])
+        if not name.startswith(("sequential", "joint"))
+    }
+    return FinishedRun(folder, config, model, base, described, stream, pools)

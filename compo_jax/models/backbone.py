@@ -1,0 +1,29 @@
+"""A ViT to build on, without its head."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from compo_jax.models.embedded import embedded
+from compo_jax.models.pretrained import load
+from compo_jax.models.vit import ViT
+
+
+def backbone(
+    path: str | Path | None = None, heads: int | None = None, image_size: int | None = None, dtype: str = "float32"
+) -> tuple[ViT, Any, str]:
+    """(model, params, description) of the timm checkpoint at `path`, or of the embedded ViT; calls give features.
+
+    Args:
+      heads, image_size: see `load`; default: what the checkpoint says.
+      dtype: compute dtype; `float32` follows the arrays, so that a float64 tree is computed in float64.
+    """
+    if path is None:
+        model, params, made = embedded()
+        described = f"embedded ViT {model.width}x{model.depth}, pre-trained on {sum(made['characters'].values())} Latin characters"
+    else:
+        model, params = load(path, heads=heads, image_size=image_size)
+        described = Path(path).name
+    model = model.copy(classes=0, dtype=None if dtype == "float32" else jnp.dtype(dtype))
+    return model, {name: leaf for name, leaf in params.items() if name != "head"}, described

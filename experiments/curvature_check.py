@@ -1,0 +1,377 @@
+"""How exact is the curvature, and how far does the second order see? Checked on the pools of a run.
+
+    python experiments/curvature_check.py                                     # makes a small run of its own first
+    python experiments/curvature_check.py --run runs/incremental-glyphs-0-ita-lora-none-lora
+
+Four questions, one page (RUN/curvature/report.html, numbers in metrics.json): (a) Hessian products against the dense
+matrix and against finite differences; (b) Fisher estimates against the exact Gauss-Newton matrix, on the real task
+vectors, at several batch sizes; (c) the landscape's forecast of the loss of random compositions, with and without the
+regulariser, and Theorem 1 of Porrello et al. (2025) as the modules move away from the base; (d) whether the Hessian at
+the base is positive. Under 4 minutes on 2 CPU cores with no arguments, the run included. Expected numbers: README.md.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from compo_jax import adapters, curvature, incremental, report, tree
+from compo_jax.train import write_json
+
+console = Console()
+Tree = Any
+SMALL = ["--tasks", "5", "--classes", "8", "--images", "50", "--epochs", "6", "--methods", "ita-lora", "none-lora"]
+PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
+BATCHES = (1, 8, 32, 128)
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--run", type=Path, help="folder of a finished run of incremental.py; default: make a small one")
+parser.add_argument("--runs", type=Path, default=Path("runs"), help="where a small run is made")
+parser.add_argument("--data-dir", type=Path, help="where the run's TFDS set is now; default: where it was")
+parser.add_argument("--images", type=int, default=320, help="test images that losses are means over")
+parser.add_argument("--fisher-images", type=int, default=128)
+parser.add_argument("--weightings", type=int, default=100, help="random compositions to forecast")
+parser.add_argument("--order", type=int, default=30, help="Lanczos steps")
+parser.add_argument("--seed", type=int, default=0)
+
+
+class Problem(NamedTuple):
+    """The loss of a pool's compositions.
+
+    Attributes:
+      weights, rest: the adapted weights of the base, and its other parameters.
+      deltas: task vectors of the pool's modules.
+      head: their heads, side by side.
+      images, labels: test images of all tasks, as many of each.
+    """
+
+    weights: Tree
+    rest: Tree
+    deltas: list[Tree]
+    head: dict[str, jax.Array]
+    images: jax.Array
+    labels: jax.Array
+
+
+def problem(run: incremental.FinishedRun, name: str, count: int, seed: int) -> Problem:
+    pool, stream = run.pools[name], run.stream
+    members = pool.names()
+    each = count // len(members)
+    chosen = [np.random.default_rng([seed, t]).permutation(len(k.test))[:each] for t, k in enumerate(stream.tasks)]
+    images = np.concatenate([task.test.images(rows) for task, rows in zip(stream.tasks, chosen, strict=True)])
+    labels = np.concatenate(
+        [k.test.labels[rows] + first for k, rows, first in zip(stream.tasks, chosen, stream.offsets, strict=True)]
+    )
+    order = np.random.default_rng(seed).permutation(len(labels))  # every batch has images of all tasks
+    weights, rest = tree.partition(run.base, PATTERNS)
+    deltas = []
+    for member in members:
+        manifest = pool.manifest(member)
+        delta = adapters.build(manifest.adapter, manifest.settings).delta(pool.load(member), run.base)
+        deltas.append(jax.tree.map(lambda d, _: d, delta, weights))
+    heads = [pool.load(member, "head") for member in members]
+    head = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *heads)
+    return Problem(weights, rest, deltas, head, stream.prepare(jnp.asarray(images[order])), jnp.asarray(labels[order]))
+
+
+def functions(model):
+    """(logits, loss) of the adapted weights, with what is frozen in a `Problem`."""
+
+    def logits(frozen: Problem, weights, images):
+        z = model.apply({"params": tree.combine(weights, frozen.rest)}, images, method="features")
+        return z @ frozen.head["kernel"] + frozen.head["bias"]
+
+    def loss(frozen: Problem, weights, images, labels):
+        values = logits(frozen, weights, images)
+        return optax.softmax_cross_entropy_with_integer_labels(values, labels).mean()
+
+    return logits, loss
+
+
+def batches(given: Problem, size: int = 64) -> list[tuple]:
+    return [(given.images[i : i + size], given.labels[i : i + size]) for i in range(0, len(given.labels), size)]
+
+
+# -- (a) products --------------------------------------------------------------------------------------------------------
+def check_products(model, given: Problem, seed: int) -> dict:
+    """A Hessian product in float64 and float32, against the dense matrix (reverse over reverse) and differences."""
+    _, loss = functions(model)
+    name = "blocks/attention/proj/bias"
+    images, labels = given.images[:4], given.labels[:4]
+    biases, rest = tree.partition(given.rest, name)
+
+    def run(dtype):
+        cast = partial(jax.tree.map, lambda x: jnp.asarray(x, dtype))
+        frozen = given._replace(weights=None, deltas=[], head=cast(given.head))
+        point, others, weights, pixels = map(cast, (biases, rest, given.weights, images))
+        vector = jax.tree.map(
+            lambda x: jnp.asarray(np.random.default_rng(seed).normal(size=x.shape) / np.sqrt(x.size), dtype), point
+        )
+
+        def of_biases(p):
+            return loss(frozen._replace(rest=tree.combine(p, others)), weights, pixels, labels)
+
+        def flat(t):
+            return jnp.concatenate([x.ravel() for x in jax.tree.leaves(t)])
+
+        product = jax.jit(lambda p, v: flat(curvature.hvp(of_biases, p, v)))(point, vector)
+        return of_biases, point, vector, flat, product
+
+    def gap(a, b):
+        return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+    single = run(jnp.float32)[-1]
+    with jax.enable_x64(True):
+        of_biases, point, vector, flat, product = run(jnp.float64)
+        _, unravel = jax.flatten_util.ravel_pytree(point)
+        gradient = jax.jit(lambda x: jax.grad(lambda y: of_biases(unravel(y)))(x))
+
+        @jax.jit
+        def dense_product(x, v):
+            _, pull = jax.vjp(jax.grad(lambda y: of_biases(unravel(y))), x)
+            rows = jax.lax.map(lambda e: pull(e)[0], jnp.eye(x.size), batch_size=32)
+            return rows @ v, jnp.abs(rows - rows.T).max() / jnp.abs(rows).max()
+
+        x, v = flat(point), flat(vector)
+        dense, asymmetry = dense_product(x, v)
+        steps = 10.0 ** np.arange(0, -8, -0.5)
+        differences = [gap((gradient(x + h * v) - gradient(x - h * v)) / (2 * h), dense) for h in steps]
+        return {
+            "leaf": name,
+            "dimension": x.size,
+            "error_float64": gap(product, dense),
+            "error_float32": gap(jnp.asarray(single, jnp.float64), dense),
+            "asymmetry_of_dense": float(asymmetry),
+            "difference_steps": steps.tolist(),
+            "difference_errors": differences,
+        }
+
+
+# -- (b) Fisher ----------------------------------------------------------------------------------------------------------
+def check_fisher(model, given: Problem, count: int, seed: int) -> dict:
+    """Estimates of the Fisher against the exact Gauss-Newton matrix on the task vectors, at several batch sizes."""
+    logits, loss = functions(model)
+    frozen = given._replace(images=given.images[:count], labels=given.labels[:count])
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *given.deltas)
+    key = jax.random.key(seed)
+
+    def squared_batches(frozen, size):
+        """What many take for the Fisher: the square of a batch's gradient, times the batch."""
+
+        def one(pair):
+            g = jax.grad(partial(loss, frozen))(frozen.weights, *pair)
+            return jax.tree.map(lambda x: size * jnp.square(x), g)
+
+        def grouped(x):
+            return x.reshape(-1, size, *x.shape[1:])
+
+        squares = jax.lax.map(one, (grouped(frozen.images), grouped(frozen.labels)))
+        return jax.tree.map(lambda x: jnp.mean(x, axis=0), squares)
+
+    def diagonal(frozen, size, **options):
+        apply = partial(logits, frozen)
+        found = curvature.fisher_diagonal(apply, frozen.weights, frozen.images, chunk=size, **options)
+        return found.mean
+
+    def factors(frozen, size, **options):
+        apply = partial(logits, frozen)
+        return curvature.kronecker(apply, frozen.weights, frozen.images, chunk=size, **options)
+
+    def corrected(frozen, size):
+        apply = partial(logits, frozen)
+        found = factors(frozen, size)
+        return curvature.eigenvalue_corrected(found, apply, frozen.weights, frozen.images, chunk=size)
+
+    estimates = {
+        "exact diagonal": partial(diagonal, method="exact"),
+        "low-rank diagonal": partial(diagonal, method="low_rank", tolerance=1e-2),
+        "Monte-Carlo diagonal": partial(diagonal, method="monte_carlo", key=key),
+        "empirical diagonal": lambda frozen, size: diagonal(frozen, size, method="empirical", labels=frozen.labels),
+        "squared batch gradient": squared_batches,
+        "Monte-Carlo K-FAC": partial(factors, method="monte_carlo", key=key),
+        "K-FAC": factors,
+        "K-FAC, reduce": partial(factors, tokens="reduce"),
+        "EKFAC": corrected,
+    }
+
+    def product(found, v):
+        return found.matvec(v) if hasattr(found, "matvec") else jax.tree.map(jnp.multiply, found, v)
+
+    def diagonal_of(found, like):
+        if not hasattr(found, "matvec"):
+            return found
+        by_name = found.diagonal()
+        return tree.map_with_name(lambda name, x: None if x is None else by_name[name], like)
+
+    @jax.jit
+    def exact_products(frozen, stacked):
+        return jax.vmap(lambda v: curvature.ggnvp(partial(logits, frozen), frozen.weights, v, frozen.images))(stacked)
+
+    @jax.jit
+    def compare(found, exact_diagonal, exact, stacked):
+        ours = jax.vmap(partial(product, found))(stacked)
+        dots = jax.vmap(tree.dot)
+        diagonal = diagonal_of(found, exact_diagonal)
+        cosine = dots(ours, exact) / jnp.sqrt(dots(ours, ours) * dots(exact, exact))
+        form, true = dots(stacked, ours), dots(stacked, exact)
+        norm = jnp.sqrt(tree.dot(diagonal, diagonal) * tree.dot(exact_diagonal, exact_diagonal))
+        total = sum(jnp.sum(x) for x in jax.tree.leaves(diagonal))
+        return {
+            "diagonal_cosine": tree.dot(diagonal, exact_diagonal) / norm,
+            "trace_ratio": total / sum(jnp.sum(x) for x in jax.tree.leaves(exact_diagonal)),
+            "product_cosine": jnp.mean(cosine),
+            "form_ratio": jnp.mean(form / true),
+            "form_error": jnp.mean(jnp.abs(form - true) / true),
+        }
+
+    exact = exact_products(frozen, stacked)
+    rows, reference = [], None
+    for name, estimate in estimates.items():
+        slow = name in ("K-FAC", "K-FAC, reduce", "EKFAC")  # all classes pulled back: at one size, to save time
+        for size in [32] if slow else [b for b in BATCHES if count % b == 0]:
+            compiled = jax.jit(partial(estimate, size=size)).lower(frozen).compile()
+            clock = time.perf_counter()
+            found = jax.block_until_ready(compiled(frozen))
+            seconds = time.perf_counter() - clock
+            reference = found if reference is None else reference
+            numbers = compare(found, reference, exact, stacked)
+            rows.append({"estimate": name, "batch": size, "seconds": seconds} | jax.tree.map(float, numbers))
+    return {"images": count, "classes": given.head["bias"].size, "parameters": tree.size(given.weights), "rows": rows}
+
+
+# -- (c) forecast and theorem ------------------------------------------------------------------------------------------
+def check_forecast(model, given: Problem, count: int, seed: int) -> dict:
+    """The landscape's forecasts of random compositions, around the base and around the uniform composition."""
+    _, loss = functions(model)
+    tasks = len(given.deltas)
+    uniform = np.full(tasks, 1 / tasks)
+
+    @jax.jit
+    def expand(given, data, anchor):
+        return curvature.landscape(partial(loss, given), given.weights, given.deltas, batches=data, anchor=anchor)
+
+    @jax.jit
+    def true_losses(given, weights):
+        def one(w):
+            params = tree.add(given.weights, tree.weighted_sum(given.deltas, w))
+            return loss(given, params, given.images, given.labels)
+
+        return jax.lax.map(one, weights)
+
+    weights = np.random.default_rng(seed).dirichlet(np.ones(tasks), count)
+    scales = np.linspace(0, 1.5, 7)
+    moved = np.concatenate([scales[:, None] * uniform, *(scales[:, None] * e for e in np.eye(tasks))])
+    true = np.asarray(true_losses(given, weights.astype(np.float32)))
+    path = np.asarray(true_losses(given, moved.astype(np.float32))).reshape(tasks + 1, -1)
+    result: dict[str, Any] = {"true": true.tolist(), "anchors": {}}
+    for name, anchor in (("the base", np.zeros(tasks)), ("the uniform composition", uniform)):
+        found = expand(given, batches(given), anchor.astype(np.float32))
+        forecast = np.asarray(found.predict(weights))
+        remainder = found.remainder()
+        best = found.best_weights()
+        result["anchors"][name] = {
+            "forecast": forecast.tolist(),
+            "correlation": float(np.corrcoef(forecast, true)[0, 1]),
+            "relative_error": float(np.mean(np.abs(forecast - true) / true)),
+            "standard_error": float(np.mean(found.standard_error(weights))),
+            "remainder_loss": np.asarray(remainder.loss).tolist(),
+            "remainder_slope": np.asarray(remainder.slope).tolist(),
+            "gram_eigenvalues": np.linalg.eigvalsh(np.asarray(found.gram, np.float64)).tolist(),
+            "best_weights": best.tolist(),
+            "best_forecast": float(found.predict(best)),
+            "best_true": float(true_losses(given, best.astype(np.float32)[None])[0]),
+        }
+        if name == "the base":
+            gap = scales**2 * float(found.gap(uniform))
+    individual = path[1:].mean(axis=0)
+    result["uniform_true"] = float(path[0][np.argmin(np.abs(scales - 1))])
+    result["theorem"] = {
+        "scale": scales.tolist(),
+        "individual": individual.tolist(),
+        "composed": path[0].tolist(),
+        "gap": gap.tolist(),
+        "measured_gap": (individual - path[0]).tolist(),
+    }
+    return result
+
+
+# -- (d) spectrum --------------------------------------------------------------------------------------------------------
+def check_spectrum(model, given: Problem, count: int, order: int, seed: int) -> dict:
+    """The spectrum of the Hessian of the adapted weights at the base."""
+    _, loss = functions(model)
+    some = given._replace(images=given.images[:count], labels=given.labels[:count])
+
+    @jax.jit
+    def lanczos(given, data, key):
+        matvec = curvature.hessian(partial(loss, given), given.weights, data, check=False)
+        found = curvature.spectrum(matvec, given.weights, key, order)
+        smallest = curvature.top_eigenvalues(matvec, given.weights, key, 1, order, "smallest")
+        return found, (smallest.values[0], smallest.error_bounds[0])
+
+    found, smallest = lanczos(some, batches(some), jax.random.key(seed))
+    nodes, weights = np.asarray(found.nodes[0]), np.asarray(found.weights[0])
+    return {
+        "images": count,
+        "dimension": tree.size(given.weights),
+        "nodes": nodes.tolist(),
+        "weights": weights.tolist(),
+        "smallest": [float(x) for x in smallest],
+        "largest": float(nodes.max()),
+        "negative_mass": float(-(weights * nodes)[nodes < 0].sum() / (weights * np.abs(nodes)).sum()),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser.parse_args(arguments)
+    began = time.perf_counter()
+    folder = options.run or options.runs / "curvature-pools"
+    if options.run is None:
+        job = Path(__file__).with_name("incremental.py")
+        command = [sys.executable, str(job), *SMALL, "--runs", str(options.runs), "--name", folder.name]
+        subprocess.run(command, check=True)
+    run = incremental.open_finished(folder, options.data_dir)
+    if len(run.stream.tasks) < 2:
+        raise ValueError(f"{folder} has one task only: compositions need two")
+    kind = {name: problem(run, name, options.images, options.seed) for name in run.pools}
+    first = kind[next(iter(kind))]
+    labels = len(first.labels)
+    console.print(f"{run.backbone}; {run.stream.name}: {len(first.deltas)} modules, {labels} images; {', '.join(kind)}")
+
+    _, loss = functions(run.model)
+    curvature.hessian(partial(loss, first), first.weights, batches(first)[:1])  # refuses a loss that draws anything
+    metrics: dict[str, Any] = {
+        "name": folder.name,
+        "data": run.stream.name,
+        "backbone": run.backbone,
+        "tasks": [task.name for task in run.stream.tasks],
+        "images": labels,
+        "products": check_products(run.model, first, options.seed),
+    }
+    console.print(f"(a) Hessian products: relative error {metrics['products']['error_float64']:.1e} in float64")
+    metrics["fisher"] = check_fisher(run.model, first, min(options.fisher_images, labels), options.seed)
+    console.print(report.fisher_table(metrics["fisher"]))
+    metrics["forecast"] = {n: check_forecast(run.model, k, options.weightings, options.seed) for n, k in kind.items()}
+    console.print(report.forecast_table(metrics["forecast"]))
+    found = metrics["spectrum"] = check_spectrum(run.model, first, min(128, labels), options.order, options.seed)
+    console.print(f"(d) Hessian at the base: eigenvalues from {found['smallest'][0]:.3g} to {found['largest']:.3g}")
+    metrics["seconds"] = time.perf_counter() - began
+    path = report.curvature(folder / "curvature", metrics)
+    write_json(folder / "curvature" / "metrics.json", metrics)
+    console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, OSError, KeyError, subprocess.CalledProcessError) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)
