@@ -101,7 +101,7 @@ def batches(given: Problem, size: int = 64) -> list[tuple]:
     return [(given.images[i : i + size], given.labels[i : i + size]) for i in range(0, len(given.labels), size)]
 
 
-# -- (a) products --------------------------------------------------------------------------------------------------------
+# -- (a) products ----------------------------------------------------------------------------------------------------
 def check_products(model, given: Problem, seed: int) -> dict:
     """A Hessian product in float64 and float32, against the dense matrix (reverse over reverse) and differences."""
     _, loss = functions(model)
@@ -156,7 +156,7 @@ def check_products(model, given: Problem, seed: int) -> dict:
         }
 
 
-# -- (b) Fisher ----------------------------------------------------------------------------------------------------------
+# -- (b) Fisher ------------------------------------------------------------------------------------------------------
 def check_fisher(model, given: Problem, count: int, seed: int) -> dict:
     """Estimates of the Fisher against the exact Gauss-Newton matrix on the task vectors, at several batch sizes."""
     logits, loss = functions(model)
@@ -248,7 +248,7 @@ def check_fisher(model, given: Problem, count: int, seed: int) -> dict:
     return {"images": count, "classes": given.head["bias"].size, "parameters": tree.size(given.weights), "rows": rows}
 
 
-# -- (c) forecast and theorem ------------------------------------------------------------------------------------------
+# -- (c) forecast and theorem ----------------------------------------------------------------------------------------
 def check_forecast(model, given: Problem, count: int, seed: int) -> dict:
     """The landscape's forecasts of random compositions, around the base and around the uniform composition."""
     _, loss = functions(model)
@@ -304,7 +304,7 @@ def check_forecast(model, given: Problem, count: int, seed: int) -> dict:
     return result
 
 
-# -- (d) spectrum --------------------------------------------------------------------------------------------------------
+# -- (d) spectrum ----------------------------------------------------------------------------------------------------
 def check_spectrum(model, given: Problem, count: int, order: int, seed: int) -> dict:
     """The spectrum of the Hessian of the adapted weights at the base."""
     _, loss = functions(model)

@@ -1,4 +1,4 @@
-from functools import cache
+from functools import cache, reduce
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -54,7 +54,8 @@ def quadratic(tasks, definite=False):
 
 def truth(loss, base, deltas, *args):
     """`w -> loss(base + sum of w_t deltas_t)`, compiled once."""
-    return jax.jit(lambda w: loss(tree.add(base, tree.weighted_sum(deltas, w)), *args))
+    composed = lambda w: reduce(lambda params, t: tree.add(params, deltas[t], w[t]), range(len(deltas)), base)
+    return jax.jit(lambda w: loss(composed(w), *args))
 
 
 def mlp(tasks=3, scale=1.0):
@@ -72,6 +73,20 @@ def mlp(tasks=3, scale=1.0):
     return loss, base, deltas, x, y
 
 
+def poisson():
+    """A regression on counts, quick to compile: 21 examples, three random modules."""
+    base = {"kernel": 0.3 * normal(0, 4), "bias": normal(1)}
+    deltas = [jax.tree.map(lambda x, t=t: 0.5 * normal(20 + t, *np.shape(x)), base) for t in range(3)]
+    deltas[0]["bias"] = None
+    x, y = normal(3, 21, 4), np.random.default_rng(4).poisson(2.0, size=21)
+
+    def loss(params, x, y):
+        rate = x @ params["kernel"] + params["bias"]
+        return jnp.mean(jnp.exp(rate) - y * rate)
+
+    return loss, base, deltas, x, y
+
+
 def cut(x, y, *sizes):
     ends = np.cumsum(sizes)
     return [(x[e - n : e], y[e - n : e]) for n, e in zip(sizes, ends, strict=True)]
@@ -84,8 +99,8 @@ def close(a, b, rtol=1e-10):
 
 @cache
 def whole():
-    """The landscape of all examples of `mlp` as one batch, around weights and with checks of no symmetry."""
-    loss, base, deltas, x, y = mlp()
+    """The landscape of all examples of `poisson` as one batch, around weights and with checks of no symmetry."""
+    loss, base, deltas, x, y = poisson()
     return landscape(loss, base, deltas, x, y, anchor=ANCHOR, check=CHECK)
 
 
@@ -100,11 +115,8 @@ def test_of_a_quadratic_the_forecast_is_exact_at_any_weights_around_any_anchor(t
         loss = truth(case.loss, case.base, case.deltas)
         points = np.concatenate([normal(6, 10, tasks), np.eye(tasks), np.zeros((1, tasks))])
         around = jax.jit(lambda anchor: landscape(case.loss, case.base, case.deltas, anchor=anchor))
-        for land in (
-            landscape(case.loss, case.base, case.deltas),
-            around(np.full(tasks, 1 / tasks)),
-            around(3 * normal(7, tasks)),
-        ):
+        for anchor in (np.zeros(tasks), np.full(tasks, 1 / tasks), 3 * normal(7, tasks)):
+            land = around(anchor)
             close(land.predict(points), np.array([loss(w) for w in points]))
             close(land.gram, case.flat @ case.hessian @ case.flat.T)
             assert np.all(land.remainder().loss < 1e-12) and np.all(land.remainder().slope < 1e-12)
@@ -149,7 +161,8 @@ def vit_modules():
     """A small ViT, and LoRA and full modules of different kernels."""
     model = ViT(image_size=8, patch=4, width=8, depth=2, heads=2, classes=4)
     images = jnp.asarray(normal(0, 5, 8, 8, 3))
-    base = jax.tree.map(lambda x: 2 * x.astype(np.float64), model.init(jax.random.key(2), images)["params"])
+    shapes = jax.eval_shape(model.init, jax.random.key(2), images)["params"]
+    base = jax.tree.map(lambda x: 0.5 * normal(1, *x.shape), shapes)
     kinds = [
         adapters.lora(rank=2, targets=r"(proj|fc1)/kernel$"),
         adapters.lora(rank=1, targets=[(r"qkv/kernel$", 3)]),
@@ -157,7 +170,8 @@ def vit_modules():
     ]
     deltas = []
     for t, kind in enumerate(kinds):
-        module = jax.tree.map(lambda x, t=t: 0.15 * normal(40 + t, *x.shape), kind.init(jax.random.key(t), base))
+        shapes = jax.eval_shape(kind.init, jax.random.key(t), base)
+        module = jax.tree.map(lambda x, t=t: 0.15 * normal(40 + t, *x.shape), shapes)
         deltas.append(kind.delta(module, base))
     assert len({str(jax.tree.structure(d)) for d in deltas}) == 3
 
@@ -168,30 +182,29 @@ def vit_modules():
     return loss, base, deltas, (images, np.arange(5) % 4)
 
 
-@pytest.mark.parametrize("anchor", [0.0, 1 / 3])
-def test_the_error_falls_as_the_third_power_of_the_modules_size(anchor):
+def test_the_error_falls_as_the_third_power_of_the_modules_size():
     with X64(True):
         loss, base, deltas, data = vit_modules()
-        points = np.array([[0.5, 0.3, 0.2], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1.0, 1.0, 1.0]])
+        points = np.concatenate([np.random.default_rng(6).dirichlet(np.ones(3), size=10), np.eye(3), np.ones((1, 3))])
 
         @jax.jit
-        def errors(scale):
+        def error(scale, anchor):
             scaled = jax.tree.map(lambda x: scale * x, deltas)
-            land = landscape(loss, base, scaled, *data, anchor=np.full(3, anchor), check=points)
-            return land.predict(points) - land.checked_loss
+            land = landscape(loss, base, scaled, *data, anchor=anchor, check=points)
+            return jnp.abs(land.predict(points) - land.checked_loss).sum()
 
-        coarse, fine = errors(0.004), errors(0.002)
-        assert np.all(np.abs(coarse) > 1e-11)  # above rounding
-        np.testing.assert_allclose(coarse / fine, 8, rtol=0.15)
+        for anchor in (np.zeros(3), np.full(3, 1 / 3)):
+            coarse, fine = error(0.004, anchor), error(0.002, anchor)
+            assert coarse > 1e-9  # above rounding
+            np.testing.assert_allclose(coarse / fine, 8, rtol=0.1)
 
 
 def test_batches_of_any_sizes_are_one_batch_of_all():
     with X64(True):
-        loss, base, deltas, x, y = mlp()
+        loss, base, deltas, x, y = poisson()
         for options in (
-            {"batches": iter(cut(x, y, 8, 8, 5))},
+            {"batches": iter(cut(x, y, 8, 8, 5)), "rematerialise": True},
             {"batches": cut(x, y, 8, 5, 8), "mesh": data_mesh(8)},
-            {"batches": [(x, y)], "rematerialise": True},
         ):
             land = landscape(loss, base, deltas, anchor=ANCHOR, check=CHECK, **options)
             close(measured(land), measured(whole()))
@@ -199,7 +212,7 @@ def test_batches_of_any_sizes_are_one_batch_of_all():
 
 def test_under_jit_with_batches_it_is_the_same_as_outside():
     with X64(True):
-        loss, base, deltas, x, y = mlp()
+        loss, base, deltas, x, y = poisson()
         make = lambda deltas, batches: landscape(loss, base, deltas, batches=batches)
         batches = cut(x, y, 8, 8, 5)
         outside, inside = make(deltas, batches), jax.jit(make)(deltas, batches)
@@ -215,17 +228,15 @@ def test_under_jit_with_batches_it_is_the_same_as_outside():
 
 def test_arguments_that_share_no_axis_are_one_batch():
     with X64(True):
-        loss, base, _, x, y = mlp()
-        body = {"in": base["in"]}
-        moved = [{"in": normal(30 + t, 4, 5)} for t in range(2)]
-
-        def with_head(params, data, head, temperature):
-            return loss({**params, "out": jax.tree.map(lambda v: v / temperature, head)}, *data)
-
-        land = landscape(with_head, body, moved, (x, y), base["out"], 1.5)
-        plain = landscape(lambda params: with_head(params, (x, y), base["out"], 1.5), body, moved)
+        loss, base, deltas, x, y = poisson()
+        with_head = lambda params, data, head, scale: loss({"kernel": scale * params, "bias": head["bias"]}, *data)
+        moved = [delta["kernel"] for delta in deltas]
+        head = {"bias": 0.5, "unused": np.zeros(3)}
+        land = landscape(with_head, base["kernel"], moved, (x, y), head, 1.5)
+        plain = landscape(lambda params: with_head(params, (x, y), head, 1.5), base["kernel"], moved)
         close(measured(land), measured(plain))
-        assert np.isnan(land.standard_error([0.5, 0.5]))
+        close(land.loss, loss({"kernel": 1.5 * base["kernel"], "bias": 0.5}, x, y))
+        assert np.isnan(land.standard_error(ANCHOR))
 
 
 def test_standard_errors_are_the_spread_over_other_data():
@@ -243,14 +254,14 @@ def test_standard_errors_are_the_spread_over_other_data():
             return land.predict(w), land.standard_error(w)
 
         expected = np.square(base + w @ np.stack(deltas)).sum(1) + sigma**2  # over standard normal inputs
-        for sizes, bias in (([4] * 24, 0.0), ([4] * 20 + [2] * 8, 0.0)):
-            keys = jax.random.split(jax.random.key(3), (4000, 2))
-            forecast, error = jax.jit(jax.vmap(lambda key: draw(key, sizes)))(keys)  # noqa: B023
-            z = (forecast.mean(0) - expected) / (forecast.std(0) / np.sqrt(len(keys)))
-            assert np.abs(z).max() < 4
-            # The variance is unbiased, and a variance of 4000 draws is known to some 2.5 % (heavier tails than normal).
-            np.testing.assert_allclose(np.mean(error**2, axis=0) / forecast.var(0), 1 + bias, atol=0.1)
-            assert 0.9 < np.std((forecast - expected) / error, axis=0).min() < 1.2
+        keys = jax.random.split(jax.random.key(3), (2000, 2))
+        forecast, error = jax.jit(jax.vmap(lambda key: draw(key, [4] * 20 + [2] * 8)))(keys)
+        z = (forecast.mean(0) - expected) / (forecast.std(0) / np.sqrt(len(keys)))
+        assert np.abs(z).max() < 4
+        # A variance of 2000 draws is known to some 4 % (the losses' tails are heavier than normal).
+        np.testing.assert_allclose(np.mean(error**2, axis=0) / forecast.var(0), 1, atol=0.12)
+        deviation = np.std((forecast - expected) / error, axis=0)
+        assert np.all((deviation > 0.95) & (deviation < 1.2))
 
 
 def test_standard_error_is_the_weighted_scatter_of_the_batches():
@@ -264,12 +275,11 @@ def test_standard_error_is_the_weighted_scatter_of_the_batches():
         share = np.array([8, 8, 5]) / 21
         variance = share**2 @ np.square(alone - share @ alone) * 3 / 2
         close(land.standard_error(w), np.sqrt(variance))
-        assert np.isnan(landscape(loss, base, deltas, batches=[(x, y)]).standard_error(w[0]))
 
 
 def test_the_tasks_landscapes_mixed_are_the_landscape_of_all_data():
     with X64(True):
-        loss, base, deltas, x, y = mlp()
+        loss, base, deltas, x, y = poisson()
         tasks = [cut(x[:9], y[:9], 3, 3, 3), cut(x[9:], y[9:], 4, 4, 4)]
         make = lambda batches: landscape(loss, base, deltas, batches=batches, anchor=ANCHOR, check=CHECK)
         apart = [make(batches) for batches in tasks]
@@ -301,7 +311,7 @@ def test_the_remainder_is_forecast_against_truth_where_it_was_checked():
             close(off.slope[n], jnp.linalg.norm(slope - true) / jnp.linalg.norm(true), 1e-8)
         small, large = of(0.01).remainder(), of(50.0).remainder()
         assert np.all(small.loss < 1e-4) and np.all(small.slope < 1e-2)
-        assert np.all(large.loss > 1) and np.all(large.slope > 1)
+        assert np.all(large.loss > 0.5) and np.all(large.slope > 1)
 
 
 def test_the_remainder_at_the_anchor_is_zero_though_the_slope_vanishes():
@@ -317,14 +327,14 @@ def test_best_weights_are_the_lowest_point_of_a_dense_grid(definite):
         for tasks, anchor in ((2, None), (3, [0.5, 0.5, 0.5])):
             case = quadratic(tasks, definite)
             land = landscape(case.loss, case.base, case.deltas, anchor=anchor)
-            steps = np.stack(np.meshgrid(*[np.linspace(-1, 2, 121)] * tasks), axis=-1).reshape(-1, tasks)
+            steps = np.stack(np.meshgrid(*[np.linspace(-1, 2, 61)] * tasks), axis=-1).reshape(-1, tasks)
             for box in ((0.0, 1.0), ([-1.0, 0.5, -0.25][:tasks], [2.0, 0.75, 0.5][:tasks])):
                 best = land.best_weights(simplex=False, lower=box[0], upper=box[1])
                 inside = steps[np.all((steps >= np.array(box[0])) & (steps <= np.array(box[1])), axis=1)]
                 assert np.all(best >= box[0]) and np.all(best <= box[1])
-                # Never above the grid, whose nearest point is within 0.0125 in each weight: not far below either.
+                # Never above the grid, whose nearest point is within 0.025 in each weight: not far below either.
                 excess = land.predict(best) - land.predict(inside).min()
-                assert -0.06 * np.abs(land.gram).sum() <= excess <= 1e-9
+                assert -0.1 * np.abs(land.gram).sum() <= excess <= 1e-9
             best = land.best_weights()
             assert np.all(best >= 0) and abs(best.sum() - 1) < 1e-12
             corners = np.random.default_rng(0).dirichlet(np.ones(tasks) / 2, size=20_000)
@@ -346,7 +356,7 @@ def test_best_weights_of_trained_modules_lower_the_true_loss():
 
         deltas = [train(*part) for part in parts]
         at = truth(loss, base, deltas, x, y)
-        land = landscape(loss, base, deltas, batches=cut(x, y, *[30] * 4), anchor=np.full(3, 1 / 3))
+        land = landscape(loss, base, deltas, x, y, anchor=np.full(3, 1 / 3))
         best = land.best_weights()
         assert best[2] < 0.05  # the forecast sees through the module that learned nonsense
         assert at(best) < at(np.full(3, 1 / 3)) - 0.01
@@ -355,7 +365,7 @@ def test_best_weights_of_trained_modules_lower_the_true_loss():
 
 def test_float32_is_close_to_float64():
     with X64(True):
-        loss, base, deltas, x, y = mlp()
+        loss, base, deltas, x, y = poisson()
         exact, gap = whole(), whole().gap(np.array([0.1, 0.2, 0.7]))
     base, deltas, x = jax.tree.map(lambda v: np.asarray(v, np.float32), (base, deltas, x))
     single = landscape(loss, base, deltas, x, y, anchor=ANCHOR, check=CHECK)
@@ -366,7 +376,7 @@ def test_float32_is_close_to_float64():
 
 
 def test_half_precision_modules_are_measured_in_single_precision():
-    loss, base, deltas, x, y = mlp()
+    loss, base, deltas, x, y = poisson()
     halved = jax.tree.map(lambda v: jnp.asarray(v, jnp.bfloat16), deltas)
     land = landscape(loss, jax.tree.map(lambda v: np.asarray(v, np.float32), base), halved, x.astype(np.float32), y)
     assert land.gram.dtype == land.loss.dtype == jnp.float32 and np.all(np.isfinite(land.gram))
@@ -400,19 +410,20 @@ def test_bad_modules():
 
 
 def test_bad_data():
-    loss, base, deltas, x, y = mlp()
-    with pytest.raises(ValueError, match="the data were given twice"):
-        landscape(loss, base, deltas, x, y, batches=[(x, y)])
-    with pytest.raises(ValueError, match="there are no batches: an iterator that has been used up"):
-        landscape(loss, base, deltas, batches=[])
-    with pytest.raises(ValueError, match="a batch without examples"):
-        landscape(loss, base, deltas, batches=[(x[:0], y[:0])])
-    random = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="two values at the same parameters.* Turn dropout off"):
-        landscape(lambda p, x, y: loss(p, x, y) * random.uniform(1, 2), base, deltas, x, y)
-    for wrong in ({"anchor": [0.5, 0.5]}, {"anchor": 0.5 * np.ones((1, 3))}, {"check": np.ones((2, 4))}):
-        with pytest.raises(ValueError, match=r"3 modules need an anchor of shape \(3,\) and points"):
-            landscape(loss, base, deltas, x, y, **wrong)
+    with X64(True):
+        loss, base, deltas, x, y = poisson()
+        with pytest.raises(ValueError, match="the data were given twice"):
+            landscape(loss, base, deltas, x, y, batches=[(x, y)])
+        with pytest.raises(ValueError, match="there are no batches: an iterator that has been used up"):
+            landscape(loss, base, deltas, batches=[])
+        with pytest.raises(ValueError, match="a batch without examples"):
+            landscape(loss, base, deltas, batches=[(x[:0], y[:0])])
+        random = np.random.default_rng(0)
+        with pytest.raises(ValueError, match="two values at the same parameters.* Turn dropout off"):
+            landscape(lambda p, x, y: loss(p, x, y) * random.uniform(1, 2), base, deltas, x, y)
+        for wrong in ({"anchor": [0.5, 0.5]}, {"check": np.ones((2, 4))}):
+            with pytest.raises(ValueError, match=r"3 modules need an anchor of shape \(3,\) and points"):
+                landscape(loss, base, deltas, x, y, **wrong)
 
 
 def test_bad_weights():

@@ -94,18 +94,18 @@ def fisher_diagonal(
     """
 
     def squared(layers):
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        # A sum in a 16-bit dtype stops growing after some hundred terms.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
 
         def column(total, pulled: Pulled):
             def add(name, sum, rest):
                 if name in layers:
                     real = pulled.real.reshape(-1, *[1] * (pulled.outputs[name].ndim - 1))
                     return squares(pulled.inputs[name], jnp.where(real, pulled.outputs[name], 0), sum)
-                return (
-                    None
-                    if rest is None
-                    else sum + jnp.einsum("n...,n->...", jnp.square(rest), pulled.real.astype(rest.dtype))
-                )
+                if rest is None:
+                    return None
+                own = jnp.square(rest.astype(sum.dtype))
+                return sum + jnp.einsum("n...,n->...", own, pulled.real.astype(sum.dtype))
 
             return tree.map_with_name(add, total, pulled.rest)
 

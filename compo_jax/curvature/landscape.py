@@ -117,17 +117,15 @@ class Landscape(NamedTuple):
     ) -> Float[np.ndarray, " tasks"]:
         """The weights of the lowest forecast, a global minimum (`quadratic.minimise`); not under jit.
 
-        Over the simplex (not negative, with the sum one), or over the box `lower <= w <= upper`.
+        Over the box `lower <= w <= upper`, with `simplex` those in it that sum to one.
         """
         tasks = len(self.anchor)
         gram, anchor = np.asarray(self.gram, np.float64), np.asarray(self.anchor, np.float64)
         slope = np.asarray(self.slope, np.float64) - gram @ anchor
         low, high = (np.broadcast_to(np.asarray(x, np.float64), (tasks,)) for x in (lower, upper))
-        if simplex:
-            return minimise(gram, slope, np.zeros(tasks), np.ones(tasks), sum_to=1.0)
         if not (np.all(np.isfinite(low) & np.isfinite(high)) and np.all(low <= high)):
             raise ValueError(f"the box needs finite bounds with lower <= upper, not {lower} to {upper}")
-        return minimise(gram, slope, low, high)
+        return minimise(gram, slope, low, high, sum_to=1.0 if simplex else None)
 
     def remainder(self) -> Remainder:
         """How far to trust it: forecast against truth at the points of `check`."""
@@ -253,7 +251,7 @@ def landscape(
     return Landscape(*mean[:3], around, points, *mean[3:], (stratum,))
 
 
-def mix(landscapes: Sequence[Landscape], weights: Sequence[float] | Array) -> Landscape:
+def mix(landscapes: Sequence[Landscape], weights: Sequence[float | int] | Array) -> Landscape:
     """The landscape of the weighted sum of losses, such as of the tasks' with the tasks' weights: everything is linear.
 
     ValueError where the landscapes have other anchors or points of check: they are of other modules, or elsewhere.

@@ -97,7 +97,10 @@ class _Interpreter:
         self.probes = probes  # None while the layers are being looked for
         self.found: dict[str, Dense] = {}
         self.outputs: dict[str, jax.ShapeDtypeStruct] = {}
-        self.uses: dict[str, set[int]] = {}  # equations, which scan may trace more than once
+        self.uses: dict[str, set] = {}  # call paths, of which scan may trace one more than once
+        self.path: tuple[
+            int, ...
+        ] = ()  # calls of one function share its jaxpr: an equation alone does not tell them apart
 
     def plain(self, value):
         """The value itself, of a weight that is used otherwise than by a dense layer, too."""
@@ -122,7 +125,9 @@ class _Interpreter:
             if rule is None or not any(isinstance(x, _Weight) for x in arguments):
                 results = self.bind(equation, arguments)
             else:
+                outside, self.path = self.path, (*self.path, id(equation))
                 results, more = rule(self, equation, arguments, probes)
+                self.path = outside
                 inputs |= more
             known |= dict(zip(equation.outvars, results, strict=True))
         results = [v.val if isinstance(v, Literal) else known[v] for v in jaxpr.outvars]
@@ -217,7 +222,7 @@ class _Interpreter:
         layer = Dense(weight.stack, tuple(contracted), free, weight.value.shape, rows.shape[0])
         self.found[weight.name] = layer
         self.outputs[weight.name] = jax.ShapeDtypeStruct((*weight.stack, layer.tokens, layer.sizes[1]), y.dtype)
-        self.uses.setdefault(weight.name, set()).add(id(equation))
+        self.uses.setdefault(weight.name, set()).add(self.path)
         if self.probes is None:
             return [y], {}
         return [y + place(y, probes[weight.name])], {weight.name: rows}

@@ -21,7 +21,8 @@ def backbone(
     """
     if path is None:
         model, params, made = embedded()
-        described = f"embedded ViT {model.width}x{model.depth}, pre-trained on {sum(made['characters'].values())} Latin characters"
+        count = sum(made["characters"].values())
+        described = f"embedded ViT {model.width}x{model.depth}, pre-trained on {count} Latin characters"
     else:
         model, params = load(path, heads=heads, image_size=image_size)
         described = Path(path).name
