@@ -83,10 +83,10 @@ def fisher_diagonal(
       apply: logits; a class that is not there yet may have the logit -inf. Images are seen one at a time (under vmap).
       params: the leaves to differentiate; close over the frozen ones.
       inputs: array or tree of arrays with the batch on axis 0.
-      method: `exact`, one column a class; `low_rank`, for each chunk as many columns of the pivoted Cholesky factor as
-        leave at most `tolerance` of the trace for every image in it (a lower bound of the exact diagonal, leaf by
-        leaf); `monte_carlo`, one label drawn from p by `key`, unbiased; `empirical`, the given true `labels`, which
-        is not the Fisher but what many call by its name.
+      method: `exact`, one column a class; `low_rank`, for each image as many columns of the pivoted Cholesky factor as
+        leave at most `tolerance` of the trace (a lower bound of the exact diagonal, entry by entry; images that need
+        equally many are taken together); `monte_carlo`, one label drawn from p by `key`, unbiased; `empirical`, the
+        given true `labels`, which is not the Fisher but what many call by its name.
       chunk: images linearised at once; default: as many as hold about 2^26 numbers between the layers.
 
     Returns sums, see `FisherDiagonal`. Differentiates nothing itself and is not jitted. ValueError on an unknown

@@ -69,17 +69,21 @@ def columns(
     labels: Int[Array, " images"] | None,
     keys: Key[Array, " images"] | None,
 ) -> Columns:
-    """The factor by one of `METHODS`; `low_rank` has as many columns as the images that are `real` need."""
+    """The factor by one of `METHODS`; with `low_rank`, columns beyond those that an image needs are zero."""
     p = jax.nn.softmax(logits)
     if method == "exact":
         everything = jnp.ones(p.shape[0], p.dtype)
         return Columns(p.shape[1], lambda c: jnp.sqrt(p[:, c, None]) * jax.vmap(score, (0, None))(p, c), everything)
     if method == "low_rank":
-        left = jax.vmap(lambda q: cholesky(q)[1])(p)
+        needed = jax.vmap(rank, (0, None))(logits, tolerance)
+        left = jax.vmap(lambda q, k: cholesky(q)[1][k - 1])(p, needed)
         trace = 1 - jnp.sum(p**2, axis=1)
-        count = jnp.max(jnp.where(real, jax.vmap(rank, (0, None))(logits, tolerance), 0))
-        captured = jnp.where(trace > 0, 1 - left[:, count - 1] / jnp.where(trace > 0, trace, 1), 1)
-        return Columns(count, lambda k: jax.vmap(lambda q: cholesky(q)[0](k))(p), captured)
+        captured = jnp.where(trace > 0, 1 - left / jnp.where(trace > 0, trace, 1), 1)
+
+        def column(k):
+            return jnp.where(k < needed[:, None], jax.vmap(lambda q: cholesky(q)[0](k))(p), 0)
+
+        return Columns(jnp.max(jnp.where(real, needed, 0)), column, captured)
     if method == "monte_carlo":
         labels = jax.vmap(jax.random.categorical)(keys, logits)
     return Columns(1, lambda k: jax.vmap(score)(p, labels), jnp.full(p.shape[0], jnp.nan, p.dtype))

@@ -1,6 +1,10 @@
 """Figures, tables and the page of a run."""
 
+from compo_jax.report import curvature_figures as curvature_figures
 from compo_jax.report import figures as figures
+from compo_jax.report.curvature import curvature as curvature
+from compo_jax.report.curvature import fisher_table as fisher_table
+from compo_jax.report.curvature import forecast_table as forecast_table
 from compo_jax.report.numbers import Row as Row
 from compo_jax.report.numbers import rows as rows
 from compo_jax.report.numbers import table as table

@@ -31,17 +31,17 @@ STYLE = {
 }  # fmt: skip
 
 
-def _figure(title: str, height: float) -> Figure:
+def titled_figure(title: str, height: float) -> Figure:
     figure = Figure(figsize=(WIDTH, height))
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     return figure
 
 
-def _short(name: str, length: int) -> str:
+def short(name: str, length: int) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _name_ticks(
+def name_ticks(
     axes: Axes, axis: str, names: Sequence[str], at: Sequence[float] | None = None, length: int = 14
 ) -> None:
     """Names as tick labels, upright on x where they are many, and only every so many beyond 25."""
@@ -50,7 +50,7 @@ def _name_ticks(
     slanted = {"ha": "right", "rotation_mode": "anchor"} if turned.get("rotation") == 45 else {}
     places = [i if at is None else at[i] for i in chosen]
     getattr(axes, f"set_{axis}ticks")(
-        places, [_short(names[i], length) for i in chosen], parse_math=False, **turned, **slanted
+        places, [short(names[i], length) for i in chosen], parse_math=False, **turned, **slanted
     )
 
 
@@ -73,12 +73,12 @@ def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 def accuracy_matrix(matrix: Float[np.ndarray, "tasks tasks"], tasks: Sequence[str]) -> Figure:
     """Heat map of `matrix[t, s]`, the accuracy on task s after task t; nan stays blank."""
     count = len(tasks)
-    figure = _figure("Accuracy on each task as tasks are learned", 4.9)
+    figure = titled_figure("Accuracy on each task as tasks are learned", 4.9)
     axes = figure.add_subplot()
     low = 10 * math.floor(10 * np.nanmin(matrix, initial=0.9))
     image = axes.imshow(100 * matrix, cmap="viridis", vmin=low, vmax=100, interpolation="nearest")
-    _name_ticks(axes, "x", tasks)
-    _name_ticks(axes, "y", tasks)
+    name_ticks(axes, "x", tasks)
+    name_ticks(axes, "y", tasks)
     axes.set(xlabel="accuracy on task", ylabel="after learning task")
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, label="accuracy (%)", shrink=0.8, ticks=MaxNLocator(6, integer=True))
@@ -99,7 +99,7 @@ def accuracy_so_far(
 
     A method known only after the last task is one point; `frozen` is a dashed line.
     """
-    figure = _figure("Mean accuracy over the tasks seen so far", max(3.5, 1 + 0.24 * len(matrices)))
+    figure = titled_figure("Mean accuracy over the tasks seen so far", max(3.5, 1 + 0.24 * len(matrices)))
     axes = figure.add_subplot()
     count = len(next(iter(matrices.values())))
     ends: list[tuple[str, float, str]] = []
@@ -127,7 +127,7 @@ def accuracy_so_far(
     right = axes.get_xlim()[1]
     for (name, y, colour), place in zip(ends, places, strict=True):
         axes.annotate(
-            _short(name, 20),
+            short(name, 20),
             (right, y),
             (right + 0.1 * max(1, count - 1), place),
             va="center",
@@ -150,14 +150,14 @@ def accuracy_so_far(
 @mpl.rc_context(STYLE)
 def final_accuracies(accuracies: Mapping[str, float], frozen: float | None, main: str) -> Figure:
     """The final accuracy of each method as a bar, the best on top, `main` in bold; `frozen` is a dashed line."""
-    figure = _figure("Final accuracy of the methods", 1.3 + 0.3 * len(accuracies))
+    figure = titled_figure("Final accuracy of the methods", 1.3 + 0.3 * len(accuracies))
     axes = figure.add_subplot()
     looks = _looks(list(accuracies))
     names = sorted(accuracies, key=lambda name: accuracies[name])
     values = [100 * accuracies[name] for name in names]
     bars = axes.barh(range(len(names)), values, color=[looks[name]["color"] for name in names], height=0.7)
     axes.bar_label(bars, fmt="%.1f", padding=3, color=INK, fontsize=8)
-    _name_ticks(axes, "y", names, length=20)
+    name_ticks(axes, "y", names, length=20)
     for name, label in zip(names, axes.get_yticklabels(), strict=False):
         label.set_fontweight("bold" if name == main else "normal")
     axes.set(xlabel="final accuracy (%)", xlim=(0, 108), xticks=range(0, 101, 20))
@@ -190,7 +190,7 @@ def specialise_and_unlearn(
         for label, values in (("only this task's module", specialise), ("all but this task's module", unlearn))
         if values
     ]
-    figure = _figure("Specialising in a task, and unlearning it", 1.4 + 2 * len(parts))
+    figure = titled_figure("Specialising in a task, and unlearning it", 1.4 + 2 * len(parts))
     panels = figure.subplots(len(parts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, (label, values) in zip(panels, parts, strict=True):
         tasks, place = [value["task"] for value in values], np.arange(len(values))
@@ -216,7 +216,7 @@ def specialise_and_unlearn(
                 markersize=4.5,
                 label="all modules" if key == "control" else None,
             )
-        _name_ticks(axes, "x", tasks)
+        name_ticks(axes, "x", tasks)
         axes.set_title(label, loc="left", fontsize=9)
         axes.set(ylabel="accuracy (%)", ylim=(0, 100))
         axes.grid(axis="y")
@@ -227,7 +227,7 @@ def specialise_and_unlearn(
 @mpl.rc_context(STYLE)
 def training_loss(records: Sequence[Mapping[str, Any]]) -> Figure:
     """The logged loss of one method over its steps, the tasks one after another."""
-    figure = _figure("Training loss, task after task", 3.2)
+    figure = titled_figure("Training loss, task after task", 3.2)
     axes = figure.add_subplot()
     tasks = list(dict.fromkeys(record["task"] for record in records))
     start, middles = 0, []
@@ -237,7 +237,7 @@ def training_loss(records: Sequence[Mapping[str, Any]]) -> Figure:
         axes.plot(steps, [record["loss"] for record in own], color=COLOURS[0 if i % 2 == 0 else 5], linewidth=1.2)
         middles.append((start + steps.max()) / 2)
         start = steps.max()
-    _name_ticks(axes, "x", tasks, middles)
+    name_ticks(axes, "x", tasks, middles)
     axes.tick_params(axis="x", length=0)
     axes.set(xlabel=f"task, over {start:,} steps in all", ylabel="training loss (nats)", xlim=(0, start))
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
@@ -250,15 +250,17 @@ def samples(samples: Sequence[tuple[np.ndarray, str, str, str]]) -> Figure:
     """Images of (image, task, true class, predicted class), 8 in a row; wrong ones have a red frame and a cross."""
     wrong = sum(true != predicted for _, _, true, predicted in samples)
     columns, lines = 8, math.ceil(len(samples) / 8)
-    figure = _figure(f"Test images: true class → predicted class ({wrong} of {len(samples)} wrong)", 0.4 + 1.05 * lines)
+    figure = titled_figure(
+        f"Test images: true class → predicted class ({wrong} of {len(samples)} wrong)", 0.4 + 1.05 * lines
+    )
     long = max(len(true) + len(predicted) for _, _, true, predicted in samples) > 7
     for i, (image, task, true, predicted) in enumerate(samples):
         axes = figure.add_subplot(lines, columns, i + 1, xticks=[], yticks=[])
         axes.imshow(image)
         # marks of direction around the arrow, or the two of a right-to-left script would change places
         arrow, size = ("\n\u200e→ \u200e", 6.5) if long else ("\u200e → \u200e", 8)
-        axes.set_title(f"\u200e{_short(true, 11)}{arrow}{_short(predicted, 9)}", fontsize=size, pad=3, parse_math=False)
-        axes.set_xlabel(_short(task, 10), fontsize=7, labelpad=2, parse_math=False)
+        axes.set_title(f"\u200e{short(true, 11)}{arrow}{short(predicted, 9)}", fontsize=size, pad=3, parse_math=False)
+        axes.set_xlabel(short(task, 10), fontsize=7, labelpad=2, parse_math=False)
         axes.spines[:].set(visible=true != predicted, color=WRONG, linewidth=2.5)
         if true != predicted:
             for colour, width in (("white", 4), (WRONG, 2)):

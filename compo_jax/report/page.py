@@ -1,4 +1,4 @@
-"""The report of an incremental run: one HTML page that holds its figures and needs nothing else."""
+"""The report of an incremental run, and what all reports share: one HTML page that needs nothing else."""
 
 import html
 import io
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from compo_jax.report import figures
 from compo_jax.report.numbers import ABSENT, HEADINGS, Metrics, cells, check, decimal, full_matrix, percent, rows
 
+KeyNumber = tuple[str, str, str]  # label, number and unit
 _STYLE = """
 :root { color-scheme: light dark;
   --paper: #fbfbfa; --card: #ffffff; --ink: #24292f; --quiet: #5f6770; --line: #dfe2e6; }
@@ -60,7 +61,7 @@ def svg(figure: Figure) -> str:
     return drawn.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
 
 
-def _table(headings: Iterable[str], body: Iterable[tuple[str, Iterable[str]]]) -> str:
+def html_table(headings: Iterable[str], body: Iterable[tuple[str, Iterable[str]]]) -> str:
     """A table of escaped headings and (name, cells); the cells are HTML."""
     head = "".join(f'<th scope="col">{html.escape(heading)}</th>' for heading in headings)
     lines = "".join(
@@ -70,9 +71,33 @@ def _table(headings: Iterable[str], body: Iterable[tuple[str, Iterable[str]]]) -
     return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
 
 
-def _block(figure: Figure, caption: str, numbers: str = "") -> str:
+def block(figure: Figure, caption: str, numbers: str = "") -> str:
+    """A figure with its caption, and its numbers (HTML) to unfold."""
     numbers = numbers and f"<details><summary>Numbers</summary>{numbers}</details>"
     return f"<figure>{svg(figure)}<figcaption>{html.escape(caption)}</figcaption>{numbers}</figure>"
+
+
+def write_page(
+    folder: str | os.PathLike, name: str, lead: str, key_numbers: Iterable[KeyNumber], card: str, blocks: Iterable[str]
+) -> Path:
+    """Writes `folder/report.html` and returns its path; `card` and `blocks` are HTML, the rest is escaped."""
+    name = html.escape(name)
+    shown = "".join(
+        f"<div><dt>{html.escape(label)}</dt><dd>{text}{'' if text == ABSENT else f' <small>{unit}</small>'}</dd></div>"
+        for label, text, unit in key_numbers
+    )
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name}</title><style>{_STYLE}</style></head><body>"
+        f'<h1>{name}</h1><p class="lead">{html.escape(lead)}</p><dl>{shown}</dl>'
+        f'<div class="card">{card}</div><main>{"".join(blocks)}</main>'
+        "</body></html>\n"
+    )
+    path = Path(folder, "report.html")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
 
 
 def _lead(metrics: Metrics) -> str:
@@ -85,9 +110,9 @@ def _lead(metrics: Metrics) -> str:
     )
 
 
-def _key_numbers(metrics: Metrics) -> str:
+def _key_numbers(metrics: Metrics) -> list[KeyNumber]:
     rate = metrics.get("images_per_second")
-    shown = [
+    return [
         ("final accuracy", percent(metrics.get("final_accuracy")), "%"),
         ("with frozen features", percent(metrics.get("frozen_features_accuracy")), "%"),
         ("forgetting", percent(metrics.get("final_forgetting")), "points"),
@@ -95,10 +120,6 @@ def _key_numbers(metrics: Metrics) -> str:
         ("training speed", decimal(rate, 0 if rate is None or rate >= 10 else 1), "images/s"),
         ("whole run", decimal(metrics.get("seconds"), 0), "s"),
     ]
-    return "".join(
-        f"<div><dt>{label}</dt><dd>{text}{'' if text == ABSENT else f' <small>{unit}</small>'}</dd></div>"
-        for label, text, unit in shown
-    )
 
 
 def _skill_table(metrics: Metrics, specialise: Sequence[Mapping], unlearn: Sequence[Mapping]) -> str:
@@ -109,7 +130,7 @@ def _skill_table(metrics: Metrics, specialise: Sequence[Mapping], unlearn: Seque
         for value in values
     }
     headings = ("task (%)", "all modules", "only its module", "… other tasks", "without its module", "… other tasks")
-    return _table(headings, [
+    return html_table(headings, [
         (task, [
             percent(metrics.get("composed", {}).get(task)),
             *(text for kind in ("specialise", "unlearn") for text in known.get((kind, task), [ABSENT, ABSENT])),
@@ -125,26 +146,28 @@ def _blocks(metrics: Metrics, samples: Sequence, records: Sequence[Mapping[str, 
     matrix = full_matrix(metrics["accuracy_matrix"])
     matrices = {name: full_matrix(values["accuracy_matrix"]) for name, values in methods.items()}
     if len(tasks) > 1:
-        yield _block(
+        yield block(
             figures.accuracy_so_far(matrices, frozen, main),
             "More tasks mean more classes to tell apart, so lines sink: look for the one that sinks least, and for "
             "whether it ends above the dashed line, a linear classifier on the frozen backbone's features.",
         )
-    yield _block(
+    yield block(
         figures.final_accuracies({name: values["final_accuracy"] for name, values in methods.items()}, frozen, main),
         "Mean test accuracy over all tasks after the last one: what a bar has beyond the dashed line was gained by "
         "training modules.",
     )
     if len(tasks) > 1:
-        yield _block(
+        yield block(
             figures.accuracy_matrix(matrix, tasks),
             f"Follow a column of {main} downwards: the colour darkens where a task is forgotten as later ones are "
             "learned; the lowest row is the end of the run.",
-            _table(["after task (%)", *tasks], zip(tasks, ([percent(x) for x in row] for row in matrix), strict=True)),
+            html_table(
+                ["after task (%)", *tasks], zip(tasks, ([percent(x) for x in row] for row in matrix), strict=True)
+            ),
         )
     specialise, unlearn = metrics.get("specialise") or [], metrics.get("unlearn") or []
     if specialise or unlearn:
-        yield _block(
+        yield block(
             figures.specialise_and_unlearn(specialise, unlearn, metrics.get("composed") or {}),
             "A good pool keeps a task's accuracy (solid) with its module alone, and loses it without that module while "
             "the other tasks (hatched) stay at the diamonds, where all modules together stand.",
@@ -152,13 +175,13 @@ def _blocks(metrics: Metrics, samples: Sequence, records: Sequence[Mapping[str, 
         )
     own = [r for r in records if r.get("run") == main and np.isfinite(r.get("loss", np.nan))]
     if own:
-        yield _block(
+        yield block(
             figures.training_loss(own),
             f"Each stretch is one task's training with {main}: it should fall and level off; a curve still falling at "
             "its end asks for more epochs, a jump for a smaller learning rate.",
         )
     if samples:
-        yield _block(
+        yield block(
             figures.samples(samples),
             "A red frame and a cross mark a wrong prediction, among the classes of all tasks: see whether it is a "
             "look-alike, and of the same task.",
@@ -187,16 +210,7 @@ def incremental(
         (row.name, [f"<strong>{text}</strong>" if best else text for text, best in numbers])
         for row, numbers in zip(made, cells(made), strict=True)
     ]
-    name = html.escape(metrics["name"])
-    page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}</title><style>{_STYLE}</style></head><body>"
-        f'<h1>{name}</h1><p class="lead">{html.escape(_lead(metrics))}</p><dl>{_key_numbers(metrics)}</dl>'
-        f'<div class="card">{_table(HEADINGS, body)}</div><main>{"".join(_blocks(metrics, samples, records))}</main>'
-        "</body></html>\n"
+    blocks = _blocks(metrics, samples, records)
+    return write_page(
+        folder, metrics["name"], _lead(metrics), _key_numbers(metrics), html_table(HEADINGS, body), blocks
     )
-    path = Path(folder, "report.html")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
