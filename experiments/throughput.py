@@ -1,6 +1,7 @@
-"""Speed of a LoRA training step: compile time, images per second, FLOPs by XLA's count.
+"""Speed of a LoRA training step, or of curvature: compile time, images per second, FLOPs by XLA's count.
 
     python experiments/throughput.py                                  # the embedded size
+    python experiments/throughput.py --curvature --batch 32           # products and Fisher, in gradients
     python experiments/throughput.py --model s16 --batch 16
     python experiments/throughput.py --model b16 --batch 128 --dtype bfloat16 --peak 989    # on a GPU; TFLOP/s
 
@@ -10,14 +11,16 @@ median of the steps of the scanned one. Expected numbers: the table in README.md
 
 import argparse
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from compo_jax import adapters
-from compo_jax.models import ViT
+from compo_jax import adapters, curvature
+from compo_jax.data import glyphs
+from compo_jax.models import ViT, embedded
 from compo_jax.train import init_state, jit_runner, make_step
 
 MODELS = {
@@ -32,11 +35,59 @@ parser.add_argument("--batch", type=int, default=64)
 parser.add_argument("--rank", type=int, default=16)
 parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
 parser.add_argument("--steps", type=int, default=10)
+parser.add_argument("--curvature", action="store_true", help="the embedded model with a head of 100 trained classes")
 parser.add_argument("--peak", type=float, help="the device's matrix peak in TFLOP/s, for the fraction reached")
+
+
+def curvature_speed(images: int, repeats: int) -> None:
+    """Times of Hessian and Gauss-Newton products and Fisher diagonals of all parameters, each timed in turn."""
+    classes = 100
+    model, params, _ = embedded()
+    params["head"] = {name: x[..., :classes] for name, x in params["head"].items()}
+    model = model.copy(classes=classes)
+    labels = np.arange(images) % classes
+    shapes = glyphs.masters("".join(glyphs.PRETRAINING.values()))[:classes]
+    x = jnp.asarray(glyphs.images(jax.random.key(1), shapes, labels)) / jnp.float32(127.5) - 1
+
+    def apply(p, x):
+        return model.apply({"params": p}, x)
+
+    def loss(p, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(apply(p, x), y).mean()
+
+    y = jnp.asarray(labels)
+    eight = jax.tree.map(lambda p: jnp.stack([p] * 8), params)
+    fisher = partial(curvature.fisher_diagonal, apply)
+    jobs = {
+        "gradient": (jax.grad(loss), (params, x, y)),
+        "Hessian product": (lambda p, v, x, y: curvature.hvp(loss, p, v, x, y), (params, params, x, y)),
+        "8 Hessian products": (
+            lambda p, v, x, y: jax.vmap(lambda v: curvature.hvp(loss, p, v, x, y))(v),
+            (params, eight, x, y),
+        ),
+        "Gauss-Newton product": (lambda p, v, x: curvature.ggnvp(apply, p, v, x), (params, params, x)),
+        "Fisher diagonal, exact": (fisher, (params, x)),
+        "Fisher diagonal, low-rank 1e-2": (partial(fisher, method="low_rank", tolerance=1e-2), (params, x)),
+        "Fisher diagonal, low-rank 1e-3": (partial(fisher, method="low_rank", tolerance=1e-3), (params, x)),
+        "Fisher diagonal, Monte-Carlo": (partial(fisher, method="monte_carlo", key=jax.random.key(0)), (params, x)),
+    }
+    compiled = {name: jax.jit(job).lower(*given).compile() for name, (job, given) in jobs.items()}
+    seconds = {name: [] for name in jobs}
+    for _ in range(repeats + 1):
+        for name, (_, given) in jobs.items():
+            clock = time.perf_counter()
+            jax.block_until_ready(compiled[name](*given))
+            seconds[name].append(time.perf_counter() - clock)
+    medians = {name: float(np.median(times[1:])) for name, times in seconds.items()}
+    print(f"embedded ViT, {classes} classes, {images} images, {repeats} repeats on {jax.devices()[0].device_kind}")
+    for name, median in medians.items():
+        print(f"{name:32s} {1e3 * median / images:8.2f} ms an image {median / medians['gradient']:7.2f} gradients")
 
 
 def main() -> None:
     options = parser.parse_args()
+    if options.curvature:
+        return curvature_speed(options.batch, options.steps)
     half = options.dtype == "bfloat16"
     model = MODELS[options.model].copy(
         dtype=jnp.bfloat16 if half else None, kernel="cudnn" if half and jax.default_backend() == "gpu" else "xla"

@@ -17,13 +17,14 @@ ROOT = Path(__file__).parents[1]
 SMALL = ["--tasks", "2", "--classes", "3", "--images", "24", "--epochs", "3", "--batch", "24", "--fisher-images", "24"]
 
 
-def command(*arguments):
-    return [sys.executable, str(ROOT / "experiments" / "incremental.py"), *map(str, arguments)]
+def command(*arguments, script="incremental.py"):
+    return [sys.executable, str(ROOT / "experiments" / script), *map(str, arguments)]
 
 
-def run(*arguments):
+def run(*arguments, script="incremental.py"):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "1000"}
-    return subprocess.run(command(*arguments), capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    line = command(*arguments, script=script)
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
 
 
 def comparable(folder):
@@ -119,3 +120,38 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, told, tmp_path):
     assert told in result.stdout
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()  # nothing that a rerun would trip on
+
+
+def test_the_curvature_of_a_finished_run_is_checked(finished):
+    folder, _ = finished
+    few = ["--images", 16, "--fisher-images", 8, "--weightings", 20, "--order", 3]
+    done = run("--run", folder, *few, script="curvature_check.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((folder / "curvature" / "metrics.json").read_text())
+    assert metrics["products"]["error_float64"] < 1e-10
+    rows = {(row["estimate"], row["batch"]): row for row in metrics["fisher"]["rows"]}
+    assert rows["exact diagonal", 1]["trace_ratio"] == 1
+    for name in ("exact", "low-rank", "Monte-Carlo", "empirical"):  # whatever the batch
+        alone, together = rows[f"{name} diagonal", 1], rows[f"{name} diagonal", 8]
+        assert alone["form_ratio"] == pytest.approx(together["form_ratio"], rel=1e-3)
+    assert rows["EKFAC", 1]["trace_ratio"] == pytest.approx(1, rel=1e-4)
+    uniform = metrics["forecast"]["ita-lora"]["anchors"]["the uniform composition"]
+    assert uniform["correlation"] > 0.9
+    assert uniform["relative_error"] < 0.02
+    theorem = metrics["forecast"]["ita-lora"]["theorem"]
+    assert theorem["measured_gap"][0] == pytest.approx(0, abs=1e-6)  # at scale zero all compositions are the base
+    assert (folder / "curvature" / "report.html").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--run", "{tmp}"], "holds no finished run"),
+        (["--run", "{run}", "--images", "9"], "must be a multiple of 8, at most the 8 images"),
+    ],
+)
+def test_the_curvature_check_says_what_it_lacks(finished, tmp_path, arguments, told):
+    filled = [a.format(tmp=tmp_path, run=finished[0]) for a in arguments]
+    result = run(*filled, script="curvature_check.py")
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert told in result.stdout

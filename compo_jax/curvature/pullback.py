@@ -86,7 +86,11 @@ def pull_back(
     held = tree.size(rest) + sum(
         int(np.prod(layer.stack)) * layer.tokens * sum(layer.sizes) for layer in taps.layers.values()
     )
-    chunk = min(batch, chunk or max(1, _HELD // max(1, held)))
+    if chunk is None:
+        chunk = max(1, _HELD // max(1, held))
+        if method == "low_rank":  # several chunks, so that images that need few columns don't wait for those of many
+            chunk = min(chunk, max(8, batch // 8))
+    chunk = min(batch, chunk)
     chunks = -(-batch // chunk)
 
     def padded(x):  # the last chunk is filled up with image 0, which `real` leaves out of the sums
