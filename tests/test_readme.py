@@ -11,7 +11,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 def test_the_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(example.strip().splitlines()) <= 12
     names = {}
     exec(example, names)
@@ -19,6 +19,24 @@ def test_the_example_runs(tmp_path, monkeypatch):
     # New modules change nothing yet, so the composition is the base.
     plain = names["model"].apply({"params": names["base"]}, jnp.zeros((1, 32, 32, 3)))
     np.testing.assert_array_equal(names["logits"], plain)
+
+
+def test_the_curvature_example_runs_on_a_quadratic():
+    _, example = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    centre = jnp.array([0.5, 0.25])
+    names = {
+        "loss": lambda p, x: jnp.mean(x) * jnp.sum((p["w"] - centre) ** 2),
+        "params": {"w": jnp.ones(2)},
+        "base": {"w": jnp.zeros(2)},
+        "deltas": [{"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([0.0, 1.0])}],
+        "batches": [(jnp.ones(3),), (jnp.ones(2),)],
+        "T": 2,
+        "weights": [1.0, 0.0],
+    }
+    exec(example, names)
+    np.testing.assert_allclose(names["H"](names["params"])["w"], [2, 2], rtol=1e-6)
+    np.testing.assert_allclose(names["found"].predict(names["weights"]), 0.5**2 + 0.25**2, rtol=1e-6)
+    np.testing.assert_allclose(names["found"].best_weights(), [0.625, 0.375], atol=1e-6)
 
 
 def test_ci_runs_the_second_shell_block():
