@@ -294,11 +294,7 @@ def test_image_size_must_be_a_multiple_of_the_patch(size):
 
 @pytest.mark.parametrize(
     "dtype, tolerance",
-    [
-        (np.float32, 1e-5),
-        (np.float64, 1e-6),  # jax.nn.dot_product_attention takes its softmax in float32, whatever the arrays
-        pytest.param(np.float64, 1e-10, marks=pytest.mark.xfail(reason="softmax of the attention is in float32")),
-    ],
+    [(np.float32, 1e-5), (np.float64, 1e-10)],
 )
 def test_logits_equal_a_plain_numpy_forward_pass(dtype, tolerance):
     arrays, images = random_arrays(dtype), random_images(dtype=dtype)
