@@ -93,8 +93,8 @@ class Landscape(NamedTuple):
         for share, fractions, (loss, slope, gram, *_) in self.strata:
             forecasts = jax.vmap(lambda *parts: _expansion(*parts, step))(loss, slope, gram)
             count = fractions.shape[0]
-            spread = forecasts - jnp.tensordot(fractions, forecasts, axes=1)
-            scatter = jnp.tensordot(fractions**2, spread**2, axes=1)
+            spread = forecasts - jnp.average(forecasts, axis=0, weights=fractions)
+            scatter = jnp.sum(fractions.reshape(-1, *[1] * (spread.ndim - 1)) ** 2 * spread**2, axis=0)
             variance += share**2 * scatter * (count / (count - 1) if count > 1 else jnp.nan)
         return jnp.sqrt(variance)
 
@@ -107,7 +107,7 @@ class Landscape(NamedTuple):
         w = self._weights(weights)
         if not isinstance(w, jax.core.Tracer) and not np.allclose(np.sum(w, axis=-1), 1, atol=1e-4):
             raise ValueError(f"Ω is defined for weights that sum to one, and these sum to {np.sum(w, axis=-1)}")
-        return 0.5 * (w @ jnp.diag(self.gram) - _quadratic(self.gram, w))
+        return 0.5 * (jnp.sum(w * jnp.diag(self.gram), axis=-1) - _quadratic(self.gram, w))
 
     def best_weights(
         self,
@@ -146,17 +146,19 @@ class Landscape(NamedTuple):
         return w
 
 
-def _require_finite(delta: Tree, t: int) -> None:
+def _checked_delta(delta: Tree, base: Tree, t: int) -> Tree:
+    """The delta with None for each leaf of a branch that is None, so that deltas with other holes can be added."""
+    tree.require_like(delta, base, f"delta {t}")
+    tree.require_float(delta, f"delta {t}")
     for name, leaf in zip(tree.names(delta), jax.tree.leaves(delta), strict=True):
         if not isinstance(leaf, jax.core.Tracer) and not np.all(np.isfinite(leaf)):
             raise ValueError(f"delta {t} has a number in {name} that isn't finite: its training may have diverged")
-
-
-def _hole_by_hole(delta: Tree, base: Tree) -> Tree:
-    """None for a whole branch becomes None for each of its leaves, so that deltas with other holes can be added."""
-    return jax.tree.map(
+    delta = jax.tree.map(
         lambda d, b: jax.tree.map(lambda _: None, b) if d is None else d, delta, base, is_leaf=lambda d: d is None
     )
+    moved = jax.tree.map(lambda b, d: None if d is None else b, base, delta)
+    tree.require_float(moved, f"what delta {t} is added to")
+    return delta
 
 
 def _quadratic(gram, w):
@@ -202,14 +204,7 @@ def landscape(
     tasks = len(deltas)
     if tasks < 2:
         raise ValueError(f"a landscape is of two modules or more, and {tasks} was given: of one, use hvp")
-    for t, delta in enumerate(deltas):
-        tree.require_like(delta, base, f"delta {t}")
-        tree.require_float(delta, f"delta {t}")
-        _require_finite(delta, t)
-    deltas = [_hole_by_hole(delta, base) for delta in deltas]
-    for t, delta in enumerate(deltas):
-        moved = jax.tree.map(lambda b, d: None if d is None else b, base, delta)
-        tree.require_float(moved, f"what delta {t} is added to")
+    deltas = [_checked_delta(delta, base, t) for t, delta in enumerate(deltas)]
     if args and batches is not None:
         raise ValueError("the data were given twice, as arguments and as batches: give one of them")
     if not args and batches is None:
@@ -246,7 +241,7 @@ def landscape(
 
     measured, fractions = each(measure, data)
     fractions = fractions.astype(dtype)
-    mean = jax.tree.map(lambda x: jnp.tensordot(fractions, x, axes=1), measured)
+    mean = jax.tree.map(lambda x: jnp.average(x, axis=0, weights=fractions), measured)
     stratum = Stratum(jnp.ones((), dtype), fractions, measured)
     return Landscape(*mean[:3], around, points, *mean[3:], (stratum,))
 
