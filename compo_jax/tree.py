@@ -136,3 +136,7 @@ def require_like(tree: Tree, like: Tree, what: str) -> None:
     problems += [f"{p} is {found[p]} and should be {want[p]}" for p in want if p in found and found[p] != want[p]]
     if problems:
         raise ValueError(f"{what} doesn't fit the parameters: {'; '.join(problems)}")
+    try:
+        jax.tree.map(lambda *_: None, tree, like, is_leaf=_is_none)
+    except ValueError as error:
+        raise ValueError(f"{what} has other containers than the parameters, a tuple for a list say: {error}") from error

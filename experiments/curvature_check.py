@@ -339,13 +339,17 @@ def main(arguments: list[str] | None = None) -> None:
         job = Path(__file__).with_name("incremental.py")
         command = [sys.executable, str(job), *SMALL, "--runs", str(options.runs), "--name", folder.name]
         subprocess.run(command, check=True)
+    if options.weightings < 2:
+        raise ValueError(f"a correlation needs --weightings of two at least, not {options.weightings}")
     run = incremental.open_finished(folder, options.data_dir)
+    if not run.pools:
+        raise ValueError(f"{folder} has no pool of modules trained alone: give the run a method such as ita-lora")
     if len(run.stream.tasks) < 2:
         raise ValueError(f"{folder} has one task only: compositions need two")
     kind = {name: problem(run, name, options.images, options.seed) for name in run.pools}
     first = kind[next(iter(kind))]
     labels = len(first.labels)
-    if not (options.fisher_images <= labels and options.fisher_images % 8 == 0):
+    if not (0 < options.fisher_images <= labels and options.fisher_images % 8 == 0):
         raise ValueError(f"--fisher-images must be a multiple of 8, at most the {labels} images that there are")
     console.print(f"{run.backbone}; {run.stream.name}: {len(first.deltas)} modules, {labels} images; {', '.join(kind)}")
 

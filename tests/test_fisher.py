@@ -400,3 +400,44 @@ def test_the_diagonal_is_the_same_by_the_code_of_another_platform(row, monkeypat
         params, images = built(shapes)
         found = jax.jit(lambda p, x: fisher_diagonal(jax.vmap(function, (None, 0)), p, x, chunk=2))(params, images)
         close(found.total, definition(function, params, images), 1e-10)
+
+
+@pytest.mark.parametrize("method", ["exact", "low_rank"])
+def test_logits_that_are_nan_are_not_passed_over(method):
+    params = jnp.array([[jnp.nan, 1.0], [1.0, 2.0]])
+    found = fisher_diagonal(lambda p, x: x @ p, params, jnp.ones((3, 2)), method=method)
+    assert np.isnan(found.total).any()
+    assert np.isnan(found.captured)
+
+
+def test_the_certificate_of_16_bit_logits_is_taken_in_32():
+    logits = np.random.default_rng(0).normal(size=(1, 500)).astype(np.float32)
+    apply = lambda p, x: x.astype(jnp.bfloat16) @ p
+    params = jnp.asarray(logits, jnp.bfloat16)
+    found = fisher_diagonal(apply, params, jnp.ones((1, 1)), method="low_rank", tolerance=0.01)
+    p = np.asarray(jax.nn.softmax(params[0].astype(jnp.float32)), np.float64)
+    order = np.sort(p)[::-1]
+    trace = 1 - np.sum(p**2)
+    left = np.array([order[k:].sum() - (order[k:] ** 2).sum() / order[k:].sum() for k in range(1, 500)])
+    count = np.flatnonzero(left <= 0.01 * trace)[0]
+    np.testing.assert_allclose(found.captured, 1 - left[count] / trace, atol=1e-4)
+
+
+def test_weights_that_pass_through_integers_have_no_gradient():
+    params = {"w": 2 * jnp.ones((3, 4)), "v": jnp.ones((4, 2))}
+    apply = lambda p, x: x @ jnp.round(p["w"]).astype(jnp.int32).astype(jnp.float32) @ p["v"]
+    found = fisher_diagonal(apply, params, jax.random.normal(jax.random.key(0), (5, 3)))
+    assert np.all(np.asarray(found.total["w"]) == 0)
+    assert np.any(np.asarray(found.total["v"]) > 0)
+
+
+def test_more_bad_input():
+    apply, params, x = lambda p, x: x @ p, jnp.ones((3, 2)), jnp.ones((4, 3))
+    with pytest.raises(ValueError, match="a chunk holds at least one image, not 0"):
+        fisher_diagonal(apply, params, x, chunk=0)
+    with pytest.raises(ValueError, match="tolerance, the fraction of the trace .* is -1"):
+        fisher_diagonal(apply, params, x, method="low_rank", tolerance=-1.0)
+    with pytest.raises(ValueError, match="no arrays in a batch"):
+        fisher_diagonal(apply, params, {})
+    with pytest.raises(ValueError, match="must share the length of axis 0"):
+        fisher_diagonal(lambda p, x: x[0] @ p, params, (x, jnp.ones(3)))

@@ -235,6 +235,14 @@ def test_bad_input():
         merge_kronecker([])
     with pytest.raises(ValueError, match="2 tasks' factors were given 1 weights"):
         merge_kronecker([found, found], weights=[1.0])
+    with pytest.raises(ValueError, match=r"w is \(2, 3\) in the vector and \(3, 2\) in the layer"):
+        found.matvec({"w": jnp.ones((2, 3))})
+    with pytest.raises(ValueError, match="damping must be positive, not 0"):
+        found.solve({"w": params["w"]}, 0.0)
+    with pytest.raises(ValueError, match="whose tokens were seen differently"):
+        merge_kronecker([found, kronecker(lambda p, x: x @ p["w"] + bias, {"w": params["w"]}, x, tokens="reduce")])
+    with pytest.raises(ValueError, match="the factors are of w, and params are v"):
+        eigenvalue_corrected(found, lambda p, x: x @ p["v"], {"v": params["w"]}, x)
     other = kronecker(lambda p, x: x @ p["v"], {"v": params["w"]}, x)
     with pytest.raises(ValueError, match="of different layers"):
         merge_kronecker([found, other])

@@ -379,7 +379,20 @@ def test_half_precision_modules_are_measured_in_single_precision():
     loss, base, deltas, x, y = poisson()
     halved = jax.tree.map(lambda v: jnp.asarray(v, jnp.bfloat16), deltas)
     land = landscape(loss, jax.tree.map(lambda v: np.asarray(v, np.float32), base), halved, x.astype(np.float32), y)
-    assert land.gram.dtype == land.loss.dtype == jnp.float32 and np.all(np.isfinite(land.gram))
+    assert land.gram.dtype == land.loss.dtype == jnp.float32
+    widened = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), halved)
+    single = landscape(loss, jax.tree.map(lambda v: np.asarray(v, np.float32), base), widened, x.astype(np.float32), y)
+    np.testing.assert_allclose(land.slope, single.slope, rtol=1e-6)
+    np.testing.assert_allclose(land.gram, single.gram, rtol=1e-6)
+
+
+def test_it_can_be_differentiated_in_what_the_loss_closes_over():
+    base, deltas = {"w": jnp.ones(2)}, [{"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([0.0, 2.0])}]
+    forecast = lambda s: landscape(lambda p: s * jnp.sum(p["w"] ** 2), base, deltas).predict([0.5, 0.25])
+    np.testing.assert_allclose(jax.grad(forecast)(3.0), 1.5**2 + 1.5**2, rtol=1e-6)
+    land = landscape(lambda p: jnp.sum(p["w"] ** 2), base, deltas)
+    w = jnp.array([0.5, 0.5])
+    np.testing.assert_allclose(jax.jit(lambda s: s * land.gap(w))(1.0), land.gap(w), rtol=1e-6)
 
 
 def test_bad_modules():

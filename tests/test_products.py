@@ -424,7 +424,7 @@ BATCHES = [
     ([(x, y), (x[:0], y[:0])], "a batch without examples"),
     ([(x, y[:3])], r"must share the length of axis 0.*\(4, 3\), \(3,\)"),
     ([(x, np.array(1))], r"must share the length of axis 0.*\(4, 3\), \(\)"),
-    ([()], "must share the length of axis 0"),
+    ([()], "no arrays in a batch"),
     (
         [{"image": x, "label": y}],
         r"the tuple of what follows the parameters, \(images, labels\) say, not <class 'dict'>",
@@ -448,3 +448,27 @@ def test_an_iterator_is_used_once():
     ggn(apply, params, data)
     with pytest.raises(ValueError, match="used up"):
         ggn(apply, params, data)
+
+
+def test_many_batches_in_16_bits_are_summed_in_32():
+    loss = lambda p, x: jnp.mean(x) * p**2
+    batches = [(np.ones(2, np.float32),)] * 3000
+    product = hessian(loss, jnp.array(1, jnp.bfloat16), batches)(jnp.array(1, jnp.bfloat16))
+    assert product.dtype == jnp.bfloat16
+    assert product == 2
+
+
+def test_empty_batches_and_other_containers_are_named():
+    loss = lambda p, x: jnp.mean(x @ p["w"][0])
+    params = {"w": [jnp.ones(3)]}
+    with pytest.raises(ValueError, match="a batch without examples"):
+        hvp(loss, params, params, jnp.ones((0, 3)))
+    with pytest.raises(ValueError, match="the vector has other containers than the parameters"):
+        hvp(loss, params, {"w": (jnp.ones(3),)}, jnp.ones((2, 3)))
+
+
+def test_an_operator_can_be_differentiated_in_what_its_loss_closes_over():
+    def curvature(s):
+        return hessian(lambda p, x: s * jnp.mean(x * p**2), jnp.array(1.0), [(np.full(4, 3.0, np.float32),)])(1.0)
+
+    np.testing.assert_allclose(jax.grad(curvature)(2.0), 6.0)

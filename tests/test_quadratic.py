@@ -1,3 +1,4 @@
+import time
 from itertools import product
 from time import perf_counter
 
@@ -166,3 +167,15 @@ def test_numbers_that_are_not_finite(wrong):
         minimise(np.diag([1.0, wrong]), np.zeros(2), np.zeros(2), np.ones(2))
     with pytest.raises(ValueError, match="numbers that aren't finite has no minimum"):
         minimise(np.eye(2), np.array([wrong, 0.0]), np.zeros(2), np.ones(2), sum_to=1.0)
+
+
+def test_the_rounding_of_a_gram_matrix_in_single_precision_is_no_negative_curvature():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(40, 8)).astype(np.float32)
+    gram, slope = (a @ a.T).astype(np.float64), rng.normal(size=40)
+    assert np.linalg.eigvalsh(gram)[0] < 0
+    began = time.perf_counter()
+    w = minimise(gram, slope, np.zeros(40), np.ones(40), sum_to=1.0)
+    assert time.perf_counter() - began < 5
+    gradient = gram @ w + slope
+    assert np.all(gradient >= gradient[w > 1e-9].mean() - 1e-4)  # no weight would gain by another's loss

@@ -32,10 +32,19 @@ class Batches(NamedTuple):
 def examples(batch: Tree) -> int:
     """Length of axis 0, which all arrays of a batch share."""
     sizes = {np.shape(x)[:1] for x in jax.tree.leaves(batch)}
+    if not sizes:
+        raise ValueError("there are no arrays in a batch: its inputs are empty")
     if len(sizes) != 1 or () in sizes:
         shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
         raise ValueError(f"a batch's arrays must share the length of axis 0; its arrays have the shapes {shapes}")
     return sizes.pop()[0]
+
+
+def require_examples(batch: Tree) -> None:
+    """ValueError where an array has no examples on axis 0: the mean over them would be nan."""
+    for x in jax.tree.leaves(batch):
+        if np.shape(x)[:1] == (0,):
+            raise ValueError(f"a batch without examples was given, an array of shape {np.shape(x)}: its mean is nan")
 
 
 def stack(batches: Iterable[tuple], mesh: Mesh | None = None) -> Batches:
@@ -73,12 +82,13 @@ def mean(function: Callable[..., Tree], batches: Batches) -> Tree:
     total = None
     for group, count in zip(*batches, strict=True):
         like = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], group))
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        # A sum in a 16-bit dtype stops growing after some hundred terms.
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), like)
         part, _ = jax.lax.scan(lambda sum, batch: (jax.tree.map(jnp.add, sum, function(*batch)), None), zero, group)
         part = jax.tree.map(lambda x, n=count: n * x, part)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
     number = sum(count * _length(group) for group, count in zip(*batches, strict=True))
-    return jax.tree.map(lambda x: x / number, total)
+    return jax.tree.map(lambda x, y: (x / number).astype(y.dtype), total, like)
 
 
 def each(function: Callable[..., Tree], batches: Batches) -> tuple[Tree, jax.Array]:
@@ -105,5 +115,7 @@ def require_deterministic(function: Callable, *args: Any) -> None:
         values = [jax.tree.leaves(jax.jit(lambda *a: function(*a))(*args)) for _ in range(2)]
     except jax.errors.UnexpectedTracerError as error:  # the first trace has left a key behind for the second
         raise ValueError(draws) from error
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)):  # something closed over is being traced
+        return
     if not all(np.allclose(a, b, rtol=1e-5, equal_nan=True) for a, b in zip(*values, strict=True)):
         raise ValueError(draws)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from compo_jax import tree
+from compo_jax.curvature.batches import examples
 from compo_jax.curvature.pullback import Pulled, Reduction, pull_back
 
 Tree = Any
@@ -90,7 +91,8 @@ def fisher_diagonal(
       chunk: images linearised at once; default: as many as hold about 2^26 numbers between the layers.
 
     Returns sums, see `FisherDiagonal`. Differentiates nothing itself and is not jitted. ValueError on an unknown
-    method, a missing key or missing labels, an empty batch, or a leaf that is no floating-point array.
+    method, a missing key or missing labels, an empty batch, or a leaf that is no floating-point array. Logits that are
+    nan make the total nan, by every method.
     """
 
     def squared(layers):
@@ -117,7 +119,7 @@ def fisher_diagonal(
             ),
         )
 
-    batch = jax.tree.leaves(inputs)[0].shape[0]
+    batch = examples(inputs)
     total, captured = pull_back(
         apply, params, inputs, squared, method=method, tolerance=tolerance, labels=labels, key=key, chunk=chunk
     )

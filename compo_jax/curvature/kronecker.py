@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from compo_jax import tree
+from compo_jax.curvature.batches import examples
 from compo_jax.curvature.fisher import squares
 from compo_jax.curvature.layers import Dense
 from compo_jax.curvature.pullback import Pulled, Reduction, pull_back
@@ -34,7 +35,14 @@ class _Blocks:
             raise ValueError(f"there are no Kronecker factors for {', '.join(missing)}, only for {', '.join(layers)}")
 
         def one(name, leaf):
-            return None if leaf is None else layers[name].leaf(function(name, layers[name].matrix(leaf)))
+            if leaf is None:
+                return None
+            layer = layers[name]
+            if leaf.shape != (*layer.stack, *layer.shape):
+                raise ValueError(
+                    f"{name} is {leaf.shape} in the vector and {(*layer.stack, *layer.shape)} in the layer"
+                )
+            return layer.leaf(function(name, layer.matrix(leaf)))
 
         return tree.map_with_name(one, vector)
 
@@ -70,7 +78,9 @@ class Eigen(_Blocks):
         return self._in_basis(name, v, self.values[name])
 
     def solve(self, vector: Tree, damping: float | Array) -> Tree:
-        """`(G + damping I)⁻¹ v`, exact."""
+        """`(G + damping I)⁻¹ v`, exact; the damping is positive, for the factors of few images are singular."""
+        if not isinstance(damping, jax.core.Tracer) and not damping > 0:
+            raise ValueError(f"damping must be positive, not {damping}: Kronecker factors may be singular")
         return self._map(lambda name, v: self._in_basis(name, v, 1 / (self.values[name] + damping)), vector)
 
     def diagonal(self) -> dict[str, Array]:
@@ -88,7 +98,9 @@ class Eigen(_Blocks):
         return sum(jnp.sum(values) for values in self.values.values())
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["inputs", "outputs", "count"], meta_fields=["layout"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["inputs", "outputs", "count"], meta_fields=["layout", "tokens"]
+)
 @dataclass(frozen=True)
 class Kronecker(_Blocks):
     """G ≈ A ⊗ B in each layer: the weight's change Δ (in, out) goes to `A Δ B`.
@@ -97,12 +109,14 @@ class Kronecker(_Blocks):
       inputs: for each layer A (*stack, in, in), the mean Gram matrix of its inputs.
       outputs: for each layer B (*stack, out, out), the mean Gram matrix of the gradients of its outputs.
       count: images.
+      layout, tokens: the layers, and how their tokens were seen.
     """
 
     inputs: dict[str, Array]
     outputs: dict[str, Array]
     count: Array
     layout: Layout
+    tokens: str
 
     def block(self, name, v):
         return _product("...ik,...kl,...lj->...ij", self.inputs[name], v, self.outputs[name])
@@ -151,7 +165,8 @@ def kronecker(
     the means.
 
     Args:
-      params: weights of dense layers (or convolutions), each used once; close over everything else.
+      params: weights of dense layers (or convolutions), each used once; close over everything else, biases too (of
+        which TAK makes one more row of the weight).
       tokens: how a weight is seen that multiplies several tokens of an image (Eschenhagen et al., 2023, arXiv
         2311.00636): `expand`, each token is an example of its own; `reduce`, inputs are averaged over the tokens and
         gradients summed, which is exact where the model averages them itself.
@@ -184,11 +199,11 @@ def kronecker(
 
         def finish(sums):
             a, b = ({name: pair[i] / batch for name, pair in sums.items()} for i in (0, 1))
-            return Kronecker(a, b, jnp.array(batch), tuple(layers.items()))
+            return Kronecker(a, b, jnp.array(batch), tuple(layers.items()), tokens)
 
         return Reduction({name: zero(layer) for name, layer in layers.items()}, column, chunk, finish)
 
-    batch = jax.tree.leaves(inputs)[0].shape[0]
+    batch = examples(inputs)
     dtype = jnp.result_type(*jax.tree.leaves(params), jnp.float32)
     options = {"method": method, "tolerance": tolerance, "labels": labels, "key": key, "chunk": chunk}
     return pull_back(apply, params, inputs, grams, **options)[0]
@@ -215,6 +230,8 @@ def eigenvalue_corrected(
 
     def moments(layers):
         _require_dense(layers, params)
+        if set(layers) != set(basis):
+            raise ValueError(f"the factors are of {', '.join(basis)}, and params are {', '.join(layers)}")
 
         def column(sums, pulled: Pulled):
             def add(name, sum):
@@ -231,7 +248,7 @@ def eigenvalue_corrected(
             finish=lambda sums: {name: sum / batch for name, sum in sums.items()},
         )
 
-    batch = jax.tree.leaves(inputs)[0].shape[0]
+    batch = examples(inputs)
     options = {"method": method, "tolerance": tolerance, "labels": labels, "key": key, "chunk": chunk}
     values, _ = pull_back(apply, params, inputs, moments, **options)
     return Eigen(basis, values, factors.layout)
@@ -247,17 +264,15 @@ def merge_kronecker(factors: Sequence[Kronecker], weights: Sequence[float] | Arr
     """
     if not factors:
         raise ValueError("no Kronecker factors were given to merge")
-    if any(other.layout != factors[0].layout for other in factors):
-        raise ValueError(
-            "Kronecker factors of different layers, or of images with other numbers of tokens, don't merge"
-        )
+    if any((other.layout, other.tokens) != (factors[0].layout, factors[0].tokens) for other in factors):
+        raise ValueError("Kronecker factors of different layers, or whose tokens were seen differently, don't merge")
     total = sum(f.count for f in factors)
     share = [f.count / total for f in factors]
     if weights is not None and len(weights) != len(factors):
         raise ValueError(f"{len(factors)} tasks' factors were given {len(weights)} weights")
     inputs = tree.weighted_sum([f.inputs for f in factors], share)
     outputs = tree.weighted_sum([f.outputs for f in factors], share if weights is None else weights)
-    return Kronecker(inputs, outputs, total, factors[0].layout)
+    return Kronecker(inputs, outputs, total, factors[0].layout, factors[0].tokens)
 
 
 def _require_dense(layers: dict[str, Dense], params: Tree) -> None:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Num
 
 from compo_jax import tree
-from compo_jax.curvature.batches import Batches, each, require_deterministic, stack
+from compo_jax.curvature.batches import Batches, each, require_deterministic, require_examples, stack
 from compo_jax.curvature.quadratic import minimise
 from compo_jax.mesh import replicated
 
@@ -96,7 +96,8 @@ class Landscape(NamedTuple):
             spread = forecasts - jnp.average(forecasts, axis=0, weights=fractions)
             scatter = jnp.sum(fractions.reshape(-1, *[1] * (spread.ndim - 1)) ** 2 * spread**2, axis=0)
             variance += share**2 * scatter * (count / (count - 1) if count > 1 else jnp.nan)
-        return jnp.sqrt(variance)
+        positive = variance != 0  # the root has no derivative at zero
+        return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
 
     def gap(self, weights: Weights) -> Float[Array, "*batch"]:
         """Ω = `½ Σ_{s<t} w_s w_t ‖delta_s - delta_t‖²_H` (Porrello et al., 2025, Theorem 1).
@@ -105,8 +106,9 @@ class Landscape(NamedTuple):
         less Ω; where H is positive, Ω is, and the composition is forecast to be no worse than that mean.
         """
         w = self._weights(weights)
-        if not isinstance(w, jax.core.Tracer) and not np.allclose(np.sum(w, axis=-1), 1, atol=1e-4):
-            raise ValueError(f"Ω is defined for weights that sum to one, and these sum to {np.sum(w, axis=-1)}")
+        sums = None if isinstance(w, jax.core.Tracer) else np.asarray(w).sum(axis=-1)
+        if sums is not None and not np.allclose(sums, 1, atol=1e-4):
+            raise ValueError(f"Ω is defined for weights that sum to one, and these sum to {sums}")
         return 0.5 * (jnp.sum(w * jnp.diag(self.gram), axis=-1) - _quadratic(self.gram, w))
 
     def best_weights(
@@ -133,11 +135,12 @@ class Landscape(NamedTuple):
         loss = self.predict(self.checked)
         slope = self.slope + jnp.einsum("st,pt->ps", self.gram, step, precision=jax.lax.Precision.HIGHEST)
         difference, true = (jnp.linalg.norm(x, axis=-1) for x in (slope - self.checked_slope, self.checked_slope))
-        return Remainder(
-            self.checked,
-            jnp.abs(loss - self.checked_loss) / jnp.abs(self.checked_loss),
-            jnp.where(difference > 0, difference / jnp.where(true > 0, true, 1), 0),
-        )
+
+        def relative(error, size):  # nothing is nothing of anything
+            return jnp.where(error == 0, 0, error / jnp.where(error == 0, 1, size))
+
+        off = relative(jnp.abs(loss - self.checked_loss), jnp.abs(self.checked_loss))
+        return Remainder(self.checked, off, relative(difference, true))
 
     def _weights(self, weights: Weights) -> Float[Array, "*batch tasks"]:
         w = jnp.asarray(weights, self.gram.dtype)
@@ -154,7 +157,10 @@ def _checked_delta(delta: Tree, base: Tree, t: int) -> Tree:
         if not isinstance(leaf, jax.core.Tracer) and not np.all(np.isfinite(leaf)):
             raise ValueError(f"delta {t} has a number in {name} that isn't finite: its training may have diverged")
     delta = jax.tree.map(
-        lambda d, b: jax.tree.map(lambda _: None, b) if d is None else d, delta, base, is_leaf=lambda d: d is None
+        lambda d, b: jax.tree.map(lambda _: None, b) if d is None else jnp.asarray(d),
+        delta,
+        base,
+        is_leaf=lambda d: d is None,
     )
     moved = jax.tree.map(lambda b, d: None if d is None else b, base, delta)
     tree.require_float(moved, f"what delta {t} is added to")
@@ -201,10 +207,14 @@ def landscape(
     ValueError where a delta doesn't fit the base (with the path), holds a number that isn't finite, or moves an integer
     leaf; for one module only; for a loss that isn't deterministic.
     """
+    base, deltas = jax.tree.map(jnp.asarray, base), list(deltas)
     tasks = len(deltas)
     if tasks < 2:
         raise ValueError(f"a landscape is of two modules or more, and {tasks} was given: of one, use hvp")
     deltas = [_checked_delta(delta, base, t) for t, delta in enumerate(deltas)]
+    # Weights and gram are not for 16 bits, nor is the sum of the deltas.
+    dtype = jnp.result_type(*(x.dtype for x in jax.tree.leaves(deltas)), jnp.float32)
+    deltas = jax.tree.map(lambda x: x.astype(dtype), deltas)
     if args and batches is not None:
         raise ValueError("the data were given twice, as arguments and as batches: give one of them")
     if not args and batches is None:
@@ -213,9 +223,9 @@ def landscape(
     if batches is not None:
         data = stack(batches, mesh)
     else:  # one batch, of whatever the loss takes; nothing is said of its examples
+        require_examples(args)
         data = Batches((jax.tree.map(lambda x: jnp.asarray(x)[None], args),), (1,))
     require_deterministic(loss, base, *data.first)
-    dtype = jnp.result_type(*(x.dtype for x in jax.tree.leaves(deltas[0])), jnp.float32)
     if anchor is None:
         anchor = np.zeros(tasks)
     if check is None:
@@ -248,6 +258,8 @@ def landscape(
 
 def mix(landscapes: Sequence[Landscape], weights: Sequence[float | int] | Array) -> Landscape:
     """The landscape of the weighted sum of losses, such as of the tasks' with the tasks' weights: everything is linear.
+
+    Standard errors take the landscapes' data for independent: of other images each.
 
     ValueError where the landscapes have other anchors or points of check: they are of other modules, or elsewhere.
     """

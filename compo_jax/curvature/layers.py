@@ -172,6 +172,8 @@ class _Interpreter:
 
     def convert(self, equation, arguments, probes):
         weight = arguments[0]
+        if not jnp.issubdtype(equation.params["new_dtype"], jnp.floating):  # no gradient goes through rounding
+            return self.bind(equation, arguments), {}
         value = equation.primitive.bind(weight.value, **equation.params)
         return [_Weight(value, weight.name, weight.stack)], {}
 

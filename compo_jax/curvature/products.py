@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from compo_jax import tree
-from compo_jax.curvature.batches import mean, require_deterministic, stack
+from compo_jax.curvature.batches import mean, require_deterministic, require_examples, stack
 from compo_jax.mesh import replicated
 
 Tree = Any
@@ -34,6 +34,7 @@ def hvp(loss: Callable[..., jax.Array], params: Tree, vector: Tree, *args: Any) 
     ValueError, with the paths, where `vector` doesn't fit `params` or a leaf of `params` is no floating-point array.
     """
     moved, tangent = _moved(params, vector)
+    require_examples(args)
 
     def gradient(moved):
         return jax.grad(lambda p: loss(p, *args))(tree.combine(moved, params))
@@ -62,6 +63,7 @@ def ggnvp(
     as `hvp`.
     """
     _, tangent = _moved(params, vector)
+    require_examples((inputs, targets))
     outputs, push = jax.linearize(lambda p: apply(p, inputs), params)
     everywhere = jax.tree.map(jnp.zeros_like, params)
     change = push(tree.combine(tangent, everywhere))

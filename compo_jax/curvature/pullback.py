@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from compo_jax import tree
 from compo_jax.curvature import softmax
+from compo_jax.curvature.batches import examples
 from compo_jax.curvature.layers import Dense, tap, zeros
 
 Tree = Any
@@ -66,7 +67,7 @@ def pull_back(
     The other arguments, and the errors: see `curvature.fisher_diagonal`.
     """
     tree.require_float(params, "params")
-    batch = jax.tree.leaves(inputs)[0].shape[0]
+    batch = examples(inputs)
     if method not in softmax.METHODS:
         raise ValueError(f"unknown method {method!r}; known are {', '.join(softmax.METHODS)}")
     if batch == 0:
@@ -75,8 +76,12 @@ def pull_back(
         raise ValueError("method='monte_carlo' draws labels and needs a key: key=jax.random.key(0)")
     if method == "empirical" and labels is None:
         raise ValueError("method='empirical' needs the true labels; the Fisher itself (method='exact') needs none")
-    if labels is not None and labels.shape != (batch,):
-        raise ValueError(f"{batch} images have labels of shape {labels.shape}; they must be ({batch},)")
+    if labels is not None and np.shape(labels) != (batch,):
+        raise ValueError(f"{batch} images have labels of shape {np.shape(labels)}; they must be ({batch},)")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance, the fraction of the trace that may be left out, is {tolerance}: 0 <= it < 1")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"a chunk holds at least one image, not {chunk}")
 
     def logits_of(params, image):
         return apply(params, jax.tree.map(lambda x: x[None], image))[0]
@@ -126,14 +131,16 @@ def pull_back(
             return column(sums, Pulled(x, outputs, others, real))
 
         sums = jax.lax.fori_loop(0, factor.count, add, each_chunk(sums, x, real))
-        return (sums, jnp.minimum(captured, jnp.min(jnp.where(real, factor.captured, jnp.inf)))), None
+        worst = jnp.min(jnp.where(real, factor.captured, jnp.inf)).astype(captured.dtype)
+        return (sums, jnp.minimum(captured, worst)), None
 
     xs = (
         jax.tree.map(padded, inputs),
         (jnp.arange(chunks * chunk) < batch).reshape(chunks, chunk),
-        padded(labels) if method == "empirical" else None,
+        padded(jnp.asarray(labels)) if method == "empirical" else None,
         padded(jax.random.split(key, batch)) if method == "monte_carlo" else None,
     )
-    first = jnp.array(jnp.inf, jax.eval_shape(apply, params, inputs).dtype)
+    dtype = jax.eval_shape(apply, params, inputs).dtype
+    first = jnp.array(jnp.inf, jnp.promote_types(dtype, jnp.float32))
     (sums, captured), _ = jax.lax.scan(one_chunk, (start, first), xs)
     return finish(sums), captured

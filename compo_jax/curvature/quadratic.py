@@ -1,5 +1,7 @@
 """Small quadratic programmes, solved to the global minimum, convex or not."""
 
+import warnings
+
 import numpy as np
 from jaxtyping import Float
 from scipy.optimize import LinearConstraint, milp, minimize
@@ -12,12 +14,14 @@ def minimise(
 ) -> Vector:
     """argmin of `slope·w + ½ wᵀ gram w` over `lower <= w <= upper`, and `sum(w) = sum_to` where it is given.
 
-    A convex programme goes to SciPy's SLSQP. A Gram matrix of true curvature need not be positive, and then SLSQP would
-    stop at any local minimum; but at the global one the KKT conditions make the objective linear in the weights and
-    multipliers, and which bounds are active is a choice of 0 or 1: a mixed-integer linear programme (Xia, Vera and
-    Zuluaga, 2020, arXiv 1810.02307), which SciPy's HiGHS solves to the end, in seconds for 20 weights. Either way the
-    KKT system of the active set that was found is then solved to machine precision. A slope of a millionth of the
-    curvature and below can escape HiGHS, and the value then is above the minimum by some 1e-7 of its largest term.
+    A convex programme (eigenvalues down to -1e-6 of the scale are rounding) goes to SciPy's SLSQP. A Gram matrix of
+    true curvature need not be positive, and then SLSQP would stop at any local minimum; but at the global one the KKT
+    conditions make the objective linear in the weights and multipliers, and which bounds are active is a choice of 0 or
+    1: a mixed-integer linear programme (Xia, Vera and Zuluaga, 2020, arXiv 1810.02307), which SciPy's HiGHS solves to
+    the end, in seconds for 20 weights; where it takes longer than a minute it stops, with a warning, at the best that
+    it has. Either way the KKT system of the active set that was found is then solved to machine precision. A slope of a
+    millionth of the curvature and below can escape HiGHS, and the value then is above the minimum by some 1e-7 of its
+    largest term.
 
     ValueError where the numbers aren't finite, or nothing satisfies the bounds.
     """
@@ -33,7 +37,9 @@ def minimise(
     reach = np.abs(gram) @ np.maximum(np.abs(lower), np.abs(upper)) + np.abs(slope)
     scale = reach.max() or 1.0
     gram, slope = (gram + gram.T) / 2 / scale, slope / scale
-    if np.linalg.eigvalsh(gram)[0] >= -1e-12:
+    values, vectors = np.linalg.eigh(gram)
+    if values[0] >= -1e-6:  # a Gram matrix measured in float32 has eigenvalues below zero that are but rounding
+        gram = gram if values[0] >= 0 else (vectors * np.maximum(values, 0)) @ vectors.T
         w = _convex(gram, slope, lower, upper, sum_to)
         if _is_minimum(gram, slope, lower, upper, w, sum_to):
             return w
@@ -99,10 +105,17 @@ def _global(gram, slope, lower, upper, sum_to) -> list[Vector]:
         "integrality": np.repeat([0, 0, 0, 1, 1, 0], [n, n, n, n, n, 1]),
     }
     # With its presolve HiGHS has lost a minimum where slopes were 1e-6; without, it has called a programme infeasible.
-    found = [milp(**programme, options={"mip_rel_gap": 0.0, "presolve": presolve}).x for presolve in (True, False)]
-    if all(x is None for x in found):
+    options = {"mip_rel_gap": 0.0, "time_limit": 30.0}
+    found = [milp(**programme, options=options | {"presolve": presolve}) for presolve in (True, False)]
+    if all(result.x is None for result in found):
         raise RuntimeError("HiGHS found no weights though there are some: look at the Gram matrix for extreme numbers")
-    return [np.clip(x[:n], lower, upper) for x in found if x is not None]
+    if all(result.status == 1 for result in found):
+        warnings.warn(
+            f"the best of {n} weights were not proven so within a minute: the Gram matrix has negative eigenvalues, "
+            "and such a programme takes a time that grows exponentially",
+            stacklevel=4,
+        )
+    return [np.clip(result.x[:n], lower, upper) for result in found if result.x is not None]
 
 
 def _polish(gram, slope, lower, upper, w, sum_to) -> Vector:

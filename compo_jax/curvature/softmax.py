@@ -15,7 +15,7 @@ class Columns(NamedTuple):
 
     Attributes:
       count: number of columns.
-      column: `k -> (images, classes)`, the k-th column of every image's V.
+      column: `k -> (images, classes)`, the k-th column of every image's V; nan where an image's logits are.
       captured: (images,), the fraction of the trace of `diag(p) - p pᵀ` that they have; nan where they are drawn.
     """
 
@@ -55,9 +55,13 @@ def cholesky(p: Float[Array, " classes"]) -> tuple[Callable, Float[Array, " clas
     return column, jnp.maximum(left, 0)
 
 
+def _probabilities(logits: Float[Array, "*images classes"]) -> Float[Array, "*images classes"]:
+    return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+
+
 def rank(logits: Float[Array, " classes"], tolerance: float) -> Int[Array, ""]:
     """Columns of the pivoted Cholesky factor that leave at most `tolerance` of the trace."""
-    p = jax.nn.softmax(logits)
+    p = _probabilities(logits)
     return jnp.argmax(cholesky(p)[1] <= tolerance * (1 - jnp.sum(p**2))) + 1
 
 
@@ -70,10 +74,14 @@ def columns(
     keys: Key[Array, " images"] | None,
 ) -> Columns:
     """The factor by one of `METHODS`; with `low_rank`, columns beyond those that an image needs are zero."""
-    p = jax.nn.softmax(logits)
+    p = _probabilities(logits)
+    known = jnp.where(jnp.isnan(p).any(axis=1), jnp.nan, 1)  # 1, or nan where the logits have one
     if method == "exact":
-        everything = jnp.ones(p.shape[0], p.dtype)
-        return Columns(p.shape[1], lambda c: jnp.sqrt(p[:, c, None]) * jax.vmap(score, (0, None))(p, c), everything)
+
+        def column(c):
+            return jnp.sqrt(p[:, c, None]) * jax.vmap(score, (0, None))(p, c)
+
+        return Columns(p.shape[1], lambda c: column(c).astype(logits.dtype), known)
     if method == "low_rank":
         needed = jax.vmap(rank, (0, None))(logits, tolerance)
         left = jax.vmap(lambda q, k: cholesky(q)[1][k - 1])(p, needed)
@@ -81,9 +89,10 @@ def columns(
         captured = jnp.where(trace > 0, 1 - left / jnp.where(trace > 0, trace, 1), 1)
 
         def column(k):
-            return jnp.where(k < needed[:, None], jax.vmap(lambda q: cholesky(q)[0](k))(p), 0)
+            return known[:, None] * jnp.where(k < needed[:, None], jax.vmap(lambda q: cholesky(q)[0](k))(p), 0)
 
-        return Columns(jnp.max(jnp.where(real, needed, 0)), column, captured)
+        count = jnp.max(jnp.where(real, needed, 0))
+        return Columns(count, lambda k: column(k).astype(logits.dtype), known * captured)
     if method == "monte_carlo":
         labels = jax.vmap(jax.random.categorical)(keys, logits)
-    return Columns(1, lambda k: jax.vmap(score)(p, labels), jnp.full(p.shape[0], jnp.nan, p.dtype))
+    return Columns(1, lambda k: jax.vmap(score)(p, labels).astype(logits.dtype), jnp.full(p.shape[0], jnp.nan))

@@ -43,8 +43,10 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
     if not (folder / "metrics.json").exists():
         raise ValueError(f"{folder} holds no finished run: make one with experiments/incremental.py")
     config = json.loads((folder / "config.json").read_text())
-    model, base, described = models.backbone(config["backbone"], config["heads"], config["image_size"], config["dtype"])
     options = ("tasks", "seed", "by", "train_split", "test_split", "classes", "images")
+    if missing := {*options, "data", "data_dir", "backbone", "heads", "image_size", "dtype", "methods"} - set(config):
+        raise ValueError(f"{folder} was made by another version, its settings lack {', '.join(sorted(missing))}")
+    model, base, described = models.backbone(config["backbone"], config["heads"], config["image_size"], config["dtype"])
     stream = data.open_stream(
         config["data"],
         model.image_size,
