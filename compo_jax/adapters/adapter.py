@@ -22,14 +22,15 @@ class Adapter(NamedTuple):
       init: `(key, base) -> module`, the trainable tree: shaped as `base`, with None where nothing is adapted and the
         adapter's own numbers in place of an adapted leaf.
       delta: `(module, base) -> tree` shaped as `base`, None where nothing changes; the adapted model is `base + delta`.
-      dense: `(x, y, entry) -> y`, the output of a dense layer with input `x` and frozen output `y`, adapted by the
-        module's `entry` for its kernel, without ever forming the delta; None where there is no such short cut.
+      dense: `(x, y, entry, bias) -> y`, the output of a dense layer with input `x`, frozen output `y` and frozen
+        `bias` (None where it has none; `y` includes it), adapted by the module's `entry` for its kernel, without ever
+        forming the delta; None where there is no such short cut.
       name, settings: `adapters.build(name, settings)` returns this adapter.
     """
 
     init: Callable[[jax.Array, Tree], Tree]
     delta: Callable[[Tree, Tree], Tree]
-    dense: Callable[[jax.Array, jax.Array, Tree], jax.Array] | None = None
+    dense: Callable[[jax.Array, jax.Array, Tree, jax.Array | None], jax.Array] | None = None
     name: str = ""
     settings: dict[str, Any] = {}
 
@@ -52,3 +53,24 @@ def select(base: Tree, targets: Targets) -> Tree:
                 f"the adapter's pattern {pattern!r} matches no parameter; the parameters are: {', '.join(found)}"
             )
     return tree.partition(base, [pattern for pattern, _ in rules(targets)])[0]
+
+
+def require_kernel(name: str, leaf: Any, what: str) -> None:
+    """ValueError where the leaf `name` can't be adapted by `what`, which takes matrices, alone or stacked."""
+    if leaf.ndim not in (2, 3):
+        raise ValueError(
+            f"{what} adapts kernels (in, out), or (layers, in, out) stacked over depth; {name} is {leaf.shape}: "
+            "narrow the targets"
+        )
+
+
+def entries(module: Tree, base: Tree) -> dict[str, Tree]:
+    """What the module holds for each adapted leaf of `base`, by path; ValueError where it isn't shaped as `base`."""
+    try:
+        found = jax.tree.structure(base).flatten_up_to(module)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the module's tree isn't the base's ({error}): it was made for other parameters, or it isn't the module "
+            "that `init` returned"
+        ) from error
+    return {name: entry for name, entry in zip(tree.names(base), found, strict=True) if jax.tree.leaves(entry)}

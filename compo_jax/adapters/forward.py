@@ -36,8 +36,9 @@ def adapted(model: nn.Module, adapter: Adapter) -> Callable:
                 return y
             reached.add("/".join((*layer.path, "kernel")))
             leaves, structure = jax.tree.flatten(entry)
-            x, *leaves = nn.dtypes.promote_dtype(args[0], *leaves, dtype=layer.dtype)
-            return adapter.dense(x, y, jax.tree.unflatten(structure, leaves))
+            bias = layer.get_variable("params", "bias")
+            x, bias, *leaves = nn.dtypes.promote_dtype(args[0], bias, *leaves, dtype=layer.dtype)
+            return adapter.dense(x, y, jax.tree.unflatten(structure, leaves), bias)
 
         with nn.intercept_methods(intercept):
             output = model.apply({"params": base, _COLLECTION: module}, *args, **kwargs)

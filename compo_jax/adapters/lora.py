@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from compo_jax import tree
-from compo_jax.adapters.adapter import VIT_TARGETS, Adapter, Targets, rules, select
+from compo_jax.adapters.adapter import VIT_TARGETS, Adapter, Targets, require_kernel, rules, select
 
 
 def lora(rank: int = 16, targets: Targets = VIT_TARGETS, init_scale: float = 1.0) -> Adapter:
@@ -23,11 +23,7 @@ def lora(rank: int = 16, targets: Targets = VIT_TARGETS, init_scale: float = 1.0
         raise ValueError(f"the rank of a LoRA module is at least 1, not {rank}")
 
     def factors(key, name, kernel):
-        if kernel.ndim not in (2, 3):
-            raise ValueError(
-                f"LoRA adapts kernels (in, out), or (layers, in, out) stacked over depth; {name} is {kernel.shape}: "
-                "narrow the targets"
-            )
+        require_kernel(name, kernel, "LoRA")
         width = rank * tree.first_match(name, rules(targets))
         *stack, fan_in, fan_out = kernel.shape
         if width > min(fan_in, fan_out):
@@ -46,7 +42,8 @@ def lora(rank: int = 16, targets: Targets = VIT_TARGETS, init_scale: float = 1.0
     def delta(module, base):
         return jax.tree.map(lambda _, entry: None if entry is None else entry["a"] @ entry["b"], base, module)
 
-    def dense(x, y, entry):
+    def dense(x, y, entry, bias):
+        del bias
         rows = x.reshape(-1, x.shape[-1])  # XLA's thin matrix products on a CPU are faster in two dimensions
         return y + ((rows @ entry["a"]) @ entry["b"]).reshape(y.shape)
 

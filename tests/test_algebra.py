@@ -1,0 +1,207 @@
+"""Sums and multiples of modules against the same of their dense deltas, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import normal
+
+from compo_jax import adapters, tree
+
+X64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+SHAPES = {"qkv": (3, 8, 24), "fc1": (8, 10)}
+QKV, FC1, BIAS = "qkv/kernel", "fc1/kernel", "fc1/bias"
+KINDS = {
+    "lora": adapters.lora(2, (("qkv/kernel", 3), "fc1/kernel")),
+    "ia3": adapters.ia3("kernel"),
+    "full": adapters.full("kernel"),
+}
+
+
+def weights(seed=0):
+    kernels = {name: {"kernel": jnp.asarray(normal((seed, i), *s))} for i, (name, s) in enumerate(SHAPES.items())}
+    return kernels | {"fc1": kernels["fc1"] | {"bias": jnp.asarray(normal((seed, 9), 10))}}
+
+
+def lora(seed, rank, names=("qkv", "fc1")):
+    """A LoRA module with ranks 3r and r, on some of the kernels."""
+
+    def entry(i, name):
+        if name not in names:
+            return None
+        *stack, fan_in, fan_out = SHAPES[name]
+        width = 3 * rank if name == "qkv" else rank
+        a, b = normal((seed, i, 0), *stack, fan_in, width), normal((seed, i, 1), *stack, width, fan_out)
+        return {"a": a, "b": b}  # NumPy's, as a pool's are
+
+    entries = {name: {"kernel": entry(i, name)} for i, name in enumerate(SHAPES)}
+    return entries | {"fc1": entries["fc1"] | {"bias": None}}
+
+
+def module(kind, seed):
+    if kind == "lora":
+        return lora(seed, 1 + seed % 3)
+    made = jax.eval_shape(KINDS[kind].init, jax.random.key(seed), weights())
+    return jax.tree.map(lambda x: jnp.asarray(normal((seed, x.size), *x.shape)), made)
+
+
+def dense(kind, module, base):
+    """Each leaf's delta, by NumPy; zero where nothing is adapted."""
+    found = {}
+    for name, leaf in zip(tree.names(base), jax.tree.leaves(base), strict=True):
+        layer, part = name.split("/")
+        entry = module[layer][part]
+        if entry is None:
+            found[name] = np.zeros(leaf.shape)
+        elif kind == "full":
+            found[name] = np.asarray(entry)
+        elif kind == "lora":
+            found[name] = np.einsum("...ir,...ro->...io", entry["a"], entry["b"])
+        else:
+            found[name] = np.einsum("...io,...o->...io", leaf, entry["l"] - 1)
+    return found
+
+
+def close(kind, found, expected, base, tolerance=1e-12):
+    found = dense(kind, found, base)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("factor", [-1, 0.3, 0])
+def test_a_multiple_of_a_module(kind, factor):
+    with X64(True):
+        base, own = weights(), module(kind, 1)
+        scaled = jax.jit(adapters.scale)(own, base, factor)
+        close(kind, scaled, {name: factor * x for name, x in dense(kind, own, base).items()}, base)
+        twice = adapters.scale(adapters.scale(own, base, -1), base, -1)
+        close(kind, twice, dense(kind, own, base), base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sum_of_modules_is_exact(kind):
+    with X64(True):
+        base, own = weights(), [module(kind, seed) for seed in range(3)]
+        factors = [0.5, -1.5, 2.0]
+        total = adapters.weighted_sum(iter(own), base, factors)
+        deltas = [dense(kind, m, base) for m in own]
+        expected = {k: sum(w * d[k] for w, d in zip(factors, deltas, strict=True)) for k in deltas[0]}
+        close(kind, total, expected, base)
+        delta = KINDS[kind].delta(total, base)
+        assert tree.names(delta) == ["fc1/kernel", "qkv/kernel"]
+        np.testing.assert_allclose(delta["qkv"]["kernel"], expected[QKV], rtol=1e-12, atol=1e-12)
+
+
+def test_ranks_add_up_and_a_module_may_leave_leaves_out():
+    with X64(True):
+        base = weights()
+        first, second = lora(1, 2), lora(2, 1, names=("fc1",))
+        total = adapters.weighted_sum([first, second], base, [1, 2])
+        assert total["fc1"]["kernel"]["a"].shape == (8, 3)
+        assert total["qkv"]["kernel"]["b"].shape == (3, 6, 24)
+        assert total["fc1"]["bias"] is None
+        a, b = dense("lora", first, base), dense("lora", second, base)
+        close("lora", total, {QKV: a[QKV], FC1: a[FC1] + 2 * b[FC1]}, base)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_recompression_is_the_best_of_its_rank_and_says_its_error(kind, rank):
+    with X64(True):
+        base = weights()
+        own = lora(3, 4) if kind == "lora" else module("full", 3)  # a qkv of rank 12 in 8 x 24: more than it can have
+        found = adapters.recompress(own, base, rank, (("qkv/kernel", 3), "fc1/kernel"))
+        assert found.module["qkv"]["kernel"]["a"].shape == (3, 8, 3 * rank)
+        assert found.module["fc1"]["kernel"]["b"].shape == (rank, 10)
+        deltas, lost, total = dense(kind, own, base), 0, 0
+        new = dense("lora", found.module, base)
+        for name, error in ((QKV, found.errors["qkv"]["kernel"]), (FC1, found.errors["fc1"]["kernel"])):
+            width = rank * (3 if name == QKV else 1)
+            u, s, vt = np.linalg.svd(deltas[name], full_matrices=False)
+            best = u[..., :width] * s[..., None, :width] @ vt[..., :width, :]
+            np.testing.assert_allclose(new[name], best, atol=1e-12)
+            missing, norm = np.sum((deltas[name] - new[name]) ** 2), np.sum(deltas[name] ** 2)
+            np.testing.assert_allclose(error, np.sqrt(missing / norm), rtol=1e-10)
+            lost, total = lost + missing, total + norm
+        np.testing.assert_allclose(found.error, np.sqrt(lost / total), rtol=1e-10)
+        assert found.errors["fc1"]["bias"] is None
+
+
+def test_recompression_of_a_sum_loses_nothing_where_the_rank_suffices():
+    with X64(True):
+        base, own = weights(), [lora(1, 1), lora(2, 1)]
+        total = adapters.weighted_sum([*own, own[0]], base, [1, 1, -0.5])
+        found = adapters.recompress(total, base, 2, (("qkv/kernel", 3), "fc1/kernel"))
+        assert found.module["qkv"]["kernel"]["a"].shape == (3, 8, 6)
+        assert found.error < 1e-14
+        close("lora", found.module, dense("lora", total, base), base)
+        wide = adapters.recompress(total, base, 100)
+        assert wide.module["fc1"]["kernel"]["a"].shape == (8, 3) and wide.error == 0
+
+
+def test_recompression_never_forms_the_matrix():
+    base = {"kernel": jax.ShapeDtypeStruct((4000, 5000), jnp.float32)}
+    own = {
+        "kernel": {"a": jax.ShapeDtypeStruct((4000, 8), jnp.float32), "b": jax.ShapeDtypeStruct((8, 5000), jnp.float32)}
+    }
+    jaxpr = jax.make_jaxpr(lambda m: adapters.recompress(m, base, 4))(own)
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (np.prod(v.aval.shape, dtype=int) for v in equation.outvars)
+            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from sizes(getattr(inner, "jaxpr", inner))
+
+    assert max(sizes(jaxpr.jaxpr)) == 8 * 5000
+
+
+def test_recompression_of_zeros_and_of_16_bit_arrays():
+    base = jax.tree.map(lambda x: x.astype(jnp.float32), weights())
+    zeros = KINDS["lora"].init(jax.random.key(0), base)
+    found = adapters.recompress(zeros, base, 1)
+    assert found.error == 0 and found.errors["qkv"]["kernel"] == 0
+    assert not any(np.isnan(leaf).any() for leaf in jax.tree.leaves(found))
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), lora(1, 2))
+    found = adapters.recompress(half, base, 2, (("qkv/kernel", 3), "fc1/kernel"))
+    assert found.module["fc1"]["kernel"]["a"].dtype == jnp.bfloat16 and found.error < 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unfuse_is_the_inverse_of_fuse(kind):
+    with X64(True):
+        base = weights()
+        delta = KINDS[kind].delta(module(kind, 1), base)
+        fused = adapters.fuse(base, delta)
+        expected = dense(kind, module(kind, 1), base)
+        np.testing.assert_allclose(fused["qkv"]["kernel"], base["qkv"]["kernel"] + expected[QKV], atol=1e-14)
+        again = adapters.unfuse(fused, delta)
+        assert again["fc1"]["bias"] is base["fc1"]["bias"]
+        for name in ("qkv", "fc1"):
+            limit = np.finfo(np.float64).eps * np.abs(fused[name]["kernel"]).max()
+            np.testing.assert_allclose(again[name]["kernel"], base[name]["kernel"], rtol=0, atol=limit)
+
+
+def test_bad_input():
+    base = weights()
+    with pytest.raises(ValueError, match="the module's tree isn't the base's"):
+        adapters.scale({"fc1": lora(1, 1)["fc1"]}, base, 2)
+    with pytest.raises(ValueError, match="at least one module"):
+        adapters.weighted_sum([], base, [])
+    with pytest.raises(ValueError, match="zip"):
+        adapters.weighted_sum([lora(1, 1)], base, [1, 2])
+    with pytest.raises(
+        ValueError, match="fc1/kernel is adapted by modules of the kinds ia3 and lora.*add their deltas"
+    ):
+        adapters.weighted_sum([lora(1, 1), module("ia3", 1)], base, [1, 1])
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        adapters.recompress(lora(1, 1), base, 0)
+    with pytest.raises(ValueError, match=r"is \(IA\)³'s, which has no rank"):
+        adapters.recompress(module("ia3", 1), base, 1)
+    other = {"qkv": {"kernel": jnp.ones((3, 8, 9))}, "fc1": {"kernel": None, "bias": None}}
+    for act in (adapters.fuse, adapters.unfuse):
+        with pytest.raises(
+            ValueError, match=r"delta doesn't fit.*qkv/kernel is \(3, 8, 9\) and should be \(3, 8, 24\)"
+        ):
+            act(base, other)
