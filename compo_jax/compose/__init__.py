@@ -1,0 +1,24 @@
+"""Modules into one model: arithmetic on task vectors, merge rules, and solves with the tasks' exact curvature."""
+
+from compo_jax.compose.arithmetic import compose as compose
+from compo_jax.compose.arithmetic import task_arithmetic as task_arithmetic
+from compo_jax.compose.arithmetic import task_vector as task_vector
+from compo_jax.compose.fisher import fisher_merge as fisher_merge
+from compo_jax.compose.kronecker import kronecker_merge as kronecker_merge
+from compo_jax.compose.kronecker import regmean as regmean
+from compo_jax.compose.rules import RULES as RULES
+from compo_jax.compose.rules import Rule as Rule
+from compo_jax.compose.rules import merge as merge
+from compo_jax.compose.solve import Solution as Solution
+from compo_jax.compose.solve import Solved as Solved
+from compo_jax.compose.solve import conjugate_gradients as conjugate_gradients
+from compo_jax.compose.solve import solve_merge as solve_merge
+from compo_jax.compose.sparse import dare as dare
+from compo_jax.compose.sparse import drop as drop
+from compo_jax.compose.sparse import ties as ties
+from compo_jax.compose.sparse import trim as trim
+from compo_jax.compose.spectral import iso as iso
+from compo_jax.compose.spectral import tsv as tsv
+from compo_jax.compose.sphere import karcher_mean as karcher_mean
+from compo_jax.compose.sphere import slerp as slerp
+from compo_jax.compose.stock import model_stock as model_stock

@@ -1,0 +1,136 @@
+"""Every rule by its name."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Key
+
+from compo_jax import tree
+from compo_jax.compose.arithmetic import compose, task_arithmetic
+from compo_jax.compose.fisher import fisher_merge
+from compo_jax.compose.kronecker import kronecker_merge, regmean
+from compo_jax.compose.modules import Weights, aligned
+from compo_jax.compose.solve import Solved, solve_merge
+from compo_jax.compose.sparse import dare, ties
+from compo_jax.compose.spectral import iso, tsv
+from compo_jax.compose.sphere import karcher_mean, slerp
+from compo_jax.compose.stock import model_stock
+from compo_jax.curvature import Landscape
+
+Tree = Any
+
+
+class Rule(NamedTuple):
+    """One way to merge.
+
+    Attributes:
+      run: `(base, deltas, **options) -> params` or `Solved`, with what it needs and `weights` among the options.
+      needs: names of the keyword arguments that it can't do without, of those that `MADE_BY` lists.
+      takes: names of those that it takes where they are given.
+      weighted: whether it takes weights.
+    """
+
+    run: Callable[..., Tree | Solved]
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    weighted: bool = True
+
+
+#: What rules need beside the deltas, and how it is made.
+MADE_BY = {
+    "key": "a random key, jax.random.key(seed)",
+    "fishers": "one Fisher diagonal a module, compo_jax.curvature.fisher_diagonal",
+    "factors": "one set of Kronecker factors a module, compo_jax.curvature.kronecker",
+    "matvecs": "one curvature product a module, compo_jax.curvature.ggn",
+    "landscape": "the landscape of these modules, compo_jax.curvature.landscape",
+}
+
+
+def _dare(base, deltas, weights=None, *, key, rate=0.9, rule="average", **options):
+    def merged(base, dropped, weights, **options):
+        return merge(rule, base, dropped, weights=weights, key=key, **options)
+
+    return dare(key, base, deltas, weights, rate=rate, rule=merged, **options)
+
+
+def _slerp(base, deltas, *, t=0.5):
+    deltas = aligned(base, deltas, least=2)
+    if len(deltas) != 2:
+        raise ValueError(f"slerp is of two modules, and {len(deltas)} were given: karcher is its mean of many")
+    return tree.add(base, slerp(*deltas, t))
+
+
+def _karcher(base, deltas, weights=None, **options):
+    return tree.add(base, karcher_mean(aligned(base, deltas), weights, **options))
+
+
+def _fisher(base, deltas, weights=None, *, fishers, **options):
+    return tree.add(base, fisher_merge(aligned(base, deltas), fishers, weights, **options))
+
+
+def _full(base, deltas, weights=None, *, matvecs, fishers=None, **options):
+    return solve_merge(base, deltas, matvecs, weights, **({"preconditioner": fishers} | options))
+
+
+def _best_weights(base, deltas, *, landscape, **options):
+    return compose(base, deltas, landscape.best_weights(**options))
+
+
+RULES = {
+    "average": Rule(compose),
+    "task_arithmetic": Rule(task_arithmetic),
+    "ties": Rule(ties),
+    "dare": Rule(_dare, needs=("key",), takes=("fishers", "factors", "matvecs", "landscape")),
+    "slerp": Rule(_slerp, weighted=False),
+    "karcher": Rule(_karcher),
+    "model_stock": Rule(model_stock, weighted=False),
+    "tsv": Rule(tsv),
+    "iso": Rule(iso),
+    "fisher": Rule(_fisher, needs=("fishers",)),
+    "regmean": Rule(regmean, needs=("factors",)),
+    "kronecker": Rule(kronecker_merge, needs=("factors",)),
+    "ggn": Rule(_full, needs=("matvecs",), takes=("fishers",)),
+    "best_weights": Rule(_best_weights, needs=("landscape",), weighted=False),
+}
+
+
+def merge(
+    name: str,
+    base: Tree,
+    deltas: Sequence[Tree],
+    *,
+    weights: Weights | None = None,
+    key: Key[Array, ""] | None = None,
+    fishers: Sequence | None = None,
+    factors: Sequence | None = None,
+    matvecs: Sequence | None = None,
+    landscape: Landscape | None = None,
+    **options: Any,
+) -> Tree:
+    """The composed parameters by the rule `name` of `RULES`.
+
+    Args:
+      deltas: trees shaped as `base`, None where nothing changes.
+      weights: one a module; the default, and what they mean, is the rule's own.
+      key, fishers, factors, matvecs, landscape: see `MADE_BY`. What the rule doesn't use is left aside, so that a loop
+        over all rules may give everything to each.
+      options: the rule's own, such as `scale`, `density`, `rate`, `damping`; `slerp` takes `t`, and `dare` the name
+        of the `rule` behind it.
+
+    The residual of a solve comes with `solve_merge` and `kronecker_merge` themselves. ValueError for an unknown rule
+    (lists the known), for what the rule needs and wasn't given (says what makes it), for weights that the rule doesn't
+    take; what else the rule raises.
+    """
+    if name not in RULES:
+        raise ValueError(f"unknown rule {name!r}; known are {', '.join(RULES)}")
+    rule = RULES[name]
+    given = {"key": key, "fishers": fishers, "factors": factors, "matvecs": matvecs, "landscape": landscape}
+    given = {what: value for what, value in given.items() if value is not None and what in rule.needs + rule.takes}
+    if missing := [f"{what} ({MADE_BY[what]})" for what in rule.needs if what not in given]:
+        raise ValueError(f"the rule {name!r} needs {', '.join(missing)}")
+    if weights is not None:
+        if not rule.weighted:
+            raise ValueError(f"the rule {name!r} takes no weights")
+        given["weights"] = weights
+    merged = rule.run(base, deltas, **given, **options)
+    return merged.params if isinstance(merged, Solved) else merged

@@ -1,0 +1,271 @@
+"""The joint minimum of the tasks' quadratics, from products of their curvature with vectors alone."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from compo_jax import tree
+from compo_jax.compose.fisher import diagonals
+from compo_jax.compose.modules import Scalar, Weights, aligned, concrete, weigh
+from compo_jax.compose.sphere import gram
+from compo_jax.curvature import FisherDiagonal
+
+Tree = Any
+Matvec = Callable[[Tree], Tree]
+
+
+class Solution(NamedTuple):
+    """Of `A x = b`.
+
+    Attributes:
+      x: the iterate of the smallest residual.
+      residual: `|b - A x| / |b|`, from a product made for it; 0 where b is.
+      iterations: made, which is one product less than were taken.
+      converged: whether the residual is within the tolerance.
+      curvature: the smallest and the largest `pᵀ A p / pᵀ p` met; one that is zero to rounding, or less, stopped the
+        iterations.
+    """
+
+    x: Tree
+    residual: Float[Array, ""]
+    iterations: Int[Array, ""]
+    converged: Bool[Array, ""]
+    curvature: Float[Array, "2"]
+
+
+class Solved(NamedTuple):
+    """A composition by a solve.
+
+    Attributes:
+      params: the composed parameters.
+      residual, iterations, converged: see `Solution`; a direct solve makes no iterations.
+      weights: (tasks,), in module coordinates the composition: `params` is `compose(base, deltas, weights)`.
+    """
+
+    params: Tree
+    residual: Float[Array, ""]
+    iterations: Int[Array, ""]
+    converged: Bool[Array, ""]
+    weights: Float[Array, " tasks"] | None = None
+
+
+def conjugate_gradients(
+    matvec: Matvec,
+    b: Tree,
+    *,
+    preconditioner: Matvec | None = None,
+    tolerance: Scalar | None = None,
+    max_iterations: int = 200,
+) -> Solution:
+    """Solves `A x = b` from x = 0, A symmetric and positive (Hestenes and Stiefel, 1952). May be jitted.
+
+    Where A is singular and b in its range, x is the solution of the smallest norm (in the preconditioner's norm).
+    `jax.scipy.sparse.linalg.cg` tells neither the residual nor the iterations, and forgets the best iterate.
+
+    Args:
+      matvec: `A`, tree to tree.
+      preconditioner: near `A⁻¹`, symmetric and positive.
+      tolerance: of the residual; default `eps^0.75`, 6e-6 in float32 and 2e-12 in float64.
+    """
+    precondition = preconditioner or (lambda v: v)
+    size = jnp.sqrt(tree.dot(b, b))
+    eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(b))
+    tolerance = eps**0.75 if tolerance is None else tolerance
+    target = size * tolerance / 2  # the recurrence's residual drifts from the true one, which is judged
+
+    def step(state):
+        x, r, p, rz, count, best, least, (lowest, highest), _ = state
+        image = matvec(p)
+        curved, length = tree.dot(p, image), tree.dot(p, p)
+        lowest, highest = jnp.minimum(lowest, curved / length), jnp.maximum(highest, curved / length)
+        sound = (curved > eps * highest * length) & (rz > 0)  # which nan is not
+        alpha = jnp.where(sound, rz / jnp.where(sound, curved, 1), 0)
+        x, r = tree.add(x, p, alpha), tree.add(r, image, -alpha)
+        z = precondition(r)
+        following = tree.dot(r, z)
+        p = tree.add(z, p, following / jnp.where(rz > 0, rz, 1))
+        norm = jnp.sqrt(tree.dot(r, r))
+        better = norm < least
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), x, best)
+        return x, r, p, following, count + 1, best, jnp.where(better, norm, least), (lowest, highest), sound
+
+    def more(state):
+        return (state[6] > target) & (state[4] < max_iterations) & state[8]
+
+    zero, z = jax.tree.map(jnp.zeros_like, b), precondition(b)
+    start = (zero, b, z, tree.dot(b, z), 0, zero, size, (size + jnp.inf, size - jnp.inf), jnp.array(True))
+    _, _, _, _, count, x, _, extremes, _ = jax.lax.while_loop(more, step, start)
+    rest = tree.add(b, matvec(x), -1.0)
+    residual = jnp.sqrt(tree.dot(rest, rest)) / jnp.where(size > 0, size, 1)
+    return Solution(x, residual, jnp.asarray(count), residual <= tolerance, jnp.stack(extremes))
+
+
+def _diagonal(fishers: Sequence, weights: Sequence, damping: Scalar, like: Tree) -> Matvec:
+    """`v / (Σ w_t F_t + damping)`."""
+    if len(fishers) != len(weights):
+        raise ValueError(f"{len(fishers)} Fishers were given to precondition with, for {len(weights)} modules")
+    total = tree.weighted_sum(diagonals(fishers, like), weights)
+    if missing := sorted(set(tree.names(like)) - set(tree.names(total))):
+        raise ValueError(f"the Fishers to precondition with have no entries for {', '.join(missing)}")
+    highest = jnp.stack([jnp.max(x) for x in jax.tree.leaves(total)]).max() + damping
+    floor = jnp.where(highest > 0, highest * jnp.finfo(highest.dtype).eps, 1)  # where it is 0, so is the curvature
+    return lambda v: jax.tree.map(lambda x, d: x / jnp.maximum(d + damping, floor).astype(x.dtype), v, total)
+
+
+def solve_merge(
+    base: Tree,
+    deltas: Sequence[Tree],
+    matvecs: Sequence[Matvec],
+    weights: Weights | None = None,
+    damping: Scalar = 0.0,
+    *,
+    coordinates: str = "full",
+    anchor: Weights | None = None,
+    preconditioner: Matvec | Sequence[FisherDiagonal | Tree] | None = None,
+    tolerance: Scalar | None = None,
+    max_iterations: int = 200,
+) -> Solved:
+    """`base + x`, with `(Σ w_t G_t + λ I) x = Σ w_t G_t delta_t`: the full Gauss-Newton merge, with no matrix formed.
+
+    It minimises `Σ w_t ‖x - delta_t‖²_{G_t} + λ ‖x‖²`: the joint optimum where each task's loss is a quadratic around
+    its own model. Fisher-weighted, RegMean and Kronecker-weighted merging replace G_t by a diagonal, `A ⊗ I`, `A ⊗ B`
+    (Tam et al., 2024, arXiv 2312.04339).
+
+    Args:
+      matvecs: one `v -> G_t v` a task, tree to tree shaped as `base`, symmetric and positive: `curvature.ggn(apply,
+        params_t, batches_t)`, or any other. Leaves that no delta changes stay.
+      weights: (tasks,), of the tasks' mean losses, default 1/T. Not negative.
+      damping: λ. A Gauss-Newton matrix of few examples is singular; without damping the solution found is the one
+        nearest to the anchor.
+      coordinates: `full`, preconditioned conjugate gradients in the space of the parameters, T products an iteration;
+        `modules`, x a combination `Σ c_t delta_t`, T² products and a T x T system: the best composition for the
+        quadratics, of any LoRA rank that the modules have.
+      anchor: (tasks,), weights of the composition that damping pulls to, instead of the base (zeros): `[1/T] * T` is
+        the average.
+      preconditioner: in full coordinates; one Fisher diagonal a task, or a function near the inverse. With one, nearest
+        is meant in its norm.
+      tolerance: of the residual, see `conjugate_gradients`.
+
+    A UserWarning names the residual that was left where conjugate gradients didn't converge, and the best iterate is
+    returned. ValueError where the system is singular along its way (for dependent modules, say), or not positive, or
+    has numbers that aren't finite; under jit, where values can't be seen, look at `converged`.
+    """
+    if coordinates not in ("full", "modules"):
+        raise ValueError(f"unknown coordinates {coordinates!r}; known are full, modules")
+    deltas = aligned(base, deltas)
+    tasks = len(deltas)
+    if len(matvecs) != tasks:
+        raise ValueError(
+            f"{len(matvecs)} curvature products were given for {tasks} modules: one for each "
+            "(compo_jax.curvature.ggn at the module's own parameters and data)"
+        )
+    if concrete(damping) and not 0 <= damping < np.inf:
+        raise ValueError(f"damping is a finite number that isn't negative, not {damping}")
+    weights = weigh(weights, tasks, sign=False)
+    anchor = weigh([0.0] * tasks if anchor is None else anchor, tasks)
+    wide = [jax.tree.map(lambda x: jnp.asarray(x) + jnp.zeros((), jnp.float32), d) for d in deltas]  # or wider
+
+    def product(matvec, vector):
+        image = jax.tree.broadcast(matvec(vector), base, is_leaf=lambda x: x is None)
+
+        def there(_, v, g):
+            return None if v is None else jnp.zeros_like(v) if g is None else g.astype(v.dtype)
+
+        return jax.tree.map(there, base, vector, image)
+
+    def curvature(vector):
+        return tree.weighted_sum((product(matvec, vector) for matvec in matvecs), weights)
+
+    if coordinates == "modules":
+        return _in_modules(base, deltas, wide, matvecs, product, curvature, weights, damping, anchor)
+
+    centre = tree.weighted_sum(wide, anchor)
+    apart = [tree.add(delta, centre, -1.0) for delta in wide]
+    b = tree.weighted_sum((product(m, d) for m, d in zip(matvecs, apart, strict=True)), weights)
+    if preconditioner is not None and not callable(preconditioner):
+        preconditioner = _diagonal(preconditioner, weights, damping, b)
+    found = conjugate_gradients(
+        lambda v: tree.add(curvature(v), v, damping),
+        b,
+        preconditioner=preconditioner,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )
+    if concrete(found, damping):
+        _judge(found, b, apart, damping)
+    merged = jax.tree.map(lambda x, d: x.astype(d.dtype), tree.add(centre, found.x), deltas[0])
+    return Solved(tree.add(base, merged), found.residual, found.iterations, found.converged)
+
+
+def _judge(found: Solution, b: Tree, apart: list[Tree], damping: Scalar) -> None:
+    blind = damping == 0 and tree.dot(b, b) == 0 and any(tree.dot(d, d) > 0 for d in apart)
+    if not np.isfinite(found.residual):
+        raise ValueError("the modules, or the products of their curvature, hold numbers that aren't finite")
+    lowest, highest = found.curvature
+    if not found.converged and lowest < -(jnp.finfo(lowest.dtype).eps ** 0.5) * abs(highest):
+        raise ValueError(
+            f"the curvature isn't positive: {lowest:.1e} along some direction. Take Gauss-Newton products "
+            "(compo_jax.curvature.ggn) instead of the Hessian's, or more damping"
+        )
+    if blind or (found.residual >= 1 and found.iterations > 0 and lowest <= 0):
+        raise ValueError(
+            "the curvature is singular: it doesn't see the directions that the modules went. Give a damping above 0"
+        )
+    if not found.converged:
+        warnings.warn(
+            f"conjugate gradients stopped after {found.iterations} iterations with a relative residual of "
+            f"{found.residual:.1e}, and the best iterate is returned: allow more iterations or a higher tolerance, "
+            "give Fisher diagonals as the preconditioner, or more damping",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def symmetric_solve(matrix: Array, b: Array) -> tuple[Array, Bool[Array, ""]]:
+    """(the solution x (n, ...) of `matrix x = b`, whether the matrix (n, n) is singular to rounding, or not positive).
+
+    Then the directions where it is are left out of x. The scales of the rows don't matter.
+    """
+    scale = jnp.sqrt(jnp.maximum(jnp.diagonal(matrix), 0))
+    scale = jnp.where(scale > 0, scale, 1)
+    values, vectors = jnp.linalg.eigh(matrix / jnp.outer(scale, scale))
+    regular = values > len(scale) * jnp.finfo(values.dtype).eps * values[-1]
+    columns = b.reshape(len(scale), -1) / scale[:, None]
+    rotated = (
+        jnp.matmul(vectors.T, columns, precision="highest")
+        * jnp.where(regular, 1 / jnp.where(regular, values, 1), 0)[:, None]
+    )
+    x = jnp.matmul(vectors, rotated, precision="highest") / scale[:, None]
+    return x.reshape(b.shape), ~jnp.all(regular)
+
+
+def _in_modules(base, deltas, wide, matvecs, product, curvature, weights, damping, anchor):
+    columns, own = [], None
+    for matvec, weight, delta in zip(matvecs, weights, wide, strict=True):
+        image = curvature(delta)
+        columns.append(jnp.stack([tree.dot(other, image) for other in wide]))
+        alone = tree.weighted_sum([product(matvec, delta)], [weight])
+        own = alone if own is None else tree.add(own, alone)
+    seen = jnp.stack(columns, axis=1)
+    at = jnp.stack([jnp.asarray(a, seen.dtype) for a in anchor])
+    b = jnp.stack([tree.dot(delta, own) for delta in wide]) - jnp.matmul(seen, at, precision="highest")
+    matrix = (seen + seen.T) / 2 + damping * gram(wide)
+    step, singular = symmetric_solve(matrix, b)
+    size = jnp.linalg.norm(b)
+    residual = jnp.linalg.norm(b - jnp.matmul(matrix, step, precision="highest")) / jnp.where(size > 0, size, 1)
+    if concrete(residual, damping):
+        if not np.isfinite(residual):
+            raise ValueError("the modules, or the products of their curvature, hold numbers that aren't finite")
+        if singular and damping == 0:  # with damping the composition is one, whatever the weights that make it
+            raise ValueError(
+                "the solve in module coordinates is singular: modules depend on each other, or the curvature doesn't "
+                "see where they went. Give a damping above 0, or leave modules out that others are made of"
+            )
+    found = at + step
+    params = tree.add(base, tree.weighted_sum(deltas, list(found)))
+    return Solved(params, residual, jnp.array(0), residual <= jnp.finfo(seen.dtype).eps ** 0.5, found)

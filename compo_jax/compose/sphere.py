@@ -1,0 +1,96 @@
+"""Means along great circles. A tree is one vector; its direction is averaged on the sphere, and its norm linearly.
+
+All means lie in the span of the vectors, so that everything is computed from their Gram matrix (tasks, tasks), and one
+weighted sum makes the result.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from compo_jax import tree
+from compo_jax.compose.modules import Scalar, Weights, concrete, same, weigh
+
+Tree = Any
+
+
+def gram(trees: Sequence[Tree]) -> Float[Array, "tasks tasks"]:
+    """All inner products."""
+    return jnp.stack([jnp.stack([tree.dot(a, b) for b in trees]) for a in trees])
+
+
+def _cosines(trees: Sequence[Tree]) -> tuple[Float[Array, "tasks tasks"], Float[Array, " tasks"]]:
+    """(cosines of the angles between the trees, their norms)."""
+    products = gram(trees)
+    norms = jnp.sqrt(jnp.diagonal(products))
+    if concrete(norms) and not (np.all(np.isfinite(norms)) and np.all(norms > 0)):
+        raise ValueError(f"only trees that are neither zero nor infinite have a direction; their norms are {norms}")
+    return jnp.clip(products / jnp.outer(norms, norms), -1, 1), norms
+
+
+def slerp(a: Tree, b: Tree, t: Scalar) -> Tree:
+    """From `a` (t = 0) to `b` (t = 1) at constant angular speed (Shoemake, 1985).
+
+    The direction is `(sin((1-t)ω) a/|a| + sin(tω) b/|b|) / sin ω`, ω the angle between the trees as whole vectors; the
+    norm is `(1-t)|a| + t|b|`. For weights, give the weights or, as usual, the deltas of two modules.
+
+    ValueError where the structures differ, a tree is zero, or the two are opposite: then no great circle is shortest.
+    """
+    cosines, norms = _cosines(same([a, b]))
+    cosine = cosines[0, 1]
+    if concrete(cosine) and 1 + cosine < 10 * jnp.finfo(cosine.dtype).eps:
+        raise ValueError("the two trees point in opposite directions: no great circle between them is the shortest")
+    straight = 1 - cosine < 10 * jnp.finfo(cosine.dtype).eps
+    angle = jnp.arccos(jnp.where(straight, 0.0, cosine))
+    shares = jnp.stack([jnp.asarray(1 - t, norms.dtype), jnp.asarray(t, norms.dtype)])
+    turned = jnp.where(straight, shares, jnp.sin(shares * angle) / jnp.sin(angle))
+    return tree.weighted_sum([a, b], turned * (shares @ norms) / norms)
+
+
+def karcher_mean(
+    trees: Sequence[Tree], weights: Weights | None = None, *, tolerance: Scalar | None = None, max_iterations: int = 100
+) -> Tree:
+    """The Karcher mean of the directions, with the weighted mean of the norms (Grove and Karcher, 1973).
+
+    It minimises the weighted squared angles to the trees' directions; of two, it is their SLERP.
+
+    Args:
+      weights: (tasks,), default 1/T; only their ratios count. Not negative.
+      tolerance: angle in radians that the last step may have; default 10 times the rounding error.
+
+    ValueError as `slerp`, and where the directions cancel.
+    """
+    trees = same(trees)
+    weights = jnp.stack([jnp.asarray(w) for w in weigh(weights, len(trees), sign=False)])
+    cosines, norms = _cosines(trees)
+    weights = weights.astype(norms.dtype) / weights.sum()
+    eps = jnp.finfo(norms.dtype).eps
+    tolerance = 10 * eps if tolerance is None else tolerance
+
+    def length(c):
+        return jnp.sqrt(jnp.maximum(jnp.einsum("s,st,t", c, cosines, c, precision="highest"), 0))
+
+    def step(state):
+        mean, _, count = state
+        cosine = jnp.clip(jnp.matmul(cosines, mean, precision="highest"), -1, 1)
+        near = 1 - cosine < eps
+        angle = jnp.arccos(jnp.where(near, 0.0, cosine))
+        pull = weights * jnp.where(near, 1.0, angle / jnp.sin(angle))
+        move = pull - jnp.dot(pull, cosine) * mean
+        size = length(move)
+        mean = jnp.cos(size) * mean + jnp.sinc(size / jnp.pi) * move
+        return mean / length(mean), size, count + 1
+
+    start = length(weights)
+    if concrete(start) and start < 10 * eps:
+        raise ValueError("the directions of the trees cancel: points spread all around the sphere have no one mean")
+    mean, *_ = jax.lax.while_loop(
+        lambda s: (s[1] > tolerance) & (s[2] < max_iterations),
+        step,
+        (weights / start, jnp.full((), jnp.inf, norms.dtype), 0),
+    )
+    return tree.weighted_sum(trees, mean * jnp.dot(weights, norms) / norms)
