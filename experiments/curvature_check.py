@@ -29,7 +29,7 @@ from compo_jax.train import write_json
 
 console = Console()
 Tree = Any
-SMALL = ["--tasks", "5", "--classes", "6", "--images", "50", "--epochs", "5", "--methods", "ita-lora", "none-lora"]
+SMALL = ["--tasks", "5", "--classes", "6", "--images", "50", "--epochs", "4", "--methods", "ita-lora", "none-lora"]
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
 BATCHES = (1, 8, 32, 128)
 
@@ -37,7 +37,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--run", type=Path, help="folder of a finished run of incremental.py; default: make a small one")
 parser.add_argument("--runs", type=Path, default=Path("runs"), help="where a small run is made")
 parser.add_argument("--data-dir", type=Path, help="where the run's TFDS set is now; default: where it was")
-parser.add_argument("--images", type=int, default=200, help="test images that losses are means over")
+parser.add_argument("--images", type=int, default=160, help="test images that losses are means over")
 parser.add_argument("--fisher-images", type=int, default=128)
 parser.add_argument("--weightings", type=int, default=100, help="random compositions to forecast")
 parser.add_argument("--order", type=int, default=20, help="Lanczos steps")

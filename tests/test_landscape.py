@@ -165,7 +165,7 @@ def vit_modules():
     base = jax.tree.map(lambda x: 0.5 * normal(1, *x.shape), shapes)
     kinds = [
         adapters.lora(rank=2, targets=r"(proj|fc1)/kernel$"),
-        adapters.lora(rank=1, targets=[(r"qkv/kernel$", 3)]),
+        adapters.ia3(targets=r"(qkv|fc1)/kernel$"),
         adapters.full(targets=r"fc2/kernel$|head|norm"),
     ]
     deltas = []

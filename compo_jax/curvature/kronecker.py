@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from compo_jax import tree
@@ -79,7 +80,7 @@ class Eigen(_Blocks):
 
     def solve(self, vector: Tree, damping: float | Array) -> Tree:
         """`(G + damping I)⁻¹ v`, exact; the damping is positive, for the factors of few images are singular."""
-        if not isinstance(damping, jax.core.Tracer) and not damping > 0:
+        if not isinstance(damping, jax.core.Tracer) and not np.asarray(damping) > 0:  # jnp's would be traced in a loop
             raise ValueError(f"damping must be positive, not {damping}: Kronecker factors may be singular")
         return self._map(lambda name, v: self._in_basis(name, v, 1 / (self.values[name] + damping)), vector)
 
@@ -116,7 +117,7 @@ class Kronecker(_Blocks):
     outputs: dict[str, Array]
     count: Array
     layout: Layout
-    tokens: str
+    tokens: str = "expand"
 
     def block(self, name, v):
         return _product("...ik,...kl,...lj->...ij", self.inputs[name], v, self.outputs[name])
