@@ -62,6 +62,11 @@ def combine(*trees: Tree) -> Tree:
     return jax.tree.map(lambda *leaves: next((x for x in leaves if x is not None), None), *trees, is_leaf=_is_none)
 
 
+def spread(tree: Tree, like: Tree) -> Tree:
+    """`tree` with None at each leaf of `like` where it has one None for a whole branch."""
+    return jax.tree.broadcast(tree, like, is_leaf=_is_none)
+
+
 def add(base: Tree, delta: Tree, scale: float | jax.Array = 1.0) -> Tree:
     """`base + scale * delta`, where a None leaf of `delta` leaves the base's leaf as it is (the same array)."""
     return jax.tree.map(

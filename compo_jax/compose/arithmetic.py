@@ -18,8 +18,7 @@ def task_vector(params: Tree, base: Tree) -> Tree:
     """
     tree.require_like(params, base, "the trained parameters")
     tree.require_float(params, "the trained parameters")
-    params = jax.tree.broadcast(params, base, is_leaf=lambda x: x is None)
-    return jax.tree.map(lambda b, p: None if p is None else p - b, base, params)
+    return jax.tree.map(lambda b, p: None if p is None else p - b, base, tree.spread(params, base))
 
 
 def compose(base: Tree, deltas: Sequence[Tree], weights: Weights | None = None) -> Tree:

@@ -15,10 +15,6 @@ Scalar = float | int | Array
 Weights = Num[Array, " tasks"] | Num[np.ndarray, " tasks"] | Sequence
 
 
-def _is_none(leaf) -> bool:
-    return leaf is None
-
-
 def concrete(*arrays) -> bool:
     """False while a function is traced: then values can't be looked at, and no error can depend on them."""
     return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
@@ -36,8 +32,8 @@ def aligned(base: Tree, deltas: Sequence[Tree], least: int = 1) -> list[Tree]:
     for t, delta in enumerate(deltas):
         tree.require_like(delta, base, f"delta {t}")
         tree.require_float(delta, f"delta {t}")
-    holed = [jax.tree.broadcast(delta, base, is_leaf=_is_none) for delta in deltas]
-    moved = jax.tree.map(lambda b, *d: None if all(map(_is_none, d)) else b, base, *holed)
+    holed = [tree.spread(delta, base) for delta in deltas]
+    moved = jax.tree.map(lambda b, *d: None if all(x is None for x in d) else b, base, *holed)
     tree.require_float(moved, "what the deltas are added to")
 
     def filled(*leaves):

@@ -171,7 +171,7 @@ def solve_merge(
     wide = [jax.tree.map(lambda x: jnp.asarray(x) + jnp.zeros((), jnp.float32), d) for d in deltas]  # or wider
 
     def product(matvec, vector):
-        image = jax.tree.broadcast(matvec(vector), base, is_leaf=lambda x: x is None)
+        image = tree.spread(matvec(vector), base)
 
         def there(_, v, g):
             return None if v is None else jnp.zeros_like(v) if g is None else g.astype(v.dtype)

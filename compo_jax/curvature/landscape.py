@@ -156,12 +156,7 @@ def _checked_delta(delta: Tree, base: Tree, t: int) -> Tree:
     for name, leaf in zip(tree.names(delta), jax.tree.leaves(delta), strict=True):
         if not isinstance(leaf, jax.core.Tracer) and not np.all(np.isfinite(leaf)):
             raise ValueError(f"delta {t} has a number in {name} that isn't finite: its training may have diverged")
-    delta = jax.tree.map(
-        lambda d, b: jax.tree.map(lambda _: None, b) if d is None else jnp.asarray(d),
-        delta,
-        base,
-        is_leaf=lambda d: d is None,
-    )
+    delta = jax.tree.map(jnp.asarray, tree.spread(delta, base))
     moved = jax.tree.map(lambda b, d: None if d is None else b, base, delta)
     tree.require_float(moved, f"what delta {t} is added to")
     return delta
