@@ -32,12 +32,14 @@ STYLE = {
 
 
 def titled_figure(title: str, height: float) -> Figure:
+    """An empty figure of the page's width, `height` inches high."""
     figure = Figure(figsize=(WIDTH, height))
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     return figure
 
 
 def short(name: str, length: int) -> str:
+    """The name, cut to `length` letters."""
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
