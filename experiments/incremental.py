@@ -12,6 +12,7 @@ numbers: the table in README.md.
 """
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -30,6 +31,25 @@ from compo_jax.train import Checkpoints, jit_runner, open_run, pmap_runner, prog
 
 console = Console()
 
+
+def seen_features(extract, base, stream, t):
+    """Features and global labels of the training images of the tasks up to t."""
+    seen = list(zip(stream.tasks, stream.offsets, strict=True))[: t + 1]
+    z = np.concatenate([extract(base, task.train) for task, _ in seen])
+    return z, np.concatenate([task.train.labels + first for task, first in seen])
+
+
+def class_means(extract, base, stream, t):
+    head = incremental.nearest_class_mean(*seen_features(extract, base, stream, t))
+    return incremental.evaluator(extract, stream)(base, head, t + 1)
+
+
+def projected(extract, base, stream, t):
+    projection, head = incremental.random_projection(jax.random.key(0), *seen_features(extract, base, stream, t))
+    lifted = lambda params, split: np.maximum(extract(params, split) @ projection, 0)
+    return incremental.evaluator(lifted, stream)(base, head, t + 1)
+
+
 # What a data set wants where the command line says nothing.
 PRESETS = {
     "glyphs": {"tasks": 10, "epochs": 8, "batch": 64},
@@ -37,7 +57,17 @@ PRESETS = {
     "mnist": {"tasks": 5, "epochs": 1, "batch": 128},
 }
 PRESET = {"tasks": 10, "epochs": 20, "batch": 128, "by": None, "train_split": None}
-METHODS = [f"{way}-{kind}" for kind in ("lora", "full") for way in ("ita", "pull", "none", "sequential", "joint")]
+# Classifiers on the base's features, which train no module.
+FROZEN = {"ncm": class_means, "ranpac": projected}
+WAYS = (
+    "ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none", "tmc", "sequential", "ewc", "lwf", "joint",
+)  # fmt: skip
+METHODS = [f"{way}-{kind}" for kind in ("lora", "ia3", "full") for way in WAYS] + list(FROZEN)
+COMPARED = [
+    *(f"{way}-{kind}" for kind in ("lora", "ia3", "full") for way in ("ita", "pull", "none", "iel", "iel_none")),
+    "tak-lora", "tak-full", "tmc-full", "sequential-lora", "sequential-full", "ewc-full", "lwf-full", "joint-lora",
+    "joint-full", *FROZEN,
+]  # fmt: skip
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -60,13 +90,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int)
     add("--rank", type=int, default=8)
     add("--learning-rate", type=float, default=3e-3, help="of LoRA modules")
+    add("--ia3-learning-rate", type=float, default=1e-2, help="of (IA)³ modules")
     add("--full-learning-rate", type=float, default=1e-3, help="of full deltas")
-    add("--alpha", type=float, default=300.0, help="weight of the Fisher penalty")
+    add("--alpha", type=float, default=300.0, help="weight of ITA's penalty")
+    add("--tak-alpha", type=float, default=3.0, help="weight of ITA's penalty by Kronecker factors")
+    add("--beta", type=float, default=300.0, help="weight of IEL's penalty")
+    add("--ewc", type=float, default=300.0, help="weight of elastic weight consolidation")
+    add("--lwf", type=float, default=1.0, help="weight of learning without forgetting's distillation")
+    add("--penalty", default="auto", choices=["auto", "coupled", "decoupled"], help="auto: coupled for full deltas")
     add("--pull", type=float, nargs=2, default=(0.1, 0.05), metavar=("F", "I"), help="pull of the heads")
     add("--fisher", default="monte_carlo", choices=["exact", "low_rank", "monte_carlo"])
     add("--fisher-images", type=int, default=256, help="images of a task for its Fisher; 0 for all")
     add("--methods", nargs="+", default=["ita-lora"], choices=METHODS, metavar="NAME", help=", ".join(METHODS))
-    add("--compare", action="store_const", dest="methods", const=METHODS, help="all of them")
+    add("--compare", action="store_const", dest="methods", const=COMPARED, help="those that are usually compared")
+    add("--parallel", action="store_true", help="train the independent methods' tasks at once")
     add("--seed", type=int, default=0)
     add("--name", help="name of the run; default: made from the data and the seed")
     add("--runs", type=Path, default=Path("runs"), help="folder of the runs")
@@ -76,33 +113,47 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if getattr(options, key, None) is None:
             setattr(options, key, value)
     options.methods = list(dict.fromkeys(options.methods))
-    tried = "compare" if options.methods == METHODS else "-".join(options.methods)
+    if set(options.methods) <= set(FROZEN):
+        parser.error(f"{', '.join(options.methods)} train nothing: name a method before them, ita-lora say")
+    tried = "compare" if options.methods == COMPARED else "-".join(options.methods)
     suffix = "" if tried == "ita-lora" else f"-{tried}"
     options.name = options.name or f"incremental-{options.data}-{options.seed}{suffix}"
     return options
 
 
 def methods(options) -> list[Method]:
-    """The methods asked for: ITA, its ablations and the baselines, each for LoRA and for full deltas."""
+    """The methods asked for that train: composition, its ablations and the baselines, for each kind of module."""
     kinds = {
         "lora": (adapters.lora(options.rank), options.learning_rate),
+        "ia3": (adapters.ia3(), options.ia3_learning_rate),
         "full": (adapters.full(), options.full_learning_rate),
     }
     pull = tuple(options.pull)
     more = {
         "ita": {"alpha": options.alpha, "pull": pull},
+        "tak": {"alpha": options.tak_alpha, "pull": pull, "curvature": "kronecker"},
         "pull": {"pull": pull},
         "none": {},
+        "iel": {"alpha": options.beta, "pull": pull, "mode": "ensemble"},
+        "iel_pull": {"pull": pull, "mode": "ensemble"},
+        "iel_none": {"mode": "ensemble"},
+        "tmc": {"pull": pull, "mode": "tangent"},
         "sequential": {"mode": "sequential"},
+        "ewc": {"alpha": options.ewc, "mode": "ewc"},
+        "lwf": {"alpha": options.lwf, "mode": "lwf"},
         "joint": {"mode": "joint"},
     }
-    return [Method(name, *kinds[kind], **more[way]) for name in options.methods for way, kind in [name.split("-")]]
+    named = [(name, *name.split("-")) for name in options.methods if name not in FROZEN]
+    coupled = {"auto": None, "coupled": True, "decoupled": False}[options.penalty]
+    return [Method(name, *kinds[kind], **more[way], coupled=coupled) for name, way, kind in named]
 
 
-def composed_head(pool: ModulePool, members: list[str], reference: incremental.Reference):
-    """The head over the classes of the modules `members`."""
-    trained, started = ([pool.load(name, part) for name in members] for part in ("head", "start"))
-    return incremental.stream_head(trained, started, reference.head)
+def members(method: Method, names: list[str], t: int) -> tuple[list[str], list[str]]:
+    """(modules that are composed, modules whose heads are) after task t."""
+    if method.mode == "joint":
+        return ["joint"], ["joint"]
+    alone = method.mode in ("sequential", "ewc", "lwf")
+    return ([names[t]] if alone else names[: t + 1]), names[: t + 1]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -145,101 +196,139 @@ def main(arguments: list[str] | None = None) -> None:
             )
             for m in tried
         }  # fmt: skip
+        memories = {name: memory for name, (memory, _) in trainers.items()}
         patterns = [pattern for pattern, _ in adapters.VIT_TARGETS]
-        reference, refer = incremental.reference_stage(model, base, stream, settings, patterns, options.seed)
-        evaluate = incremental.evaluator(model, stream, settings.eval_batch)
+        kinds = ["diagonal", *sorted({m.curvature for m in tried} - {"diagonal"})]
+        reference, refer = incremental.reference_stage(model, base, stream, settings, patterns, options.seed, kinds)
+        extract = incremental.features(model, stream, settings.eval_batch)
+        linear = incremental.features(model, stream, settings.eval_batch, around=base)
+        evaluate = incremental.evaluator(extract, stream)
+        of = {m.name: linear if m.mode == "tangent" else extract for m in tried}  # the model that was trained
         fingerprint = tree.fingerprint(base)
         pools = {m.name: ModulePool(run.folder / ("pool" if m is tried[0] else f"pools/{m.name}")) for m in tried}
         names = [f"{t:02d}-" + re.sub(r"[^A-Za-z0-9._-]+", "_", task.name) for t, task in enumerate(stream.tasks)]
 
         # -- resume ----------------------------------------------------------------------------------------------------
         # rows[m, t, s]: accuracy of method m after task t on task s, class-incremental and within the task
-        learned = Checkpoints(run.folder / "checkpoints" / "learned")
+        checkpoints = Checkpoints(run.folder / "checkpoints" / "learned")
         kept = {
             "reference": reference,
-            "rows": np.full((len(tried), tasks, tasks, 2), np.nan),
-            "seconds": np.zeros(len(tried)),
+            "memories": memories,
+            "rows": np.full((len(options.methods), tasks, tasks, 2), np.nan),
+            "seconds": np.zeros(len(options.methods)),
             "position": np.zeros((), np.int64),
         }
-        first_task = 0
-        if learned.latest is not None:
-            kept = learned.load(kept)
-            first_task = learned.latest
+        first_task, begun = 0, reference
+        if checkpoints.latest is not None:
+            kept = checkpoints.load(kept)
+            first_task = checkpoints.latest
             console.print(f"going on after {first_task} tasks")
-        reference, rows, seconds = kept["reference"], np.array(kept["rows"]), np.array(kept["seconds"])
+        reference, memories, rows, seconds = (
+            kept["reference"],
+            kept["memories"],
+            *map(np.array, (kept["rows"], kept["seconds"])),
+        )
         run.log.position = int(kept["position"])
+
+        # -- tasks at once ---------------------------------------------------------------------------------------------
+        references, ahead = None, {}
+        if options.parallel:
+            references = list(itertools.accumulate(range(tasks), refer, initial=begun))[1:]
+            for method in tried:
+                if method.mode not in ("independent", "tangent"):
+                    continue
+                train = incremental.parallel_trainer(model, base, stream, settings, method, options.seed, width=widest)
+                clock = time.perf_counter()
+                ahead[method.name] = train(
+                    stream.tasks, stream.offsets, references, log=run.log, record={"run": method.name, "task": "all"},
+                    progress=progress, checkpoints=Checkpoints(run.folder / "checkpoints" / f"{method.name}-all"),
+                )  # fmt: skip
+                seconds[options.methods.index(method.name)] = time.perf_counter() - clock
 
         # -- task by task ----------------------------------------------------------------------------------------------
         for t in range(first_task, tasks):
-            reference = refer(reference, t)
-            for i, method in enumerate(tried):
+            reference = references[t] if references else refer(reference, t)
+            for method in tried:
                 if method.mode == "joint" and t < tasks - 1:
                     continue
-                joint, sequential = method.mode == "joint", method.mode == "sequential"
+                i, joint = options.methods.index(method.name), method.mode == "joint"
                 task, first = (data.pooled(stream), 0) if joint else (stream.tasks[t], stream.offsets[t])
                 pool, name = pools[method.name], "joint" if joint else names[t]
-                before = pool.load(names[t - 1]) if sequential and t else None
-                clock = time.perf_counter()
-                module, head = trainers[method.name](
-                    task, first, reference, before, log=run.log, record={"run": method.name, "task": task.name},
-                    progress=progress, checkpoints=Checkpoints(run.folder / "checkpoints" / f"{method.name}-{t}"),
-                )  # fmt: skip
-                seconds[i] += time.perf_counter() - clock
+                if method.name in ahead:
+                    learned = ahead[method.name][t]
+                else:
+                    clock = time.perf_counter()
+                    learned = trainers[method.name][1](
+                        task, first, reference, memories[method.name], log=run.log, progress=progress,
+                        record={"run": method.name, "task": task.name},
+                        checkpoints=Checkpoints(run.folder / "checkpoints" / f"{method.name}-{t}"),
+                    )  # fmt: skip
+                    seconds[i] += time.perf_counter() - clock
+                memories[method.name] = learned.memory
                 start = incremental.task_columns(reference.head, first, len(task.classes), len(task.classes))
                 pool.add(
-                    name, module, base=fingerprint, adapter=method.adapter, task=task.name, classes=task.classes,
-                    seed=options.seed, extra=config, overwrite=True, head=head, start=start,
+                    name, learned.module, base=fingerprint, adapter=method.adapter, task=task.name,
+                    classes=task.classes, seed=options.seed, extra=config, overwrite=True, head=learned.head,
+                    start=start, **({} if joint else {"curvature": reference.own["diagonal"]}),
                 )  # fmt: skip
-                members = [name] if joint else names[: t + 1]
-                params = pool.compose(base, [name] if sequential else members)
-                known = evaluate(params, composed_head(pool, members, reference), t + 1)
-                rows[i, t, : t + 1] = np.stack(known, axis=-1)
-            position = np.array(run.log.position, np.int64)
-            learned.save(t + 1, {"reference": reference, "rows": rows, "seconds": seconds, "position": position})
+                if not joint and "kronecker" in kinds:
+                    pool.attach(name, curvature=reference.own["kronecker"])
+                composed, with_heads = members(method, names, t)
+                head = incremental.pool_head(pool, with_heads, reference.head)
+                test = incremental.evaluator(of[method.name], stream)
+                rows[i, t, : t + 1] = np.stack(test(pool.compose(base, composed), head, t + 1), axis=-1)
+            for name, fit in FROZEN.items():
+                if name in options.methods:
+                    i = options.methods.index(name)
+                    rows[i, t, : t + 1] = np.stack(fit(extract, base, stream, t), axis=-1)
+            learned_state = {"reference": reference, "memories": memories, "rows": rows, "seconds": seconds}
+            checkpoints.save(t + 1, learned_state | {"position": np.array(run.log.position, np.int64)})
             means = rows[:, t, : t + 1, 0].mean(axis=1)
-            reached = [f"{m.name} {x:.3f}" for m, x in zip(tried, means, strict=True) if not np.isnan(x)]
+            reached = [f"{name} {x:.3f}" for name, x in zip(options.methods, means, strict=True) if not np.isnan(x)]
             console.print(f"after {stream.tasks[t].name} ({t + 1}/{tasks}): {', '.join(reached)}")
 
         # -- what the pool can do without training ---------------------------------------------------------------------
-        pool = pools[tried[0].name]
-        head = composed_head(pool, names, reference)
+        pool, main = pools[tried[0].name], tried[0]
+        composed, with_heads = members(main, names, tasks - 1)
         frozen = evaluate(base, reference.head, tasks)
-        composed = pool.compose(base)
-        whole = evaluate(composed, head, tasks)
+        params, head = pool.compose(base, composed), incremental.pool_head(pool, with_heads, reference.head)
+        test = incremental.evaluator(of[main.name], stream)
+        whole = test(params, head, tasks)
 
-        def skill(t, members):
-            known = evaluate(pool.compose(base, members), head, tasks).incremental
-            return {
-                "task": stream.tasks[t].name,
-                "target": float(known[t]),
-                "control": float(np.delete(known, t).mean()),
-            }
+        def skill(t, kept):
+            """Accuracies with the modules `kept` alone, and the head's training on the others' tasks undone."""
+            without = [name for name in names if name not in kept]
+            own = incremental.pool_head(pool, names, reference.head, without=without)
+            known = test(pool.compose(base, kept), own, tasks).incremental
+            others = float(np.delete(known, t).mean())
+            return {"task": stream.tasks[t].name, "target": float(known[t]), "control": others}
 
-        specialise = [skill(t, [names[t]]) for t in range(tasks)] if tasks > 1 else []
-        unlearn = [skill(t, [n for n in names if n != names[t]]) for t in range(tasks)] if tasks > 1 else []
-        samples = draw_samples(model, stream, settings, composed, head)
+        apart = tasks > 1 and composed == names  # one module knows all tasks otherwise
+        specialise = [skill(t, [names[t]]) for t in range(tasks)] if apart else []
+        unlearn = [skill(t, [n for n in names if n != names[t]]) for t in range(tasks)] if apart else []
+        samples = draw_samples(of[main.name], stream, params, head)
 
         # -- results ---------------------------------------------------------------------------------------------------
         records = run.log.records()
-        rates = [r["images_per_second"] for r in records if r["run"] == tried[0].name]
+        rates = [r["images_per_second"] for r in records if r["run"] == main.name]
         results = {}
-        for i, method in enumerate(tried):
+        for i, name in enumerate(options.methods):
             matrix = rows[i, ..., 0]
-            results[method.name] = {
+            results[name] = {
                 "final_accuracy": incremental.final_accuracy(matrix),
-                "final_forgetting": None if method.mode == "joint" else incremental.final_forgetting(matrix),
+                "final_forgetting": None if name.startswith("joint") else incremental.final_forgetting(matrix),
                 "task_incremental_accuracy": float(rows[i, -1, :, 1].mean()),
                 "accuracy_matrix": [[None if np.isnan(x) else float(x) for x in row] for row in matrix],
-                "seconds": float(seconds[i]),
+                "seconds": None if name in FROZEN else float(seconds[i]),
             }
         metrics = {
             "name": options.name,
             "data": stream.name,
             "backbone": backbone,
-            "method": tried[0].name,
+            "method": main.name,
             "tasks": [task.name for task in stream.tasks],
             "classes": [len(task.classes) for task in stream.tasks],
-            **{k: v for k, v in results[tried[0].name].items() if k != "seconds"},
+            **{k: v for k, v in results[main.name].items() if k != "seconds"},
             "frozen_features_accuracy": float(frozen.incremental.mean()),
             "frozen_features_task_incremental_accuracy": float(frozen.within.mean()),
             "composed": {task.name: float(a) for task, a in zip(stream.tasks, whole.incremental, strict=True)},
@@ -249,6 +338,7 @@ def main(arguments: list[str] | None = None) -> None:
             "seconds": time.perf_counter() - began,
             "methods": results,
         }
+        np.savez(run.folder / "reference.npz", **reference.head)
         path = report.incremental(run.folder, metrics, samples, records)
         write_json(run.folder / "metrics.json", metrics)
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
@@ -256,10 +346,9 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(f"{metrics['seconds']:.0f} s; report: {path}")
 
 
-def draw_samples(model, stream, settings, params, head, each: int = 4):
+def draw_samples(extract, stream, params, head, each: int = 4):
     """A few test images of each task with the composed model's predictions, for the report."""
     samples = []
-    extract = incremental.features(model, stream, settings.eval_batch)
     for task, first in zip(stream.tasks, stream.offsets, strict=True):
         chosen = np.random.default_rng(first).permutation(len(task.test))[:each]
         images, labels = task.test.images(chosen), task.test.labels[chosen]

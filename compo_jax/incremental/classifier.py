@@ -21,6 +21,13 @@ def new_head(key: Key[Array, ""], features: int, classes: int) -> Head:
     return {"kernel": kernel, "bias": jnp.zeros(classes)}
 
 
+def task_columns(head: Head, first: int, count: int, width: int) -> Head:
+    """The columns of one task, filled up with zeros to `width`, so that every task's head has one shape."""
+    return jax.tree.map(
+        lambda x: jnp.pad(x[..., first : first + count], [(0, 0)] * (x.ndim - 1) + [(0, width - count)]), head
+    )
+
+
 def logits(head: Head, features: Float[Array, "n features"]) -> Float[Array, "n classes"]:
     """The head's linear map."""
     return features @ head["kernel"] + head["bias"]

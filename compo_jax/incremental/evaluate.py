@@ -7,9 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from compo_jax.data import TaskStream
+from compo_jax.data import Split, TaskStream
 from compo_jax.incremental.classifier import Head
-from compo_jax.incremental.reference import features
 
 Tree = Any
 
@@ -38,9 +37,10 @@ def stream_head(trained: Sequence[Head], started: Sequence[Head], reference: Hea
     return jax.tree.map(lambda c, r: np.asarray(r)[..., : c.shape[-1]] + c, change, reference)
 
 
-def evaluator(model, stream: TaskStream, batch: int) -> Callable[[Tree, Head, int], Accuracies]:
-    """`(params, head, tasks) -> Accuracies` on the first `tasks` tasks' test images."""
-    extract = features(model, stream, batch)
+def evaluator(
+    extract: Callable[[Tree, Split], np.ndarray], stream: TaskStream
+) -> Callable[[Tree, Head, int], Accuracies]:
+    """`(params, head, tasks) -> Accuracies` on the first `tasks` tasks' test images; `extract`: see `features`."""
 
     def run(params, head, tasks):
         incremental, within = [], []

@@ -1,30 +1,112 @@
 """Training one module on one task, by any of the methods."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from compo_jax import adapters
 from compo_jax.data import Task, TaskStream, steps_per_epoch, train_batches
-from compo_jax.incremental.classifier import Head, logits, masked
+from compo_jax.incremental.classifier import Head, logits, masked, task_columns
+from compo_jax.incremental.modes import MODES, Memory, Mode
 from compo_jax.incremental.optimizer import coupled_adamw, decoupled_adamw, rates
 from compo_jax.incremental.reference import Reference
-from compo_jax.incremental.regularisers import head_penalty, ita_penalty
+from compo_jax.incremental.regularisers import head_penalty
 from compo_jax.incremental.settings import Method, Settings
 from compo_jax.train import fit, init_state, jit_runner
 
 Tree = Any
 
 
-def task_columns(head: Head, first: int, count: int, width: int) -> Head:
-    """The columns of one task, filled up with zeros to `width`, so that every task's head has one shape."""
-    return jax.tree.map(
-        lambda x: jnp.pad(x[..., first : first + count], [(0, 0)] * (x.ndim - 1) + [(0, width - count)]), head
-    )
+class Learned(NamedTuple):
+    """What training on a task gives: its module, the columns of its head, and the memory for the next task."""
+
+    module: Tree
+    head: Head
+    memory: Memory
+
+
+class Training(NamedTuple):
+    """A method as the pieces of a training loop.
+
+    Attributes:
+      mode: see `modes`, with the memory before the first task.
+      loss, extras, optimizer: see `train.make_step`.
+      start: `(task, first, reference, memory) -> (params, context)` of the task whose first class is number `first`.
+      batches: `(task, first) -> (step -> iterator of batches)`.
+      keys: `first -> (key of the module's start, of augmentation, of what is remembered)`.
+    """
+
+    mode: Mode
+    loss: Callable
+    extras: Callable
+    optimizer: optax.GradientTransformationExtraArgs
+    start: Callable[[Task, int, Reference, Memory], tuple[Tree, Tree]]
+    batches: Callable[[Task, int], Callable]
+    keys: Callable[[int], jax.Array]
+
+
+def training(
+    model, base: Tree, stream: TaskStream, settings: Settings, method: Method, seed: int, *, width: int
+) -> Training:
+    """The pieces of `method`; see `task_trainer`. ValueError for an unknown mode."""
+    if method.mode not in MODES:
+        raise ValueError(f"unknown mode {method.mode!r} of method {method.name!r}; known are {', '.join(MODES)}")
+    coupled = method.adapter.dense is None if method.coupled is None else method.coupled
+
+    def keys(first):
+        key_module, key_augment = jax.random.split(jax.random.fold_in(jax.random.key(seed), first))
+        return key_module, key_augment, jax.random.fold_in(key_module, 1)
+
+    mode = MODES[method.mode](model, base, method, stream, settings, keys(0)[0])
+
+    def penalty(params, context):
+        weights = mode.penalty(context["held"], params["module"], context["curvature"], context["alpha"])
+        pull = head_penalty(params["head"], context["head"], context["head_fisher"], *context["pull"])
+        return weights + pull
+
+    def loss(params, context, batch, step):
+        images = stream.prepare(batch["image"])
+        if stream.augment is not None:
+            images = stream.augment(jax.random.fold_in(context["key"], step), images)
+        z = mode.features(context["held"], params["module"], images)
+        values = masked(logits(params["head"], z), context["mask"])
+        total = optax.softmax_cross_entropy_with_integer_labels(values, batch["label"]).mean()
+        accuracy = jnp.mean(values.argmax(-1) == batch["label"])
+        if mode.distil is not None:
+            total = total + mode.distil(context["held"], z, images, context["alpha"])
+        return total + penalty(params, context) if coupled else total, {"accuracy": accuracy}
+
+    def extras(params, context, step):
+        more = {"rate": context["rates"][step // context["steps_per_epoch"]]}
+        return more if coupled else more | {"regulariser": jax.grad(penalty)(params, context)}
+
+    def start(task, first, reference, memory):
+        key_module, key_augment, _ = keys(first)
+        classes = len(task.classes)
+        head = task_columns(reference.head, first, classes, width)
+        known = reference.every if method.mode == "ensemble" else reference.others
+        context = {
+            "held": mode.hold(memory),
+            "curvature": known.weights[method.curvature],
+            "alpha": jnp.float32(method.alpha),
+            "head": head,
+            "head_fisher": task_columns(known.head, first, classes, width),
+            "pull": jnp.array(method.pull, jnp.float32),
+            "mask": jnp.arange(width) < classes,
+            "key": key_augment,
+            "rates": rates(settings.epochs),
+            "steps_per_epoch": jnp.int32(steps_per_epoch(task.train, settings.batch)),
+        }
+        return {"module": mode.begin(key_module, memory), "head": head}, context
+
+    def batches(task, first):
+        return lambda step: train_batches(task.train, settings.batch, [seed, first], start=step)
+
+    optimizer = (coupled_adamw if coupled else decoupled_adamw)(method.learning_rate)
+    return Training(mode, loss, extras, optimizer, start, batches, keys)
 
 
 def task_trainer(
@@ -37,72 +119,32 @@ def task_trainer(
     *,
     width: int,
     runner=jit_runner,
-) -> Callable:
-    """`(task, first, reference, module=None, **fit_options) -> (module, head)`: trains a module and its task's head.
+) -> tuple[Memory, Callable[..., Learned]]:
+    """The memory before the first task, and `(task, first, reference, memory, **fit_options) -> Learned`.
 
     The cross-entropy is over the task's classes only. The penalty takes the decoupled step where the adapter has few
-    parameters of its own, and is added to the loss for full deltas (Porrello et al., 2025).
+    parameters of its own, and is added to the loss for full deltas (Porrello et al., 2025), unless the method says
+    otherwise.
 
     Args:
       width: columns of a head, at least the classes of any task; one compilation serves all tasks.
       runner: `jit_runner` or `pmap_runner`.
       first: global number of the task's first class, in the call returned.
-      module: where training starts; None for the adapter's own start.
     """
-    forward = adapters.adapted(model, method.adapter)
-    decoupled = method.adapter.dense is not None
+    plan = training(model, base, stream, settings, method, seed, width=width)
+    run = runner(plan.loss, plan.optimizer, extras=plan.extras)
 
-    def penalty(params, context):
-        delta = method.adapter.delta(params["module"], context["base"])
-        return ita_penalty(delta, context["fisher"], context["alpha"]) + head_penalty(
-            params["head"], context["head"], context["head_fisher"], *context["pull"]
-        )
+    def train(task: Task, first: int, reference: Reference, memory: Memory, **fit_options) -> Learned:
+        params, context = plan.start(task, first, reference, memory)
+        steps = settings.epochs * steps_per_epoch(task.train, settings.batch)
+        state = fit(run, init_state(params, plan.optimizer), context, plan.batches(task, first), steps, **fit_options)
+        return finish(plan, task, first, state.params, memory)
 
-    def loss(params, context, batch, step):
-        images = stream.prepare(batch["image"])
-        if stream.augment is not None:
-            images = stream.augment(jax.random.fold_in(context["key"], step), images)
-        values = logits(params["head"], forward(context["base"], params["module"], images, method="features"))
-        values = masked(values, context["mask"])
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(values, batch["label"]).mean()
-        accuracy = jnp.mean(values.argmax(-1) == batch["label"])
-        total = cross_entropy if decoupled else cross_entropy + penalty(params, context)
-        return total, {"accuracy": accuracy}
+    return plan.mode.memory, train
 
-    def extras(params, context, step):
-        more = {"rate": context["rates"][step // context["steps_per_epoch"]]}
-        return more | ({"regulariser": jax.grad(penalty)(params, context)} if decoupled else {})
 
-    optimizer = (decoupled_adamw if decoupled else coupled_adamw)(method.learning_rate)
-    run = runner(loss, optimizer, extras=extras)
-
-    def train(task: Task, first: int, reference: Reference, module: Tree = None, **fit_options) -> tuple[Tree, Head]:
-        key_module, key_augment = jax.random.split(jax.random.fold_in(jax.random.key(seed), first))
-        classes = len(task.classes)
-        start = task_columns(reference.head, first, classes, width)
-        per_epoch = steps_per_epoch(task.train, settings.batch)
-        context = {
-            "base": base,
-            "fisher": reference.others,
-            "alpha": jnp.float32(method.alpha),
-            "head": start,
-            "head_fisher": task_columns(reference.head_fisher, first, classes, width),
-            "pull": jnp.array(method.pull, jnp.float32),
-            "mask": jnp.arange(width) < classes,
-            "key": key_augment,
-            "rates": rates(settings.epochs),
-            "steps_per_epoch": jnp.int32(per_epoch),
-        }
-        params = {"module": method.adapter.init(key_module, base) if module is None else module, "head": start}
-        state = fit(
-            run,
-            init_state(params, optimizer),
-            context,
-            lambda step: train_batches(task.train, settings.batch, [seed, first], start=step),
-            settings.epochs * per_epoch,
-            **fit_options,
-        )
-        head = jax.tree.map(lambda x: np.asarray(x[..., :classes]), state.params["head"])
-        return jax.tree.map(np.asarray, state.params["module"]), head
-
-    return train
+def finish(plan: Training, task: Task, first: int, params: Tree, memory: Memory) -> Learned:
+    """A task's trained parameters, taken apart."""
+    head = jax.tree.map(lambda x: np.asarray(x[..., : len(task.classes)]), params["head"])
+    module = jax.tree.map(np.asarray, params["module"])
+    return Learned(module, head, plan.mode.remember(memory, task, first, module, head, plan.keys(first)[2]))

@@ -5,17 +5,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
 
-from compo_jax import tree
-from compo_jax.curvature import fisher_diagonal
-from compo_jax.data import Split, TaskStream, eval_batches
-from compo_jax.incremental.classifier import Head, align, head_fisher, logits, masked, new_head, probe
+from compo_jax.data import TaskStream
+from compo_jax.incremental.classifier import Head, align, head_fisher, new_head, probe
+from compo_jax.incremental.features import feature_width, features
+from compo_jax.incremental.fisher import Fisher, mean, task_fisher, together
 from compo_jax.incremental.mixtures import Mixtures, empty_mixtures, fit_mixtures, sample
+from compo_jax.incremental.regularisers import Curvature
 from compo_jax.incremental.settings import Settings
 
 Tree = Any
+
+
+class Known(NamedTuple):
+    """The curvature of some tasks, as a mean over their images.
+
+    Attributes:
+      weights: by kind: `diagonal`, plus ε, None where nothing is adapted; `kronecker`, merged factors.
+      head: the head's Fisher diagonal on features drawn from the mixtures of the tasks' classes.
+    """
+
+    weights: dict[str, Curvature]
+    head: Head
 
 
 class Reference(NamedTuple):
@@ -24,85 +35,57 @@ class Reference(NamedTuple):
     Attributes:
       mixtures: of the features of every class seen.
       head: aligned over all classes seen; columns in the stream's class order.
-      fisher: sum over images of the base's Fisher diagonal of the tasks seen, None where nothing is adapted.
-      images: their number.
-      others: mean Fisher of the tasks before t plus ε, what a module trained on task t is kept neutral to.
-      head_fisher: mean Fisher of the head on the features of the classes before t.
+      own: the base's curvature on task t alone, by kind.
+      seen: that on the tasks up to t together.
+      others: mean over the tasks before t, what a module trained alone is kept neutral to.
+      every: mean over the tasks up to t, the metric of an ensemble.
     """
 
     mixtures: Mixtures
     head: Head
-    fisher: Tree
-    images: Array
-    others: Tree
-    head_fisher: Head
-
-
-def features(model, stream: TaskStream, batch: int) -> Callable[[Tree, Split], Float[np.ndarray, "images features"]]:
-    """`(params, split) -> features` of all images of the split, in order, `batch` at a time; compiled once."""
-
-    @jax.jit
-    def forward(params, images):
-        return model.apply({"params": params}, stream.prepare(images), method="features")
-
-    def run(params, split):
-        return np.concatenate(
-            [np.asarray(forward(params, part["image"]), np.float32)[:real] for part, real in eval_batches(split, batch)]
-        )
-
-    return run
+    own: dict[str, Fisher]
+    seen: dict[str, Fisher]
+    others: Known
+    every: Known
 
 
 def reference_stage(
-    model, base: Tree, stream: TaskStream, settings: Settings, adapted: Iterable[str], seed: int
+    model,
+    base: Tree,
+    stream: TaskStream,
+    settings: Settings,
+    adapted: Iterable[str],
+    seed: int,
+    kinds: Iterable[str] = ("diagonal",),
 ) -> tuple[Reference, Callable[[Reference, int], Reference]]:
     """The empty reference of a stream, and `(reference, t) -> reference` after task t.
 
     Args:
-      adapted: path patterns of the weights whose Fisher is wanted.
+      adapted: path patterns of the weights whose curvature is wanted.
+      kinds: of it, `diagonal` and `kronecker`.
     """
     total = len(stream.classes)
-    kept = tree.partition(base, list(adapted))[0]
-    width = jax.eval_shape(
-        lambda: model.apply({"params": base}, jnp.zeros((1, stream.size, stream.size, 3)), method="features")
-    ).shape[-1]
+    width = feature_width(model, base, stream)
     root = jax.random.key(seed)
     extract = features(model, stream, settings.eval_batch)
     probe_head = jax.jit(probe, static_argnames=("steps", "batch"))
     align_head = jax.jit(align, static_argnames=("batch",))
+    curvature = task_fisher(model, stream, settings, list(adapted), list(kinds))
 
     @jax.jit
-    def weight_fisher(kept, base, images, head, seen, key, labels):
-        def apply(params, images):
-            z = model.apply({"params": tree.combine(params, base)}, images, method="features")
-            return masked(logits(head, z), jnp.arange(total) < seen)
-
-        return fisher_diagonal(
-            apply,
-            kept,
-            stream.prepare(images),
-            method=settings.fisher_method,
-            tolerance=settings.fisher_tolerance,
-            key=key,
-            labels=labels,
-        )
-
-    @jax.jit
-    def fisher_of_head(key, head, mixtures, past, seen):
-        labels = jax.random.randint(key, (4096,), 0, jnp.maximum(past, 1))
+    def fisher_of_head(key, head, mixtures, among, seen):
+        labels = jax.random.randint(key, (4096,), 0, jnp.maximum(among, 1))
         drawn = sample(jax.random.fold_in(key, 1), mixtures, labels)
         found = head_fisher(head, drawn, jnp.arange(total) < seen)
-        return jax.tree.map(lambda f: jnp.where(past > 0, f, 0), found)
+        return jax.tree.map(lambda f: jnp.where(among > 0, f, 0), found)
+
+    def known(found, head):
+        return Known({kind: mean(value, settings.epsilon) for kind, value in found.items()}, head)
 
     head = new_head(root, width, total)
-    start = Reference(
-        empty_mixtures(total, settings.components, width),
-        head,
-        jax.tree.map(jnp.zeros_like, kept),
-        jnp.zeros((), jnp.int32),
-        jax.tree.map(jnp.zeros_like, kept),
-        jax.tree.map(jnp.zeros_like, head),
-    )
+    nothing = curvature.zero(base, head)
+    blank = known(nothing, jax.tree.map(jnp.zeros_like, head))
+    start = Reference(empty_mixtures(total, settings.components, width), head, nothing, nothing, blank, blank)
 
     def after(reference: Reference, t: int) -> Reference:
         task = stream.tasks[t]
@@ -120,16 +103,9 @@ def reference_stage(
         passes = settings.align_epochs[0] + settings.align_epochs[1] * t
         head = align_head(keys[1], head, mixtures, seen, steps=passes * -(-seen * settings.align_samples // 128))
 
-        chosen = np.random.default_rng([seed, t]).permutation(len(labels))[: settings.fisher_images or None]
-        fisher, images = reference.fisher, reference.images
-        for first in range(0, len(chosen), settings.eval_batch):
-            part = chosen[first : first + settings.eval_batch]
-            images_of_part, key = task.train.images(part), jax.random.fold_in(keys[2], first)
-            found = weight_fisher(kept, base, images_of_part, head, seen, key, jnp.asarray(labels[part]))
-            fisher = jax.tree.map(jnp.add, fisher, found.total)
-            images = images + found.count
-        count = jnp.maximum(reference.images, 1)
-        others = jax.tree.map(lambda f: f / count + settings.epsilon, reference.fisher)
-        return Reference(mixtures, head, fisher, images, others, fisher_of_head(keys[3], head, mixtures, past, seen))
+        found = curvature.of(base, task.train, head, past, seen, keys[2], seed=[seed, t])
+        every = {kind: together(reference.seen[kind], value) for kind, value in found.items()}
+        before, now = (fisher_of_head(keys[3], head, mixtures, among, seen) for among in (past, seen))
+        return Reference(mixtures, head, found, every, known(reference.seen, before), known(every, now))
 
     return start, after

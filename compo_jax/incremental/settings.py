@@ -14,9 +14,9 @@ class Settings(NamedTuple):
       probe_epochs: passes of the linear probe over a task's features.
       align_epochs: (a, b), the alignment at task t makes a + b·t passes.
       align_samples: features drawn for each class and pass.
-      fisher_images: images of a task that its Fisher is taken over, at most; 0 for all.
+      fisher_images: images of a task that its curvature is taken over, at most; 0 for all.
       fisher_method, fisher_tolerance: see `curvature.fisher_diagonal`.
-      epsilon: added to the mean Fisher.
+      epsilon: added to the mean Fisher diagonal; Kronecker factors are used as they are.
       eval_batch: images in a forward pass without gradients.
     """
 
@@ -40,10 +40,13 @@ class Method(NamedTuple):
       name: under which it is reported.
       adapter: the form of its modules.
       learning_rate: of AdamW at the first epoch.
-      alpha: weight of the Fisher penalty on the task vector; 0 for none.
+      alpha: weight of the penalty: α of incremental task arithmetic, β of incremental ensemble learning, λ of elastic
+        weight consolidation, the weight of the distillation of learning without forgetting; 0 for none.
       pull: (λ_F, λ_I), the pull of a task's head to its aligned reference.
-      mode: `independent`, a module for each task, trained alone from the base and composed by averaging (incremental
-        task arithmetic); `sequential`, one module trained on and on; `joint`, one module trained on all tasks at once.
+      mode: how the tasks meet in training, a name in `modes.MODES`.
+      curvature: that the penalty is taken in, `kronecker` as TAK does (arXiv 2602.17385).
+      coupled: whether the penalty is added to the loss, or takes a step of its own; None as Porrello et al. (2025) do,
+        coupled for full deltas only.
     """
 
     name: str
@@ -51,4 +54,6 @@ class Method(NamedTuple):
     learning_rate: float
     alpha: float = 0.0
     pull: tuple[float, float] = (0.0, 0.0)
-    mode: Literal["independent", "sequential", "joint"] = "independent"
+    mode: Literal["independent", "ensemble", "tangent", "sequential", "ewc", "lwf", "joint"] = "independent"
+    curvature: Literal["diagonal", "kronecker"] = "diagonal"
+    coupled: bool | None = None

@@ -61,14 +61,14 @@ def fit(
         state = saved["state"]
         if log is not None:
             log.position = int(saved["position"])
-    first = int(state.step)
+    first = int(np.max(state.step))
     if first >= steps:
         return state
 
     def save(state):
         if checkpoints is not None:
             position = np.array(0 if log is None else log.position, np.int64)
-            checkpoints.save(int(state.step), {"state": state, "position": position})
+            checkpoints.save(int(np.max(state.step)), {"state": state, "position": position})
 
     save(state)  # the log's position, for a run that is killed before its first checkpoint
 

@@ -1,0 +1,60 @@
+"""CLS features of a split's images, by the model or by its tangent at the base."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from compo_jax import tree
+from compo_jax.data import Split, TaskStream, eval_batches
+
+Tree = Any
+Images = Float[Array, "images size size 3"]
+
+
+def features(
+    model, stream: TaskStream, batch: int, around: Tree | None = None
+) -> Callable[[Tree, Split], Float[np.ndarray, "images features"]]:
+    """`(params, split) -> features` of all images of the split, in order, `batch` at a time; compiled once.
+
+    Args:
+      around: parameters that the model is linearised at; None: the model itself.
+    """
+    linear = None if around is None else tangent_features(model)
+
+    @jax.jit
+    def forward(params, around, images):
+        images = stream.prepare(images)
+        if linear is None:
+            return model.apply({"params": params}, images, method="features")
+        return linear(around, tree.add(params, around, -1.0), images)
+
+    def run(params, split):
+        parts = eval_batches(split, batch)
+        return np.concatenate([np.asarray(forward(params, around, p["image"]), np.float32)[:real] for p, real in parts])
+
+    return run
+
+
+def tangent_features(model) -> Callable[[Tree, Tree, Images], Float[Array, "images features"]]:
+    """`(base, delta, images) -> f(base) + Jf(base) delta`, linear in the task vector; None in it is no change."""
+    model = model.copy(kernel="xla")  # cuDNN's attention has no forward derivative
+
+    def run(base, delta, images):
+        holed = tree.spread(delta, base)
+        direction = jax.tree.map(lambda b, d: jnp.zeros_like(b) if d is None else d, base, holed)
+        value, change = jax.jvp(
+            lambda params: model.apply({"params": params}, images, method="features"), (base,), (direction,)
+        )
+        return value + change
+
+    return run
+
+
+def feature_width(model, base: Tree, stream: TaskStream) -> int:
+    """Length of a feature vector."""
+    images = jnp.zeros((1, stream.size, stream.size, 3))
+    return jax.eval_shape(lambda: model.apply({"params": base}, images, method="features")).shape[-1]

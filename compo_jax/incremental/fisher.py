@@ -1,0 +1,94 @@
+"""The curvature of a backbone's weights on a task, through a head over all classes seen."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compo_jax import tree
+from compo_jax.curvature import FisherDiagonal, Kronecker, fisher_diagonal, kronecker, merge_kronecker
+from compo_jax.data import Split, TaskStream
+from compo_jax.incremental.classifier import Head, logits, masked
+from compo_jax.incremental.regularisers import Curvature
+from compo_jax.incremental.settings import Settings
+
+Tree = Any
+Fisher = FisherDiagonal | Kronecker
+_ESTIMATORS = {"diagonal": fisher_diagonal, "kronecker": kronecker}
+
+
+class TaskFisher(NamedTuple):
+    """How the Fisher of chosen weights is taken, by kind.
+
+    Attributes:
+      of: `(params, split, head, past, seen, key, *, seed) -> {kind: Fisher}` on at most `settings.fisher_images` images
+        of the split, drawn by `seed`; the classes are the head's first `seen`, the split's own follow the first `past`.
+      zero: `(params, head) -> {kind: Fisher}` of no images.
+    """
+
+    of: Callable[..., dict[str, Fisher]]
+    zero: Callable[[Tree, Head], dict[str, Fisher]]
+
+
+def together(a: Fisher, b: Fisher) -> Fisher:
+    """Two tasks' Fisher as one's; `b` is of some images."""
+    if isinstance(a, Kronecker):
+        return merge_kronecker([a, b])
+    total = jax.tree.map(jnp.add, a.total, b.total)
+    return FisherDiagonal(total, a.count + b.count, jnp.minimum(a.captured, b.captured))
+
+
+def mean(found: Fisher, epsilon: float) -> Curvature:
+    """Over the images, zero over none; a diagonal plus `epsilon`."""
+    if isinstance(found, Kronecker):
+        return found
+    return jax.tree.map(lambda f: f / jnp.maximum(found.count, 1) + epsilon, found.total)
+
+
+def task_fisher(
+    model, stream: TaskStream, settings: Settings, adapted: Sequence[str], kinds: Sequence[str]
+) -> TaskFisher:
+    """The Fisher of the weights whose paths match `adapted`; ValueError for an unknown kind."""
+    if unknown := sorted(set(kinds) - set(_ESTIMATORS)):
+        raise ValueError(f"unknown curvature {unknown[0]!r}; known are {', '.join(_ESTIMATORS)}")
+    options = {"method": settings.fisher_method, "tolerance": settings.fisher_tolerance}
+
+    @jax.jit
+    def batch(params, images, head, seen, key, labels):
+        kept, rest = tree.partition(params, adapted)
+
+        def apply(kept, images):
+            z = model.apply({"params": tree.combine(kept, rest)}, images, method="features")
+            return masked(logits(head, z), jnp.arange(head["bias"].shape[0]) < seen)
+
+        images = stream.prepare(images)
+        return {kind: _ESTIMATORS[kind](apply, kept, images, key=key, labels=labels, **options) for kind in kinds}
+
+    def of(params, split: Split, head, past, seen, key, *, seed):
+        chosen = np.random.default_rng(seed).permutation(len(split))[: settings.fisher_images or None]
+        found = None
+        for first in range(0, len(chosen), settings.eval_batch):
+            part = chosen[first : first + settings.eval_batch]
+            labels = jnp.asarray(split.labels[part] + past)
+            one = batch(params, split.images(part), head, seen, jax.random.fold_in(key, first), labels)
+            found = one if found is None else {kind: together(found[kind], one[kind]) for kind in kinds}
+        return found
+
+    def zero(params, head):
+        structure = None
+
+        def leaves(images):
+            nonlocal structure
+            found, structure = jax.tree.flatten(batch(params, images, head, 1, jax.random.key(0), jnp.zeros(1, int)))
+            return found
+
+        shapes = jax.eval_shape(leaves, jnp.zeros((1, stream.size, stream.size, 3), jnp.uint8))
+        nothing = jax.tree.unflatten(structure, [jnp.zeros(x.shape, x.dtype) for x in shapes])
+        return {
+            kind: f._replace(captured=jnp.ones_like(f.captured)) if isinstance(f, FisherDiagonal) else f
+            for kind, f in nothing.items()
+        }
+
+    return TaskFisher(of, zero)

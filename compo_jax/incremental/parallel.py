@@ -1,0 +1,97 @@
+"""Modules of independent tasks trained at once: vmapped on one device, or divided among several."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from compo_jax import mesh as meshes
+from compo_jax.data import Task, TaskStream, steps_per_epoch
+from compo_jax.incremental.learner import Learned, finish, training
+from compo_jax.incremental.reference import Reference
+from compo_jax.incremental.settings import Method, Settings
+from compo_jax.train import Runner, fit, init_state, make_step
+
+
+def parallel_trainer(
+    model,
+    base,
+    stream: TaskStream,
+    settings: Settings,
+    method: Method,
+    seed: int,
+    *,
+    width: int,
+    mesh: Mesh | None = None,
+) -> Callable[..., list[Learned]]:
+    """`(tasks, firsts, references, **fit_options) -> [Learned]`: what `task_trainer` makes of one task after another.
+
+    A step takes a batch of every task. The base is held once a device; states, heads and batches are stacked over the
+    tasks and divided over `mesh` (default: a device for each task, as far as there are devices), with no communication.
+    A task whose steps are done waits for the others; a number of tasks that the devices don't divide is filled up.
+
+    ValueError for a method whose tasks depend on each other.
+    """
+    if method.mode not in ("independent", "tangent"):
+        raise ValueError(
+            f"tasks of {method.name!r} are trained one after another, for in mode {method.mode!r} one needs what the "
+            "others left; in parallel train those of the modes independent and tangent"
+        )
+    plan = training(model, base, stream, settings, method, seed, width=width)
+    step = make_step(plan.loss, plan.optimizer, extras=plan.extras)
+    axes = {"held": None, **dict.fromkeys(("step_limit", "own"), 0)}
+
+    def one(state, context, batch):
+        new, metrics = step(state, {"held": context["held"], **context["own"]}, batch)
+        running = state.step < context["step_limit"]
+        return jax.tree.map(lambda n, o: jnp.where(running, n, o), new, state), (running, metrics)
+
+    @jax.jit
+    def every(state, context, batch):
+        state, (running, metrics) = jax.vmap(one, in_axes=(0, axes, 0))(state, context, batch)
+        mean = {name: jnp.mean(value, where=running) for name, value in metrics.items()}
+        return state, mean | {"not_finite": jnp.sum(metrics["not_finite"])}
+
+    def train(
+        tasks: Sequence[Task], firsts: Sequence[int], references: Sequence[Reference], **fit_options
+    ) -> list[Learned]:
+        devices = meshes.data_mesh(min(len(tasks), len(jax.devices()))) if mesh is None else mesh
+        members = [*range(len(tasks)), *[0] * (-len(tasks) % devices.size)]
+        split, whole = meshes.split(devices), meshes.replicated(devices)
+
+        def stack(trees):
+            return jax.tree.map(lambda *x: jnp.stack(x), *(trees[t] for t in members))
+
+        started = [plan.start(*given, plan.mode.memory) for given in zip(tasks, firsts, references, strict=True)]
+        steps = [settings.epochs * steps_per_epoch(task.train, settings.batch) for task in tasks]
+        context = {
+            "held": started[0][1]["held"],
+            "own": stack([{k: v for k, v in context.items() if k != "held"} for _, context in started]),
+            "step_limit": jnp.array([steps[t] for t in members]),
+        }
+        state = stack([init_state(params, plan.optimizer) for params, _ in started])
+
+        def batches(start):
+            each = [plan.batches(tasks[t], firsts[t])(start) for t in members]
+            for parts in zip(*each, strict=True):
+                yield jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+        runner = Runner(
+            place=lambda tree: jax.device_put(
+                tree, {k: whole if k == "held" else split for k in tree} if isinstance(tree, dict) else split
+            ),
+            shard=lambda batch: jax.device_put(
+                jax.tree.map(lambda x: x.reshape(len(members), -1, *x.shape[1:]), batch), split
+            ),
+            step=every,
+            fetch=lambda tree: tree,
+        )
+        params = jax.device_get(fit(runner, state, context, batches, max(steps), **fit_options).params)
+        return [
+            finish(plan, task, first, jax.tree.map(lambda x, t=t: x[t], params), plan.mode.memory)
+            for t, (task, first) in enumerate(zip(tasks, firsts, strict=True))
+        ]
+
+    return train

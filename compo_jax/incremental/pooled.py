@@ -1,0 +1,65 @@
+"""What a pool of tasks' modules adds up to: one head, and one set of weights by any merge rule."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from compo_jax import compose
+from compo_jax.incremental.classifier import Head
+from compo_jax.incremental.evaluate import stream_head
+from compo_jax.pool import ModulePool
+
+Tree = Any
+
+
+def pool_head(pool: ModulePool, names: Sequence[str], reference: Head, *, without: Collection[str] = ()) -> Head:
+    """The head over the classes of the modules `names`, in the order of the stream from its first task on.
+
+    Args:
+      reference: the newest aligned head; see `stream_head`.
+      without: modules whose training of the head is undone: their classes' columns are the reference's, which has seen
+        no module. To unlearn a module is to leave out its delta and this.
+
+    ValueError where two modules have a class in common: its logit would stand twice in the head.
+    """
+    owner: dict[str, str] = {}
+    for name in names:
+        for label in pool.manifest(name).classes:
+            if label in owner:
+                raise ValueError(
+                    f"the modules {owner[label]!r} and {name!r} of {pool.path} both have the class {label!r}, and "
+                    "a head over both would have it twice: leave one of them out, or name the classes apart"
+                )
+            owner[label] = name
+    started = [pool.load(name, "start") for name in names]
+    trained = [
+        start if name in without else pool.load(name, "head") for name, start in zip(names, started, strict=True)
+    ]
+    return stream_head(trained, started, reference)
+
+
+def merge_pool(rule: str, pool: ModulePool, base: Tree, names: Sequence[str] | None = None, **options: Any) -> Tree:
+    """The composed parameters of the modules `names` (default: all) by the rule of that name in `compose.RULES`.
+
+    What the rule needs of curvature is taken from `options` (see `compose.merge`), else from what is kept beside the
+    modules: Fisher diagonals, Kronecker factors. All deltas are in memory at once; `pool.compose`, a weighted sum,
+    holds one module at a time.
+
+    ValueError as of `compose.merge` (an unknown rule lists the known), for modules of another base, and for curvature
+    that a rule needs and a module lacks.
+    """
+    if rule not in compose.RULES:
+        raise ValueError(f"unknown rule {rule!r}; known are {', '.join(compose.RULES)}")
+    names = pool.names() if names is None else list(names)
+    for what, kind in (("fishers", "diagonal"), ("factors", "kronecker")):
+        needed = what in compose.RULES[rule].needs
+        if what in options or not (needed or what in compose.RULES[rule].takes):
+            continue
+        missing = [name for name in names if kind not in pool.manifest(name).curvature]
+        if missing and needed:
+            raise ValueError(
+                f"the rule {rule!r} needs {what}, and {', '.join(missing)} of {pool.path} keep no {kind} curvature: "
+                "make it once by compo_jax.curvature and keep it there: pool.attach(name, curvature=...)"
+            )
+        if not missing:
+            options[what] = [pool.curvature(name, kind=kind) for name in names]
+    return compose.merge(rule, base, list(pool.deltas(base, names)), **options)

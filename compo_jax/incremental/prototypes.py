@@ -1,0 +1,49 @@
+"""Classifiers on frozen features that training never touches: baselines for anything that trains modules."""
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from compo_jax.incremental.classifier import Head
+
+
+def nearest_class_mean(features: Float[np.ndarray, "images features"], labels: Int[np.ndarray, " images"]) -> Head:
+    """The linear head whose largest logit is the class of the nearest mean: kernel `μ_k`, bias `-‖μ_k‖²/2`.
+
+    Classes are 0 … the largest label; each needs an image.
+    """
+    counts = np.bincount(labels)
+    sums = np.zeros((len(counts), features.shape[1]))
+    np.add.at(sums, labels, features)
+    means = sums / counts[:, None]
+    return {"kernel": means.T.astype(np.float32), "bias": (-0.5 * np.sum(means**2, axis=1)).astype(np.float32)}
+
+
+def random_projection(
+    key: Key[Array, ""],
+    features: Float[np.ndarray, "images features"],
+    labels: Int[np.ndarray, " images"],
+    *,
+    width: int = 1000,
+    ridges: tuple[float, ...] = tuple(10.0**k for k in range(-8, 9)),
+) -> tuple[Float[np.ndarray, "features width"], Head]:
+    """(projection, head) of RanPAC (McDonnell et al., 2023, arXiv 2307.02251), without its first-session adaptation.
+
+    The head is the ridge regression of one-hot labels on `relu(features @ projection)`. Its sums over images grow task
+    by task in the paper; all images at once, as here, give the same head. The ridge is the one of `ridges` with the
+    least squared error on every fifth image after fitting to the others, and then all are fitted.
+    """
+    projection = np.asarray(jax.random.normal(key, (features.shape[1], width)), np.float64)
+    h = np.maximum(features @ projection, 0)
+    y = np.eye(labels.max() + 1)[labels]
+
+    def fit(rows):
+        values, vectors = np.linalg.eigh(h[rows].T @ h[rows])
+        rotated = vectors.T @ (h[rows].T @ y[rows])
+        return lambda ridge: vectors @ (rotated / (np.maximum(values, 0) + ridge)[:, None])
+
+    held = np.arange(len(h)) % 5 == 4
+    tried = fit(~held)
+    errors = [np.sum((h[held] @ tried(ridge) - y[held]) ** 2) for ridge in ridges]
+    kernel = fit(slice(None))(ridges[int(np.argmin(errors))])
+    return projection, {"kernel": kernel, "bias": np.zeros(kernel.shape[1])}
