@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from compo_jax import data, models
 from compo_jax.data import TaskStream
+from compo_jax.incremental.classifier import Head
 from compo_jax.pool import ModulePool
 
 Tree = Any
+_COMPOSED = ("ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none")  # ways that average modules in weight space
 
 
 class FinishedRun(NamedTuple):
@@ -19,7 +23,8 @@ class FinishedRun(NamedTuple):
       model, base: the backbone without its head, and its parameters.
       backbone: what it is, in words.
       stream: the tasks, with the very images.
-      pools: the modules of each independent method (`ita-lora`, ...), by its name; the first is the run's own.
+      pools: of each method that composes a module a task (`ita-lora`, `iel-full`, ...), by its name.
+      head: the reference head over all classes, aligned after the last task.
     """
 
     folder: Path
@@ -29,6 +34,7 @@ class FinishedRun(NamedTuple):
     backbone: str
     stream: TaskStream
     pools: dict[str, ModulePool]
+    head: Head
 
 
 def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> FinishedRun:
@@ -42,6 +48,8 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
     folder = Path(folder)
     if not (folder / "metrics.json").exists():
         raise ValueError(f"{folder} holds no finished run: make one with experiments/incremental.py")
+    if not (folder / "reference.npz").exists():
+        raise ValueError(f"{folder} was made by another version: it lacks the reference head, reference.npz")
     config = json.loads((folder / "config.json").read_text())
     options = ("tasks", "seed", "by", "train_split", "test_split", "classes", "images")
     if missing := {*options, "data", "data_dir", "backbone", "heads", "image_size", "dtype", "methods"} - set(config):
@@ -56,6 +64,8 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
     pools = {
         name: ModulePool(folder / ("pool" if i == 0 else f"pools/{name}"))
         for i, name in enumerate(config["methods"])
-        if not name.startswith(("sequential", "joint"))
+        if name.partition("-")[0] in _COMPOSED
     }
-    return FinishedRun(folder, config, model, base, described, stream, pools)
+    with np.load(folder / "reference.npz") as kept:
+        head = dict(kept)
+    return FinishedRun(folder, config, model, base, described, stream, pools, head)

@@ -1,0 +1,211 @@
+"""Every merge rule on the same modules: how much of each module's own skill is left, in what time and memory.
+
+    python experiments/merging.py                                       # makes a small run of its own first
+    python experiments/merging.py --run RUN [RUN ...]                   # runs of incremental.py, one a seed
+
+For each pool: the curvature of every module at its own weights, on its own training images, taken once and kept beside
+a copy of the module (RUN/merging/pools); then every rule of `compose.RULES` on all modules, each tested on all tasks
+with the modules' own heads. Normalised accuracy is the merged model's over the module's own, where the task is known.
+Seconds are of the rule alone (the least of two calls where the first took under ten seconds); memory is XLA's count for
+the whole rule as one program, arguments and result included, in multiples of the base. Options are the rules' defaults
+but for those in OPTIONS. Writes report.html and metrics.json to RUN/merging of the first run. Under 5 minutes on 2 CPU
+cores with no arguments, the run included. Expected numbers: README.md.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from compo_jax import adapters, compose, curvature, incremental, report, tree
+from compo_jax.incremental.fisher import task_fisher
+from compo_jax.pool import ModulePool
+from compo_jax.train import write_json
+
+console = Console()
+SMALL = ["--tasks", "5", "--classes", "6", "--images", "50", "--epochs", "4", "--methods", "none-lora", "none-full"]
+PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
+OPTIONS = {
+    "dare": {"rate": 0.5},
+    "regmean": {"scaling": 0.9},
+    "kronecker": {"damping": 1e-3},
+    "ggn": {"damping": 1e-3, "max_iterations": 30, "tolerance": 1e-2},
+}
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--run", type=Path, nargs="+", help="finished runs of incremental.py; default: make a small one")
+parser.add_argument("--runs", type=Path, default=Path("runs"), help="where a small run is made")
+parser.add_argument("--data-dir", type=Path, help="where the runs' TFDS set is now; default: where it was")
+parser.add_argument("--images", type=int, default=64, help="training images of a task for its curvature")
+parser.add_argument("--rules", nargs="+", choices=list(compose.RULES), help="default: all that take this many modules")
+parser.add_argument("--seed", type=int, default=0)
+
+
+def with_curvature(run: incremental.FinishedRun, name: str, images: int, seed: int) -> tuple[ModulePool, dict]:
+    """(a copy of the pool, each module with the Fisher at its own weights on its own task, by kind; seconds spent)."""
+    pool, kept = run.pools[name], ModulePool(run.folder / "merging" / "pools" / f"{name}-{images}-{seed}")
+    settings = incremental.Settings(fisher_images=images, fisher_method="monte_carlo", eval_batch=images)
+    seconds = {}
+    for kind in ("diagonal", "kronecker"):
+        fisher = task_fisher(run.model, run.stream, settings, PATTERNS, [kind])
+        clock = time.perf_counter()
+        for t, (module, task) in enumerate(zip(pool.names(), run.stream.tasks, strict=True)):
+            if module not in kept:
+                known = pool.manifest(module)
+                parts = {part: pool.load(module, part) for part in ("head", "start")}
+                kept.add(
+                    module, pool.load(module), base=known.base, adapter=known.adapter, settings=known.settings,
+                    task=known.task, classes=known.classes, **parts,
+                )  # fmt: skip
+            if kind not in kept.manifest(module).curvature:
+                params, classes = pool.compose(run.base, [module], [1.0]), len(task.classes)
+                wide = incremental.task_columns(pool.load(module, "head"), 0, classes, len(run.stream.classes))
+                found = fisher.of(params, task.train, wide, 0, classes, jax.random.key(seed + t), seed=[seed, t])
+                kept.attach(module, curvature=found[kind])
+        seconds[kind] = time.perf_counter() - clock
+    return kept, seconds
+
+
+def ingredients(run: incremental.FinishedRun, kept: ModulePool, head, images: int, seed: int) -> dict:
+    """What rules want beside the deltas: Gauss-Newton products at each module, and the landscape of compositions."""
+    deltas = list(kept.deltas(run.base))
+    rest = tree.partition(run.base, PATTERNS)[1]
+
+    def apply(columns, weights, images):
+        z = run.model.apply({"params": tree.combine(weights, rest)}, run.stream.prepare(images), method="features")
+        return z @ columns["kernel"] + columns["bias"]
+
+    def loss(weights, images, labels):
+        return optax.softmax_cross_entropy_with_integer_labels(apply(head, weights, images), labels).mean()
+
+    matvecs, batches = [], []
+    for t, (name, task) in enumerate(zip(kept.names(), run.stream.tasks, strict=True)):
+        rows = np.random.default_rng([seed, t]).permutation(len(task.train))[:images]
+        pixels, labels = jnp.asarray(task.train.images(rows)), jnp.asarray(task.train.labels[rows])
+        weights = tree.partition(tree.add(run.base, deltas[t]), PATTERNS)[0]
+        own = jax.tree.map(jnp.asarray, kept.load(name, "head"))
+        matvecs.append(curvature.ggn(partial(apply, own), weights, [(pixels,)]))
+        batches.append((pixels, labels + run.stream.offsets[t]))
+    uniform = [1 / len(deltas)] * len(deltas)
+    weights = tree.partition(run.base, PATTERNS)[0]
+    moved = [jax.tree.map(lambda d, _: d, delta, weights) for delta in deltas]
+    clock = time.perf_counter()
+    found = jax.block_until_ready(curvature.landscape(loss, weights, moved, batches=batches, anchor=uniform))
+    return {"matvecs": matvecs, "landscape": found, "landscape_seconds": time.perf_counter() - clock}
+
+
+def memory(rule: str, base, deltas, given: dict) -> float | None:
+    """Bytes of arguments, temporaries and result of the rule as one program, in multiples of the base's."""
+    if rule == "best_weights":  # its weights come from a solver on the CPU; what is left is the composition
+        rule, given = "average", {"weights": jnp.ones(len(deltas))}
+    closed = {k: v for k, v in given.items() if k in ("matvecs", "key")}
+    open_ = {k: v for k, v in given.items() if k not in closed and isinstance(v, list)}
+    options = {k: v for k, v in given.items() if k not in closed and k not in open_}
+
+    def run(base, deltas, open_):
+        return compose.merge(rule, base, deltas, **open_, **closed, **options)
+
+    count = jax.jit(run).lower(base, deltas, open_).compile().memory_analysis()
+    size = sum(x.nbytes for x in jax.tree.leaves(base))
+    return (count.argument_size_in_bytes + count.temp_size_in_bytes + count.output_size_in_bytes) / size
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser.parse_args(arguments)
+    began = time.perf_counter()
+    folders = options.run or [options.runs / "merging-pools"]
+    if options.run is None:
+        job = Path(__file__).with_name("incremental.py")
+        command = [sys.executable, str(job), *SMALL, "--runs", str(options.runs), "--name", folders[0].name]
+        subprocess.run(command, check=True)
+    runs = [incremental.open_finished(folder, options.data_dir) for folder in folders]
+    pools = [name for name in runs[0].pools if all(name in run.pools for run in runs)]
+    if not pools:
+        raise ValueError(f"the runs have no method in common that composes modules: {', '.join(map(str, folders))}")
+    tasks = len(runs[0].stream.tasks)
+    if any(len(run.stream.tasks) != tasks for run in runs) or tasks < 2:
+        raise ValueError(f"merging wants runs of equally many tasks, two at least, not {tasks}, ...")
+    rules = options.rules or [rule for rule in compose.RULES if rule != "slerp" or tasks == 2]
+    found: dict = {name: {"individual": [], "base": [], "curvature_seconds": [], "rules": {}} for name in pools}
+    for run in runs:
+        extract = incremental.features(run.model, run.stream, 256)
+        test = incremental.evaluator(extract, run.stream)
+        for name in pools:
+            # -- the modules alone, and what is known of them ----------------------------------------------------------
+            kept, seconds = with_curvature(run, name, options.images, options.seed)
+            head = incremental.pool_head(kept, kept.names(), run.head)
+            own = [
+                float(test(kept.compose(run.base, [module], [1.0]), head, tasks).within[t])
+                for t, module in enumerate(kept.names())
+            ]
+            given = ingredients(run, kept, jax.tree.map(jnp.asarray, head), options.images, options.seed)
+            seconds["landscape"] = given.pop("landscape_seconds")
+            found[name]["individual"].append(own)
+            found[name]["base"].append(test(run.base, run.head, tasks).within.tolist())
+            found[name]["curvature_seconds"].append(seconds)
+
+            # -- every rule --------------------------------------------------------------------------------------------
+            for rule in rules:
+                needs = {**given, "key": jax.random.key(options.seed)}
+                needs = {k: v for k, v in needs.items() if k in compose.RULES[rule].needs} | OPTIONS.get(rule, {})
+                merge = partial(incremental.merge_pool, rule, kept, run.base, **needs)
+                with warnings.catch_warnings(record=True) as told:
+                    warnings.simplefilter("always")
+                    clock = time.perf_counter()
+                    params = jax.block_until_ready(merge())
+                    taken = time.perf_counter() - clock
+                if taken < 10:
+                    clock = time.perf_counter()
+                    jax.block_until_ready(merge())
+                    taken = min(taken, time.perf_counter() - clock)
+                known = test(params, head, tasks)
+                row = found[name]["rules"].setdefault(
+                    rule, {"within": [], "incremental": [], "normalised": [], "seconds": [], "told": []}
+                )
+                row["within"].append(known.within.tolist())
+                row["incremental"].append(known.incremental.tolist())
+                row["normalised"].append(float(np.mean(known.within / np.array(own))))
+                row["seconds"].append(taken)
+                row["told"].append([str(w.message) for w in told if issubclass(w.category, UserWarning)])
+                if run is runs[0]:
+                    row["options"] = OPTIONS.get(rule, {})
+                    stored = dict(needs)
+                    for what, kind in (("fishers", "diagonal"), ("factors", "kronecker")):
+                        if what in compose.RULES[rule].needs + compose.RULES[rule].takes and rule != "dare":
+                            stored[what] = [kept.curvature(module, kind=kind) for module in kept.names()]
+                    row["memory"] = memory(rule, run.base, list(kept.deltas(run.base)), stored)
+                console.print(
+                    f"{run.folder.name} {name} {rule}: known {known.within.mean():.3f}, normalised "
+                    f"{row['normalised'][-1]:.3f}, all classes {known.incremental.mean():.3f}, {taken:.2f} s"
+                )
+    metrics = {
+        "name": "merging",
+        "data": runs[0].stream.name,
+        "backbone": runs[0].backbone,
+        "runs": [run.folder.name for run in runs],
+        "tasks": [[task.name for task in run.stream.tasks] for run in runs],
+        "images": options.images,
+        "pools": found,
+        "seconds": time.perf_counter() - began,
+    }
+    path = report.merging(folders[0] / "merging", metrics)
+    write_json(folders[0] / "merging" / "metrics.json", metrics)
+    console.print(report.merging_table(metrics))
+    console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, OSError, KeyError, subprocess.CalledProcessError) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)

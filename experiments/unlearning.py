@@ -1,0 +1,101 @@
+"""What a pool can forget and what it can be reduced to, with no training: every task, every method.
+
+    python experiments/unlearning.py                                    # makes a small run of its own first
+    python experiments/unlearning.py --run RUN [RUN ...]                # runs of incremental.py, one a seed
+
+For each pool and each task: specialise (its module alone), unlearn (all modules but its), subtract (all but its, less
+its share); the head is treated too, for what training did to the columns of tasks that are left out is undone. Tests
+all tasks each time, and writes report.html and metrics.json to RUN/unlearning of the first run. Under 5 minutes on 2
+CPU cores with no arguments, the run included. Expected numbers: README.md.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from compo_jax import incremental, report
+from compo_jax.train import write_json
+
+console = Console()
+METHODS = ["ita-lora", "iel-lora", "ita-ia3", "iel-ia3", "ita-full", "iel-full"]
+SMALL = ["--tasks", "5", "--classes", "6", "--images", "50", "--epochs", "4", "--methods", *METHODS]
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--run", type=Path, nargs="+", help="finished runs of incremental.py; default: make a small one")
+parser.add_argument("--runs", type=Path, default=Path("runs"), help="where a small run is made")
+parser.add_argument("--data-dir", type=Path, help="where the runs' TFDS set is now; default: where it was")
+
+
+def measure(run: incremental.FinishedRun, name: str) -> dict:
+    """Accuracy on every task (columns) with no module, all modules, and for each task the modules left (rows)."""
+    pool, tasks = run.pools[name], len(run.stream.tasks)
+    names = pool.names()
+    test = incremental.evaluator(incremental.features(run.model, run.stream, 256), run.stream)
+
+    def known(kept, weights=None, reached=None):
+        """With the deltas of `reached`, and of the heads' training what belongs to `kept`."""
+        without = [other for other in names if other not in kept]
+        head = incremental.pool_head(pool, names, run.head, without=without)
+        params = pool.compose(run.base, kept if reached is None else reached, weights)
+        return test(params, head, tasks).incremental.tolist()
+
+    def others(t):
+        return [*names[:t], *names[t + 1 :]]
+
+    def less(t):
+        """The mean of the others, less the share that the module had."""
+        return [-1 / tasks if s == t else 1 / (tasks - 1) for s in range(tasks)]
+
+    return {
+        "frozen": test(run.base, run.head, tasks).incremental.tolist(),
+        "all": known(names),
+        "specialise": [known([name]) for name in names],
+        "unlearn": [known(others(t)) for t in range(tasks)],
+        "subtract": [known(others(t), less(t), names) for t in range(tasks)],
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser.parse_args(arguments)
+    began = time.perf_counter()
+    folders = options.run or [options.runs / "unlearning-pools"]
+    if options.run is None:
+        job = Path(__file__).with_name("incremental.py")
+        command = [sys.executable, str(job), *SMALL, "--runs", str(options.runs), "--name", folders[0].name]
+        subprocess.run(command, check=True)
+    runs = [incremental.open_finished(folder, options.data_dir) for folder in folders]
+    methods = [name for name in runs[0].pools if all(name in run.pools for run in runs)]
+    if not methods:
+        raise ValueError(f"the runs have no method in common that composes modules: {', '.join(map(str, folders))}")
+    if any(len(run.stream.tasks) < 2 for run in runs):
+        raise ValueError("a run of one task has nothing to unlearn it from: give runs of two tasks or more")
+    measured = {name: [] for name in methods}
+    for run in runs:
+        for name in methods:
+            measured[name].append(measure(run, name))
+            console.print(f"{run.folder.name}: {name}")
+    metrics = {
+        "name": "unlearning",
+        "data": runs[0].stream.name,
+        "backbone": runs[0].backbone,
+        "runs": [run.folder.name for run in runs],
+        "tasks": [[task.name for task in run.stream.tasks] for run in runs],
+        "methods": {name: {key: [m[key] for m in found] for key in found[0]} for name, found in measured.items()},
+        "seconds": time.perf_counter() - began,
+    }
+    path = report.unlearning(folders[0] / "unlearning", metrics)
+    write_json(folders[0] / "unlearning" / "metrics.json", metrics)
+    console.print(report.unlearning_table(metrics))
+    console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, OSError, KeyError, subprocess.CalledProcessError) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)
