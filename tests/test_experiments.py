@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -155,3 +156,93 @@ def test_the_curvature_check_says_what_it_lacks(finished, tmp_path, arguments, t
     result = run(*filled, script="curvature_check.py")
     assert result.returncode == 2, result.stdout + result.stderr
     assert told in result.stdout
+
+
+SEVERAL = [*SMALL, "--epochs", "1", "--methods", "none-lora", "iel-ia3", "tak-lora", "lwf-full", "ncm", "ranpac"]
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A run of many methods, killed after its first task and taken up again."""
+    runs = tmp_path_factory.mktemp("runs")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    arguments = [*SEVERAL, "--runs", runs, "--name", "several"]
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 200
+    while not (runs / "several" / "pool" / "01-armenian").exists() and time.monotonic() < until:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on after 1 tasks" in done.stdout
+    return runs / "several"
+
+
+def test_a_killed_run_of_methods_with_a_memory_ends_bit_identical(several):
+    """All tasks at once for what is independent, and no kill: the others must end the same to the bit."""
+    whole = run(*SEVERAL, "--parallel", "--runs", several.parent, "--name", "whole")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    first, second = (
+        json.loads((several.parent / f / "metrics.json").read_text())["methods"] for f in ("several", "whole")
+    )
+    for name in ("iel-ia3", "lwf-full", "ncm", "ranpac"):
+        assert first[name]["accuracy_matrix"] == second[name]["accuracy_matrix"], name
+    for pool in ("pool", "pools/tak-lora"):
+        one, other = (ModulePool(several.parent / f / pool).load("01-armenian") for f in ("several", "whole"))
+        for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-2, atol=1e-4)
+    for pool in ("pool", "pools/iel-ia3", "pools/lwf-full"):
+        one, other = (ModulePool(several.parent / f / pool) for f in ("several", "whole"))
+        for kind in ("diagonal", "kronecker"):
+            assert int(one.curvature("00-arabic", kind=kind).count) == 24
+            for x, y in zip(
+                *(jax.tree.leaves(p.curvature("01-armenian", kind=kind)) for p in (one, other)), strict=True
+            ):
+                np.testing.assert_array_equal(x, y)
+
+
+def test_every_task_is_unlearned_from_every_pool(several):
+    done = run("--run", several, script="unlearning.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((several / "unlearning" / "metrics.json").read_text())
+    assert sorted(metrics["methods"]) == ["iel-ia3", "none-lora", "tak-lora"]  # not what composes nothing
+    main = json.loads((several / "metrics.json").read_text())
+    for name, found in metrics["methods"].items():
+        assert np.shape(found["unlearn"]) == (1, 2, 2)
+        np.testing.assert_allclose(found["all"][0], main["methods"][name]["accuracy_matrix"][-1])
+        # of two modules, all but one is the other alone
+        assert found["unlearn"][0] == found["specialise"][0][::-1]
+    known = [[row[key] for row in main[way]] for way in ("specialise", "unlearn") for key in ("target", "control")]
+    matrix = np.array(metrics["methods"]["none-lora"]["specialise"][0])
+    np.testing.assert_allclose(known[:2], [np.diag(matrix), matrix[[0, 1], [1, 0]]])
+    assert (several / "unlearning" / "report.html").stat().st_size > 10_000
+
+
+def test_rules_are_compared_on_every_pool(several):
+    rules = ["average", "ties", "fisher", "regmean", "ggn", "best_weights"]
+    done = run("--run", several, "--images", 8, "--rules", *rules, script="merging.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((several / "merging" / "metrics.json").read_text())
+    for found in metrics["pools"].values():
+        assert list(found["rules"]) == rules
+        for row in found["rules"].values():
+            expected = np.mean(np.array(row["within"][0]) / np.array(found["individual"][0]))
+            assert row["normalised"][0] == pytest.approx(expected)
+            assert row["memory"] > 1
+            assert row["seconds"][0] > 0
+    assert (several / "merging" / "report.html").stat().st_size > 10_000
+    # the curvature is kept beside the modules, and not taken again
+    pool = ModulePool(next((several / "merging" / "pools").glob("none-lora-*")))
+    before = pool.manifest("00-arabic")
+    again = run("--run", several, "--images", 8, "--rules", "average", script="merging.py")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert pool.manifest("00-arabic") == before
+
+
+@pytest.mark.parametrize("script", ["unlearning.py", "merging.py"])
+def test_a_folder_without_a_run_is_told(tmp_path, script):
+    result = run("--run", tmp_path, script=script)
+    assert result.returncode == 2
+    assert "holds no finished run" in result.stdout
