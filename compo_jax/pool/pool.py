@@ -1,42 +1,31 @@
 """Trained modules in a folder: each is stored whole by orbax, with a manifest, or is not there at all."""
 
 import contextlib
-import errno
 import os
-import re
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from orbax.checkpoint import v1 as ocp
+from jax.sharding import Sharding
 
-from compo_jax import adapters, tree
-from compo_jax.pool import manifest as manifests
+from compo_jax import adapters
+from compo_jax.curvature import FisherDiagonal, Kronecker
+from compo_jax.pool import changes, composition, search, storage
+from compo_jax.pool import curvature as curvatures
+from compo_jax.pool import manifest as records
 from compo_jax.pool.manifest import Manifest
 
 Tree = Any
-_ARRAYS = "arrays"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-def _checked(name: str, what: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"{name!r} cannot name a {what}: use letters, digits, '.', '_' and '-', a letter or a digit first"
-        )
-    return name
 
 
 class ModulePool:
     """The modules in the folder `path`, one subfolder each; the first `add` makes the folder.
 
-    Several processes may read and change a pool at once. A module is written to a hidden folder and renamed, so that
-    a reader finds it whole or not at all, whatever becomes of the writer; what a killed writer leaves are hidden
-    folders (`.name.*`) that nothing reads and that may be deleted. One process writes a module: orbax waits for all
-    processes of a `jax.distributed` job, and `add` refuses there.
+    Several processes may read and change a pool at once. A reader finds a module as it was before a change or as it
+    is after, whatever becomes of the writer; what a killed writer leaves is never read, and `clean` removes it. Every
+    byte of a module is under a checksum. One process writes a module: orbax waits for all processes of a
+    `jax.distributed` job, and `add` and `attach` refuse there.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -44,22 +33,76 @@ class ModulePool:
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"a pool is a folder, and {self.path} is a file: choose another path")
 
+    # -- what is there -------------------------------------------------------------------------------------------------
     def names(self) -> list[str]:
         """The names of all modules, sorted. A damaged one is among them, so that it is not passed over silently."""
-        if not self.path.is_dir():
-            return []
-        return sorted(entry.name for entry in self.path.iterdir() if _NAME.fullmatch(entry.name) and entry.is_dir())
+        return search.names(self.path)
 
     def __len__(self) -> int:
         return len(self.names())
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and bool(_NAME.fullmatch(name)) and (self.path / name).is_dir()
+        return isinstance(name, str) and bool(search.NAME.fullmatch(name)) and (self.path / name).is_dir()
 
     def manifest(self, name: str) -> Manifest:
         """The manifest of a module; KeyError for an unknown name, ValueError for a damaged module."""
-        return manifests.read(self._folder(name))
+        folder = self._folder(name)
+        try:
+            return records.read(folder)
+        except ValueError:
+            self._folder(name)  # KeyError where it was removed just now
+            raise
 
+    def manifests(self) -> dict[str, Manifest]:
+        """The manifests of all modules by name, sorted, no array read. A UserWarning names each damaged one."""
+        return {manifest.name: manifest for manifest in search.listed(self.path)}
+
+    def find(
+        self,
+        *,
+        base: Tree | str | None = None,
+        adapter: str | None = None,
+        task: str | None = None,
+        classes: str | Iterable[str] | None = None,
+        curvature: str | None = None,
+        where: Callable[[Manifest], bool] | None = None,
+    ) -> list[str]:
+        """The names of the modules that all that is given is true of, sorted; no array is read.
+
+        Args:
+          base: the parameters that a module was trained on, or their fingerprint.
+          adapter, task: the exact names.
+          classes: the module knows any of them.
+          curvature: the kind that is kept with it, "diagonal" or "kronecker".
+          where: a predicate on the manifest, for all else.
+
+        ValueError for what is no fingerprint and no kind. Damaged modules are not found, and named in a UserWarning.
+        """
+        wanted = search.predicate(base, adapter, task, classes, curvature, where)
+        return [manifest.name for manifest in search.listed(self.path) if wanted(manifest)]
+
+    def check(self, names: Sequence[str] | None = None) -> dict[str, str]:
+        """What is damaged and why, by name: every byte of the modules `names` is read; {} when all is well.
+
+        By default all modules, and then what lies in the pool and is no module is named too; hidden files are not.
+        KeyError for unknown names.
+        """
+        wrong = {}
+        for name in [entry.name for entry in search.visible(self.path)] if names is None else names:
+            try:
+                for part in self.manifest(name).parts:
+                    self._reading(name, part, storage.check)
+                self._reading(name, "module", lambda folder, manifest, _: storage.known(folder, manifest))
+            except ValueError as error:
+                wrong[name] = str(error)
+            except KeyError:
+                if names is not None:
+                    raise
+                if os.path.lexists(self.path / name):  # else it was removed just now
+                    wrong[name] = f"{self.path / name} is no module, and no pool makes it: move it elsewhere"
+        return wrong
+
+    # -- changes -------------------------------------------------------------------------------------------------------
     def add(
         self,
         name: str,
@@ -73,6 +116,7 @@ class ModulePool:
         metrics: dict[str, Any] | None = None,
         seed: int = 0,
         extra: dict[str, Any] | None = None,
+        curvature: FisherDiagonal | Kronecker | None = None,
         overwrite: bool = False,
         **parts: Tree,
     ) -> Manifest:
@@ -84,91 +128,116 @@ class ModulePool:
           base: the parameters that the module was trained on, or their `tree.fingerprint`.
           adapter: an `Adapter`, which knows its own settings, or the name of one and its `settings`.
           task, classes, metrics, seed, extra: kept in the manifest; plain values.
-          overwrite: replace a module of that name. Between two renames neither the old nor the new one is visible.
+          curvature: of the base on the module's data, to be kept with it; `attach` adds it later, or another kind.
+          overwrite: replace a module of that name and all that was kept with it; it is visible all the time.
           parts: further trees kept with the module, each of which `load` reads alone.
 
         Raises FileExistsError for a name that is taken, ValueError for a tree or name that cannot be stored, TypeError
-        for settings that are not plain, OSError where the folder cannot be written. After any of them the pool is as
-        it was.
+        for settings that are not plain or no curvature, OSError where the folder cannot be written. After any of them
+        the pool is as it was.
         """
-        target = self.path / _checked(name, "module")
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"module {name!r} cannot be added from a job of {jax.process_count()} processes: gather it "
-                "(`jax.experimental.multihost_utils.process_allgather`), and add it from a job of one process"
-            )
-        if isinstance(base, str) and not re.fullmatch("[0-9a-f]{64}", base):
-            raise ValueError(f"{base!r} is no fingerprint: give the base's parameters or `tree.fingerprint` of them")
+        target = self.path / search.checked(name, "module")
         if isinstance(adapter, adapters.Adapter):
             adapter, settings = adapter.name, adapter.settings if settings is None else settings
         if target.exists() and not overwrite:
             raise self._taken(name)
-
-        trees = {"module": module} | parts
-        stored = {_checked(part, "part"): manifests.arrays(part, value) for part, value in trees.items()}
-        if empty := [part for part, arrays in stored.items() if not jax.tree.leaves(arrays)]:
-            raise ValueError(f"there is no array in part {empty[0]!r} of module {name!r}")
+        stored, kinds = self._stored(name, {"module": module} | parts, curvature)
         manifest = Manifest(
             name=name,
             adapter=adapter,
             settings=settings or {},
-            base=base if isinstance(base, str) else tree.fingerprint(base),
+            base=search.fingerprint(base),
             task=task,
             classes=[str(label) for label in classes],
             metrics=metrics or {},
             seed=int(seed),
             extra=extra or {},
-            versions=manifests.versions(),
-            created=manifests.now(),
-            parts={part: manifests.describe(arrays) for part, arrays in stored.items()},
+            versions=records.versions(),
+            created=records.now(),
+            parts={part: storage.describe(arrays) for part, arrays in stored.items()},
+            curvature=kinds,
         )
-        manifests.dumps(manifest)  # so that a value JSON cannot hold is refused before anything is written
-        with self._hidden(name) as hidden:
+        records.dumps(manifest)  # so that a value JSON cannot hold is refused before anything is written
+        with changes.hidden(self.path, name) as hidden:
             new = hidden / "new"
-            new.mkdir()
-            # orbax refuses empty arrays; the manifest knows their shapes
-            kept = {part: jax.tree.map(lambda x: x if x.size else None, arrays) for part, arrays in stored.items()}
-            try:
-                ocp.save_checkpointables(new / _ARRAYS, kept)
-            except Exception as error:  # TensorStore says ValueError where the disk is full
-                raise OSError(getattr(error, "errno", None) or errno.EIO, str(error).split(" [")[0][:400]) from error
-            manifests.write(manifest, new)
-            written = manifests.read(new)._replace(name=name)
-            self._publish(name, new, hidden, overwrite)
-        return written
+            manifest = manifest._replace(files=storage.write(new, stored))
+            if not changes.publish(new, target, hidden / "old", manifest, overwrite):
+                raise self._taken(name)
+        return records.plain(manifest)
 
-    def load(self, name: str, part: str = "module") -> Tree:
-        """A stored tree, its leaves NumPy arrays with the bits that were stored.
+    def attach(self, name: str, *, curvature: FisherDiagonal | Kronecker | None = None, **parts: Tree) -> Manifest:
+        """Adds parts to a module that is there, or replaces them, in one step; returns its new manifest.
 
-        Raises KeyError for an unknown module or part, ValueError where the arrays are not those of the manifest.
+        The other parts are not touched. Raises KeyError for an unknown module, ValueError for a damaged one, for a
+        tree or a part's name that cannot be stored, and for `module`, which is replaced by `add(..., overwrite=True)`.
         """
-        folder = self._folder(name)
-        manifest = manifests.read(folder)
-        if part not in manifest.parts:
-            known = ", ".join(manifest.parts)
-            raise KeyError(f"module {name!r} of the pool {self.path} has no part {part!r}; its parts: {known}")
-        leaves = manifest.parts[part]["leaves"]
-
-        def restored(path, leaf):
-            return np.zeros(leaves[path][0], leaves[path][1]) if leaf is None and path in leaves else leaf
-
-        try:
-            loaded = ocp.load_checkpointables(folder / _ARRAYS, {part: None})[part]
-            loaded = tree.map_with_name(restored, loaded)
-            found = manifests.describe(loaded)
-        except (PermissionError, MemoryError):
-            raise
-        except Exception as error:  # orbax and TensorStore raise many types for a damaged file
-            raise self._damaged(name, part, str(error).split(" [")[0][:400]) from error
-        if found != manifest.parts[part]:
-            raise self._damaged(name, part, "they are not the arrays that its manifest describes")
-        return loaded
+        self.manifest(name)
+        if "module" in parts or (not parts and curvature is None):
+            raise ValueError(
+                f"there is nothing to attach to module {name!r}: give `curvature=` or parts by name, other than "
+                "`module`, which `add(..., overwrite=True)` replaces with all that was kept with it"
+            )
+        stored, kinds = self._stored(name, parts, curvature)
+        described = {part: storage.describe(arrays) for part, arrays in stored.items()}
+        with changes.hidden(self.path, name) as hidden:
+            files = storage.write(hidden / "new", stored)
+            with self._locked(name) as folder:
+                known = records.read(folder)  # another may have attached something since
+                manifest = known._replace(
+                    parts=known.parts | described, curvature=known.curvature | kinds, files=known.files | files
+                )
+                changes.replace(
+                    folder, hidden / "new", hidden / "old", manifest, lambda entry: storage.leftover(entry, manifest)
+                )
+        return records.plain(manifest)
 
     def remove(self, name: str) -> None:
         """Removes a module: first out of sight in one rename, then from the disk. KeyError for an unknown name."""
-        folder = self._folder(name)
-        with self._hidden(name) as hidden:
+        self._folder(name)
+        with changes.hidden(self.path, name) as hidden, self._locked(name) as folder:
             os.rename(folder, hidden / "old")
+
+    def clean(self) -> list[str]:
+        """Removes what killed writers left, and returns what it was.
+
+        A writer locks its hidden folder while it lives, on whatever host, so that nothing of a living one is touched;
+        hidden folders that were never locked go after an hour.
+        """
+        return changes.clean(self.path) if self.path.is_dir() else []
+
+    # -- arrays --------------------------------------------------------------------------------------------------------
+    def load(
+        self,
+        name: str,
+        part: str = "module",
+        *,
+        sharding: Sharding | Callable[[str], Sharding] | Tree | None = None,
+    ) -> Tree:
+        """A stored tree, its leaves NumPy arrays with the bits that were stored.
+
+        Args:
+          sharding: one for all leaves, a function of a leaf's path, or a tree of them. The leaves are then JAX arrays
+            that are read straight onto their devices, each of which gets its own pieces only.
+
+        Raises KeyError for an unknown module or part, ValueError where a file or the arrays are not as they were
+        stored, and for a sharding that does not fit.
+        """
+        return self._reading(name, part, lambda *at: storage.load(*at, sharding))
+
+    def curvature(self, name: str, kind: str | None = None) -> FisherDiagonal | Kronecker:
+        """The curvature kept with a module, JAX arrays with the bits that were stored.
+
+        Args:
+          kind: "diagonal" or "kronecker"; default: the only one that is kept.
+
+        Raises KeyError where none is kept, ValueError where there are two to choose from, and as `load`.
+        """
+        kind = curvatures.choose(self.manifest(name), kind)
+
+        def read(folder, manifest, part):
+            return curvatures.unpack(kind, manifest.curvature[kind], storage.load(folder, manifest, part))
+
+        return self._reading(name, curvatures.part(kind), read)
 
     def compose(
         self, base: Tree, names: Sequence[str] | None = None, weights: Sequence[float] | jax.Array | None = None
@@ -176,34 +245,15 @@ class ModulePool:
         """`base + sum_t weights[t] * delta_t` over the modules `names` (default: all), with one module in memory.
 
         `weights` default to 1/T. Before any array is read, ValueError is raised for modules made on another base,
-        damaged manifests and another number of weights, KeyError for unknown names.
+        damaged manifests and another number of weights, KeyError for unknown names. ValueError also where a module is
+        replaced while it is read.
         """
         names = self.names() if names is None else list(names)
         if not names:
             raise ValueError(f"there is no module to compose: of the {len(self)} in the pool {self.path} none is named")
-        weights = [1 / len(names)] * len(names) if weights is None else [float(w) for w in weights]
-        if len(weights) != len(names):
-            raise ValueError(f"{len(weights)} weights were given for {len(names)} modules: {', '.join(names)}")
+        return composition.compose(base, names, weights, self.manifest, lambda name: self.load(name))
 
-        own = tree.fingerprint(base)
-        listed = [self.manifest(name) for name in names]
-        if other := [f"{m.name} (on {m.base[:12]})" for m in listed if m.base != own]:
-            raise ValueError(
-                f"modules of {self.path} were made on another base than this one ({own[:12]}): {', '.join(other)}. "
-                "Load the very parameters that they were trained on (same checkpoint, dtype and leaves), or leave "
-                "these modules out of `names`"
-            )
-        total = None
-        for manifest, adapter, weight in zip(listed, [self._adapter(m) for m in listed], weights, strict=True):
-            total = _accumulate(total, adapter.delta(self.load(manifest.name), base), weight)
-        return tree.add(base, total)
-
-    def _adapter(self, manifest: Manifest) -> adapters.Adapter:
-        try:
-            return adapters.build(manifest.adapter, manifest.settings)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"the adapter of module {manifest.name!r} in {self.path} is not built: {error}") from error
-
+    # -- helpers -------------------------------------------------------------------------------------------------------
     def _folder(self, name: str) -> Path:
         if name not in self:
             known = ", ".join(self.names()) or "none"
@@ -211,46 +261,49 @@ class ModulePool:
         return self.path / name
 
     @contextlib.contextmanager
-    def _hidden(self, name: str) -> Iterator[Path]:
-        """A hidden folder in the pool to write to, on the same file system; it goes with all that is left in it."""
+    def _locked(self, name: str) -> Iterator[Path]:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=self.path, ignore_cleanup_errors=True) as folder:
-                yield Path(folder)
-        except FileExistsError:
+            with changes.locked(self._folder(name)):
+                yield self.path / name
+        except FileNotFoundError:
+            self._folder(name)  # KeyError where another removed it just now
             raise
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"module {name!r} of the pool {self.path} could not be changed ({error.strerror or error}) and is as "
-                "it was: check that the folder is writable and its disk not full",
-            ) from error
 
-    def _publish(self, name: str, new: Path, hidden: Path, overwrite: bool) -> None:
-        target = self.path / name
-        for attempt in range(100):  # another process may take the name again and again, but not for ever
+    def _stored(self, name: str, parts: dict[str, Tree], curvature) -> tuple[dict[str, Tree], dict[str, dict]]:
+        """(parts as NumPy arrays, entries of the kinds of curvature), all of which can be stored."""
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"module {name!r} cannot be changed from a job of {jax.process_count()} processes: gather it "
+                "(`jax.experimental.multihost_utils.process_allgather`), and add it from a job of one process"
+            )
+        if taken := [part for part in parts if search.checked(part, "part").startswith("curvature")]:
+            raise ValueError(f"the part {taken[0]!r} is where a pool keeps curvature: give it as `curvature=`")
+        kinds = {}
+        if curvature is not None:
+            kind, entry, arrays = curvatures.pack(curvature)
+            parts, kinds = parts | {curvatures.part(kind): arrays}, {kind: entry}
+        stored = {part: storage.arrays(part, value) for part, value in parts.items()}
+        if empty := [part for part, arrays in stored.items() if not jax.tree.leaves(arrays)]:
+            raise ValueError(f"there is no array in part {empty[0]!r} of module {name!r}")
+        return stored, kinds
+
+    def _reading(self, name: str, part: str, read: Callable) -> Any:
+        """`read(folder, manifest, part)`, again where the part was replaced meanwhile."""
+        for _ in range(100):
+            manifest = self.manifest(name)
+            if part not in manifest.parts:
+                known = ", ".join(manifest.parts)
+                raise KeyError(f"module {name!r} of the pool {self.path} has no part {part!r}; its parts: {known}")
             try:
-                return os.rename(new, target)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise
-                if not overwrite:
-                    raise self._taken(name) from error
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(target, hidden / f"old{attempt}")
-        raise self._taken(name)
+                return read(self.path / name, manifest, part)
+            except storage.Damage as error:
+                why = error
+            if self.manifest(name).files.get(part) == manifest.files.get(part):
+                break
+        raise ValueError(
+            f"part {part!r} of module {name!r} in the pool {self.path} cannot be restored ({why}): files are damaged, "
+            "missing or not its own. Remove it and add it again; the other modules are unaffected"
+        ) from why
 
     def _taken(self, name: str) -> FileExistsError:
         return FileExistsError(f"the pool {self.path} has a module {name!r}: choose another name or overwrite=True")
-
-    def _damaged(self, name: str, part: str, why: str) -> ValueError:
-        return ValueError(
-            f"part {part!r} of module {name!r} in the pool {self.path} cannot be restored ({why}): files are damaged "
-            "or missing, or the module was replaced just now. Try again, else remove it and add it again; the other "
-            "modules are unaffected"
-        )
-
-
-def _accumulate(total: Tree | None, delta: Tree, weight: float) -> Tree:
-    # a function, so that no name keeps the last delta alive while the next module is read
-    return tree.weighted_sum([delta], [weight]) if total is None else tree.weighted_sum([total, delta], [1.0, weight])

@@ -1,0 +1,79 @@
+"""What lies in a pool's folder, by its manifests alone."""
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from compo_jax import tree
+from compo_jax.pool import curvature as curvatures
+from compo_jax.pool import manifest as manifests
+from compo_jax.pool.manifest import Manifest
+
+Tree = Any
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def checked(name: Any, what: str) -> str:
+    """The name; ValueError where it cannot be a folder's in a pool."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} cannot name a {what}: use the letters a to z, digits, '.', '_' and '-', a letter or a digit "
+            "first, 128 at most"
+        )
+    return name
+
+
+def fingerprint(base: Tree | str) -> str:
+    """Of parameters, or the very one that is given; ValueError for a text that is none."""
+    if isinstance(base, str) and not re.fullmatch("[0-9a-f]{64}", base):
+        raise ValueError(f"{base!r} is no fingerprint: give the base's parameters or `tree.fingerprint` of them")
+    return base if isinstance(base, str) else tree.fingerprint(base)
+
+
+def visible(pool: Path) -> list[os.DirEntry]:
+    """All that lies in a pool and is not hidden, by name."""
+    if not pool.is_dir():
+        return []
+    with os.scandir(pool) as entries:
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def names(pool: Path) -> list[str]:
+    """See `ModulePool.names`."""
+    return [entry.name for entry in visible(pool) if NAME.fullmatch(entry.name) and entry.is_dir()]
+
+
+def listed(pool: Path) -> Iterator[Manifest]:
+    """The manifests one by one, so that whoever looks for some does not hold all; see `ModulePool.manifests`."""
+    for name in names(pool):
+        try:
+            yield manifests.read(pool / name)
+        except ValueError as error:
+            if (pool / name).exists():  # else it was removed just now
+                warnings.warn(str(error), UserWarning, stacklevel=3)
+
+
+def predicate(
+    base: Tree | str | None,
+    adapter: str | None,
+    task: str | None,
+    classes: str | Iterable[str] | None,
+    curvature: str | None,
+    where: Callable[[Manifest], bool] | None,
+) -> Callable[[Manifest], bool]:
+    """See `ModulePool.find`."""
+    own = None if base is None else fingerprint(base)
+    wanted = None if classes is None else {classes} if isinstance(classes, str) else set(classes)
+    if curvature is not None:
+        curvatures.part(curvature)  # ValueError for an unknown kind
+    return lambda manifest: bool(
+        (own is None or manifest.base == own)
+        and (adapter is None or manifest.adapter == adapter)
+        and (task is None or manifest.task == task)
+        and (wanted is None or wanted & set(manifest.classes))
+        and (curvature is None or curvature in manifest.curvature)
+        and (where is None or where(manifest))
+    )
