@@ -135,7 +135,7 @@ def test_compose_says_that_a_module_was_replaced_by_one_of_another_base(pool, mo
     load = ModulePool.load
 
     def slow(self, name, part="module"):
-        pool.add("n", MODULE, base=BASE, adapter="full", overwrite=True)
+        pool.add("n", base, base=BASE, adapter="full", overwrite=True)
         return load(self, name, part)
 
     monkeypatch.setattr(ModulePool, "load", slow)

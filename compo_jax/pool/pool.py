@@ -55,7 +55,7 @@ class ModulePool:
 
     def manifests(self) -> dict[str, Manifest]:
         """The manifests of all modules by name, sorted, no array read. A UserWarning names each damaged one."""
-        return {manifest.name: manifest for manifest in search.listed(self.path)}
+        return search.everything(self.path)
 
     def find(
         self,
@@ -141,7 +141,7 @@ class ModulePool:
             adapter, settings = adapter.name, adapter.settings if settings is None else settings
         if target.exists() and not overwrite:
             raise self._taken(name)
-        stored, kinds = self._stored(name, {"module": module} | parts, curvature)
+        stored, kinds = storage.stored(name, {"module": module} | parts, curvature)
         manifest = Manifest(
             name=name,
             adapter=adapter,
@@ -177,7 +177,7 @@ class ModulePool:
                 f"there is nothing to attach to module {name!r}: give `curvature=` or parts by name, other than "
                 "`module`, which `add(..., overwrite=True)` replaces with all that was kept with it"
             )
-        stored, kinds = self._stored(name, parts, curvature)
+        stored, kinds = storage.stored(name, parts, curvature)
         described = {part: storage.describe(arrays) for part, arrays in stored.items()}
         with changes.hidden(self.path, name) as hidden:
             files = storage.write(hidden / "new", stored)
@@ -268,24 +268,6 @@ class ModulePool:
         except FileNotFoundError:
             self._folder(name)  # KeyError where another removed it just now
             raise
-
-    def _stored(self, name: str, parts: dict[str, Tree], curvature) -> tuple[dict[str, Tree], dict[str, dict]]:
-        """(parts as NumPy arrays, entries of the kinds of curvature), all of which can be stored."""
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"module {name!r} cannot be changed from a job of {jax.process_count()} processes: gather it "
-                "(`jax.experimental.multihost_utils.process_allgather`), and add it from a job of one process"
-            )
-        if taken := [part for part in parts if search.checked(part, "part").startswith("curvature")]:
-            raise ValueError(f"the part {taken[0]!r} is where a pool keeps curvature: give it as `curvature=`")
-        kinds = {}
-        if curvature is not None:
-            kind, entry, arrays = curvatures.pack(curvature)
-            parts, kinds = parts | {curvatures.part(kind): arrays}, {kind: entry}
-        stored = {part: storage.arrays(part, value) for part, value in parts.items()}
-        if empty := [part for part, arrays in stored.items() if not jax.tree.leaves(arrays)]:
-            raise ValueError(f"there is no array in part {empty[0]!r} of module {name!r}")
-        return stored, kinds
 
     def _reading(self, name: str, part: str, read: Callable) -> Any:
         """`read(folder, manifest, part)`, again where the part was replaced meanwhile."""

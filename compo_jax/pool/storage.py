@@ -16,8 +16,10 @@ from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
 from compo_jax import tree
+from compo_jax.pool import curvature as curvatures
 from compo_jax.pool import manifest as manifests
 from compo_jax.pool.manifest import Manifest
+from compo_jax.pool.search import checked
 
 Tree = Any
 _TREE = "tree"
@@ -34,6 +36,25 @@ def write(new: Path, stored: dict[str, Tree]) -> dict[str, dict]:
     """Each part in a folder of its own in `new`, named so that no other writer's is; `Manifest.files`."""
     new.mkdir()
     return {part: save(new / f"{part}.{secrets.token_hex(4)}", value) for part, value in stored.items()}
+
+
+def stored(name: str, parts: dict[str, Tree], curvature: Any) -> tuple[dict[str, Tree], dict[str, dict]]:
+    """(parts as NumPy arrays, entries of the kinds of curvature), all of which can be stored."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"module {name!r} cannot be changed from a job of {jax.process_count()} processes: gather it "
+            "(`jax.experimental.multihost_utils.process_allgather`), and add it from a job of one process"
+        )
+    if taken := [part for part in parts if checked(part, "part").split(".")[0] == "curvature"]:
+        raise ValueError(f"the part {taken[0]!r} is where a pool keeps curvature: give it as `curvature=`")
+    kinds = {}
+    if curvature is not None:
+        kind, entry, factors = curvatures.pack(curvature)
+        parts, kinds = parts | {curvatures.part(kind): factors}, {kind: entry}
+    found = {part: arrays(part, value) for part, value in parts.items()}
+    if empty := [part for part, own in found.items() if not jax.tree.leaves(own)]:
+        raise ValueError(f"there is no array in part {empty[0]!r} of module {name!r}")
+    return found, kinds
 
 
 def arrays(part: str, value: Tree, path: str = "") -> Tree:
