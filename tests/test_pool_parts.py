@@ -139,7 +139,7 @@ def test_compose_says_that_a_module_was_replaced_by_one_of_another_base(pool, mo
         return load(self, name, part)
 
     monkeypatch.setattr(ModulePool, "load", slow)
-    with pytest.raises(ValueError, match="'n' was replaced while it was read: compose again"):
+    with pytest.raises(ValueError, match="'n' was replaced while it was read: read it again"):
         pool.compose(base, ["n"])
 
 

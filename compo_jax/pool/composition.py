@@ -1,9 +1,7 @@
 """The composition of a pool's modules on their base, one module in memory at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-import jax
 
 from compo_jax import adapters, tree
 from compo_jax.pool.manifest import Manifest
@@ -11,17 +9,10 @@ from compo_jax.pool.manifest import Manifest
 Tree = Any
 
 
-def compose(
-    base: Tree,
-    names: Sequence[str],
-    weights: Sequence[float] | jax.Array | None,
-    manifest: Callable[[str], Manifest],
-    load: Callable[[str], Tree],
-) -> Tree:
-    """`base + sum_t weights[t] * delta_t`; see `ModulePool.compose`."""
-    weights = [1 / len(names)] * len(names) if weights is None else [float(w) for w in weights]
-    if len(weights) != len(names):
-        raise ValueError(f"{len(weights)} weights were given for {len(names)} modules: {', '.join(names)}")
+def deltas(
+    base: Tree, names: Sequence[str], manifest: Callable[[str], Manifest], load: Callable[[str], Tree]
+) -> Iterator[Tree]:
+    """The modules' deltas, each read when it is asked for; see `ModulePool.deltas`."""
     own = tree.fingerprint(base)
     listed = [manifest(name) for name in names]
     if other := [f"{m.name} (on {m.base[:12]})" for m in listed if m.base != own]:
@@ -30,11 +21,22 @@ def compose(
             "parameters that they were trained on (same checkpoint, dtype and leaves), or leave these modules out of "
             "`names`"
         )
-    total = None
-    for known, adapter, weight in zip(listed, [_adapter(m) for m in listed], weights, strict=True):
-        total = _accumulate(total, adapter.delta(load(known.name), base), weight)
+    made = [_adapter(known) for known in listed]
+
+    def read(known, adapter):
+        module = load(known.name)
         if _made(manifest(known.name)) != _made(known):
-            raise ValueError(f"module {known.name!r} was replaced while it was read: compose again")
+            raise ValueError(f"module {known.name!r} was replaced while it was read: read it again")
+        return adapter.delta(module, base)
+
+    return map(read, listed, made)  # which keeps no delta alive while the next is read
+
+
+def compose(base: Tree, weights: Sequence[float], deltas: Iterator[Tree]) -> Tree:
+    """`base + sum_t weights[t] * delta_t`; see `ModulePool.compose`."""
+    total = None
+    for weight in weights:
+        total = _accumulate(total, next(deltas), weight)
     return tree.add(base, total)
 
 
@@ -50,5 +52,5 @@ def _made(manifest: Manifest) -> tuple:
 
 
 def _accumulate(total: Tree | None, delta: Tree, weight: float) -> Tree:
-    # a function, so that no name keeps the last delta alive while the next module is read
+    # a function, so that no name keeps the last delta alive either
     return tree.weighted_sum([delta], [weight]) if total is None else tree.weighted_sum([total, delta], [1.0, weight])

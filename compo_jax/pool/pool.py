@@ -248,12 +248,26 @@ class ModulePool:
         damaged manifests and another number of weights, KeyError for unknown names. ValueError also where a module is
         replaced while it is read.
         """
+        names = self._named(names)
+        weights = [1 / len(names)] * len(names) if weights is None else [float(w) for w in weights]
+        if len(weights) != len(names):
+            raise ValueError(f"{len(weights)} weights were given for {len(names)} modules: {', '.join(names)}")
+        return composition.compose(base, weights, self.deltas(base, names))
+
+    def deltas(self, base: Tree, names: Sequence[str] | None = None) -> Iterator[Tree]:
+        """The deltas of the modules `names` (default: all) on their base, each read when it is asked for.
+
+        For `compose.merge` and whatever else wants several at once. Errors as `compose`.
+        """
+        return composition.deltas(base, self._named(names), self.manifest, lambda name: self.load(name))
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+    def _named(self, names: Sequence[str] | None) -> list[str]:
         names = self.names() if names is None else list(names)
         if not names:
             raise ValueError(f"there is no module to compose: of the {len(self)} in the pool {self.path} none is named")
-        return composition.compose(base, names, weights, self.manifest, lambda name: self.load(name))
+        return names
 
-    # -- helpers -------------------------------------------------------------------------------------------------------
     def _folder(self, name: str) -> Path:
         if name not in self:
             known = ", ".join(self.names()) or "none"
