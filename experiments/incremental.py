@@ -91,13 +91,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--rank", type=int, default=8)
     add("--learning-rate", type=float, default=3e-3, help="of LoRA modules")
     add("--ia3-learning-rate", type=float, default=1e-2, help="of (IA)³ modules")
+    add("--tmc-learning-rate", type=float, default=1e-4, help="of the linearised model")
     add("--full-learning-rate", type=float, default=1e-3, help="of full deltas")
     add("--alpha", type=float, default=300.0, help="weight of ITA's penalty")
-    add("--tak-alpha", type=float, default=3.0, help="weight of ITA's penalty by Kronecker factors")
+    add("--tak-alpha", type=float, default=10.0, help="weight of ITA's penalty by Kronecker factors")
     add("--beta", type=float, default=300.0, help="weight of IEL's penalty")
     add("--ewc", type=float, default=300.0, help="weight of elastic weight consolidation")
     add("--lwf", type=float, default=1.0, help="weight of learning without forgetting's distillation")
-    add("--penalty", default="auto", choices=["auto", "coupled", "decoupled"], help="auto: coupled for full deltas")
+    add("--penalty", default="auto", choices=["auto", "coupled", "decoupled"], help="auto: coupled for full deltas and TAK")
     add("--pull", type=float, nargs=2, default=(0.1, 0.05), metavar=("F", "I"), help="pull of the heads")
     add("--fisher", default="monte_carlo", choices=["exact", "low_rank", "monte_carlo"])
     add("--fisher-images", type=int, default=256, help="images of a task for its Fisher; 0 for all")
@@ -124,28 +125,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def methods(options) -> list[Method]:
     """The methods asked for that train: composition, its ablations and the baselines, for each kind of module."""
     kinds = {
-        "lora": (adapters.lora(options.rank), options.learning_rate),
-        "ia3": (adapters.ia3(), options.ia3_learning_rate),
-        "full": (adapters.full(), options.full_learning_rate),
+        "lora": {"adapter": adapters.lora(options.rank), "learning_rate": options.learning_rate},
+        "ia3": {"adapter": adapters.ia3(), "learning_rate": options.ia3_learning_rate},
+        "full": {"adapter": adapters.full(), "learning_rate": options.full_learning_rate},
     }
     pull = tuple(options.pull)
     more = {
         "ita": {"alpha": options.alpha, "pull": pull},
-        "tak": {"alpha": options.tak_alpha, "pull": pull, "curvature": "kronecker"},
+        "tak": {"alpha": options.tak_alpha, "pull": pull, "curvature": "kronecker", "coupled": True},
         "pull": {"pull": pull},
         "none": {},
         "iel": {"alpha": options.beta, "pull": pull, "mode": "ensemble"},
         "iel_pull": {"pull": pull, "mode": "ensemble"},
         "iel_none": {"mode": "ensemble"},
-        "tmc": {"pull": pull, "mode": "tangent"},
+        "tmc": {"learning_rate": options.tmc_learning_rate, "pull": pull, "mode": "tangent"},
         "sequential": {"mode": "sequential"},
         "ewc": {"alpha": options.ewc, "mode": "ewc"},
         "lwf": {"alpha": options.lwf, "mode": "lwf"},
         "joint": {"mode": "joint"},
     }
     named = [(name, *name.split("-")) for name in options.methods if name not in FROZEN]
-    coupled = {"auto": None, "coupled": True, "decoupled": False}[options.penalty]
-    return [Method(name, *kinds[kind], **more[way], coupled=coupled) for name, way, kind in named]
+    asked = {} if options.penalty == "auto" else {"coupled": options.penalty == "coupled"}
+    return [Method(name, **(kinds[kind] | more[way] | asked)) for name, way, kind in named]
 
 
 def members(method: Method, names: list[str], t: int) -> tuple[list[str], list[str]]:
