@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from compo_jax.report import curvature_figures as figures
-from compo_jax.report.numbers import ABSENT, Metrics, decimal, percent
+from compo_jax.report.numbers import Metrics, decimal, percent, require, significant
 from compo_jax.report.page import block, html_table, write_page
 
 _NEEDED = ("name", "data", "backbone", "tasks", "images", "products", "fisher", "forecast", "spectrum", "seconds")
@@ -34,42 +33,20 @@ _PRODUCT: list[figures.Measure] = [
 ]
 
 
-def _require(given: Mapping[str, Any], needed: Sequence[str], where: str = "") -> None:
-    if missing := [where + key for key in needed if key not in given]:
-        raise KeyError(
-            f"the metrics lack {', '.join(missing)}: they may be of another kind of run, or of a run that didn't finish"
-        )
-
-
 def _require_fisher(fisher: Mapping[str, Any]) -> None:
-    _require(fisher, _FISHER, "fisher.")
+    require(fisher, _FISHER, "fisher.")
     for i, row in enumerate(fisher["rows"]):
-        _require(row, _ROW, f"fisher.rows.{i}.")
+        require(row, _ROW, f"fisher.rows.{i}.")
 
 
 def _require_forecast(forecast: Mapping[str, Mapping[str, Any]]) -> None:
     if not forecast or not all(pool.get("anchors") for pool in forecast.values()):
         raise KeyError("the metrics' forecast has no pool, or a pool without anchors: the run may not have finished")
     for name, pool in forecast.items():
-        _require(pool, _POOL, f"forecast.{name}.")
-        _require(pool["theorem"], _THEOREM, f"forecast.{name}.theorem.")
+        require(pool, _POOL, f"forecast.{name}.")
+        require(pool["theorem"], _THEOREM, f"forecast.{name}.theorem.")
         for anchor, found in pool["anchors"].items():
-            _require(found, _ANCHOR, f"forecast.{name}.anchors.{anchor}.")
-
-
-def significant(value: float | None, digits: int = 2) -> str:
-    """A number as text, in powers of ten where it is far from one; a dash for None and nan."""
-    if value is None or np.isnan(value):
-        return ABSENT
-    if value != 0 and not 1e-4 <= abs(value) < 1e5:
-        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        return f"{mantissa}·10{raised}".replace("-", "−")
-    return (
-        f"{value:#.{digits}g}".removesuffix(".").replace("-", "−")
-        if round(abs(value)) < 10**digits
-        else decimal(value, 0)
-    )
+            require(found, _ANCHOR, f"forecast.{name}.anchors.{anchor}.")
 
 
 def _fisher_cells(row: Mapping[str, Any]) -> list[str]:
@@ -225,11 +202,11 @@ def curvature(folder: str | os.PathLike, metrics: Metrics) -> Path:
 
     Raises KeyError where the metrics lack something.
     """
-    _require(metrics, _NEEDED)
-    _require(metrics["products"], _PRODUCTS, "products.")
+    require(metrics, _NEEDED)
+    require(metrics["products"], _PRODUCTS, "products.")
     _require_fisher(metrics["fisher"])
     _require_forecast(metrics["forecast"])
-    _require(metrics["spectrum"], _SPECTRUM, "spectrum.")
+    require(metrics["spectrum"], _SPECTRUM, "spectrum.")
     pool, numbers = next(iter(metrics["forecast"].items()))
     anchor, found = list(numbers["anchors"].items())[-1]
     lead = (

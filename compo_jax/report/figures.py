@@ -34,13 +34,19 @@ STYLE = {
 def titled_figure(title: str, height: float) -> Figure:
     """An empty figure of the page's width, `height` inches high."""
     figure = Figure(figsize=(WIDTH, height))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold", parse_math=False)
     return figure
 
 
 def short(name: str, length: int) -> str:
     """The name, cut to `length` letters."""
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def middle(name: str, length: int) -> str:
+    """The name, cut to `length` letters in its middle, where what tells names apart stands at their ends."""
+    half = (length - 1) // 2
+    return name if len(name) <= length else f"{name[: length - 1 - half]}…{name[-half:]}"
 
 
 def name_ticks(

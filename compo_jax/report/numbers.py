@@ -39,12 +39,64 @@ def full_matrix(matrix: Sequence[Sequence[float | None] | None]) -> Float[np.nda
     return np.array([[None] * len(matrix) if row is None else row for row in matrix], float)
 
 
-def check(metrics: Metrics) -> None:
-    """Raises KeyError or ValueError where the metrics of an incremental run don't fit together."""
-    if missing := [key for key in _NEEDED if key not in metrics]:
+def require(given: Metrics, needed: Sequence[str], where: str = "") -> None:
+    """Raises KeyError for what `given`, which stands at `where` in the metrics, lacks."""
+    if missing := [where + key for key in needed if key not in given]:
         raise KeyError(
             f"the metrics lack {', '.join(missing)}: they may be of another kind of run, or of a run that didn't finish"
         )
+
+
+def fitting(values: Any, shape: tuple[int, ...], where: str, parts: str) -> Float[np.ndarray, "..."]:
+    """Numbers of this shape, nan for None and what is not finite; ValueError where they don't have it.
+
+    Args:
+      where: the place in the metrics, for the message.
+      parts: what each dimension counts, as "tasks by tasks".
+    """
+    try:
+        array = np.array(values, float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where} in the metrics is no array of {parts} ({error}): it needs as many numbers in each of its parts, "
+            "None where one is not known; the file may have been cut or put together by hand"
+        ) from error
+    if array.shape != shape:
+        raise ValueError(
+            f"{where} in the metrics has shape {array.shape} and must have {shape}, {parts}: the numbers may be of "
+            "another run, or of one that didn't finish"
+        )
+    return np.where(np.isfinite(array), array, np.nan)
+
+
+def check_runs(metrics: Metrics) -> None:
+    """Raises ValueError where the metrics don't name the tasks, two at least, of every run, one at least."""
+    runs, counts = metrics["runs"], [len(tasks) for tasks in metrics["tasks"]]
+    if not runs or len(counts) != len(runs) or min(counts) < 2:
+        raise ValueError(
+            f"the metrics name {len(runs)} runs, and in `tasks` there are {len(counts)} lists, of {counts} tasks: they "
+            "need a run at least, and for each the list of its tasks, two or more; perhaps a list of runs was cut"
+        )
+
+
+def by_run(values: Any, metrics: Metrics, where: str, axes: int) -> list[Float[np.ndarray, "..."]]:
+    """For each run a number, or an array with `axes` axes of its tasks, as of `fitting`."""
+    if not isinstance(values, Sequence) or len(values) != len(metrics["runs"]):
+        found = f"{len(values)} entries" if isinstance(values, Sequence) else "no list"
+        raise ValueError(
+            f"{where} in the metrics has {found} and must have one for each of the {len(metrics['runs'])} runs: "
+            "the numbers may be of other runs, or of one that didn't finish"
+        )
+    parts = ("numbers", "tasks", "tasks by tasks")[axes]
+    return [
+        fitting(value, (len(tasks),) * axes, f"{where}.{i}", parts)
+        for i, (value, tasks) in enumerate(zip(values, metrics["tasks"], strict=True))
+    ]
+
+
+def check(metrics: Metrics) -> None:
+    """Raises KeyError or ValueError where the metrics of an incremental run don't fit together."""
+    require(metrics, _NEEDED)
     if metrics["method"] not in metrics["methods"]:
         raise ValueError(
             f"the main method {metrics['method']!r} is not among the methods ({', '.join(metrics['methods'])}): "
@@ -76,6 +128,28 @@ def decimal(value: float | None, places: int = 1) -> str:
     if value is None or np.isnan(value):
         return ABSENT
     return f"{value:,.{places}f}".replace("-", "−")
+
+
+def significant(value: float | None, digits: int = 2) -> str:
+    """A number as text, in powers of ten where it is far from one; a dash for None and nan."""
+    if value is None or np.isnan(value):
+        return ABSENT
+    if value != 0 and not 1e-4 <= abs(value) < 1e5:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        return f"{mantissa}·10{raised}".replace("-", "−")
+    return (
+        f"{value:#.{digits}g}".removesuffix(".").replace("-", "−")
+        if round(abs(value)) < 10**digits
+        else decimal(value, 0)
+    )
+
+
+def spread(values: Float[np.ndarray, " runs"], places: int = 1) -> str:
+    """Mean ± sample standard deviation over runs as text, without a break; the number itself where there is one run."""
+    if len(values) < 2 or np.isnan(values).any():
+        return decimal(float(np.mean(values)), places)
+    return f"{decimal(float(np.mean(values)), places)}\u00a0±\u00a0{decimal(float(np.std(values, ddof=1)), places)}"
 
 
 def percent(fraction: float | None) -> str:
