@@ -197,8 +197,10 @@ def main(arguments: list[str] | None = None) -> None:
         "pools": found,
         "seconds": time.perf_counter() - began,
     }
-    path = report.merging(folders[0] / "merging", metrics)
-    write_json(folders[0] / "merging" / "metrics.json", metrics)
+    folder = folders[0] / "merging"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "metrics.json", metrics)
+    path = report.merging(folder, metrics)
     console.print(report.merging_table(metrics))
     console.print(f"{metrics['seconds']:.0f} s; report: {path}")
 

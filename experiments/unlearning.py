@@ -87,8 +87,10 @@ def main(arguments: list[str] | None = None) -> None:
         "methods": {name: {key: [m[key] for m in found] for key in found[0]} for name, found in measured.items()},
         "seconds": time.perf_counter() - began,
     }
-    path = report.unlearning(folders[0] / "unlearning", metrics)
-    write_json(folders[0] / "unlearning" / "metrics.json", metrics)
+    folder = folders[0] / "unlearning"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "metrics.json", metrics)
+    path = report.unlearning(folder, metrics)
     console.print(report.unlearning_table(metrics))
     console.print(f"{metrics['seconds']:.0f} s; report: {path}")
 
