@@ -98,7 +98,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--beta", type=float, default=300.0, help="weight of IEL's penalty")
     add("--ewc", type=float, default=300.0, help="weight of elastic weight consolidation")
     add("--lwf", type=float, default=10.0, help="weight of learning without forgetting's distillation")
-    add("--penalty", default="auto", choices=["auto", "coupled", "decoupled"], help="auto: coupled for full deltas and TAK")
+    add(
+        "--penalty",
+        default="auto",
+        choices=["auto", "coupled", "decoupled"],
+        help="auto: coupled for full deltas and TAK",
+    )
     add("--pull", type=float, nargs=2, default=(0.1, 0.05), metavar=("F", "I"), help="pull of the heads")
     add("--fisher", default="monte_carlo", choices=["exact", "low_rank", "monte_carlo"])
     add("--fisher-images", type=int, default=256, help="images of a task for its Fisher; 0 for all")

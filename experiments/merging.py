@@ -6,7 +6,7 @@
 For each pool: the curvature of every module at its own weights, on its own training images, taken once and kept beside
 a copy of the module (RUN/merging/pools); then every rule of `compose.RULES` on all modules, each tested on all tasks
 with the modules' own heads. Normalised accuracy is the merged model's over the module's own, where the task is known.
-Seconds are of the rule alone (the least of two calls where the first took under ten seconds); memory is XLA's count for
+Seconds are of the rule alone, compiled (the least of three calls, or one of over ten seconds); memory is XLA's count of
 the whole rule as one program, arguments and result included, in multiples of the base. Options are the rules' defaults
 but for those in OPTIONS. Writes report.html and metrics.json to RUN/merging of the first run. Under 5 minutes on 2 CPU
 cores with no arguments, the run included. Expected numbers: README.md.
@@ -16,9 +16,10 @@ import argparse
 import subprocess
 import sys
 import time
-import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ parser.add_argument("--run", type=Path, nargs="+", help="finished runs of increm
 parser.add_argument("--runs", type=Path, default=Path("runs"), help="where a small run is made")
 parser.add_argument("--data-dir", type=Path, help="where the runs' TFDS set is now; default: where it was")
 parser.add_argument("--images", type=int, default=64, help="training images of a task for its curvature")
+parser.add_argument("--methods", nargs="+", help="pools of the runs; default: all that all runs have")
 parser.add_argument("--rules", nargs="+", choices=list(compose.RULES), help="default: all that take this many modules")
 parser.add_argument("--seed", type=int, default=0)
 
@@ -75,10 +77,11 @@ def with_curvature(run: incremental.FinishedRun, name: str, images: int, seed: i
     return kept, seconds
 
 
-def ingredients(run: incremental.FinishedRun, kept: ModulePool, head, images: int, seed: int) -> dict:
-    """What rules want beside the deltas: Gauss-Newton products at each module, and the landscape of compositions."""
-    deltas = list(kept.deltas(run.base))
+def ingredients(run: incremental.FinishedRun, kept: ModulePool, head, images: int, seed: int) -> tuple[dict, float]:
+    """(what rules want beside the deltas, under the names of `compose.MADE_BY`; seconds that the landscape took)."""
+    names, weights = kept.names(), tree.partition(run.base, PATTERNS)[0]
     rest = tree.partition(run.base, PATTERNS)[1]
+    deltas = [jax.tree.map(lambda d, _: d, delta, weights) for delta in kept.deltas(run.base)]
 
     def apply(columns, weights, images):
         z = run.model.apply({"params": tree.combine(weights, rest)}, run.stream.prepare(images), method="features")
@@ -88,35 +91,65 @@ def ingredients(run: incremental.FinishedRun, kept: ModulePool, head, images: in
         return optax.softmax_cross_entropy_with_integer_labels(apply(head, weights, images), labels).mean()
 
     matvecs, batches = [], []
-    for t, (name, task) in enumerate(zip(kept.names(), run.stream.tasks, strict=True)):
+    for t, (name, task) in enumerate(zip(names, run.stream.tasks, strict=True)):
         rows = np.random.default_rng([seed, t]).permutation(len(task.train))[:images]
         pixels, labels = jnp.asarray(task.train.images(rows)), jnp.asarray(task.train.labels[rows])
-        weights = tree.partition(tree.add(run.base, deltas[t]), PATTERNS)[0]
         own = jax.tree.map(jnp.asarray, kept.load(name, "head"))
-        matvecs.append(curvature.ggn(partial(apply, own), weights, [(pixels,)]))
+        matvecs.append(curvature.ggn(partial(apply, own), tree.add(weights, deltas[t]), [(pixels,)]))
         batches.append((pixels, labels + run.stream.offsets[t]))
-    uniform = [1 / len(deltas)] * len(deltas)
-    weights = tree.partition(run.base, PATTERNS)[0]
-    moved = [jax.tree.map(lambda d, _: d, delta, weights) for delta in deltas]
     clock = time.perf_counter()
-    found = jax.block_until_ready(curvature.landscape(loss, weights, moved, batches=batches, anchor=uniform))
-    return {"matvecs": matvecs, "landscape": found, "landscape_seconds": time.perf_counter() - clock}
+    uniform = [1 / len(names)] * len(names)
+    found = jax.block_until_ready(curvature.landscape(loss, weights, deltas, batches=batches, anchor=uniform))
+    seconds = time.perf_counter() - clock
+    return {
+        "key": jax.random.key(seed),
+        "fishers": [kept.curvature(name, kind="diagonal") for name in names],
+        "factors": [kept.curvature(name, kind="kronecker") for name in names],
+        "matvecs": matvecs,
+        "landscape": found,
+    }, seconds
 
 
-def memory(rule: str, base, deltas, given: dict) -> float | None:
-    """Bytes of arguments, temporaries and result of the rule as one program, in multiples of the base's."""
-    if rule == "best_weights":  # its weights come from a solver on the CPU; what is left is the composition
-        rule, given = "average", {"weights": jnp.ones(len(deltas))}
-    closed = {k: v for k, v in given.items() if k in ("matvecs", "key")}
-    open_ = {k: v for k, v in given.items() if k not in closed and isinstance(v, list)}
-    options = {k: v for k, v in given.items() if k not in closed and k not in open_}
+class Program(NamedTuple):
+    """A rule, ready to run: `call(base, deltas, arrays)`, and its memory in multiples of the base's bytes."""
 
-    def run(base, deltas, open_):
-        return compose.merge(rule, base, deltas, **open_, **closed, **options)
+    call: Callable
+    memory: float
 
-    count = jax.jit(run).lower(base, deltas, open_).compile().memory_analysis()
+
+def program(rule: str, base, deltas, arrays: dict) -> Program:
+    """The rule compiled as one program; its memory is of arguments, temporaries and result together."""
+    options = OPTIONS.get(rule, {})
+
+    def run(base, deltas, arrays):
+        return compose.RULES[rule].run(base, deltas, **arrays, **options)
+
+    def composed(base, deltas, weights):
+        return compose.compose(base, deltas, weights)
+
+    if rule == "best_weights":  # its weights come from a solver on the CPU: the memory is of the composition
+        made = jax.jit(composed).lower(base, deltas, jnp.zeros(len(deltas))).compile()
+    else:
+        made = jax.jit(run).lower(base, deltas, arrays).compile()
+    count = made.memory_analysis()
     size = sum(x.nbytes for x in jax.tree.leaves(base))
-    return (count.argument_size_in_bytes + count.temp_size_in_bytes + count.output_size_in_bytes) / size
+    memory = (count.argument_size_in_bytes + count.temp_size_in_bytes + count.output_size_in_bytes) / size
+    return Program(run if rule == "best_weights" else made, memory)
+
+
+def timed(call: Callable) -> tuple:
+    """(parameters, the least seconds of three calls, or of one over ten seconds, what a solve has to tell)."""
+    seconds = []
+    for _ in range(3):
+        clock = time.perf_counter()
+        found = jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - clock)
+        if seconds[-1] > 10:
+            break
+    if not isinstance(found, compose.Solved):
+        return found, min(seconds), []
+    left = f"stopped after {int(found.iterations)} iterations with a relative residual of {float(found.residual):.1e}"
+    return found.params, min(seconds), [] if found.converged else [left]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -128,14 +161,13 @@ def main(arguments: list[str] | None = None) -> None:
         command = [sys.executable, str(job), *SMALL, "--runs", str(options.runs), "--name", folders[0].name]
         subprocess.run(command, check=True)
     runs = [incremental.open_finished(folder, options.data_dir) for folder in folders]
-    pools = [name for name in runs[0].pools if all(name in run.pools for run in runs)]
-    if not pools:
-        raise ValueError(f"the runs have no method in common that composes modules: {', '.join(map(str, folders))}")
+    pools = incremental.common_methods(runs, options.methods)
     tasks = len(runs[0].stream.tasks)
     if any(len(run.stream.tasks) != tasks for run in runs) or tasks < 2:
         raise ValueError(f"merging wants runs of equally many tasks, two at least, not {tasks}, ...")
     rules = options.rules or [rule for rule in compose.RULES if rule != "slerp" or tasks == 2]
     found: dict = {name: {"individual": [], "base": [], "curvature_seconds": [], "rules": {}} for name in pools}
+    programs: dict[tuple[str, str], Program] = {}
     for run in runs:
         extract = incremental.features(run.model, run.stream, 256)
         test = incremental.evaluator(extract, run.stream)
@@ -147,45 +179,35 @@ def main(arguments: list[str] | None = None) -> None:
                 float(test(kept.compose(run.base, [module], [1.0]), head, tasks).within[t])
                 for t, module in enumerate(kept.names())
             ]
-            given = ingredients(run, kept, jax.tree.map(jnp.asarray, head), options.images, options.seed)
-            seconds["landscape"] = given.pop("landscape_seconds")
+            given, seconds["landscape"] = ingredients(
+                run, kept, jax.tree.map(jnp.asarray, head), options.images, options.seed
+            )
+            deltas = list(kept.deltas(run.base))
             found[name]["individual"].append(own)
             found[name]["base"].append(test(run.base, run.head, tasks).within.tolist())
             found[name]["curvature_seconds"].append(seconds)
 
             # -- every rule --------------------------------------------------------------------------------------------
             for rule in rules:
-                needs = {**given, "key": jax.random.key(options.seed)}
-                needs = {k: v for k, v in needs.items() if k in compose.RULES[rule].needs} | OPTIONS.get(rule, {})
-                merge = partial(incremental.merge_pool, rule, kept, run.base, **needs)
-                with warnings.catch_warnings(record=True) as told:
-                    warnings.simplefilter("always")
-                    clock = time.perf_counter()
-                    params = jax.block_until_ready(merge())
-                    taken = time.perf_counter() - clock
-                if taken < 10:
-                    clock = time.perf_counter()
-                    jax.block_until_ready(merge())
-                    taken = min(taken, time.perf_counter() - clock)
+                arrays = {what: given[what] for what in compose.RULES[rule].needs}
+                if (name, rule) not in programs or "matvecs" in arrays:  # whose heads are of other widths in each run
+                    programs[name, rule] = program(rule, run.base, deltas, arrays)
+                params, taken, told = timed(partial(programs[name, rule].call, run.base, deltas, arrays))
                 known = test(params, head, tasks)
-                row = found[name]["rules"].setdefault(
-                    rule, {"within": [], "incremental": [], "normalised": [], "seconds": [], "told": []}
-                )
-                row["within"].append(known.within.tolist())
-                row["incremental"].append(known.incremental.tolist())
-                row["normalised"].append(float(np.mean(known.within / np.array(own))))
-                row["seconds"].append(taken)
-                row["told"].append([str(w.message) for w in told if issubclass(w.category, UserWarning)])
-                if run is runs[0]:
-                    row["options"] = OPTIONS.get(rule, {})
-                    stored = dict(needs)
-                    for what, kind in (("fishers", "diagonal"), ("factors", "kronecker")):
-                        if what in compose.RULES[rule].needs + compose.RULES[rule].takes and rule != "dare":
-                            stored[what] = [kept.curvature(module, kind=kind) for module in kept.names()]
-                    row["memory"] = memory(rule, run.base, list(kept.deltas(run.base)), stored)
+                rows = found[name]["rules"]
+                if rule not in rows:
+                    rows[rule] = {key: [] for key in ("within", "incremental", "normalised", "seconds", "told")}
+                    rows[rule] |= {"options": OPTIONS.get(rule, {}), "memory": programs[name, rule].memory}
+                normalised = float(np.mean(known.within / np.array(own)))
+                for key, value in zip(
+                    ("within", "incremental", "normalised", "seconds", "told"),
+                    (known.within.tolist(), known.incremental.tolist(), normalised, taken, told),
+                    strict=True,
+                ):
+                    rows[rule][key].append(value)
                 console.print(
-                    f"{run.folder.name} {name} {rule}: known {known.within.mean():.3f}, normalised "
-                    f"{row['normalised'][-1]:.3f}, all classes {known.incremental.mean():.3f}, {taken:.2f} s"
+                    f"{run.folder.name} {name} {rule}: known {known.within.mean():.3f}, normalised {normalised:.3f}, "
+                    f"all classes {known.incremental.mean():.3f}, {taken:.2f} s"
                 )
     metrics = {
         "name": "merging",

@@ -26,6 +26,7 @@ SMALL = ["--tasks", "5", "--classes", "6", "--images", "50", "--epochs", "4", "-
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--run", type=Path, nargs="+", help="finished runs of incremental.py; default: make a small one")
+parser.add_argument("--methods", nargs="+", help="pools of the runs; default: all that all runs have")
 parser.add_argument("--runs", type=Path, default=Path("runs"), help="where a small run is made")
 parser.add_argument("--data-dir", type=Path, help="where the runs' TFDS set is now; default: where it was")
 
@@ -68,9 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         command = [sys.executable, str(job), *SMALL, "--runs", str(options.runs), "--name", folders[0].name]
         subprocess.run(command, check=True)
     runs = [incremental.open_finished(folder, options.data_dir) for folder in folders]
-    methods = [name for name in runs[0].pools if all(name in run.pools for run in runs)]
-    if not methods:
-        raise ValueError(f"the runs have no method in common that composes modules: {', '.join(map(str, folders))}")
+    methods = incremental.common_methods(runs, options.methods)
     if any(len(run.stream.tasks) < 2 for run in runs):
         raise ValueError("a run of one task has nothing to unlearn it from: give runs of two tasks or more")
     measured = {name: [] for name in methods}

@@ -78,10 +78,10 @@ def regmean(
         centre = jnp.einsum("t,t...->...", at, x.astype(dtype))
         b = jnp.einsum("t...ik,t...kj->...ij", grams, x.astype(dtype) - centre, precision="highest")
         total = jnp.sum(grams, axis=0) + damping * eye
-        solve = symmetric_solve
-        for _ in lay.stack:
-            solve = jax.vmap(solve)
-        step, singular = solve(total, b)
+        # one layer at a time: XLA's batched LAPACK calls can wait for each other for ever on few cores (jax 0.10)
+        layers = [a.reshape(-1, *a.shape[len(lay.stack) :]) for a in (total, b)]
+        step, singular = jax.lax.map(lambda pair: symmetric_solve(*pair), tuple(layers))
+        step = step.reshape(b.shape)
         if concrete(singular) and jnp.any(singular):
             raise ValueError(
                 f"the Gram matrix of the inputs of {name}, summed over the tasks, is singular: some inputs are dead or "

@@ -14,6 +14,7 @@ from compo_jax.incremental.evaluate import stream_head as stream_head
 from compo_jax.incremental.features import features as features
 from compo_jax.incremental.features import tangent_features as tangent_features
 from compo_jax.incremental.finished import FinishedRun as FinishedRun
+from compo_jax.incremental.finished import common_methods as common_methods
 from compo_jax.incremental.finished import open_finished as open_finished
 from compo_jax.incremental.learner import Learned as Learned
 from compo_jax.incremental.learner import task_trainer as task_trainer

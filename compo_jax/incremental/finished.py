@@ -1,6 +1,7 @@
 """A run of the main job, opened again: the model, the stream of tasks and the pools that it left."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,3 +70,14 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
     with np.load(folder / "reference.npz") as kept:
         head = dict(kept)
     return FinishedRun(folder, config, model, base, described, stream, pools, head)
+
+
+def common_methods(runs: Sequence[FinishedRun], chosen: Sequence[str] | None = None) -> list[str]:
+    """The methods whose pools all runs have, or the chosen ones; ValueError where there is none, or one lacks."""
+    common = [name for name in runs[0].pools if all(name in run.pools for run in runs)]
+    if not common:
+        told = ", ".join(f"{run.folder.name} ({', '.join(run.config['methods'])})" for run in runs)
+        raise ValueError(f"no method that composes modules is common to all runs: {told}")
+    if lacking := [name for name in chosen or [] if name not in common]:
+        raise ValueError(f"not every run has a pool of {', '.join(lacking)}; those that all have: {', '.join(common)}")
+    return list(chosen or common)
