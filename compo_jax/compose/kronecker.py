@@ -79,8 +79,8 @@ def regmean(
         b = jnp.einsum("t...ik,t...kj->...ij", grams, x.astype(dtype) - centre, precision="highest")
         total = jnp.sum(grams, axis=0) + damping * eye
         # one layer at a time: XLA's batched LAPACK calls can wait for each other for ever on few cores (jax 0.10)
-        layers = [a.reshape(-1, *a.shape[len(lay.stack) :]) for a in (total, b)]
-        step, singular = jax.lax.map(lambda pair: symmetric_solve(*pair), tuple(layers))
+        systems = tuple(a.reshape(-1, *a.shape[len(lay.stack) :]) for a in (total, b))
+        step, singular = jax.lax.map(lambda system: symmetric_solve(*system), systems)
         step = step.reshape(b.shape)
         if concrete(singular) and jnp.any(singular):
             raise ValueError(
