@@ -21,6 +21,13 @@ Layout = tuple[tuple[str, Dense], ...]
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
+def _eigh(x: Float[Array, "*stack n n"]) -> tuple[Float[Array, "*stack n"], Float[Array, "*stack n n"]]:
+    """Eigenvalues and eigenvectors, one matrix after another: XLA's batched LAPACK calls can wait for each other for
+    ever on few cores (jax 0.10)."""
+    values, vectors = jax.lax.map(jnp.linalg.eigh, x.reshape(-1, *x.shape[-2:]))
+    return values.reshape(x.shape[:-1]), vectors.reshape(x.shape)
+
+
 class _Blocks:
     """A symmetric matrix with one block for each dense layer, applied to trees shaped as the parameters."""
 
@@ -124,7 +131,7 @@ class Kronecker(_Blocks):
 
     def eigen(self) -> Eigen:
         """The same matrix in its eigenbasis."""
-        a, b = ({name: jnp.linalg.eigh(x) for name, x in part.items()} for part in (self.inputs, self.outputs))
+        a, b = ({name: _eigh(x) for name, x in part.items()} for part in (self.inputs, self.outputs))
         # The factors are Gram matrices: below zero there is but rounding.
         values = {n: jnp.maximum(a[n][0], 0)[..., :, None] * jnp.maximum(b[n][0], 0)[..., None, :] for n in a}
         return Eigen({name: (a[name][1], b[name][1]) for name in a}, values, self.layout)
