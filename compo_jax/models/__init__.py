@@ -2,6 +2,7 @@
 
 from compo_jax.models.backbone import backbone as backbone
 from compo_jax.models.embedded import embedded as embedded
+from compo_jax.models.isometric import IsometricNet as IsometricNet
 from compo_jax.models.pretrained import from_timm as from_timm
 from compo_jax.models.pretrained import load as load
 from compo_jax.models.pretrained import save as save

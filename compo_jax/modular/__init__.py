@@ -1,0 +1,47 @@
+"""Modular networks: blocks shared by tasks as templates, and a learned order for each task.
+
+Built from the public abstract of Zhmoginov, Bashkirova and Sandler, "Compositional Models: Multi-Task Learning and
+Knowledge Transfer with Modular Networks" (2021, arXiv 2107.10963); what that does not fix is our choice.
+"""
+
+from compo_jax.modular.adaptation import adaptation as adaptation
+from compo_jax.modular.adaptation import information_maximisation as information_maximisation
+from compo_jax.modular.adaptation import mean_source as mean_source
+from compo_jax.modular.adaptation import one_source as one_source
+from compo_jax.modular.adaptation import source_objectives as source_objectives
+from compo_jax.modular.batches import balanced_batches as balanced_batches
+from compo_jax.modular.batches import balanced_eval as balanced_eval
+from compo_jax.modular.bridge import route_landscape as route_landscape
+from compo_jax.modular.edit import add_layer as add_layer
+from compo_jax.modular.edit import add_task as add_task
+from compo_jax.modular.edit import add_templates as add_templates
+from compo_jax.modular.edit import new_task as new_task
+from compo_jax.modular.edit import remove_template as remove_template
+from compo_jax.modular.edit import set_route as set_route
+from compo_jax.modular.edit import take_layers as take_layers
+from compo_jax.modular.edit import take_tasks as take_tasks
+from compo_jax.modular.evaluate import Gap as Gap
+from compo_jax.modular.evaluate import accuracies as accuracies
+from compo_jax.modular.evaluate import predictions as predictions
+from compo_jax.modular.evaluate import statistics as statistics
+from compo_jax.modular.export import plain as plain
+from compo_jax.modular.learner import Learner as Learner
+from compo_jax.modular.learner import Trained as Trained
+from compo_jax.modular.learner import learner as learner
+from compo_jax.modular.mixing import mix_templates as mix_templates
+from compo_jax.modular.net import ModularNet as ModularNet
+from compo_jax.modular.objective import objective as objective
+from compo_jax.modular.optimizer import optimizer as optimizer
+from compo_jax.modular.optimizer import parameters as parameters
+from compo_jax.modular.routes import gumbel as gumbel
+from compo_jax.modular.routes import hard as hard
+from compo_jax.modular.routes import soft as soft
+from compo_jax.modular.routes import straight_through as straight_through
+from compo_jax.modular.settings import Settings as Settings
+from compo_jax.modular.settings import phase as phase
+from compo_jax.modular.storage import load_task as load_task
+from compo_jax.modular.storage import load_templates as load_templates
+from compo_jax.modular.storage import save_task as save_task
+from compo_jax.modular.storage import save_templates as save_templates
+from compo_jax.modular.transfer import PARTS as PARTS
+from compo_jax.modular.transfer import transfer as transfer

@@ -1,0 +1,139 @@
+"""A domain without labels: its route found by information maximisation, templates and head left as they are."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from compo_jax import tree
+from compo_jax.data import Task
+from compo_jax.modular import routes
+from compo_jax.modular.batches import balanced_batches
+from compo_jax.modular.edit import new_task, set_route, take_tasks
+from compo_jax.modular.evaluate import predictions, statistics
+from compo_jax.modular.net import ModularNet
+from compo_jax.modular.objective import Prepare, by_task, forward
+from compo_jax.modular.optimizer import optimizer
+from compo_jax.modular.settings import Settings
+from compo_jax.train import fit, init_state, jit_runner
+
+Tree = Any
+
+
+def information_maximisation(logits: Float[Array, "batch classes"]) -> Float[Array, ""]:
+    """`E H(p) - H(E p)` in nats: low where each prediction is sure and all classes are predicted (Liang et al., 2020,
+    arXiv 2002.08546). At least -log(classes)."""
+    p = jax.nn.softmax(logits)
+    return jnp.mean(routes.entropy(p)) - routes.entropy(jnp.mean(p, axis=0))
+
+
+def mean_source(net: ModularNet, variables: Tree, smoothing: float = 0.05) -> tuple[ModularNet, Tree]:
+    """A one-task network whose route is the mean of the sources' hard routes, and so BN and its statistics."""
+    one, start = new_task(net, variables, jax.random.key(0))
+    mean = routes.hard(variables["params"]["route"]).mean(axis=0, keepdims=True)
+    return one, set_route(start, routes.to_logits(mean, smoothing))
+
+
+def one_source(net: ModularNet, variables: Tree, source: int, smoothing: float = 0.05) -> tuple[ModularNet, Tree]:
+    """The one-task network of a source, its hard route smoothed so that it can be learned on."""
+    one, start = take_tasks(net, variables, [source])
+    return one, set_route(start, routes.to_logits(routes.hard(start["params"]["route"]), smoothing))
+
+
+def source_objectives(
+    net: ModularNet, prepare: Prepare, variables: Tree, target: Task, batch: int = 64
+) -> Float[np.ndarray, " sources"]:
+    """Information maximisation of each source's hard network on the target's training images: the lowest is the best
+    source that can be told without labels."""
+    logits = predictions(net, prepare)(variables, [target.train] * len(net.classes), batch)
+    return np.array([information_maximisation(part) for part in logits])
+
+
+def adaptation(
+    net: ModularNet,
+    prepare: Prepare,
+    settings: Settings,
+    classes: Sequence[str],
+    *,
+    route: Literal["free", "convex", "fixed"] = "free",
+    bn: Literal["source", "target", "affine"] = "source",
+    runner=jit_runner,
+) -> Callable[..., Tree]:
+    """`adapt(variables, target, seed, sources=None, **fit_options) -> variables` of a one-task network, to be used with
+    `routes.soft`. Trains on the images of `target.train` alone; no label is read, templates and head stay to the bit.
+
+    Args:
+      net: of one task; `mean_source` and `one_source` make it and where training starts.
+      settings: steps, batch, rates; there are no phases, the route stays soft at temperature 1.
+      classes: names of the sources' classes.
+      route: `free`, its logits are learned; `convex`, it is a convex mixture of `sources` (S, layers, templates), whose
+        weights are learned from equal ones on; `fixed`, it stays.
+      bn: `source`, as it is; `target`, statistics of the target (AdaBN: Li et al., 2016, arXiv 1603.04779); `affine`,
+        those, and scale and bias are learned (Tent: Wang et al., 2021, arXiv 2006.10726).
+    """
+    for value, known in ((route, ("free", "convex", "fixed")), (bn, ("source", "target", "affine"))):
+        if value not in known:
+            raise ValueError(f"{value!r} is not among {', '.join(known)}")
+    if (route, bn) == ("fixed", "source"):
+        raise ValueError("with a fixed route and the source's BN there is nothing to adapt")
+    if not net.shared_head or len(net.classes) != 1:
+        raise ValueError(
+            "adaptation is of one domain on the sources' head: train the sources with shared_head=True, and take one "
+            "task (`mean_source`, `one_source`)"
+        )
+    trained = [pattern for pattern, yes in (("^route$", route == "free"), ("^norm/", bn == "affine")) if yes]
+    settings = settings._replace(phases=(1.0, 1.0))
+    transform = optimizer(settings)
+    estimate = statistics(net, prepare, routes.soft)
+
+    def weights_of(params, whole, sources):
+        if route != "convex":
+            return routes.soft(whole["route"])
+        return jnp.tensordot(jax.nn.softmax(params["mixture"]), sources, 1)[None]
+
+    def loss(params, context, batch, step):
+        whole = tree.combine(params["net"], context["frozen"])
+        images = by_task(prepare(batch["image"]), 1)
+        variables = {"params": whole, "batch_stats": context["statistics"]}
+        weights = weights_of(params, whole, context["sources"])
+        logits = forward(net, variables, images, weights, bn != "source")[0]
+        p = jax.nn.softmax(logits)
+        return information_maximisation(logits), {"entropy": jnp.mean(routes.entropy(p))}
+
+    run = runner(loss, transform)
+
+    def adapt(variables, target: Task, seed: int, sources=None, **fit_options) -> Tree:
+        if tuple(target.classes) != tuple(classes):
+            raise ValueError(
+                f"the target {target.name!r} has the classes {', '.join(target.classes[:6])} and the sources "
+                f"{', '.join(list(classes)[:6])}: adaptation keeps the head, so they must be the same, in one order"
+            )
+        if (sources is None) is (route == "convex"):
+            raise ValueError("the sources' routes are for route='convex', and are needed there: sources=...")
+        if sources is not None and sources.shape[1:] != variables["params"]["route"].shape[1:]:
+            raise ValueError(
+                f"sources' routes of shape {sources.shape} don't fit the network's {variables['params']['route'].shape}"
+            )
+        made = balanced_batches([target.train], settings.batch, seed)
+        batches = lambda start: ({"image": batch["image"]} for batch in made(start))
+        if trained:
+            kept, frozen = tree.partition(variables["params"], trained)
+        else:
+            kept, frozen = None, variables["params"]
+        mixture = {} if sources is None else {"mixture": jnp.zeros(sources.shape[0])}
+        if trained or mixture:
+            params = mixture | {"net": kept if trained else jax.tree.map(lambda _: None, frozen)}
+            context = {"frozen": frozen, "statistics": variables["batch_stats"], "sources": sources}
+            state = fit(run, init_state(params, transform), context, batches, settings.steps, **fit_options)
+            whole = tree.combine(state.params["net"], frozen)
+            variables = {**variables, "params": whole}
+            if mixture:
+                weights = weights_of(state.params, whole, sources)
+                variables = set_route(variables, routes.to_logits(weights, 1e-6))
+        return variables if bn == "source" else estimate(variables, itertools.islice(batches(0), settings.estimate))
+
+    return adapt

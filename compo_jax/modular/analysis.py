@@ -1,0 +1,128 @@
+"""What trained routes say: distances between tasks, loops, usage, and what a module is worth; each beside a null.
+
+A route's weights are (tasks, layers, templates), as `routes.hard(params["route"])` gives them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.cluster.hierarchy
+import scipy.spatial.distance
+from jaxtyping import Array, Float, Int, Key
+from scipy.special import rel_entr
+
+from compo_jax.modular import routes
+
+Weights = Float[Array, "tasks layers templates"] | Float[np.ndarray, "tasks layers templates"]
+
+
+def task_distances(weights: Weights) -> Float[np.ndarray, "tasks tasks"]:
+    """The Jensen-Shannon distance between two tasks' weights at a layer (base 2: 0 the same, 1 disjoint), mean over
+    layers: a metric."""
+    a = np.asarray(weights, np.float64)
+    p, q = a[:, None], a[None]
+    mean = (p + q) / 2
+    divergence = (rel_entr(p, mean) + rel_entr(q, mean)).sum(-1) / (2 * np.log(2))
+    return np.sqrt(np.maximum(divergence, 0)).mean(-1)  # scipy's has the root of a rounding error below zero
+
+
+def dendrogram(distances: Float[np.ndarray, "tasks tasks"]) -> Float[np.ndarray, "merges 4"]:
+    """The linkage of tasks by average distance, for `scipy.cluster.hierarchy.dendrogram`."""
+    condensed = scipy.spatial.distance.squareform(distances, checks=False)
+    return scipy.cluster.hierarchy.linkage(condensed, "average")
+
+
+def layer_similarity(weights: Weights) -> Float[np.ndarray, "tasks layers layers"]:
+    """|cos| between the weights of a task's layers; a loop shows as a bright block."""
+    a = np.asarray(weights, np.float64)
+    a = a / np.linalg.norm(a, axis=-1, keepdims=True)
+    return np.abs(a @ a.swapaxes(-1, -2))
+
+
+def usage(weights: Weights) -> Float[np.ndarray, " templates"]:
+    """The mean weight of each template over tasks and layers; sums to one."""
+    return np.asarray(weights, np.float64).mean(axis=(0, 1))
+
+
+def entropies(weights: Weights) -> Float[np.ndarray, "tasks layers"]:
+    """H of each route in nats, 0 to log M."""
+    return np.asarray(routes.entropy(jnp.asarray(weights)))
+
+
+def dead(weights: Weights) -> Int[np.ndarray, " dead"]:
+    """The templates that no hard route goes through."""
+    return np.setdiff1d(np.arange(np.shape(weights)[-1]), np.asarray(weights).argmax(-1))
+
+
+def rerouted(
+    logits: Float[Array, "tasks layers templates"], templates: Int[Array, "tasks layers"]
+) -> Float[Array, "tasks layers templates"]:
+    """The logits without one template at each place, whose layers take their next best; -1 leaves a place as it is."""
+    out = jax.nn.one_hot(templates, logits.shape[-1], dtype=bool)
+    return jnp.where(out, -jnp.inf, logits)
+
+
+class Removal(NamedTuple):
+    """What is lost without each module.
+
+    Attributes:
+      drop: accuracy with all modules less that without one.
+      null: the same when as many places, drawn at random, lose whatever module they have; mean over draws.
+      deviation: standard deviation of the null over draws; nan for one draw.
+    """
+
+    drop: Float[np.ndarray, "templates tasks"]
+    null: Float[np.ndarray, "templates tasks"]
+    deviation: Float[np.ndarray, "templates tasks"]
+
+
+def removal(
+    score: Callable[[Array], Float[np.ndarray, " tasks"]],
+    logits: Float[Array, "tasks layers templates"],
+    key: Key[Array, ""],
+    draws: int = 5,
+) -> Removal:
+    """The accuracy drop when one module is removed and its layers take their next best.
+
+    Args:
+      score: `logits -> accuracy of each task` on the hard route of these logits.
+      draws: of the null, for each module.
+    """
+    count = logits.shape[-1]
+    if count < 2:
+        raise ValueError("one module can't be removed: no other is left to take its layers")
+    own = routes.indices(logits)
+    whole = score(logits)
+    drop = np.stack([whole - score(rerouted(logits, jnp.full(own.shape, m))) for m in range(count)])
+    found = np.zeros((draws, count, len(whole)))
+    for draw in range(draws):
+        order = jax.random.permutation(jax.random.fold_in(key, draw), own.size)
+        for m in range(count):
+            chosen = jnp.zeros(own.size, bool).at[order[: int(jnp.sum(own == m))]].set(True).reshape(own.shape)
+            found[draw, m] = whole - score(rerouted(logits, jnp.where(chosen, own, -1)))
+    deviation = found.std(0, ddof=1) if draws > 1 else np.full(drop.shape, np.nan)
+    return Removal(drop, found.mean(0), deviation)
+
+
+class Null(NamedTuple):
+    """A number of trained routes and the same of random hard routes: its value, the null's mean and standard deviation
+    (of single draws), and the part of draws at least as large."""
+
+    value: Any
+    mean: Any
+    deviation: Any
+    above: Any
+
+
+def against_random(
+    statistic: Callable[[Weights], Any], weights: Weights, key: Key[Array, ""], draws: int = 200
+) -> Null:
+    """`statistic(weights)` beside hard routes of the same size drawn uniformly."""
+    value = np.asarray(statistic(weights))
+    keys = jax.random.split(key, draws)
+    drawn = [statistic(routes.random(k, np.shape(weights)[:-1], np.shape(weights)[-1])) for k in keys]
+    found = np.stack([np.asarray(x) for x in drawn])
+    return Null(value, found.mean(0), found.std(0, ddof=1), (found >= value).mean(0))

@@ -1,0 +1,58 @@
+"""Batches of several tasks at once, as many images of each."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from compo_jax.data import Split, eval_batches, train_batches
+from compo_jax.data.batches import Batch
+
+
+def _check(splits: Sequence[Split]) -> None:
+    if not splits:
+        raise ValueError("there is no task to take batches of")
+    for t, split in enumerate(splits):
+        if not len(split):
+            raise ValueError(f"task or domain {t} has no images: leave it out, or look at how its images are chosen")
+    shapes = [split.images(np.zeros(1, np.int64)).shape[1:] for split in splits]
+    if len(set(shapes)) > 1:
+        told = ", ".join(f"{shape} (task {t})" for t, shape in enumerate(shapes))
+        raise ValueError(f"tasks share one network and need images of one shape, and theirs are {told}: resize them")
+
+
+def _rows(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """(tasks, batch, ...) as rows (batch · tasks, ...), so that a device that gets a piece has all tasks in it."""
+    joined = np.stack(parts, axis=1)
+    return joined.reshape(-1, *joined.shape[2:])
+
+
+def balanced_batches(
+    splits: Sequence[Split], batch: int, seed: int | Sequence[int]
+) -> Callable[[int], Iterator[Batch]]:
+    """`start -> iterator` over the batches from step `start` on, for `train.fit`: `batch` images of each task.
+
+    Row `i · tasks + t` is image i of task t. Each task goes through its own epochs (`data.train_batches`).
+    """
+    _check(splits)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+
+    def batches(start: int) -> Iterator[Batch]:
+        each = [train_batches(split, batch, [*seeds, t], start) for t, split in enumerate(splits)]
+        for parts in zip(*each, strict=True):
+            yield {name: _rows([part[name] for part in parts]) for name in ("image", "label")}
+
+    return batches
+
+
+def balanced_eval(splits: Sequence[Split], batch: int) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Every image once, in order: (the same rows, how many images of each task are real: (tasks,)).
+
+    A task that has come to its end shows its last batch again, with no image that counts.
+    """
+    _check(splits)
+    last = [None] * len(splits)
+    for parts in itertools.zip_longest(*(eval_batches(split, batch) for split in splits)):
+        real = np.array([0 if part is None else part[1] for part in parts])
+        last = [old if part is None else part[0] for part, old in zip(parts, last, strict=True)]
+        yield {name: _rows([part[name] for part in last]) for name in ("image", "label")}, real

@@ -1,0 +1,66 @@
+"""The loss of re-routings near a trained route, forecast by curvature: a route is a composition of templates, too."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import Array
+
+from compo_jax.curvature import Landscape, landscape
+from compo_jax.modular import routes
+from compo_jax.modular.edit import take_tasks
+from compo_jax.modular.export import block, plain
+from compo_jax.modular.net import ModularNet, Route
+
+Tree = Any
+
+
+def route_landscape(
+    net: ModularNet,
+    variables: Tree,
+    task: int,
+    layer: int,
+    *args: Any,
+    route: Route = routes.hard,
+    loss: Callable[[Array, Array], Array] | None = None,
+    **options: Any,
+) -> Landscape:
+    """The task's loss over all mixtures of the templates at one layer, the other layers as trained.
+
+    With θ what the route mixes there and a its weights, the landscape is over `θ + Σ w_m (T_m - θ)`: `.predict(b)`
+    forecasts the loss of the route b at that layer, and since `Σ a_m (T_m - θ) = 0`, `.predict(b - a)` is the same. The
+    expansion is at the trained route: it is good for b near a, and `.remainder()` says how far off it is elsewhere.
+
+    Args:
+      args: the one batch (images (batch, height, width, channels), labels (batch,)); or `batches=` of such pairs.
+      route: the function that the network is used with.
+      loss: `(logits, labels) -> mean`; default the cross-entropy.
+      options: of `curvature.landscape`: batches, check, anchor, ...
+
+    Batch statistics are those in `variables`.
+    """
+    if net.mixing != "weights" or net.templates < 2:
+        raise ValueError(
+            "a route is a composition of weights where these are mixed, and there are two templates or more"
+        )
+    if not 0 <= layer < net.layers:
+        raise ValueError(f"there is no layer {layer} among {net.layers}")
+    value = loss or (lambda logits, labels: optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean())
+    one, taken = take_tasks(net, variables, [task])
+    model, exported = plain(one, taken, 0, route)
+    name = f"block{layer}"
+    base = exported["params"][name]
+    corners = [block(one, taken["params"], layer, routes.fixed(m, net.templates)) for m in range(net.templates)]
+
+    def delta(path, corner, mixed):
+        is_norm = path[0].key.startswith("norm")
+        return None if is_norm and net.bn != "template" else corner - mixed
+
+    deltas = [jax.tree_util.tree_map_with_path(delta, corner, base) for corner in corners]
+
+    def of_block(params, images, labels):
+        whole = {**exported, "params": {**exported["params"], name: params}}
+        return value(model.apply(whole, images), labels)
+
+    return landscape(of_block, base, deltas, *args, **options)

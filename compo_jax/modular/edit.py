@@ -1,0 +1,168 @@
+"""Tasks, layers and templates of a trained modular network added, removed, reordered and repeated.
+
+Each function takes a network and its variables and returns both anew.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from compo_jax import tree
+from compo_jax.modular import routes
+from compo_jax.modular.layout import join, own, take
+from compo_jax.modular.net import ModularNet
+
+Tree = Any
+
+
+def _heads(net: ModularNet, params: Tree, tasks: Sequence[int]) -> dict[str, Tree]:
+    return {} if net.shared_head else {f"head_{i}": params[f"head_{t}"] for i, t in enumerate(tasks)}
+
+
+def _without_heads(net: ModularNet, variables: Tree) -> Tree:
+    params = {k: v for k, v in variables["params"].items() if net.shared_head or not k.startswith("head_")}
+    return {**variables, "params": params}
+
+
+def take_tasks(net: ModularNet, variables: Tree, tasks: Sequence[int]) -> tuple[ModularNet, Tree]:
+    """The network of some of the tasks, in this order."""
+    taken = take(net, _without_heads(net, variables), "task", tasks)
+    taken["params"] |= _heads(net, variables["params"], tasks)
+    return net.clone(classes=tuple(net.classes[t] for t in tasks)), taken
+
+
+def add_task(net: ModularNet, variables: Tree, other: ModularNet, added: Tree) -> tuple[ModularNet, Tree]:
+    """The network with the tasks of another behind its own; the outputs of its own don't change by a bit.
+
+    ValueError where the other has other settings, or doesn't share the stem and templates to the bit.
+    """
+    if net.clone(classes=()) != other.clone(classes=()):
+        raise ValueError("the tasks to add are of a network with other settings: make it with `take_tasks` or new_task")
+    shared, theirs = own(net, variables)[1], own(other, added)[1]
+    if differing := sorted(set(_digests(shared).items()) ^ set(_digests(theirs).items())):
+        told = ", ".join(dict.fromkeys(name for name, _ in differing))
+        raise ValueError(
+            f"the tasks to add were trained with other shared weights ({told}): keep these frozen, as the parts of "
+            "`transfer.PARTS` but `all` do"
+        )
+    joined = join(net, "task", _without_heads(net, variables), _without_heads(other, added))
+    count = len(net.classes)
+    joined["params"] |= _heads(net, variables["params"], range(count))
+    theirs = _heads(other, added["params"], range(len(other.classes)))
+    joined["params"] |= {f"head_{count + i}": head for i, head in enumerate(theirs.values())}
+    return net.clone(classes=net.classes + other.classes), joined
+
+
+def _digests(parts: Tree) -> dict[str, str]:
+    leaves = zip(tree.names(parts), jax.tree.leaves(parts), strict=True)
+    return {name: tree.fingerprint(leaf) for name, leaf in leaves}
+
+
+def new_task(
+    net: ModularNet, variables: Tree, key: Key[Array, ""], classes: int | None = None, *, like: int | None = None
+) -> tuple[ModularNet, Tree]:
+    """A network of one new task on the same stem and templates.
+
+    Its head is new (kernel truncated normal of variance 1 / width, bias 0), unless the tasks share one. Its route and
+    BN are those of task `like`; by default BN is the tasks' mean, and the route is new.
+    """
+    one, taken = take_tasks(net, variables, [0 if like is None else like])
+    params = taken["params"]
+    key_route, key_head = jax.random.split(key)
+    if like is None:
+        means = jax.tree.map(lambda x: jnp.mean(x, axis=0, keepdims=True), own(net, _without_heads(net, variables))[0])
+        taken = tree.combine(means, taken)
+        params = taken["params"]
+        params["route"] = 0.01 * jax.random.normal(key_route, params["route"].shape, params["route"].dtype)
+    if net.shared_head:
+        if classes not in (None, net.classes[0]):
+            raise ValueError(f"the tasks share a head of {net.classes[0]} classes, and the new one has {classes}")
+        return one, taken
+    if classes is None or classes < 2:
+        raise ValueError(f"a new task needs two classes or more, not {classes}")
+    kernel = params["head_0"]["kernel"]
+    fresh = jax.nn.initializers.lecun_normal()(key_head, (kernel.shape[0], classes), kernel.dtype)
+    params["head_0"] = {"kernel": fresh, "bias": jnp.zeros(classes, kernel.dtype)}
+    return one.clone(classes=(classes,)), taken
+
+
+def set_route(variables: Tree, logits: Array) -> Tree:
+    """The variables with these route logits; ValueError where they are of another size."""
+    have = variables["params"]["route"]
+    if logits.shape != have.shape:
+        raise ValueError(
+            f"a route of shape {logits.shape} was given for one of {have.shape}: (tasks, layers, templates). "
+            "`take_layers` changes the number of layers, `add_templates` that of templates"
+        )
+    return {**variables, "params": {**variables["params"], "route": jnp.asarray(logits, have.dtype)}}
+
+
+def take_layers(
+    net: ModularNet, variables: Tree, order: Sequence[int] | Int[np.ndarray, " n"]
+) -> tuple[ModularNet, Tree]:
+    """The network whose layer i is layer `order[i]` of this one, with its BN.
+
+    A permutation reorders, `np.delete(range(L), l)` removes, `np.repeat(range(L), 2)` repeats each layer (AABB),
+    `np.tile(range(L), 2)` the whole (ABAB).
+    """
+    return net.clone(layers=len(order)), take(net, variables, "layer", order)
+
+
+def add_layer(net: ModularNet, variables: Tree, at: int, template: int) -> tuple[ModularNet, Tree]:
+    """The network with one more layer before layer `at` (or behind the last one), through `template` in all tasks.
+
+    Its BN is a copy of that of the layer before it: take the statistics again (`evaluate.statistics`).
+    """
+    if not 0 <= at <= net.layers:
+        raise ValueError(
+            f"a layer can't be put at {at} of {net.layers}: 0 is before the first, {net.layers} at the end"
+        )
+    order = np.insert(np.arange(net.layers), at, max(at - 1, 0))
+    net, variables = take_layers(net, variables, order)
+    route = variables["params"]["route"]
+    height = jnp.ptp(route) + 10.0  # a soft route takes the template too, and the logits' scale is kept
+    logits = route.at[:, at].set(height * routes.fixed(np.full(len(net.classes), template), net.templates))
+    return net, set_route(variables, logits)
+
+
+def add_templates(net: ModularNet, variables: Tree, kernels: Tree) -> tuple[ModularNet, Tree]:
+    """The network with more templates, `kernels` stacked as its own; no hard route changes.
+
+    Each layer's logit of a new template is the lowest that it has; BN of a new template starts at the identity.
+    """
+    templates = variables["params"]["templates"]
+    tree.require_like(
+        jax.tree.map(lambda x: x[0], kernels), jax.tree.map(lambda x: x[0], templates), "the new template"
+    )
+    count = jax.tree.leaves(kernels)[0].shape[0]
+    added = take(net, variables, "template", [0] * count)
+    params = added["params"]
+    lowest = variables["params"]["route"].min(axis=-1, keepdims=True)
+    params["route"], params["templates"] = jnp.broadcast_to(lowest, params["route"].shape), kernels
+    identity = (("/(scale|var)$", 1.0), ("/(bias|mean)$", 0.0))
+    for part in ("batch_stats", "params"):
+        which = r"layers" if part == "batch_stats" else r"^norm/blocks/"
+        added[part] = tree.map_with_name(
+            lambda name, x, which=which: (
+                jnp.full_like(x, tree.first_match(name, identity)) if tree.first_match(name, [(which, 1)]) else x
+            ),
+            added[part],
+        )
+    return net.clone(templates=net.templates + count), join(net, "template", variables, added)
+
+
+def remove_template(net: ModularNet, variables: Tree, template: int) -> tuple[ModularNet, Tree]:
+    """The network without one template; ValueError where a hard route still goes through it."""
+    used = np.argwhere(np.asarray(routes.indices(variables["params"]["route"])) == template)
+    if len(used):
+        places = ", ".join(f"layer {layer} of task {t}" for t, layer in used[:8].tolist())
+        raise ValueError(
+            f"template {template} is still used, in {places}{' ...' if len(used) > 8 else ''}: change the route there "
+            "first (`set_route`), or take these layers out (`take_layers`)"
+        )
+    rest = [m for m in range(net.templates) if m != template]
+    return net.clone(templates=net.templates - 1), take(net, variables, "template", rest)

@@ -1,0 +1,117 @@
+"""Batch statistics taken again, accuracies, and the discretisation gap."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from compo_jax.data import Split
+from compo_jax.modular import routes
+from compo_jax.modular.batches import balanced_eval
+from compo_jax.modular.net import ModularNet, Route
+from compo_jax.modular.objective import Prepare, by_task
+
+Tree = Any
+
+
+def statistics(net: ModularNet, prepare: Prepare, route: Route = routes.hard) -> Callable[[Tree, Iterable[Any]], Tree]:
+    """`(variables, batches) -> variables` whose batch statistics are the means of the batches' own ("precise BN", Wu
+    and Johnson, 2021, arXiv 2105.07576), each layer seeing what the layers before it give on that batch.
+
+    Batches are those of `balanced_batches`, of one size; labels aren't read.
+    """
+
+    @jax.jit
+    def of_batch(variables, images):
+        images = by_task(prepare(images), len(net.classes))
+        return net.apply(variables, images, route, True, mutable=["batch_stats"])[1]["batch_stats"]
+
+    def run(variables, batches):
+        total, count = None, 0
+        for count, batch in enumerate(batches, 1):
+            found = of_batch(variables, batch["image"])
+            total = found if total is None else jax.tree.map(jnp.add, total, found)
+        if not count:
+            raise ValueError("batch statistics need one batch of images at least, and none was given")
+        return {**variables, "batch_stats": jax.tree.map(lambda x: x / count, total)}
+
+    return run
+
+
+def predictions(
+    net: ModularNet, prepare: Prepare, route: Route = routes.hard
+) -> Callable[[Tree, Sequence[Split], int], list[Float[np.ndarray, "images classes"]]]:
+    """`(variables, splits, batch) -> logits` of all images of each task's split, in order."""
+
+    @jax.jit
+    def of_batch(variables, images):
+        return net.apply(variables, by_task(prepare(images), len(net.classes)), route)
+
+    def run(variables, splits, batch=64):
+        found = [[] for _ in splits]
+        for rows, real in balanced_eval(splits, batch):
+            for t, logits in enumerate(np.asarray(of_batch(variables, rows["image"]))):
+                found[t].append(logits[: real[t], : net.classes[t]])
+        return [np.concatenate(parts) for parts in found]
+
+    return run
+
+
+def accuracies(
+    net: ModularNet, prepare: Prepare, route: Route = routes.hard
+) -> Callable[[Tree, Sequence[Split], int], Float[np.ndarray, " tasks"]]:
+    """`(variables, splits, batch) -> accuracy` of each task on its split, in [0, 1]."""
+    predict = predictions(net, prepare, route)
+
+    def run(variables, splits, batch=64):
+        found = predict(variables, splits, batch)
+        return np.array(
+            [np.mean(logits.argmax(1) == split.labels) for logits, split in zip(found, splits, strict=True)]
+        )
+
+    return run
+
+
+class Gap(NamedTuple):
+    """The accuracy of each task at four points: on the soft route at the end of the second phase; on its argmax, all
+    else as it was; with the statistics taken again; after training on the fixed route."""
+
+    soft: Float[np.ndarray, " tasks"]
+    hard: Float[np.ndarray, " tasks"]
+    reestimated: Float[np.ndarray, " tasks"]
+    finetuned: Float[np.ndarray, " tasks"]
+
+
+def discretisation_gap(
+    net: ModularNet,
+    prepare: Prepare,
+    before: Tree,
+    after: Tree,
+    batches: Callable[[], Iterable[Any]],
+    splits: Sequence[Split],
+    *,
+    temperature: float | Array,
+    batch: int = 64,
+) -> Gap:
+    """What is lost from soft to hard routes.
+
+    Args:
+      before: variables at the end of the second phase.
+      after: variables at the end of training, statistics taken.
+      batches: makes the batches that statistics are taken over.
+      splits: what accuracy is measured on.
+      temperature: of the soft route.
+    """
+    soft = partial(routes.soft, temperature=temperature)
+    hard_accuracy = accuracies(net, prepare)
+    at_soft = statistics(net, prepare, soft)(before, batches())
+    return Gap(
+        accuracies(net, prepare, soft)(at_soft, splits, batch),
+        hard_accuracy(at_soft, splits, batch),
+        hard_accuracy(statistics(net, prepare)(before, batches()), splits, batch),
+        hard_accuracy(after, splits, batch),
+    )

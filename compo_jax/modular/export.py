@@ -1,0 +1,68 @@
+"""One task of a modular network as a plain network, every block written out."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from compo_jax.models.isometric import IsometricNet
+from compo_jax.modular import routes
+from compo_jax.modular.edit import take_tasks
+from compo_jax.modular.mixing import mix_templates
+from compo_jax.modular.net import ModularNet, Route
+
+Tree = Any
+
+
+def block(net: ModularNet, params: Tree, layer: int, weights) -> Tree:
+    """The parameters of the block that these weights (M,) mix at that layer, as `models.isometric.Block` names them.
+
+    `params` are of one task, see `take_tasks`.
+    """
+    kernels = mix_templates(params["templates"], weights)
+    norms = params["norm"]["blocks"]
+    if net.bn == "template":
+        norms = mix_templates(norms, weights)
+    else:
+        norms = jax.tree.map(lambda x: x[0, layer] if net.bn == "task" else x[layer], norms)
+    return {name: {"kernel": kernel} for name, kernel in kernels.items()} | norms
+
+
+def plain(net: ModularNet, variables: Tree, task: int = 0, route: Route = routes.hard) -> tuple[IsometricNet, Tree]:
+    """(network, variables) that give the task's logits, with as many blocks as the route has layers.
+
+    A hard route is a plain network, and under weight-space mixing any route is; ValueError for a soft one under
+    output-space mixing.
+    """
+    one, taken = take_tasks(net, variables, [task])
+    params, statistics = taken["params"], taken["batch_stats"]["tasks"]
+    weights = route(params["route"])[0]
+    chosen, one_hot = np.asarray(routes.indices(weights)), np.array_equal(weights, routes.hard(weights))
+    if net.mixing == "outputs" and not one_hot:
+        raise ValueError("a soft mixture of outputs is no plain network: give a hard route (route=routes.hard)")
+    layers = [block(one, params, layer, chosen[layer] if one_hot else weights[layer]) for layer in range(net.layers)]
+
+    def of_layer(layer):
+        def cut(x):
+            x = x[layer] if net.bn == "layer" else x[0, layer]
+            return x[chosen[layer]] if net.mixing == "outputs" else x
+
+        found = jax.tree.map(cut, statistics["layers"]["branch"])
+        return {name: inner["norm"] for name, inner in found.items()}
+
+    stem_norm, stem_statistics = params["norm"]["stem"], statistics["stem"]["norm"]
+    if net.bn == "task":
+        stem_norm = jax.tree.map(lambda x: x[0], stem_norm)
+    if net.bn != "layer":
+        stem_statistics = jax.tree.map(lambda x: x[0], stem_statistics)
+    names = [f"block{layer}" for layer in range(net.layers)]
+    exported = {
+        "params": {
+            "stem": {"kernel": params["stem"]},
+            "stem_norm": stem_norm,
+            "head": params["head" if net.shared_head else "head_0"],
+            **dict(zip(names, layers, strict=True)),
+        },
+        "batch_stats": {"stem_norm": stem_statistics, **{name: of_layer(i) for i, name in enumerate(names)}},
+    }
+    return IsometricNet(one.classes[0], net.layers, net.width, net.patch, net.block, net.dtype), exported

@@ -1,0 +1,61 @@
+"""Where a modular network's variables have their axes of tasks, layers and templates, and how these are cut."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from compo_jax import tree
+from compo_jax.modular.net import ModularNet
+
+Tree = Any
+Axis = Literal["task", "layer", "template"]
+
+
+def axes(net: ModularNet, name: str) -> tuple[str, ...]:
+    """What the leading axes of the leaf at path `name` of the network's variables are."""
+    norm = {"task": ("task", "layer"), "layer": ("layer",), "template": ("template",)}[net.bn]
+    statistics = ("layer",) if net.bn == "layer" else ("task", "layer")
+    rules = (
+        ("^params/templates/", ("template",)),
+        ("^params/route$", ("task", "layer", "template")),
+        ("^params/norm/stem/", norm[:1] if net.bn == "task" else ()),
+        ("^params/norm/blocks/", norm),
+        ("^batch_stats/tasks/stem/", statistics[:-1]),
+        ("^batch_stats/tasks/layers/", statistics + (("template",) if net.mixing == "outputs" else ())),
+    )
+    return tree.first_match(name, rules, ())
+
+
+def take(net: ModularNet, variables: Tree, axis: Axis, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Tree:
+    """The variables with entries `indices` of that axis, wherever it occurs; ValueError for one that isn't there."""
+    size = {"task": len(net.classes), "layer": net.layers, "template": net.templates}[axis]
+    chosen = np.asarray(indices, np.int64)
+    if chosen.ndim != 1 or not chosen.size or chosen.min() < 0 or chosen.max() >= size:
+        raise ValueError(f"{axis}s {chosen.tolist()} were asked of a network that has {size}: 0 to {size - 1}")
+
+    def cut(name, leaf):
+        found = axes(net, name)
+        return jnp.take(leaf, chosen, axis=found.index(axis)) if axis in found else leaf
+
+    return tree.map_with_name(cut, variables)
+
+
+def join(net: ModularNet, axis: Axis, first: Tree, second: Tree) -> Tree:
+    """Two networks' variables end to end along that axis; where it doesn't occur, the first's."""
+
+    def both(name, a, b):
+        found = axes(net, name)
+        return jnp.concatenate([a, b], axis=found.index(axis)) if axis in found else a
+
+    return tree.map_with_name(both, first, second)
+
+
+def own(net: ModularNet, variables: Tree) -> tuple[Tree, Tree]:
+    """(what belongs to the tasks, what they share), each with None holes: routes, heads, BN with a task axis; the rest."""
+    mine = r"^params/head_\d+/"
+    return tree.partition(
+        variables, lambda name: "task" in axes(net, name) or bool(tree.first_match(name, [(mine, 1)]))
+    )

@@ -1,0 +1,36 @@
+"""Templates mixed by a route."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Tree = Any
+
+
+def count(templates: Tree) -> int:
+    """M, the length of axis 0 of every leaf; ValueError where they differ."""
+    lengths = {x.shape[0] for x in jax.tree.leaves(templates)}
+    if len(lengths) != 1:
+        raise ValueError(f"templates are stacked on axis 0 of every leaf, and here it has the lengths {lengths or 0}")
+    return lengths.pop()
+
+
+def mix_templates(templates: Tree, route: Float[Array, "*layers templates"] | Int[Array, "*layers"]) -> Tree:
+    """`θ = Σ_m a_m T_m` at each layer: leaves (M, ...) become (*layers, ...).
+
+    Args:
+      templates: a tree whose leaves have the M templates on axis 0.
+      route: weights; or integers, the templates themselves, which are then read and not summed: exact, and the work
+        doesn't depend on M.
+    """
+    total = count(templates)
+    if jnp.issubdtype(route.dtype, jnp.integer):
+        return jax.tree.map(lambda x: jnp.take(x, route, axis=0, mode="fill"), templates)
+    if route.shape[-1:] != (total,):
+        raise ValueError(
+            f"a route of shape {route.shape} was given for {total} templates: its last axis has a weight for each"
+        )
+    # At full precision: a device's default would round the weights of a network that isn't mixed at all.
+    return jax.tree.map(lambda x: jnp.tensordot(route.astype(x.dtype), x, 1, precision="highest"), templates)

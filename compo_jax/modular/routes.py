@@ -1,0 +1,77 @@
+"""Routes: from logits (..., M) to the weights that M templates have at each layer of each task.
+
+A route function takes logits and gives weights that sum to one over the last axis; hand its settings over with
+`functools.partial`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+Logits = Float[Array, "*layers templates"]
+Weights = Float[Array, "*layers templates"]
+
+
+def soft(logits: Logits, temperature: float | Float[Array, ""] = 1.0) -> Weights:
+    """`softmax(logits / temperature)`."""
+    return jax.nn.softmax(logits / temperature, axis=-1)
+
+
+def hard(logits: Logits) -> Weights:
+    """One-hot at the largest logit, the first one of a tie; its gradient is zero."""
+    return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=logits.dtype)
+
+
+def straight_through(logits: Logits, temperature: float | Float[Array, ""] = 1.0) -> Weights:
+    """`hard` forwards and the gradient of `soft` backwards (Bengio et al., 2013, arXiv 1308.3432)."""
+    weights = soft(logits, temperature)
+    return jax.lax.stop_gradient(hard(logits) - weights) + weights
+
+
+def gumbel(logits: Logits, key: Key[Array, ""], temperature: float | Float[Array, ""] = 1.0) -> Weights:
+    """`soft` of logits with Gumbel noise: a relaxed draw from `softmax(logits)` (Jang et al., 2017; Maddison et al.,
+    2017)."""
+    return soft(logits + jax.random.gumbel(key, logits.shape, logits.dtype), temperature)
+
+
+def indices(logits: Logits) -> Int[Array, "*layers"]:
+    """The template that a hard route takes at each layer."""
+    return jnp.argmax(logits, axis=-1)
+
+
+def fixed(templates: Int[Array, "*layers"], count: int) -> Logits:
+    """Logits whose hard route is `templates`; ValueError for a template that isn't there."""
+    templates = jnp.asarray(templates)
+    if templates.size and not (0 <= int(templates.min()) and int(templates.max()) < count):
+        raise ValueError(f"a route through the templates {templates.tolist()} needs more than {count} of them")
+    return jax.nn.one_hot(templates, count)
+
+
+def random(key: Key[Array, ""], layers: tuple[int, ...], count: int) -> Logits:
+    """Logits of a hard route drawn uniformly, the null that learned routes are held against."""
+    return fixed(jax.random.randint(key, layers, 0, count), count)
+
+
+def to_logits(weights: Weights, smoothing: float = 1e-3) -> Logits:
+    """Logits whose soft route is `(1 - smoothing) weights + smoothing / M`; smoothing gives an unused template a
+    gradient."""
+    return jnp.log((1 - smoothing) * weights + smoothing / weights.shape[-1])
+
+
+def entropy(weights: Weights) -> Float[Array, "*layers"]:
+    """`H = -Σ_m a_m log a_m`, from 0 for a one-hot route to log M for a uniform one, in nats."""
+    positive = weights > 0
+    return -jnp.sum(jnp.where(positive, weights * jnp.log(jnp.where(positive, weights, 1)), 0), axis=-1)
+
+
+def scaled_entropy(weights: Weights) -> Float[Array, ""]:
+    """The mean over tasks and layers of `H / log M`; 0 where there is one template."""
+    count = weights.shape[-1]
+    return jnp.mean(entropy(weights)) / jnp.log(count) if count > 1 else jnp.zeros(())
+
+
+def unused(weights: Weights) -> Float[Array, ""]:
+    """`1 - H(ā) / log M` of the mean route ā: 0 where all templates are used equally, 1 where one does all the work."""
+    count = weights.shape[-1]
+    mean = jnp.mean(weights.reshape(-1, count), axis=0)
+    return 1 - entropy(mean) / jnp.log(count) if count > 1 else jnp.zeros(())

@@ -1,0 +1,87 @@
+"""A modular network's templates and its tasks' own parts in a pool of modules."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from compo_jax import tree
+from compo_jax.modular.edit import take_tasks
+from compo_jax.modular.layout import own
+from compo_jax.modular.net import ModularNet
+from compo_jax.pool import Manifest, ModulePool
+
+Tree = Any
+SHARED, TASK = "modular-templates", "modular-task"
+
+
+def _settings(net: ModularNet) -> dict[str, Any]:
+    names = ("layers", "templates", "width", "patch", "block", "bn", "mixing", "shared_head")
+    return {name: getattr(net, name) for name in names}
+
+
+def _filled(parts: Tree) -> Tree:
+    """The dictionaries without what is None, and without those that are empty then."""
+    if not isinstance(parts, dict):
+        return parts
+    found = {name: _filled(part) for name, part in parts.items()}
+    return {name: part for name, part in found.items() if part is not None and part != {}}
+
+
+def _merge(a: Tree, b: Tree) -> Tree:
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return a
+    return a | {name: _merge(a[name], part) if name in a else part for name, part in b.items()}
+
+
+def _shared(net: ModularNet, variables: Tree) -> Tree:
+    return _filled(own(net, variables)[1])
+
+
+def save_templates(pool: ModulePool, name: str, net: ModularNet, variables: Tree, **options: Any) -> Manifest:
+    """Stores what all tasks share: stem, templates, and BN or a head where they are shared.
+
+    `options` are those of `ModulePool.add`: metrics, seed, extra, overwrite.
+    """
+    shared = _shared(net, variables)
+    return pool.add(name, shared, base=shared, adapter=SHARED, settings=_settings(net), **options)
+
+
+def save_task(pool: ModulePool, name: str, net: ModularNet, variables: Tree, task: int, **options: Any) -> Manifest:
+    """Stores what is one task's own: route, head, BN with its statistics. Its base is what it shares with others.
+
+    `options` are those of `ModulePool.add`: task (its name), classes (their names), metrics, ...
+    """
+    one, taken = take_tasks(net, variables, [task])
+    settings = _settings(net) | {"classes": one.classes[0]}
+    module = _filled(own(one, taken)[0])
+    return pool.add(name, module, base=_shared(one, taken), adapter=TASK, settings=settings, **options)
+
+
+def load_templates(pool: ModulePool, name: str) -> Tree:
+    """What `save_templates` stored, for `load_task`."""
+    _manifest(pool, name, SHARED)
+    return pool.load(name)
+
+
+def load_task(pool: ModulePool, name: str, shared: Tree) -> tuple[ModularNet, Tree]:
+    """The one-task network of a stored task on these templates; `add_task` joins several.
+
+    ValueError where the task was stored against other templates.
+    """
+    manifest = _manifest(pool, name, TASK)
+    if manifest.base != (found := tree.fingerprint(shared)):
+        raise ValueError(
+            f"task {name!r} of {pool.path} was stored against other templates ({manifest.base[:12]}) than these "
+            f"({found[:12]}): load the templates that were stored with it"
+        )
+    settings = dict(manifest.settings)
+    net = ModularNet(classes=(settings.pop("classes"),), **settings)
+    return net, jax.tree.map(np.asarray, _merge(pool.load(name), shared))
+
+
+def _manifest(pool: ModulePool, name: str, kind: str) -> Manifest:
+    manifest = pool.manifest(name)
+    if manifest.adapter != kind:
+        raise ValueError(f"module {name!r} of {pool.path} is of the kind {manifest.adapter!r}, and {kind!r} is wanted")
+    return manifest
