@@ -54,7 +54,9 @@ def branch(x: Features, count: int, convolve: Callable[[int, Features], Features
     return x
 
 
-def convolve(x: Features, kernel: Float[Array, "size size inputs outputs"], groups: int = 1) -> Features:
+def convolve(
+    x: Features, kernel: Float[Array, "size size inputs outputs"], groups: int = 1
+) -> Float[Array, "batch height width outputs"]:
     """A convolution of stride 1 that keeps the resolution, by products of shifted images.
 
     Under vmap over kernels `lax.conv` is a grouped convolution, which XLA runs ten times slower on a CPU than these
@@ -76,9 +78,10 @@ def convolve(x: Features, kernel: Float[Array, "size size inputs outputs"], grou
     return product(x, kernel)
 
 
-def patchify(images: Features, kernel: Float[Array, "patch patch inputs outputs"]) -> Features:
-    """The stem's convolution, of stride `patch`, as one product over patches; ValueError where the patch is too big or
-    leaves a rest."""
+def patchify(
+    images: Features, kernel: Float[Array, "patch patch channels outputs"]
+) -> Float[Array, "batch rows columns outputs"]:
+    """The stem's convolution, of stride `patch`, as one product over patches; ValueError where they leave a rest."""
     batch, height, width, channels = images.shape
     patch = kernel.shape[0]
     if height % patch or width % patch:

@@ -12,6 +12,8 @@ from compo_jax.modular.adaptation import source_objectives as source_objectives
 from compo_jax.modular.batches import balanced_batches as balanced_batches
 from compo_jax.modular.batches import balanced_eval as balanced_eval
 from compo_jax.modular.bridge import route_landscape as route_landscape
+from compo_jax.modular.cost import macs as macs
+from compo_jax.modular.cost import parameters as parameters
 from compo_jax.modular.edit import add_layer as add_layer
 from compo_jax.modular.edit import add_task as add_task
 from compo_jax.modular.edit import add_templates as add_templates
@@ -32,7 +34,6 @@ from compo_jax.modular.mixing import mix_templates as mix_templates
 from compo_jax.modular.net import ModularNet as ModularNet
 from compo_jax.modular.objective import objective as objective
 from compo_jax.modular.optimizer import optimizer as optimizer
-from compo_jax.modular.optimizer import parameters as parameters
 from compo_jax.modular.routes import gumbel as gumbel
 from compo_jax.modular.routes import hard as hard
 from compo_jax.modular.routes import soft as soft

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def source_objectives(
     """Information maximisation of each source's hard network on the target's training images: the lowest is the best
     source that can be told without labels."""
     logits = predictions(net, prepare)(variables, [target.train] * len(net.classes), batch)
-    return np.array([information_maximisation(part) for part in logits])
+    return np.array([information_maximisation(jnp.asarray(part)) for part in logits])
 
 
 def adaptation(
@@ -59,8 +59,8 @@ def adaptation(
     settings: Settings,
     classes: Sequence[str],
     *,
-    route: Literal["free", "convex", "fixed"] = "free",
-    bn: Literal["source", "target", "affine"] = "source",
+    route: str = "free",
+    bn: str = "source",
     runner=jit_runner,
 ) -> Callable[..., Tree]:
     """`adapt(variables, target, seed, sources=None, **fit_options) -> variables` of a one-task network, to be used with

@@ -74,20 +74,21 @@ def new_task(
     params = taken["params"]
     key_route, key_head = jax.random.split(key)
     if like is None:
-        means = jax.tree.map(lambda x: jnp.mean(x, axis=0, keepdims=True), own(net, _without_heads(net, variables))[0])
-        taken = tree.combine(means, taken)
-        params = taken["params"]
+        bare = _without_heads(net, variables)
+        means = jax.tree.map(lambda x: jnp.mean(x, axis=0, keepdims=True), own(net, bare)[0])
+        taken = tree.combine(means, bare)
+        params = taken["params"] | _heads(net, variables["params"], [0])
         params["route"] = 0.01 * jax.random.normal(key_route, params["route"].shape, params["route"].dtype)
     if net.shared_head:
         if classes not in (None, net.classes[0]):
             raise ValueError(f"the tasks share a head of {net.classes[0]} classes, and the new one has {classes}")
-        return one, taken
+        return one, {**taken, "params": params}
     if classes is None or classes < 2:
         raise ValueError(f"a new task needs two classes or more, not {classes}")
     kernel = params["head_0"]["kernel"]
     fresh = jax.nn.initializers.lecun_normal()(key_head, (kernel.shape[0], classes), kernel.dtype)
     params["head_0"] = {"kernel": fresh, "bias": jnp.zeros(classes, kernel.dtype)}
-    return one.clone(classes=(classes,)), taken
+    return one.clone(classes=(classes,)), {**taken, "params": params}
 
 
 def set_route(variables: Tree, logits: Array) -> Tree:
@@ -143,14 +144,9 @@ def add_templates(net: ModularNet, variables: Tree, kernels: Tree) -> tuple[Modu
     params = added["params"]
     lowest = variables["params"]["route"].min(axis=-1, keepdims=True)
     params["route"], params["templates"] = jnp.broadcast_to(lowest, params["route"].shape), kernels
-    identity = (("/(scale|var)$", 1.0), ("/(bias|mean)$", 0.0))
-    for part in ("batch_stats", "params"):
-        which = r"layers" if part == "batch_stats" else r"^norm/blocks/"
-        added[part] = tree.map_with_name(
-            lambda name, x, which=which: (
-                jnp.full_like(x, tree.first_match(name, identity)) if tree.first_match(name, [(which, 1)]) else x
-            ),
-            added[part],
+    if net.bn == "template":
+        params["norm"] = tree.map_with_name(
+            lambda name, x: jnp.ones_like(x) if name.endswith("scale") else jnp.zeros_like(x), params["norm"]
         )
     return net.clone(templates=net.templates + count), join(net, "template", variables, added)
 

@@ -32,9 +32,9 @@ def statistics(net: ModularNet, prepare: Prepare, route: Route = routes.hard) ->
 
     def run(variables, batches):
         total, count = None, 0
-        for count, batch in enumerate(batches, 1):
+        for batch in batches:
             found = of_batch(variables, batch["image"])
-            total = found if total is None else jax.tree.map(jnp.add, total, found)
+            total, count = found if total is None else jax.tree.map(jnp.add, total, found), count + 1
         if not count:
             raise ValueError("batch statistics need one batch of images at least, and none was given")
         return {**variables, "batch_stats": jax.tree.map(lambda x: x / count, total)}

@@ -37,20 +37,15 @@ def plain(net: ModularNet, variables: Tree, task: int = 0, route: Route = routes
     one, taken = take_tasks(net, variables, [task])
     params, statistics = taken["params"], taken["batch_stats"]["tasks"]
     weights = route(params["route"])[0]
-    chosen, one_hot = np.asarray(routes.indices(weights)), np.array_equal(weights, routes.hard(weights))
+    chosen, one_hot = routes.indices(weights), np.array_equal(weights, routes.hard(weights))
     if net.mixing == "outputs" and not one_hot:
         raise ValueError("a soft mixture of outputs is no plain network: give a hard route (route=routes.hard)")
     layers = [block(one, params, layer, chosen[layer] if one_hot else weights[layer]) for layer in range(net.layers)]
 
     def of_layer(layer):
-        def cut(x):
-            x = x[layer] if net.bn == "layer" else x[0, layer]
-            return x[chosen[layer]] if net.mixing == "outputs" else x
+        return jax.tree.map(lambda x: x[layer] if net.bn == "layer" else x[0, layer], statistics["layers"]["branch"])
 
-        found = jax.tree.map(cut, statistics["layers"]["branch"])
-        return {name: inner["norm"] for name, inner in found.items()}
-
-    stem_norm, stem_statistics = params["norm"]["stem"], statistics["stem"]["norm"]
+    stem_norm, stem_statistics = params["norm"]["stem"], statistics["stem"]
     if net.bn == "task":
         stem_norm = jax.tree.map(lambda x: x[0], stem_norm)
     if net.bn != "layer":

@@ -24,7 +24,7 @@ def axes(net: ModularNet, name: str) -> tuple[str, ...]:
         ("^params/norm/stem/", norm[:1] if net.bn == "task" else ()),
         ("^params/norm/blocks/", norm),
         ("^batch_stats/tasks/stem/", statistics[:-1]),
-        ("^batch_stats/tasks/layers/", statistics + (("template",) if net.mixing == "outputs" else ())),
+        ("^batch_stats/tasks/layers/", statistics),
     )
     return tree.first_match(name, rules, ())
 
@@ -54,7 +54,7 @@ def join(net: ModularNet, axis: Axis, first: Tree, second: Tree) -> Tree:
 
 
 def own(net: ModularNet, variables: Tree) -> tuple[Tree, Tree]:
-    """(what belongs to the tasks, what they share), each with None holes: routes, heads, BN with a task axis; the rest."""
+    """(routes, heads and BN of single tasks, what all tasks share), each with None holes for the other."""
     mine = r"^params/head_\d+/"
     return tree.partition(
         variables, lambda name: "task" in axes(net, name) or bool(tree.first_match(name, [(mine, 1)]))

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 
 from compo_jax import tree
-from compo_jax.data import Split
 from compo_jax.data.stream import Augmentation
 from compo_jax.modular import routes
 from compo_jax.modular.batches import balanced_batches
@@ -61,7 +60,7 @@ def learner(
     Args:
       prepare: bytes (rows, size, size, 3) to the network's input, `TaskStream.prepare` say.
       trained: path patterns of the parameters that are trained; default all. The others stay as they are to the bit.
-      runner: `jit_runner` or `pmap_runner`.
+      runner: `jit_runner` or `pmap_runner`, under which each device normalises its part by that part's statistics.
     """
     transform = optimizer(settings)
     run = runner(objective(net, prepare, settings, augment), transform)

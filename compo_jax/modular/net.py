@@ -1,7 +1,7 @@
 """The modular network: all tasks' networks at once, each its own mixture of the same block templates."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,76 +14,101 @@ from compo_jax.modular.mixing import mix_templates
 
 Images = Float[Array, "tasks batch height width channels"]
 Route = Callable[[jax.Array], jax.Array]
+EPSILON = 1e-5  # of Flax's own BatchNorm
 _HE = nn.initializers.he_normal()
 _HE_STACKED = nn.initializers.he_normal(batch_axis=0)
 
 
-class _Norm(nn.Module):
-    """Batch normalisation whose scale and bias are given; its statistics are those of the last batch."""
+class _Layout(NamedTuple):
+    """What the parts of a network have to know of it."""
 
+    block: str
+    width: int
+    mixing: str
+    bn: str
     train: bool
-    axis: str | None
+
+    @property
+    def shapes(self) -> tuple[Convolution, ...]:
+        return convolutions(self.block, self.width)
+
+
+class _Norm(nn.Module):
+    """Batch normalisation whose scale and bias are given; its statistics are those of the last batch.
+
+    Flax's takes no weights: where the templates' outputs are mixed, the statistics of a layer are those of the mixture,
+    each template's counted by its weight, so that on a one-hot route they are the chosen one's.
+    """
+
+    layout: _Layout
 
     @nn.compact
-    def __call__(self, x, affine):
-        axis = self.axis if self.train else None
-        norm = nn.BatchNorm(not self.train, momentum=0.0, use_scale=False, use_bias=False, axis_name=axis, name="norm")
-        return norm(x) * affine["scale"].astype(x.dtype) + affine["bias"].astype(x.dtype)
+    def __call__(self, x, affine, weight):
+        mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+        var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:])
+        if self.layout.train:
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            moments = jnp.stack([wide.mean((0, 1, 2)), (wide**2).mean((0, 1, 2))])
+            if weight is not None:
+                moments = jax.lax.psum(weight * moments, "templates")
+            if self.layout.bn == "layer":
+                moments = jax.lax.pmean(moments, "tasks")
+            mean.value, var.value = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0)
+        scale = affine["scale"] * jax.lax.rsqrt(var.value + EPSILON)
+        return (x - mean.value.astype(x.dtype)) * scale.astype(x.dtype) + affine["bias"].astype(x.dtype)
 
 
 class _Branch(nn.Module):
-    """The inside of one block, its kernels and affine parameters given."""
+    """The inside of one block, its kernels and affine parameters given; its weight where it is one of several."""
 
-    shapes: tuple[Convolution, ...]
-    train: bool
-    axis: str | None
+    layout: _Layout
 
     @nn.compact
-    def __call__(self, x, kernels, affine):
-        def step(i, x):
-            x = convolve(x, kernels[f"conv{i + 1}"].astype(x.dtype), self.shapes[i].groups)
-            return _Norm(self.train, self.axis, name=f"norm{i + 1}")(x, affine[f"norm{i + 1}"])
+    def __call__(self, x, kernels, affine, weight=None):
+        shapes = self.layout.shapes
 
-        return branch(x, len(self.shapes), step)
+        def step(i, x):
+            x = convolve(x, kernels[f"conv{i + 1}"].astype(x.dtype), shapes[i].groups)
+            return _Norm(self.layout, name=f"norm{i + 1}")(x, affine[f"norm{i + 1}"], weight)
+
+        return branch(x, len(shapes), step)
 
 
 class _Layer(nn.Module):
     """One layer of one task; scanned over depth, hence the carry and the empty output."""
 
-    block: str
-    width: int
-    outputs: bool
-    own_affine: bool
-    train: bool
-    axis: str | None
+    layout: _Layout
 
     @nn.compact
     def __call__(self, x, weights, affine, templates):
-        inside = (convolutions(self.block, self.width), self.train, self.axis)
-        kernels, template_affine = templates
-        if not self.outputs:
-            affine = affine if self.own_affine else mix_templates(template_affine, weights)
-            mixed = mix_templates(kernels, weights)
-            return residual(self.block, x, lambda x: _Branch(*inside, name="branch")(x, mixed, affine)), None
-        affine, axis = (affine, None) if self.own_affine else (template_affine, 0)
-        every = nn.vmap(_Branch, in_axes=(None, 0, axis), variable_axes={"batch_stats": 0})(*inside, name="branch")
-        return residual(
-            self.block, x, lambda x: jnp.tensordot(weights.astype(x.dtype), every(x, kernels, affine), 1)
-        ), None
+        layout, (kernels, of_templates) = self.layout, templates
+        own = layout.bn != "template"
+        if layout.mixing == "weights":
+            mixed = mix_templates(kernels, weights), affine if own else mix_templates(of_templates, weights)
+            inside = _Branch(layout, name="branch")
+            return residual(layout.block, x, lambda x: inside(x, *mixed)), None
+        axes = (None, 0, None if own else 0, 0)
+        each = nn.vmap(_Branch, in_axes=axes, variable_axes={"batch_stats": None}, axis_name="templates")
+        inside = each(layout, name="branch")
+
+        def mixture(x):
+            outputs = inside(x, kernels, affine if own else of_templates, weights)
+            return jnp.tensordot(weights.astype(x.dtype), outputs, 1)
+
+        return residual(layout.block, x, mixture), None
 
 
 class _Task(nn.Module):
     """The features of one task's images; mapped over tasks."""
 
-    layer: dict[str, Any]
+    layout: _Layout
     layers: int
     unroll: bool
 
     @nn.compact
-    def __call__(self, images, weights, stem_affine, affine, shared):
-        stem, *templates = shared
-        norm = _Norm(self.layer["train"], self.layer["axis"], name="stem")
-        x = nn.relu(norm(patchify(images, stem.astype(images.dtype)), stem_affine))
+    def __call__(self, images, weights, stem_affine, affine, stem, templates):
+        x = patchify(images, stem.astype(images.dtype))
+        x = nn.relu(_Norm(self.layout, name="stem")(x, stem_affine, None))
         scanned = nn.scan(
             _Layer,
             variable_axes={"batch_stats": 0},
@@ -91,7 +116,7 @@ class _Task(nn.Module):
             length=self.layers,
             unroll=self.layers if self.unroll else 1,
         )
-        x, _ = scanned(**self.layer, name="layers")(x, weights, affine, tuple(templates))
+        x, _ = scanned(self.layout, name="layers")(x, weights, affine, templates)
         return x.mean(axis=(1, 2))
 
 
@@ -113,8 +138,8 @@ class ModularNet(nn.Module):
       bn: whose scale and bias they are: `task`, of each task at each layer; `layer`, of each layer, shared by the tasks
         (statistics too: they are taken over all tasks' images); `template`, of each template, and then depth costs
         route logits only. Statistics are no parameters: but for `layer` they always belong to (task, layer).
-      mixing: `weights`, one block with mixed kernels, whose work doesn't depend on M; `outputs`, all M blocks (each
-        with its own statistics), their outputs mixed.
+      mixing: `weights`, one block with mixed kernels, whose work doesn't depend on M; `outputs`, all M blocks,
+        their outputs mixed.
       shared_head: one head, for tasks that are domains of one set of classes.
       unroll: writes the layers out instead of scanning over them; count FLOPs with this on.
     """
@@ -125,8 +150,8 @@ class ModularNet(nn.Module):
     width: int = 64
     patch: int = 4
     block: str = "basic"
-    bn: Literal["task", "layer", "template"] = "task"
-    mixing: Literal["weights", "outputs"] = "weights"
+    bn: str = "task"
+    mixing: str = "weights"
     shared_head: bool = False
     dtype: Any = None
     unroll: bool = False
@@ -181,21 +206,14 @@ class ModularNet(nn.Module):
         per_task = 0 if self.bn == "task" else None
         mapped = nn.vmap(
             _Task,
-            in_axes=(0, 0, per_task, per_task, None),
+            in_axes=(0, 0, per_task, per_task, None, None),
             variable_axes={"batch_stats": None if self.bn == "layer" else 0},
             axis_name="tasks",
         )
-        inside = {
-            "block": self.block,
-            "width": self.width,
-            "outputs": self.mixing == "outputs",
-            "own_affine": self.bn != "template",
-            "train": train,
-            "axis": "tasks" if self.bn == "layer" else None,
-        }
-        own = (norm["blocks"], None) if self.bn != "template" else (None, norm["blocks"])
-        return mapped(inside, self.layers, self.unroll, name="tasks")(
-            images, weights, norm["stem"], own[0], (stem, kernels, own[1])
+        layout = _Layout(self.block, self.width, self.mixing, self.bn, train)
+        own, of_templates = (None, norm["blocks"]) if self.bn == "template" else (norm["blocks"], None)
+        return mapped(layout, self.layers, self.unroll, name="tasks")(
+            images, weights, norm["stem"], own, stem, (kernels, of_templates)
         )
 
     @nn.compact

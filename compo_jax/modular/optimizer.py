@@ -1,6 +1,5 @@
 """AdamW with its own rate for the routes."""
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -22,9 +21,9 @@ def _only(pattern: str, matching: bool = True):
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """AdamW, warm-up and cosine, the gradient clipped; routes learn `route_rate` times faster, and not at all once fixed.
+    """AdamW with warm-up, cosine and a clipped gradient; neither routes nor BN decay.
 
-    Neither routes nor BN decay.
+    Routes learn `route_rate` times faster, and not at all once they are fixed.
     """
     rate = optax.warmup_cosine_decay_schedule(
         0.0, settings.learning_rate, max(round(settings.warmup * settings.steps), 1), settings.steps
@@ -36,11 +35,4 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
         optax.masked(optax.add_decayed_weights(settings.weight_decay), _only(UNDECAYED, False)),
         optax.masked(faster, _only(ROUTES)),
         optax.scale_by_learning_rate(rate),
-    )
-
-
-def parameters(params, *, route: bool = True) -> int:
-    """How many scalars a network has; without `route` those of a plain one, whose blocks stand in a fixed order."""
-    return sum(
-        x.size for name, x in zip(tree.names(params), jax.tree.leaves(params), strict=True) if route or name != "route"
     )

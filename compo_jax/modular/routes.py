@@ -6,6 +6,7 @@ A route function takes logits and gives weights that sum to one over the last ax
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 Logits = Float[Array, "*layers templates"]
@@ -39,11 +40,13 @@ def indices(logits: Logits) -> Int[Array, "*layers"]:
     return jnp.argmax(logits, axis=-1)
 
 
-def fixed(templates: Int[Array, "*layers"], count: int) -> Logits:
+def fixed(templates: Int[Array, "*layers"] | Int[np.ndarray, "*layers"], count: int) -> Logits:
     """Logits whose hard route is `templates`; ValueError for a template that isn't there."""
     templates = jnp.asarray(templates)
-    if templates.size and not (0 <= int(templates.min()) and int(templates.max()) < count):
-        raise ValueError(f"a route through the templates {templates.tolist()} needs more than {count} of them")
+    if templates.size and (templates.min() < 0 or templates.max() >= count):
+        raise ValueError(
+            f"a route was asked for through the templates {templates.tolist()}, and there are {count}, from 0 on"
+        )
     return jax.nn.one_hot(templates, count)
 
 

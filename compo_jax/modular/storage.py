@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from compo_jax import tree
 from compo_jax.modular.edit import take_tasks
@@ -77,7 +77,7 @@ def load_task(pool: ModulePool, name: str, shared: Tree) -> tuple[ModularNet, Tr
         )
     settings = dict(manifest.settings)
     net = ModularNet(classes=(settings.pop("classes"),), **settings)
-    return net, jax.tree.map(np.asarray, _merge(pool.load(name), shared))
+    return net, jax.tree.map(jnp.asarray, _merge(pool.load(name), shared))
 
 
 def _manifest(pool: ModulePool, name: str, kind: str) -> Manifest:

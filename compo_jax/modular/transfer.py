@@ -1,7 +1,6 @@
 """A new task on the templates of others: which parts of its network learn."""
 
 from collections.abc import Callable
-from typing import Literal
 
 from compo_jax.data.stream import Augmentation
 from compo_jax.modular.learner import Learner, learner
@@ -9,7 +8,6 @@ from compo_jax.modular.net import ModularNet
 from compo_jax.modular.objective import Prepare
 from compo_jax.modular.settings import Settings
 
-Part = Literal["head", "head+route", "head+bn", "head+bn+route", "all"]
 PARTS: dict[str, tuple[str, ...]] = {
     "head": ("^head",),
     "head+route": ("^head", "^route$"),
@@ -23,16 +21,16 @@ def transfer(
     net: ModularNet,
     prepare: Prepare,
     settings: Settings,
-    part: Part,
+    part: str,
     augment: Augmentation | None = None,
     *,
     runner: Callable | None = None,
 ) -> Learner:
-    """A `learner` of these parts of a new task (see `edit.new_task`); stem and templates stay as they are to the bit but
-    for `all`.
+    """A `learner` of these parts of a new task (see `edit.new_task`).
 
-    `head+route` learns by order only. Where the route isn't learned, the hard route of its logits is taken as given.
-    Batch statistics are those of the new task's images, with `settings.statistics="stored"` those it began with.
+    But for `all`, stem and templates stay as they are to the bit. `head+route` learns by order only. Where the route
+    isn't learned, the hard route of its logits is taken as given. Batch statistics are those of the new task's images,
+    or with `settings.statistics="stored"` those it began with.
     """
     if part not in PARTS:
         raise ValueError(f"no part of a network is called {part!r}; there are {', '.join(PARTS)}")

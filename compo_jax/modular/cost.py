@@ -1,0 +1,29 @@
+"""What a network costs: scalars and multiply-adds."""
+
+from typing import Any
+
+import jax
+
+from compo_jax import tree
+from compo_jax.models.isometric import convolutions
+from compo_jax.modular.net import ModularNet
+
+Tree = Any
+
+
+def parameters(params: Tree, *, route: bool = True) -> int:
+    """How many scalars a network has; without `route` those of one whose blocks stand in a fixed order."""
+    leaves = zip(tree.names(params), jax.tree.leaves(params), strict=True)
+    return sum(leaf.size for name, leaf in leaves if route or name != "route")
+
+
+def macs(net: ModularNet, size: int, channels: int = 3) -> int:
+    """Multiply-adds of one image of `size` x `size` pixels through the convolutions of one task and its largest head.
+
+    Weight-space mixing adds M multiply-adds a weight, once for a whole batch, and nothing on a hard route.
+    """
+    positions = (size // net.patch) ** 2
+    block = sum(c.size**2 * c.inputs // c.groups * c.outputs for c in convolutions(net.block, net.width))
+    blocks = net.layers * (net.templates if net.mixing == "outputs" else 1)
+    stem = net.patch**2 * channels * net.width
+    return positions * (stem + blocks * block) + net.width * max(net.classes)

@@ -1,0 +1,76 @@
+"""A small modular network, its variables away from their start, and tasks that it can learn."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compo_jax import tree
+from compo_jax.data import Task, TaskStream
+from compo_jax.data.stream import ArraySplit
+from compo_jax.mesh import data_mesh
+from compo_jax.modular import ModularNet
+from compo_jax.train import jit_runner
+
+ONE_DEVICE = partial(jit_runner, mesh=data_mesh(1))
+
+
+def images(*shape, seed=0):
+    return jnp.array(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def moved(variables, seed=0):
+    """The variables with noise, so that no scale is 1, no mean 0, and every route has a clear argmax."""
+    random = np.random.default_rng(seed)
+
+    def move(name, x):
+        noise = random.normal(size=x.shape).astype(np.float32)
+        if name.endswith(("var", "scale")):
+            return x + 0.3 * np.abs(noise)
+        return x + (2.0 if name.endswith("route") else 0.1) * noise
+
+    return tree.map_with_name(move, variables)
+
+
+@cache
+def small(classes=(3, 2), **options):
+    """(network, moved variables)."""
+    net = ModularNet(classes, **{"layers": 3, "templates": 3, "width": 8, "patch": 2} | options)
+    return net, moved(jax.jit(net.init)(jax.random.key(0), jnp.zeros((len(classes), 2, 4, 4, 3))))
+
+
+@cache
+def stream(tasks=2, classes=3, count=24, size=4, names=None):
+    """Tasks whose classes are noisy copies of random pictures; the test images are others."""
+    random = np.random.default_rng(3)
+    made = []
+    for t in range(tasks):
+        pictures = random.integers(0, 255, (classes, size, size, 3))
+        splits = []
+        for part in (count, 8):
+            labels = np.tile(np.arange(classes), part)
+            noisy = pictures[labels] + random.normal(0, 40, (len(labels), size, size, 3))
+            splits.append(ArraySplit(np.clip(noisy, 0, 255).astype(np.uint8), labels))
+        made.append(Task(f"task-{t}", names or tuple(f"{t}{c}" for c in range(classes)), *splits))
+    return TaskStream("pictures", tuple(made), size)
+
+
+def trains(made):
+    return [task.train for task in made.tasks]
+
+
+def tests(made):
+    return [task.test for task in made.tasks]
+
+
+def identical(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def changed(before, after):
+    """The paths of the leaves that differ by a bit or more."""
+    leaves = zip(tree.names(before), jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return {name for name, x, y in leaves if not np.array_equal(x, y)}
