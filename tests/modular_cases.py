@@ -60,7 +60,7 @@ def trains(made):
     return [task.train for task in made.tasks]
 
 
-def tests(made):
+def held_out(made):
     return [task.test for task in made.tasks]
 
 

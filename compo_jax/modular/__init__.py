@@ -4,6 +4,8 @@ Built from the public abstract of Zhmoginov, Bashkirova and Sandler, "Compositio
 Knowledge Transfer with Modular Networks" (2021, arXiv 2107.10963); what that does not fix is our choice.
 """
 
+from compo_jax.modular import analysis as analysis
+from compo_jax.modular import routes as routes
 from compo_jax.modular.adaptation import adaptation as adaptation
 from compo_jax.modular.adaptation import information_maximisation as information_maximisation
 from compo_jax.modular.adaptation import mean_source as mean_source

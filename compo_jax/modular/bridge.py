@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
@@ -48,10 +49,10 @@ def route_landscape(
         raise ValueError(f"there is no layer {layer} among {net.layers}")
     value = loss or (lambda logits, labels: optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean())
     one, taken = take_tasks(net, variables, [task])
-    model, exported = plain(one, taken, 0, route)
+    model, exported = plain(net, variables, task, route)
     name = f"block{layer}"
     base = exported["params"][name]
-    corners = [block(one, taken["params"], layer, routes.fixed(m, net.templates)) for m in range(net.templates)]
+    corners = [block(one, taken["params"], layer, jnp.asarray(m)) for m in range(net.templates)]
 
     def delta(path, corner, mixed):
         is_norm = path[0].key.startswith("norm")

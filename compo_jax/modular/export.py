@@ -36,7 +36,7 @@ def plain(net: ModularNet, variables: Tree, task: int = 0, route: Route = routes
     """
     one, taken = take_tasks(net, variables, [task])
     params, statistics = taken["params"], taken["batch_stats"]["tasks"]
-    weights = route(params["route"])[0]
+    weights = route(variables["params"]["route"])[task]
     chosen, one_hot = routes.indices(weights), np.array_equal(weights, routes.hard(weights))
     if net.mixing == "outputs" and not one_hot:
         raise ValueError("a soft mixture of outputs is no plain network: give a hard route (route=routes.hard)")

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compo_jax import tree
 from compo_jax.modular.edit import take_tasks
@@ -20,22 +21,12 @@ def _settings(net: ModularNet) -> dict[str, Any]:
     return {name: getattr(net, name) for name in names}
 
 
-def _filled(parts: Tree) -> Tree:
-    """The dictionaries without what is None, and without those that are empty then."""
-    if not isinstance(parts, dict):
-        return parts
-    found = {name: _filled(part) for name, part in parts.items()}
-    return {name: part for name, part in found.items() if part is not None and part != {}}
-
-
-def _merge(a: Tree, b: Tree) -> Tree:
-    if not (isinstance(a, dict) and isinstance(b, dict)):
-        return a
-    return a | {name: _merge(a[name], part) if name in a else part for name, part in b.items()}
+def _without_holes(parts: Tree) -> Tree:
+    return unflatten_dict({path: leaf for path, leaf in flatten_dict(parts).items() if leaf is not None})
 
 
 def _shared(net: ModularNet, variables: Tree) -> Tree:
-    return _filled(own(net, variables)[1])
+    return _without_holes(own(net, variables)[1])
 
 
 def save_templates(pool: ModulePool, name: str, net: ModularNet, variables: Tree, **options: Any) -> Manifest:
@@ -47,14 +38,14 @@ def save_templates(pool: ModulePool, name: str, net: ModularNet, variables: Tree
     return pool.add(name, shared, base=shared, adapter=SHARED, settings=_settings(net), **options)
 
 
-def save_task(pool: ModulePool, name: str, net: ModularNet, variables: Tree, task: int, **options: Any) -> Manifest:
-    """Stores what is one task's own: route, head, BN with its statistics. Its base is what it shares with others.
+def save_task(pool: ModulePool, name: str, net: ModularNet, variables: Tree, index: int, **options: Any) -> Manifest:
+    """Stores what is the own of task number `index`: route, head, BN with its statistics. Its base is what it shares with others.
 
     `options` are those of `ModulePool.add`: task (its name), classes (their names), metrics, ...
     """
-    one, taken = take_tasks(net, variables, [task])
+    one, taken = take_tasks(net, variables, [index])
     settings = _settings(net) | {"classes": one.classes[0]}
-    module = _filled(own(one, taken)[0])
+    module = _without_holes(own(one, taken)[0])
     return pool.add(name, module, base=_shared(one, taken), adapter=TASK, settings=settings, **options)
 
 
@@ -77,7 +68,8 @@ def load_task(pool: ModulePool, name: str, shared: Tree) -> tuple[ModularNet, Tr
         )
     settings = dict(manifest.settings)
     net = ModularNet(classes=(settings.pop("classes"),), **settings)
-    return net, jax.tree.map(jnp.asarray, _merge(pool.load(name), shared))
+    variables = unflatten_dict(flatten_dict(shared) | flatten_dict(pool.load(name)))
+    return net, jax.tree.map(jnp.asarray, variables)
 
 
 def _manifest(pool: ModulePool, name: str, kind: str) -> Manifest:

@@ -1,0 +1,135 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from modular_cases import ONE_DEVICE, changed, identical, small, stream
+
+from compo_jax.data import Task
+from compo_jax.data.stream import ArraySplit
+from compo_jax.modular import (
+    PARTS,
+    Settings,
+    adaptation,
+    hard,
+    information_maximisation,
+    mean_source,
+    new_task,
+    one_source,
+    plain,
+    predictions,
+    routes,
+    soft,
+    source_objectives,
+    transfer,
+)
+
+PICTURES = stream()
+SETTINGS = Settings(steps=20, batch=6, estimate=3)
+NAMES = ("a", "b", "c")
+
+
+# -- transfer ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_only_the_part_that_learns_changes(part):
+    net, variables = small((3, 3))
+    one, new = new_task(net, variables, jax.random.key(1), 3)
+    task = stream(3).tasks[2]
+    settings = Settings(steps=4, batch=6, estimate=2, usage=0.5)
+    done = transfer(one, PICTURES.prepare, settings, part, runner=ONE_DEVICE).train(new, [task.train], 0, every=1000)
+    moved = {name.split("/")[0] for name in changed(new["params"], done.variables["params"])}
+    expected = {
+        "head": {"head_0"}, "head+route": {"head_0", "route"}, "head+bn": {"head_0", "norm"},
+        "head+bn+route": {"head_0", "norm", "route"}, "all": {"head_0", "norm", "route", "stem", "templates"},
+    }[part]  # fmt: skip
+    assert moved == expected
+
+
+def test_an_unknown_part_is_told():
+    with pytest.raises(ValueError, match="no part of a network is called 'heads'; there are head, head\\+route"):
+        transfer(small()[0], PICTURES.prepare, SETTINGS, "heads")
+
+
+# -- adaptation --------------------------------------------------------------------------------------------------------
+
+
+def test_information_maximisation_is_the_entropies_difference():
+    logits = np.random.default_rng(0).normal(size=(7, 3))
+    p = scipy.special.softmax(logits, -1)
+    entropy = lambda p: -(p * np.log(p)).sum(-1)
+    expected = entropy(p).mean() - entropy(p.mean(0))
+    np.testing.assert_allclose(information_maximisation(jnp.array(logits)), expected, rtol=1e-5)
+    sure = 100.0 * jnp.eye(3)
+    np.testing.assert_allclose(information_maximisation(sure), -np.log(3), rtol=1e-5)
+
+
+def domains():
+    return stream(2, names=NAMES), small((3, 3), shared_head=True)
+
+
+@pytest.mark.parametrize(
+    ("route", "bn"),
+    [("free", "source"), ("free", "target"), ("convex", "source"), ("free", "affine"), ("fixed", "target")],
+)
+def test_adaptation_changes_the_route_and_of_bn_what_is_asked(route, bn):
+    made, (net, variables) = domains()
+    one, start = mean_source(net, variables)
+    settings = Settings(steps=6, batch=12, learning_rate=0.01, estimate=2)
+    adapt = adaptation(one, made.prepare, settings, NAMES, route=route, bn=bn, runner=ONE_DEVICE)
+    sources = hard(variables["params"]["route"])
+    found = adapt(start, made.tasks[1], 0, sources if route == "convex" else None, every=1000)
+    moved = {name.split("/")[0] for name in changed(start["params"], found["params"])}
+    assert moved == ({"route"} if route != "fixed" else set()) | ({"norm"} if bn == "affine" else set())
+    assert (changed(start["batch_stats"], found["batch_stats"]) == set()) == (bn == "source")
+    if route == "convex":  # a convex mixture of the sources' routes, and not the equal one
+        weights = np.asarray(soft(found["params"]["route"]))[0].reshape(-1)
+        a, b = np.asarray(sources).reshape(2, -1)
+        share = (weights - b) @ (a - b) / ((a - b) @ (a - b))
+        np.testing.assert_allclose(weights, share * a + (1 - share) * b, atol=1e-4)
+        assert 0 < share < 1 and abs(share - 0.5) > 1e-3
+
+
+def test_adaptation_lowers_its_objective_and_reads_no_label():
+    made, (net, variables) = domains()
+    one, start = mean_source(net, variables)
+    settings = Settings(steps=40, batch=72, learning_rate=0.02)
+    adapt = adaptation(one, made.prepare, settings, NAMES, runner=ONE_DEVICE)
+    target = made.tasks[1]
+    value = lambda v: information_maximisation(jnp.asarray(predictions(one, made.prepare, soft)(v, [target.train])[0]))
+    found = adapt(start, target, 0, every=1000)
+    assert value(found) < value(start) - 1e-3
+    wrong = ArraySplit(target.train.pixels, np.zeros(len(target.train), np.int32))
+    identical(found, adapt(start, target._replace(train=wrong), 0, every=1000))
+
+
+def test_sources_are_told_apart_without_labels():
+    made, (net, variables) = domains()
+    found = source_objectives(net, made.prepare, variables, made.tasks[0])
+    for source in range(2):
+        model, exported = plain(net, variables, source)
+        logits = model.apply(exported, made.prepare(made.tasks[0].train.pixels))
+        np.testing.assert_allclose(found[source], information_maximisation(logits), rtol=1e-4, atol=1e-6)
+    one, start = one_source(net, variables, 1)
+    assert np.array_equal(routes.indices(start["params"]["route"])[0], routes.indices(variables["params"]["route"])[1])
+    assert one.classes == (3,)
+
+
+def test_bad_targets_are_told():
+    made, (net, variables) = domains()
+    one, start = mean_source(net, variables)
+    adapt = adaptation(one, made.prepare, SETTINGS, NAMES)
+    with pytest.raises(ValueError, match="the target 'task-0' has the classes 00, 01, 02 and the sources a, b, c"):
+        adapt(start, PICTURES.tasks[0], 0)
+    nothing = ArraySplit(np.zeros((0, 4, 4, 3), np.uint8), np.zeros(0, np.int32))
+    with pytest.raises(ValueError, match="has no images"):
+        adapt(start, Task("empty", NAMES, nothing, nothing), 0)
+    with pytest.raises(ValueError, match="the sources' routes are for route='convex'"):
+        adapt(start, made.tasks[0], 0, hard(variables["params"]["route"]))
+    with pytest.raises(ValueError, match="nothing to adapt"):
+        adaptation(one, made.prepare, SETTINGS, NAMES, route="fixed")
+    with pytest.raises(ValueError, match="train the sources with shared_head=True"):
+        adaptation(small()[0], made.prepare, SETTINGS, NAMES)
+    with pytest.raises(ValueError, match="'all' is not among free, convex, fixed"):
+        adaptation(one, made.prepare, SETTINGS, NAMES, route="all")
