@@ -159,6 +159,13 @@ def test_a_float64_network_is_computed_in_float64():
     close(found[0], outputs(net, variables)[0], 1e-5)
 
 
+def test_a_compute_dtype_of_16_bits_is_kept_and_near():
+    net, variables = small()
+    found = outputs(net.clone(dtype=jnp.bfloat16), variables)
+    assert found.dtype == jnp.bfloat16
+    close(found[0].astype(jnp.float32), outputs(net, variables)[0], 0.1)
+
+
 # -- what it costs -----------------------------------------------------------------------------------------------------
 
 

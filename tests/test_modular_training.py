@@ -10,6 +10,7 @@ from modular_cases import ONE_DEVICE, changed, held_out, identical, small, strea
 
 from compo_jax import tree
 from compo_jax.data.stream import ArraySplit
+from compo_jax.mesh import data_mesh
 from compo_jax.modular import (
     Settings,
     accuracies,
@@ -24,7 +25,7 @@ from compo_jax.modular import (
     soft,
     statistics,
 )
-from compo_jax.train import Checkpoints, fit, init_state
+from compo_jax.train import Checkpoints, fit, init_state, jit_runner
 
 PICTURES = stream()
 SETTINGS = Settings(steps=20, batch=6, estimate=3)
@@ -195,6 +196,19 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, killed_at):
     again = both.train(start, trains(PICTURES), 0, tmp_path, every=1000)
     identical(again.variables, done.variables)
     identical(again.before, done.before)
+
+
+def test_two_devices_train_as_one_does():
+    net, start, settings, _, _ = trained()
+    settings = settings._replace(steps=4)
+    found = [
+        learner(net, PICTURES.prepare, settings, runner=partial(jit_runner, mesh=data_mesh(count)))
+        .train(start, trains(PICTURES), 0)
+        .variables["params"]
+        for count in (1, 2)
+    ]
+    for one, two in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=2e-4)
 
 
 def test_statistics_are_the_means_of_the_batches_own():

@@ -44,7 +44,8 @@ def training_route(settings: Settings, logits: Array, now: Phase, key: Key[Array
 
 def cross_entropy(logits: Float[Array, "tasks batch classes"], labels: Int[Array, "tasks batch"]) -> Float[Array, ""]:
     """The plain mean of the tasks' means; a logit of -inf is a class that the task doesn't have."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return optax.softmax_cross_entropy_with_integer_labels(wide, labels).mean()
 
 
 def objective(net: ModularNet, prepare: Prepare, settings: Settings, augment: Augmentation | None = None) -> Callable:

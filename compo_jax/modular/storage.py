@@ -39,7 +39,7 @@ def save_templates(pool: ModulePool, name: str, net: ModularNet, variables: Tree
 
 
 def save_task(pool: ModulePool, name: str, net: ModularNet, variables: Tree, index: int, **options: Any) -> Manifest:
-    """Stores what is the own of task number `index`: route, head, BN with its statistics. Its base is what it shares with others.
+    """Stores what task number `index` has of its own: route, head, BN with its statistics. Its base is what it shares.
 
     `options` are those of `ModulePool.add`: task (its name), classes (their names), metrics, ...
     """
