@@ -27,8 +27,10 @@ def moved(variables, seed=0):
     def move(name, x):
         noise = random.normal(size=x.shape).astype(np.float32)
         if name.endswith(("var", "scale")):
-            return x + 0.3 * np.abs(noise)
-        return x + (2.0 if name.endswith("route") else 0.1) * noise
+            noise = 0.3 * np.abs(noise)
+        else:
+            noise *= 2.0 if name.endswith("route") else 0.1
+        return jnp.array(np.asarray(x) + noise)
 
     return tree.map_with_name(move, variables)
 

@@ -277,8 +277,11 @@ def test_a_new_task_starts_as_the_mean_of_the_others_or_as_one_of_them():
     assert like["params"]["head_0"]["kernel"].shape == (8, 3)
 
 
-@pytest.mark.parametrize("bn", ["task", "layer", "template"])
-@pytest.mark.parametrize("order", [[2, 0, 1], [0, 0, 1, 1], [0, 2]], ids=["reorder", "repeat", "remove"])
+@pytest.mark.parametrize(
+    ("bn", "order"),
+    [("task", [2, 0, 1]), ("template", [0, 0, 1, 1]), ("layer", [0, 2])],
+    ids=["reorder", "repeat", "remove"],
+)
 def test_blocks_are_reordered_repeated_and_removed(bn, order):
     net, variables = small(bn=bn)
     edited, taken = take_layers(net, variables, order)

@@ -38,7 +38,9 @@ def take(net: ModularNet, variables: Tree, axis: Axis, indices: Sequence[int] | 
 
     def cut(name, leaf):
         found = axes(net, name)
-        return jnp.take(leaf, chosen, axis=found.index(axis)) if axis in found else leaf
+        return (
+            jnp.asarray(np.take(np.asarray(leaf), chosen, found.index(axis))) if axis in found else leaf
+        )  # compiles nothing
 
     return tree.map_with_name(cut, variables)
 
@@ -48,7 +50,7 @@ def join(net: ModularNet, axis: Axis, first: Tree, second: Tree) -> Tree:
 
     def both(name, a, b):
         found = axes(net, name)
-        return jnp.concatenate([a, b], axis=found.index(axis)) if axis in found else a
+        return jnp.asarray(np.concatenate([a, b], found.index(axis))) if axis in found else a
 
     return tree.map_with_name(both, first, second)
 
