@@ -166,6 +166,14 @@ def test_a_compute_dtype_of_16_bits_is_kept_and_near():
     close(found[0].astype(jnp.float32), outputs(net, variables)[0], 0.1)
 
 
+def test_templates_start_he_normal_and_logits_near_zero():
+    net = ModularNet((3, 3), layers=16, templates=8, width=16, patch=2)
+    params = jax.jit(net.init)(jax.random.key(0), X)["params"]
+    for template in params["templates"]["conv2"]:
+        assert abs(float(template.std()) / np.sqrt(2 / (9 * 16)) - 1) < 0.06
+    assert abs(float(params["route"].std()) / 0.01 - 1) < 0.2 and abs(float(params["route"].mean())) < 0.003
+
+
 # -- what it costs -----------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +220,7 @@ def test_depth_costs_logits_only_where_bn_belongs_to_the_templates():
 
 def step_flops(templates):
     settings = Settings(steps=10)
-    net, params = shapes((3,), 3, layers=2, templates=templates, width=8, patch=2, unroll=True)
+    net, params = shapes((3,), 3, layers=1, templates=templates, width=8, patch=2, unroll=True)
     variables = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2, 16, 16, 3), jnp.float32))
     transform = optimizer(settings)
     step = make_step(objective(net, lambda x: x, settings), transform)
@@ -258,10 +266,9 @@ def test_adding_a_task_leaves_the_others_outputs_as_they_are_to_the_bit(bn):
         identical(before[1], after[1])
         assert before[0] == after[0]
     extended = jnp.concatenate([X, X[:1]])
-    for route in (soft, hard):
-        together = outputs(joined, more, extended, route)
-        assert np.array_equal(together[:2, :, :3], outputs(net, variables, route=route))
-        close(together[2:], outputs(one, new, X[:1], route))
+    together = outputs(joined, more, extended)
+    assert np.array_equal(together[:2, :, :3], outputs(net, variables))
+    close(together[2:], outputs(one, new, X[:1]))
 
 
 def test_a_new_task_starts_as_the_mean_of_the_others_or_as_one_of_them():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.spatial.distance
-from modular_cases import ONE_DEVICE, identical, images, moved, small, stream, trains
+from modular_cases import ONE_DEVICE, identical, images, moved, small, start, stream, trains
 
 from compo_jax import tree
 from compo_jax.modular import (
@@ -144,9 +144,9 @@ def test_a_task_of_other_templates_and_modules_of_another_kind_are_refused(tmp_p
 def bridge():
     """A trained network on soft routes, and the loss of its first task with other weights at layer 1, by mixing."""
     net, _ = small((3, 3))
-    start = jax.jit(net.init)(jax.random.key(0), jnp.zeros((2, 2, 4, 4, 3)))
+    begin = start(net)
     settings = Settings(steps=40, batch=8, learning_rate=5e-3, phases=(1.0, 1.0), estimate=4)
-    done = learner(net, PICTURES.prepare, settings, runner=ONE_DEVICE).train(start, trains(PICTURES), 0, every=1000)
+    done = learner(net, PICTURES.prepare, settings, runner=ONE_DEVICE).train(begin, trains(PICTURES), 0, every=1000)
     split = PICTURES.tasks[0].train
     x, labels = PICTURES.prepare(split.pixels[:24]), jnp.array(split.labels[:24])
 

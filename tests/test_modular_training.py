@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from modular_cases import ONE_DEVICE, changed, held_out, identical, small, stream, trains
+from modular_cases import ONE_DEVICE, changed, held_out, identical, small, start, stream, trains
 
 from compo_jax import tree
 from compo_jax.data.stream import ArraySplit
@@ -138,10 +138,10 @@ def test_gradients_are_clipped_together():
 def trained(kind="soft"):
     """(network, start, settings, learner, what it trained) on the two tasks."""
     net, _ = small((3, 3))
-    start = jax.jit(net.init)(jax.random.key(0), jnp.zeros((2, 2, 4, 4, 3)))
+    begin = start(net)
     settings = Settings(steps=60, batch=8, learning_rate=5e-3, estimate=2, route=kind)
     both = learner(net, PICTURES.prepare, settings, runner=ONE_DEVICE)
-    return net, start, settings, both, both.train(start, trains(PICTURES), 0, every=1000)
+    return net, begin, settings, both, both.train(begin, trains(PICTURES), 0, every=1000)
 
 
 @pytest.mark.parametrize("kind", ["soft", "straight_through", "gumbel"])
@@ -182,28 +182,28 @@ def test_the_gap_is_measured_at_its_four_points():
 
 @pytest.mark.parametrize("killed_at", [5, 50])
 def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, killed_at):
-    net, start, settings, both, done = trained()
+    net, begin, settings, both, done = trained()
     # what a run killed then leaves: the checkpoints of the same steps taken by the common loop
     run = ONE_DEVICE(objective(net, PICTURES.prepare, settings), optimizer(settings))
-    params, frozen = tree.partition(start["params"], "")
-    context = {"frozen": frozen, "statistics": start["batch_stats"], "key": jax.random.fold_in(jax.random.key(0), 1)}
+    params, frozen = tree.partition(begin["params"], "")
+    context = {"frozen": frozen, "statistics": begin["batch_stats"], "key": jax.random.fold_in(jax.random.key(0), 1)}
     state = init_state(params, optimizer(settings))
     batches = balanced_batches(trains(PICTURES), 8, 0)
     for name, steps in (("routing", settings.freeze), ("fixed", settings.steps)):
         if int(state.step) < killed_at:
             stop = min(steps, killed_at)
             state = fit(run, state, context, batches, stop, checkpoints=Checkpoints(tmp_path / name), every=1000)
-    again = both.train(start, trains(PICTURES), 0, tmp_path, every=1000)
+    again = both.train(begin, trains(PICTURES), 0, tmp_path, every=1000)
     identical(again.variables, done.variables)
     identical(again.before, done.before)
 
 
 def test_two_devices_train_as_one_does():
-    net, start, settings, _, _ = trained()
+    net, begin, settings, _, _ = trained()
     settings = settings._replace(steps=4)
     found = [
         learner(net, PICTURES.prepare, settings, runner=partial(jit_runner, mesh=data_mesh(count)))
-        .train(start, trains(PICTURES), 0)
+        .train(begin, trains(PICTURES), 0)
         .variables["params"]
         for count in (1, 2)
     ]
@@ -232,9 +232,9 @@ def test_statistics_are_the_means_of_the_batches_own():
 
 
 def test_a_network_and_its_images_have_the_same_tasks():
-    net, start, _, both, _ = trained()
+    net, begin, _, both, _ = trained()
     with pytest.raises(ValueError, match="a network of 2 tasks was given images of 1"):
-        both.train(start, trains(PICTURES)[:1], 0)
+        both.train(begin, trains(PICTURES)[:1], 0)
     unknown = learner(net, PICTURES.prepare, SETTINGS._replace(route="mean"), runner=ONE_DEVICE)
     with pytest.raises(ValueError, match="no route is learned as 'mean'"):
-        unknown.train(start, trains(PICTURES), 0)
+        unknown.train(begin, trains(PICTURES), 0)
