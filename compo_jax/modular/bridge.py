@@ -31,7 +31,8 @@ def route_landscape(
 
     With θ what the route mixes there and a its weights, the landscape is over `θ + Σ w_m (T_m - θ)`: `.predict(b)`
     forecasts the loss of the route b at that layer, and since `Σ a_m (T_m - θ) = 0`, `.predict(b - a)` is the same. The
-    expansion is at the trained route: it is good for b near a, and `.remainder()` says how far off it is elsewhere.
+    expansion is at the trained route: it is good for b near a, and `.remainder()` says how far off it is elsewhere. The
+    kinks of ReLU are in no Hessian, so that near is nearer in a small network on few images.
 
     Args:
       args: the one batch (images (batch, height, width, channels), labels (batch,)); or `batches=` of such pairs.
