@@ -98,12 +98,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--beta", type=float, default=300.0, help="weight of IEL's penalty")
     add("--ewc", type=float, default=300.0, help="weight of elastic weight consolidation")
     add("--lwf", type=float, default=10.0, help="weight of learning without forgetting's distillation")
-    add(
-        "--penalty",
-        default="auto",
-        choices=["auto", "coupled", "decoupled"],
-        help="auto: coupled for full deltas and TAK",
-    )
+    add("--penalty", choices=["coupled", "decoupled"], help="default: coupled for full deltas and TAK")
     add("--pull", type=float, nargs=2, default=(0.1, 0.05), metavar=("F", "I"), help="pull of the heads")
     add("--fisher", default="monte_carlo", choices=["exact", "low_rank", "monte_carlo"])
     add("--fisher-images", type=int, default=256, help="images of a task for its Fisher; 0 for all")
@@ -118,7 +113,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for key, value in (PRESET | PRESETS.get(options.data, {})).items():
         if getattr(options, key, None) is None:
             setattr(options, key, value)
-    options.methods = list(dict.fromkeys(options.methods))
+    options.methods = sorted(dict.fromkeys(options.methods), key=lambda name: name in FROZEN)  # in order, those last
     if set(options.methods) <= set(FROZEN):
         parser.error(f"{', '.join(options.methods)} train nothing: name a method before them, ita-lora say")
     tried = "compare" if options.methods == COMPARED else "-".join(options.methods)
@@ -150,7 +145,7 @@ def methods(options) -> list[Method]:
         "joint": {"mode": "joint"},
     }
     named = [(name, *name.split("-")) for name in options.methods if name not in FROZEN]
-    asked = {} if options.penalty == "auto" else {"coupled": options.penalty == "coupled"}
+    asked = {"coupled": options.penalty == "coupled"} if options.penalty else {}
     return [Method(name, **(kinds[kind] | more[way] | asked)) for name, way, kind in named]
 
 
@@ -229,11 +224,8 @@ def main(arguments: list[str] | None = None) -> None:
             kept = checkpoints.load(kept)
             first_task = checkpoints.latest
             console.print(f"going on after {first_task} tasks")
-        reference, memories, rows, seconds = (
-            kept["reference"],
-            kept["memories"],
-            *map(np.array, (kept["rows"], kept["seconds"])),
-        )
+        reference, memories = kept["reference"], kept["memories"]
+        rows, seconds = np.array(kept["rows"]), np.array(kept["seconds"])
         run.log.position = int(kept["position"])
 
         # -- tasks at once ---------------------------------------------------------------------------------------------
@@ -249,7 +241,9 @@ def main(arguments: list[str] | None = None) -> None:
                     stream.tasks, stream.offsets, references, log=run.log, record={"run": method.name, "task": "all"},
                     progress=progress, checkpoints=Checkpoints(run.folder / "checkpoints" / f"{method.name}-all"),
                 )  # fmt: skip
-                seconds[options.methods.index(method.name)] = time.perf_counter() - clock
+                seconds[options.methods.index(method.name)] += time.perf_counter() - clock
+            if first_task:  # what was written since
+                run.log.position = int(kept["position"])
 
         # -- task by task ----------------------------------------------------------------------------------------------
         for t in range(first_task, tasks):

@@ -3,15 +3,20 @@
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from compo_jax import adapters, incremental, mesh, models
+from compo_jax.curvature import FisherDiagonal
+from compo_jax.pool import ModulePool
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_the_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    example, _ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(example.strip().splitlines()) <= 12
     names = {}
     exec(example, names)
@@ -22,7 +27,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
 
 
 def test_the_curvature_example_runs_on_a_quadratic():
-    _, example = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    _, example, _ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     centre = jnp.array([0.5, 0.25])
     names = {
         "loss": lambda p, x: jnp.mean(x) * jnp.sum((p["w"] - centre) ** 2),
@@ -37,6 +42,21 @@ def test_the_curvature_example_runs_on_a_quadratic():
     np.testing.assert_allclose(names["H"](names["params"])["w"], [2, 2], rtol=1e-6)
     np.testing.assert_allclose(names["found"].predict(names["weights"]), 0.5**2 + 0.25**2, rtol=1e-6)
     np.testing.assert_allclose(names["found"].best_weights(), [0.625, 0.375], atol=1e-6)
+
+
+def test_the_pools_example_runs(tmp_path):
+    *_, example = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    _, base, _ = models.embedded()
+    lora = adapters.lora(8)
+    module = lora.init(jax.random.key(0), base)
+    ones = jax.tree.map(jnp.ones_like, lora.delta(module, base))
+    names = {
+        "adapters": adapters, "incremental": incremental, "mesh": mesh, "base": base, "lora": lora, "module": module,
+        "pool": ModulePool(tmp_path), "fisher": FisherDiagonal(ones, jnp.array(1), jnp.array(1.0)),
+        "products": [lambda v: v],
+    }  # fmt: skip
+    exec(example, names)
+    assert int(names["pool"].curvature("greek").count) == 1
 
 
 def test_ci_runs_the_second_shell_block():
