@@ -39,13 +39,14 @@ def seen_features(extract, base, stream, t):
     return z, np.concatenate([task.train.labels + first for task, first in seen])
 
 
-def class_means(extract, base, stream, t):
+def class_means(extract, base, stream, t, seed):
+    del seed
     head = incremental.nearest_class_mean(*seen_features(extract, base, stream, t))
     return incremental.evaluator(extract, stream)(base, head, t + 1)
 
 
-def projected(extract, base, stream, t):
-    projection, head = incremental.random_projection(jax.random.key(0), *seen_features(extract, base, stream, t))
+def projected(extract, base, stream, t, seed):
+    projection, head = incremental.random_projection(jax.random.key(seed), *seen_features(extract, base, stream, t))
     lifted = lambda params, split: np.maximum(extract(params, split) @ projection, 0)
     return incremental.evaluator(lifted, stream)(base, head, t + 1)
 
@@ -60,9 +61,9 @@ PRESET = {"tasks": 10, "epochs": 20, "batch": 128, "by": None, "train_split": No
 # Classifiers on the base's features, which train no module.
 FROZEN = {"ncm": class_means, "ranpac": projected}
 WAYS = (
-    "ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none", "tmc", "sequential", "ewc", "lwf", "joint",
+    "ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none", "sequential", "ewc", "lwf", "joint",
 )  # fmt: skip
-METHODS = [f"{way}-{kind}" for kind in ("lora", "ia3", "full") for way in WAYS] + list(FROZEN)
+METHODS = [f"{way}-{kind}" for kind in ("lora", "ia3", "full") for way in WAYS] + ["tmc-full", *FROZEN]
 COMPARED = [
     *(f"{way}-{kind}" for kind in ("lora", "ia3", "full") for way in ("ita", "pull", "none", "iel", "iel_none")),
     "tak-lora", "tak-full", "tmc-full", "sequential-lora", "sequential-full", "ewc-full", "lwf-full", "joint-lora",
@@ -91,7 +92,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--rank", type=int, default=8)
     add("--learning-rate", type=float, default=3e-3, help="of LoRA modules")
     add("--ia3-learning-rate", type=float, default=1e-2, help="of (IA)³ modules")
-    add("--tmc-learning-rate", type=float, default=2e-5, help="of the linearised model")
+    add("--tmc-learning-rate", type=float, default=2e-5, help="of the tangent model")
     add("--full-learning-rate", type=float, default=1e-3, help="of full deltas")
     add("--alpha", type=float, default=300.0, help="weight of ITA's penalty")
     add("--tak-alpha", type=float, default=10.0, help="weight of ITA's penalty by Kronecker factors")
@@ -140,7 +141,7 @@ def methods(options) -> list[Method]:
         "iel_none": {"mode": "ensemble"},
         "tmc": {"learning_rate": options.tmc_learning_rate, "pull": pull, "mode": "tangent"},
         "sequential": {"mode": "sequential"},
-        "ewc": {"alpha": options.ewc, "mode": "ewc"},
+        "ewc": {"alpha": options.ewc, "mode": "ewc", "coupled": True},
         "lwf": {"alpha": options.lwf, "mode": "lwf"},
         "joint": {"mode": "joint"},
     }
@@ -207,7 +208,10 @@ def main(arguments: list[str] | None = None) -> None:
         of = {m.name: linear if m.mode == "tangent" else extract for m in tried}  # the model that was trained
         fingerprint = tree.fingerprint(base)
         pools = {m.name: ModulePool(run.folder / ("pool" if m is tried[0] else f"pools/{m.name}")) for m in tried}
-        names = [f"{t:02d}-" + re.sub(r"[^A-Za-z0-9._-]+", "_", task.name) for t, task in enumerate(stream.tasks)]
+        digits = max(2, len(str(tasks - 1)))  # in the pool's order, which is the alphabet's
+        names = [
+            f"{t:0{digits}d}-" + re.sub(r"[^A-Za-z0-9._-]+", "_", task.name) for t, task in enumerate(stream.tasks)
+        ]
 
         # -- resume ----------------------------------------------------------------------------------------------------
         # rows[m, t, s]: accuracy of method m after task t on task s, class-incremental and within the task
@@ -280,7 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
             for name, fit in FROZEN.items():
                 if name in options.methods:
                     i = options.methods.index(name)
-                    rows[i, t, : t + 1] = np.stack(fit(extract, base, stream, t), axis=-1)
+                    rows[i, t, : t + 1] = np.stack(fit(extract, base, stream, t, options.seed), axis=-1)
             learned_state = {"reference": reference, "memories": memories, "rows": rows, "seconds": seconds}
             checkpoints.save(t + 1, learned_state | {"position": np.array(run.log.position, np.int64)})
             means = rows[:, t, : t + 1, 0].mean(axis=1)

@@ -53,13 +53,14 @@ parser.add_argument("--seed", type=int, default=0)
 
 
 def with_curvature(run: incremental.FinishedRun, name: str, images: int, seed: int) -> tuple[ModulePool, dict]:
-    """(a copy of the pool, each module with the Fisher at its own weights on its own task, by kind; seconds spent)."""
+    """(a copy of the pool, each module with the Fisher at its own weights on its own task, by kind; seconds spent,
+    None where some was kept already)."""
     pool, kept = run.pools[name], ModulePool(run.folder / "merging" / "pools" / f"{name}-{images}-{seed}")
     settings = incremental.Settings(fisher_images=images, fisher_method="monte_carlo", eval_batch=images)
     seconds = {}
     for kind in ("diagonal", "kronecker"):
         fisher = task_fisher(run.model, run.stream, settings, PATTERNS, [kind])
-        clock = time.perf_counter()
+        clock, count = time.perf_counter(), 0
         for t, (module, task) in enumerate(zip(pool.names(), run.stream.tasks, strict=True)):
             if module not in kept:
                 known = pool.manifest(module)
@@ -73,7 +74,8 @@ def with_curvature(run: incremental.FinishedRun, name: str, images: int, seed: i
                 wide = incremental.task_columns(pool.load(module, "head"), 0, classes, len(run.stream.classes))
                 found = fisher.of(params, task.train, wide, 0, classes, jax.random.key(seed + t), seed=[seed, t])
                 kept.attach(module, curvature=found[kind])
-        seconds[kind] = time.perf_counter() - clock
+                count += 1
+        seconds[kind] = time.perf_counter() - clock if count == len(pool) else None
     return kept, seconds
 
 
@@ -164,7 +166,12 @@ def main(arguments: list[str] | None = None) -> None:
     pools = incremental.common_methods(runs, options.methods)
     tasks = len(runs[0].stream.tasks)
     if any(len(run.stream.tasks) != tasks for run in runs) or tasks < 2:
-        raise ValueError(f"merging wants runs of equally many tasks, two at least, not {tasks}, ...")
+        told = ", ".join(f"{run.folder.name} has {len(run.stream.tasks)}" for run in runs)
+        raise ValueError(f"merging wants runs of equally many tasks, two at least: {told}")
+    if len({tree.fingerprint(run.base) for run in runs}) > 1:
+        raise ValueError("the runs are of different backbones: give runs that differ in their seed")
+    if options.images < 1:
+        raise ValueError(f"curvature is taken over one image of a task or more, not {options.images}")
     rules = options.rules or [rule for rule in compose.RULES if rule != "slerp" or tasks == 2]
     found: dict = {name: {"individual": [], "base": [], "curvature_seconds": [], "rules": {}} for name in pools}
     programs: dict[tuple[str, str], Program] = {}

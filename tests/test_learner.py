@@ -220,6 +220,36 @@ def some_module(adapter, base, seed):
     return jax.tree.unflatten(structure, [x + jnp.asarray(0.1 * random.normal(size=x.shape), x.dtype) for x in leaves])
 
 
+@pytest.mark.parametrize(
+    ("mode", "curvature", "known"),
+    [
+        ("independent", "diagonal", "others"),
+        ("independent", "kronecker", "others"),
+        ("ensemble", "diagonal", "every"),
+        ("ensemble", "kronecker", "every"),
+    ],
+)
+def test_a_penalty_gets_the_curvature_of_the_right_tasks(stream, base, references, mode, curvature, known):
+    p = plan(stream, base, mode, KINDS["lora"], alpha=0.7, pull=(0.1, 0.2), curvature=curvature)
+    reference = references[2]
+    _, context = p.start(stream.tasks[1], 2, reference, p.mode.memory)
+    assert context["curvature"] is getattr(reference, known).weights[curvature]
+    for name in ("kernel", "bias"):
+        np.testing.assert_array_equal(context["head"][name], reference.head[name][..., 2:5])
+        np.testing.assert_array_equal(context["head_fisher"][name], getattr(reference, known).head[name][..., 2:5])
+    np.testing.assert_allclose([context["alpha"], *context["pull"]], [0.7, 0.1, 0.2])
+    assert context["mask"].tolist() == [True] * 3
+    _, context = p.start(stream.tasks[0], 0, references[1], p.mode.memory)
+    assert context["mask"].tolist() == [True, True, False]
+
+
+def test_curvature_that_the_reference_lacks_is_told(stream, base, references):
+    p = plan(stream, base, "independent", KINDS["lora"], curvature="kronecker")
+    only = references[1]._replace(others=references[1].others._replace(weights={"diagonal": None}))
+    with pytest.raises(ValueError, match=r"'m' wants kronecker curvature, .* reference has diagonal: .*kinds="):
+        p.start(stream.tasks[0], 0, only, p.mode.memory)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_ensemble_in_training_is_the_mean_of_its_modules(stream, base, kind):
     with X64(True):
@@ -428,7 +458,7 @@ def test_the_nearest_class_mean_is_scikit_learns():
 
 def test_random_projections_end_in_scikit_learns_ridge_regression():
     z, labels = drawn_features()
-    y, held = np.eye(4)[labels], np.arange(60) % 5 == 4
+    y, held = np.eye(4)[labels], np.random.default_rng(0).permutation(60) % 5 == 4
     ridges = (1e-3, 1e1, 1e5)
     projection, head = incremental.random_projection(jax.random.key(0), z, labels, width=20, ridges=ridges)
     h = np.maximum(z.astype(np.float64) @ projection, 0)
@@ -437,6 +467,14 @@ def test_random_projections_end_in_scikit_learns_ridge_regression():
     expected = Ridge(alpha=best, fit_intercept=False).fit(h, y).coef_.T
     np.testing.assert_allclose(head["kernel"], expected, rtol=1e-6, atol=1e-9)
     assert best == 1e1
+
+
+def test_the_ridge_is_chosen_on_all_classes_whatever_the_order_of_the_images():
+    random, labels = np.random.default_rng(0), np.tile(np.arange(5), 30)  # every fifth image is of one class
+    means = 4 * random.normal(size=(5, 6))
+    z, new = (means[labels] + random.normal(size=(150, 6)) for _ in range(2))
+    projection, head = incremental.random_projection(jax.random.key(0), z, labels, width=100)
+    assert np.mean((np.maximum(new @ projection, 0) @ head["kernel"]).argmax(1) == labels) > 0.95
 
 
 # -- pools of tasks' modules -------------------------------------------------------------------------------------------

@@ -88,6 +88,11 @@ def training(
         classes = len(task.classes)
         head = task_columns(reference.head, first, classes, width)
         known = reference.every if method.mode == "ensemble" else reference.others
+        if method.curvature not in known.weights:
+            raise ValueError(
+                f"method {method.name!r} wants {method.curvature} curvature, and the reference has "
+                f"{', '.join(known.weights)}: make it with reference_stage(..., kinds=[{method.curvature!r}])"
+            )
         context = {
             "held": mode.hold(memory),
             "curvature": known.weights[method.curvature],

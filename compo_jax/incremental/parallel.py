@@ -74,20 +74,21 @@ def parallel_trainer(
         state = stack([init_state(params, plan.optimizer) for params, _ in started])
 
         def batches(start):
-            each = [plan.batches(tasks[t], firsts[t])(start) for t in members]
+            each = [plan.batches(task, first)(start) for task, first in zip(tasks, firsts, strict=True)]
             for parts in zip(*each, strict=True):
                 yield jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
-        runner = Runner(
-            place=lambda tree: jax.device_put(
-                tree, {k: whole if k == "held" else split for k in tree} if isinstance(tree, dict) else split
-            ),
-            shard=lambda batch: jax.device_put(
-                jax.tree.map(lambda x: x.reshape(len(members), -1, *x.shape[1:]), batch), split
-            ),
-            step=every,
-            fetch=lambda tree: tree,
-        )
+        def place(tree):
+            return jax.device_put(
+                tree, {k: whole if k == "held" else split for k in tree} if tree is context else split
+            )
+
+        def shard(batch):
+            return jax.device_put(
+                jax.tree.map(lambda x: x.reshape(len(tasks), -1, *x.shape[1:])[members], batch), split
+            )
+
+        runner = Runner(place, shard, step=every, fetch=lambda tree: tree)
         params = jax.device_get(fit(runner, state, context, batches, max(steps), **fit_options).params)
         return [
             finish(plan, task, first, jax.tree.map(lambda x, t=t: x[t], params), plan.mode.memory)

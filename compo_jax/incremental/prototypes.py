@@ -31,7 +31,7 @@ def random_projection(
 
     The head is the ridge regression of one-hot labels on `relu(features @ projection)`. Its sums over images grow task
     by task in the paper; all images at once, as here, give the same head. The ridge is the one of `ridges` with the
-    least squared error on every fifth image after fitting to the others, and then all are fitted.
+    least squared error on a fifth of the images after fitting to the others, and then all are fitted.
     """
     projection = np.asarray(jax.random.normal(key, (features.shape[1], width)), np.float64)
     h = np.maximum(features @ projection, 0)
@@ -42,7 +42,7 @@ def random_projection(
         rotated = vectors.T @ (h[rows].T @ y[rows])
         return lambda ridge: vectors @ (rotated / (np.maximum(values, 0) + ridge)[:, None])
 
-    held = np.arange(len(h)) % 5 == 4
+    held = np.random.default_rng(0).permutation(len(h)) % 5 == 4  # images may come in the order of their classes
     tried = fit(~held)
     errors = [np.sum((h[held] @ tried(ridge) - y[held]) ** 2) for ridge in ridges]
     kernel = fit(slice(None))(ridges[int(np.argmin(errors))])

@@ -44,7 +44,8 @@ class Method(NamedTuple):
         weight consolidation, the weight of the distillation of learning without forgetting; 0 for none.
       pull: (λ_F, λ_I), the pull of a task's head to its aligned reference.
       mode: how the tasks meet in training, a name in `modes.MODES`.
-      curvature: that the penalty is taken in, `kronecker` as TAK does (arXiv 2602.17385).
+      curvature: that the penalty is taken in. `kronecker` is TAK's penalty (arXiv 2602.17385) in the Fisher's factors,
+        merged as a mean over images, where TAK takes the Jacobian's and sums over tasks.
       coupled: whether the penalty is added to the loss, or takes a step of its own; None as Porrello et al. (2025) do,
         coupled for full deltas only.
     """
