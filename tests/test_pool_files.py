@@ -1,5 +1,6 @@
 """A pool's files: every byte is under a checksum, damage is named and stays where it is, nothing is a pickle."""
 
+import fcntl
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from test_pool import same
 
 import compo_jax.pool
 from compo_jax.curvature import FisherDiagonal
-from compo_jax.pool import ModulePool
+from compo_jax.pool import ModulePool, changes
 
 BASE = "0" * 64
 MODULE = {"w": np.random.default_rng(0).normal(size=(20, 30)), "n": None, "list": [np.arange(3), np.zeros((0, 2))]}
@@ -211,3 +212,77 @@ def test_nothing_is_a_pickle(pool):
     assert not any(re.match(rb"\x80[\x02-\x05]", file.read_bytes()) for file in files)  # as pickles begin
     for file in Path(compo_jax.pool.__file__).parent.glob("*.py"):
         assert not re.search(r"pickle|marshal|shelve|joblib|np\.load|numpy\.load", file.read_text()), file
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">i4", ">u2"])
+def test_another_byte_order_comes_back_as_the_machines_own(tmp_path, dtype):
+    pool, x = ModulePool(tmp_path), np.arange(6).reshape(2, 3).astype(dtype)
+    pool.add("m", {"w": x}, base=BASE, adapter="full")
+    loaded = pool.load("m")["w"]
+    assert loaded.dtype == x.dtype.newbyteorder("=")
+    np.testing.assert_array_equal(loaded, x)
+
+
+@pytest.mark.parametrize("inner", [{"b": np.ones(2)}, [np.ones(2)]])
+def test_paths_that_are_one_file_on_the_disk_are_refused(pool, inner):
+    dotted = "a.b" if isinstance(inner, dict) else "a.0"
+    with pytest.raises(ValueError, match=f"has the paths .*{dotted}.*, one file on the disk"):
+        pool.add("m", {"a": inner, dotted: np.zeros(2)}, base=BASE, adapter="full", overwrite=True)
+    same(pool.load("m"), MODULE)
+
+
+def looped(file):
+    file.unlink()
+    file.symlink_to(file)
+
+
+def of_other_types(file):
+    fields = json.loads(file.read_text())
+    del fields["checksum"]
+    file.write_text(json.dumps(fields | {"parts": None, "classes": None}))
+
+
+@pytest.mark.parametrize("damage", [looped, of_other_types, lambda file: file.write_text("[" * 100_000)])
+def test_one_foreign_manifest_is_named_and_the_rest_works(pool, damage):
+    damage(pool.path / "m" / "manifest.json")
+    with pytest.warns(UserWarning, match="manifest.json of .*/m is damaged"):
+        assert list(pool.manifests()) == ["good"]
+    with pytest.warns(UserWarning, match="manifest.json of .*/m is damaged"):
+        assert pool.find(classes="x", base=BASE) == []
+    assert list(pool.check()) == ["m"]
+    same(pool.load("good"), MODULE)
+
+
+def test_what_a_kill_left_of_an_old_module_is_cleaned_away(pool):
+    as_of_old(pool, "m")
+    old = pool.path / "m" / "arrays"
+    shutil.copytree(old, pool.path / "arrays.kept")
+    pool.add("m", MODULE, base=BASE, adapter="full", overwrite=True)
+    os.rename(pool.path / "arrays.kept", old)  # as if the writer had been killed before it took this away
+    assert pool.check() == {}
+    assert pool.clean() == ["m/arrays"]
+    assert not old.exists()
+    same(pool.load("m"), MODULE)
+
+
+def test_an_old_module_with_anothers_arrays_is_named(pool):
+    as_of_old(pool, "m")
+    as_of_old(pool, "good")
+    shutil.rmtree(pool.path / "m" / "arrays")
+    ocp.save_checkpointables(pool.path / "m" / "arrays", {"module": {"w": np.ones(3), "v": np.ones(2)}, "head": HEAD})
+    with pytest.raises(ValueError, match="part 'module' of module 'm' .* cannot be restored"):
+        pool.load("m")
+    assert list(pool.check()) == ["m"]
+
+
+def test_a_copy_of_a_descriptor_does_not_keep_the_lock(pool, monkeypatch):
+    """A process that another thread forks while a module is written has one until it ends."""
+    copies, plain = [], os.open
+    monkeypatch.setattr(os, "open", lambda *args: copies.append(os.dup(made := plain(*args))) or made)
+    with changes.locked(pool.path / "m"):
+        assert copies
+    monkeypatch.undo()
+    other = plain(pool.path / "m" / changes.LOCK, os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError where it is kept
+    for descriptor in (other, *copies):
+        os.close(descriptor)

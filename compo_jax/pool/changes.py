@@ -46,6 +46,11 @@ def _lock(folder: Path, wait: bool = True, create: bool = True) -> int:
         os.close(descriptor)
 
 
+def _unlock(descriptor: int) -> None:
+    fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process forked meanwhile holds a copy of the descriptor
+    os.close(descriptor)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other writers off a module; FileNotFoundError where it is gone."""
@@ -53,7 +58,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(descriptor)
+        _unlock(descriptor)
 
 
 @contextlib.contextmanager
@@ -70,7 +75,7 @@ def hidden(pool: Path, name: str) -> Iterator[Path]:
             try:
                 yield Path(folder)
             finally:
-                os.close(descriptor)
+                _unlock(descriptor)
     except FileExistsError:
         raise
     except OSError as error:
@@ -150,7 +155,7 @@ def _clean_hidden(folder: Path) -> bool:
             return False
     shutil.rmtree(folder, ignore_errors=True)
     if descriptor is not None:
-        os.close(descriptor)
+        _unlock(descriptor)
     return not folder.exists()
 
 
@@ -159,7 +164,8 @@ def _clean_module(folder: Path) -> list[str]:
         manifest = manifests.read(folder)
         return sorted(entry for entry in os.listdir(folder) if storage.leftover(entry, manifest))
 
-    with contextlib.suppress(ValueError, FileNotFoundError):  # damaged: nothing is known of it; or removed just now
+    # damaged: nothing is known of it; or removed just now, or another user's
+    with contextlib.suppress(ValueError, FileNotFoundError, PermissionError):
         if left():
             with locked(folder):
                 found = left()  # a writer that lives has taken its own away

@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 import jax
 import numpy as np
@@ -44,6 +44,9 @@ class Manifest(NamedTuple):
     parts: dict[str, dict[str, Any]]
     curvature: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, Any]] = {}
+
+
+_TYPES = {key: get_origin(kind) or kind for key, kind in Manifest.__annotations__.items()}
 
 
 def versions() -> dict[str, str]:
@@ -100,10 +103,15 @@ def read(folder: Path) -> Manifest:
         if fields.pop("checksum", None) is not None and text != _sealed(text[: text.rfind(_SEAL)]):
             raise ValueError("its checksum is not that of its text: it was damaged, or edited by hand")
         # a module is called as its folder is, so that renaming the folder renames the module
-        return Manifest(**(fields | {"name": folder.name}))
+        manifest = Manifest(**(fields | {"name": folder.name}))
+        if odd := [key for key, kind in _TYPES.items() if not isinstance(getattr(manifest, key), kind)]:
+            raise ValueError(f"its {odd[0]} is a {type(getattr(manifest, odd[0])).__name__}")
+        return manifest
     except FileNotFoundError as error:
         raise ValueError(f"{folder} holds no {FILE} and so is no module of this pool: {advice}") from error
-    except (ValueError, TypeError, AttributeError, IsADirectoryError) as error:
+    except PermissionError:
+        raise
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise ValueError(
             f"the {FILE} of {folder} is damaged or of another version of compo_jax ({error}): {advice}"
         ) from error

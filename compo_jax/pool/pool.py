@@ -93,8 +93,9 @@ class ModulePool:
                 for part in self.manifest(name).parts:
                     self._reading(name, part, storage.check)
                 self._reading(name, "module", lambda folder, manifest, _: storage.known(folder, manifest))
-            except ValueError as error:
-                wrong[name] = str(error)
+            except (ValueError, OSError) as error:
+                if os.path.lexists(self.path / name):  # else it was removed just now
+                    wrong[name] = str(error)
             except KeyError:
                 if names is not None:
                     raise

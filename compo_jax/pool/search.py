@@ -52,7 +52,7 @@ def listed(pool: Path) -> Iterator[Manifest]:
     for name in names(pool):
         try:
             yield manifests.read(pool / name)
-        except ValueError as error:
+        except (ValueError, PermissionError) as error:
             if (pool / name).exists():  # else it was removed just now
                 warnings.warn(str(error), UserWarning, stacklevel=4)
 

@@ -54,6 +54,8 @@ def stored(name: str, parts: dict[str, Tree], curvature: Any) -> tuple[dict[str,
     found = {part: arrays(part, value) for part, value in parts.items()}
     if empty := [part for part, own in found.items() if not jax.tree.leaves(own)]:
         raise ValueError(f"there is no array in part {empty[0]!r} of module {name!r}")
+    for part, own in found.items():
+        _require_apart(part, own)
     return found, kinds
 
 
@@ -74,7 +76,17 @@ def arrays(part: str, value: Tree, path: str = "") -> Tree:
             "one: a pool stores dictionaries and lists of numeric arrays and None (`flax.serialization.to_state_dict` "
             "makes dictionaries of other containers, `jax.random.key_data` an array of a key)"
         )
-    return np.asarray(value)
+    array = np.asarray(value)
+    return array.astype(array.dtype.newbyteorder("="))  # orbax reads back the machine's own byte order only
+
+
+def _require_apart(part: str, value: Tree) -> None:
+    """ValueError where orbax, which joins the keys of a path by dots, would write two leaves into one file."""
+    seen: dict[str, str] = {}
+    for path in tree.names(value):
+        other = seen.setdefault(path.replace("/", "."), path)
+        if other != path:
+            raise ValueError(f"part {part!r} has the paths {other} and {path}, one file on the disk: rename a key")
 
 
 def _leaves(stored: Tree) -> dict[str, list]:
@@ -129,7 +141,7 @@ def folders(manifest: Manifest) -> set[str]:
 
 def leftover(entry: str, manifest: Manifest) -> bool:
     """Whether a folder of a module is one that a writer has not put there yet, or has not taken away yet."""
-    return bool(_FOLDER.fullmatch(entry)) and entry not in folders(manifest)
+    return (entry == _OLD or bool(_FOLDER.fullmatch(entry))) and entry not in folders(manifest)
 
 
 def verify(folder: Path, manifest: Manifest, part: str, largest: int | None = None) -> None:
@@ -209,7 +221,8 @@ def load(folder: Path, manifest: Manifest, part: str, sharding: Sharding | Calla
         raise
     except Exception as error:  # orbax and TensorStore raise many types for a damaged file
         raise Damage(str(error).split(" [")[0][:400]) from error
-    if rounded := [path for path in found if "64" in leaves[path][1] and leaves[path][1] != found[path][1]]:
+    wide = [path for path in found if path in leaves and leaves[path][1].endswith(("64", "128"))]
+    if rounded := [path for path in wide if leaves[path][1] != found[path][1]]:
         raise ValueError(
             f"{rounded[0]} is {leaves[rounded[0]][1]}, which JAX rounded to {found[rounded[0]][1]}: call "
             "`jax.config.update('jax_enable_x64', True)` (orbax's threads don't see a context), or load it unsharded"
