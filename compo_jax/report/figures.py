@@ -163,12 +163,13 @@ def final_accuracies(accuracies: Mapping[str, float], frozen: float | None, main
     looks = _looks(list(accuracies))
     names = sorted(accuracies, key=lambda name: accuracies[name])
     values = [100 * accuracies[name] for name in names]
-    bars = axes.barh(range(len(names)), values, color=[looks[name]["color"] for name in names], height=0.7)
-    axes.bar_label(bars, fmt="%.1f", padding=3, color=INK, fontsize=8)
+    axes.barh(range(len(names)), values, color=[looks[name]["color"] for name in names], height=0.7)
+    for i, value in enumerate(values):  # in a column of their own, clear of the dashed line
+        axes.text(112, i, f"{value:.1f}", ha="right", va="center", fontsize=8)
     name_ticks(axes, "y", names, length=20)
     for name, label in zip(names, axes.get_yticklabels(), strict=False):
         label.set_fontweight("bold" if name == main else "normal")
-    axes.set(xlabel="final accuracy (%)", xlim=(0, 108), xticks=range(0, 101, 20))
+    axes.set(xlabel="final accuracy (%)", xlim=(0, 112), xticks=range(0, 101, 20))
     axes.tick_params(axis="y", length=0)
     if frozen is not None:
         axes.axvline(100 * frozen, color=INK, linestyle="--", linewidth=1)
