@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,18 +54,16 @@ def norm(x, p, s, train):
     return (x - mean) / jnp.sqrt(var + 1e-5) * p["scale"] + p["bias"]
 
 
-@pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("block", ["basic", "bottleneck", "inverted"])
-def test_the_plain_network_is_its_formula(block, train):
+def test_the_plain_network_is_its_formula(block):
     net = IsometricNet(3, layers=2, width=8, patch=2, block=block)
     images = jnp.array(normal(0, 4, 8, 8, 3), jnp.float32)
-    variables = jax.jit(net.init)(jax.random.key(0), images)
-    leaves, structure = jax.tree.flatten(variables)
-    leaves = [x + 0.3 * jnp.abs(jnp.array(normal(i, *x.shape), jnp.float32)) for i, x in enumerate(leaves)]
-    variables = jax.tree.unflatten(structure, leaves)
+    leaves, structure = jax.tree.flatten(jax.eval_shape(net.init, jax.random.key(0), images))
+    noise = [jnp.array(0.3 * normal(i, *x.shape), jnp.float32) for i, x in enumerate(leaves)]
+    variables = jax.tree.unflatten(structure, [x if x.ndim > 1 else 0.5 + jnp.abs(x) for x in noise])
 
-    @jax.jit
-    def formula(p, s):
+    @partial(jax.jit, static_argnames="train")
+    def formula(p, s, train):
         relu = lambda x: jnp.maximum(x, 0)
         x = reference(images, p["stem"]["kernel"], 2, "VALID")
         x = relu(norm(x, p["stem_norm"], s["stem_norm"], train))
@@ -77,9 +77,10 @@ def test_the_plain_network_is_its_formula(block, train):
             x = x + y if block == "inverted" else relu(x + y)
         return x.mean((1, 2)) @ p["head"]["kernel"] + p["head"]["bias"]
 
-    expected = formula(variables["params"], variables["batch_stats"])
-    found, _ = jax.jit(lambda v: net.apply(v, images, train, mutable=["batch_stats"]))(variables)
-    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+    for train in (False, True):
+        expected = formula(variables["params"], variables["batch_stats"], train)
+        found, _ = jax.jit(lambda v, train=train: net.apply(v, images, train, mutable=["batch_stats"]))(variables)
+        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
 
 def test_bad_input_is_told():

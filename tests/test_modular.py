@@ -61,9 +61,8 @@ def route_of(*tasks):
 
 @pytest.mark.parametrize(
     ("block", "bn", "mixing"),
-    [("basic", "task", "weights"), ("basic", "layer", "weights"), ("basic", "template", "weights"),
-     ("bottleneck", "task", "weights"), ("inverted", "template", "weights"),
-     ("basic", "layer", "outputs"), ("inverted", "template", "outputs")],
+    [("basic", "task", "weights"), ("basic", "layer", "weights"), ("bottleneck", "task", "weights"),
+     ("inverted", "template", "weights"), ("inverted", "template", "outputs")],
 )  # fmt: skip
 def test_a_hard_network_is_the_plain_network_of_its_templates(block, bn, mixing):
     net, variables = small(block=block, bn=bn, mixing=mixing)
@@ -154,7 +153,7 @@ def test_a_float64_network_is_computed_in_float64():
     net, variables = small()
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), variables)
-        found = net.apply(wide, jnp.asarray(X, jnp.float64))
+        found = jax.jit(net.apply)(wide, jnp.asarray(X, jnp.float64))
     assert found.dtype == jnp.float64
     close(found[0], outputs(net, variables)[0], 1e-5)
 
@@ -234,7 +233,7 @@ def step_flops(templates):
         "key": jax.eval_shape(lambda: jax.random.key(0)),
     }
     state = jax.eval_shape(lambda p: init_state(p, transform), params)
-    return jax.jit(step).lower(state, context, batch).compile().cost_analysis()["flops"]
+    return jax.jit(step).lower(state, context, batch).cost_analysis()["flops"]
 
 
 def test_a_step_with_32_templates_costs_what_one_with_4_does():
@@ -255,7 +254,7 @@ def test_multiply_adds_are_those_of_the_plain_network():
 # -- tasks, layers and templates added and taken away ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bn", ["task", "layer", "template"])
+@pytest.mark.parametrize("bn", ["task", "layer"])
 def test_adding_a_task_leaves_the_others_outputs_as_they_are_to_the_bit(bn):
     net, variables = small(bn=bn)
     one, new = new_task(net, variables, jax.random.key(5), 4)
@@ -308,7 +307,18 @@ def test_a_layer_is_added_with_its_template():
     old = np.asarray(routes.indices(variables["params"]["route"]))
     assert np.array_equal(routes.indices(more["params"]["route"]), np.insert(old, 1, 2, axis=1))
     assert float(soft(more["params"]["route"])[:, 1, 2].min()) > 0.999
-    assert longer.layers == 4 and outputs(longer, more).shape == (2, 4, 3)
+    assert longer.layers == 4 and jax.eval_shape(longer.apply, more, X).shape == (2, 4, 3)
+
+
+def test_a_layer_is_added_beside_templates_that_a_route_can_t_take():
+    net, variables = small()
+    barred = set_route(variables, variables["params"]["route"].at[0, 1, 0].set(-jnp.inf))
+    _, more = add_layer(net, barred, 0, 2)
+    route = np.asarray(more["params"]["route"])
+    assert np.array_equal(route.argmax(-1)[:, 0], [2, 2]) and np.all(np.isfinite(route[:, 0]))
+    assert np.array_equal(route[:, 1:], barred["params"]["route"])
+    scale = more["params"]["norm"]["blocks"]["norm1"]["scale"]
+    assert np.array_equal(scale[:, 0], scale[:, 1])  # its BN is that of the layer behind it
 
 
 @pytest.mark.parametrize(("bn", "mixing"), [("task", "weights"), ("template", "outputs")])
@@ -334,6 +344,8 @@ def test_bad_input_is_told():
         ModularNet((3, 1)).init(jax.random.key(0), X)
     with pytest.raises(ValueError, match="2 tasks need images of shape"):
         net.apply(variables, X[:1])
+    with pytest.raises(ValueError, match="images of uint8 would have the kernels rounded .*`prepare`"):
+        net._check(X.astype(jnp.uint8))  # the hook that checks signatures here would come first
     with pytest.raises(ValueError, match="a shared head is for tasks of the same classes"):
         ModularNet((3, 2), shared_head=True).init(jax.random.key(0), X)
     with pytest.raises(ValueError, match="bn='tasks' is not among task, layer, template"):
@@ -344,6 +356,8 @@ def test_bad_input_is_told():
         set_route(variables, jnp.zeros((2, 4, 3)))
     with pytest.raises(ValueError, match=r"layers \[0, 3\] were asked of a network that has 3"):
         take_layers(net, variables, [0, 3])
+    with pytest.raises(ValueError, match="layers are chosen by their numbers, not by bool"):
+        take_layers(net, variables, [True, False, True])
     with pytest.raises(ValueError, match="a layer can't be put at 5 of 3"):
         add_layer(net, variables, 5, 0)
     with pytest.raises(ValueError, match="a soft mixture of outputs is no plain network"):
@@ -368,6 +382,19 @@ def test_a_task_trained_on_other_templates_is_not_added():
         add_task(net, variables, one, new)
     with pytest.raises(ValueError, match="a network with other settings"):
         add_task(net, variables, *take_tasks(*small(bn="layer"), [0]))
+    net, variables = small(bn="layer")
+    one, new = new_task(net, variables, jax.random.key(5), 4)
+    new["batch_stats"] = jax.tree.map(lambda x: x + 1e-6, new["batch_stats"])
+    with pytest.raises(ValueError, match='other batch statistics .*tasks/stem/mean.*statistics="stored"'):
+        add_task(net, variables, one, new)
+
+
+def test_a_task_is_added_whatever_it_was_computed_in():
+    net, variables = small()
+    net = net.clone(dtype=jnp.bfloat16)
+    one, new = take_tasks(net, variables, [1])
+    joined, _ = add_task(net, variables, one.clone(dtype=None, unroll=True), new)
+    assert joined == net.clone(classes=(3, 2, 2))
 
 
 def test_a_network_can_be_moved_from_any_start():

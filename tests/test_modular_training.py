@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from flax.traverse_util import flatten_dict, unflatten_dict
 from modular_cases import ONE_DEVICE, changed, held_out, identical, small, start, stream, trains
 
 from compo_jax import tree
@@ -22,9 +23,11 @@ from compo_jax.modular import (
     optimizer,
     phase,
     plain,
+    predictions,
     soft,
     statistics,
 )
+from compo_jax.modular.objective import training_route
 from compo_jax.train import Checkpoints, fit, init_state, jit_runner
 
 PICTURES = stream()
@@ -41,6 +44,8 @@ def test_a_batch_has_as_many_images_of_each_task_and_follows_from_its_step():
     for step in (0, 20):
         again = next(batches(step))
         assert np.array_equal(again["image"], first[step]["image"])
+    assert first[0]["task"].tolist() == [0, 1] * 4
+    assert np.array_equal(next(balanced_batches(trains(PICTURES), 4, np.int64(7))(0))["image"], first[0]["image"])
     for t, split in enumerate(trains(PICTURES)):
         rows = np.concatenate([batch["image"][t::2] for batch in first[:18]])  # 18 batches of 4: one epoch of 72 images
         assert sorted(map(bytes, rows)) == sorted(map(bytes, split.pixels))
@@ -72,30 +77,56 @@ def test_tasks_that_share_no_batch_are_told():
 # -- the objective and its optimizer -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [0, 9, 15])
-def test_the_objective_is_its_formula(step):
+def test_the_objective_is_its_formula():
     net, variables = small()
     batch = next(balanced_batches(trains(PICTURES), 6, 0)(0))
     batch["label"][1::2] %= 2  # the second task of this network has two classes
     holes = jax.tree.map(lambda _: None, variables["params"])
     context = {"frozen": holes, "statistics": variables["batch_stats"], "key": jax.random.key(0)}
-    value, _ = jax.jit(objective(net, PICTURES.prepare, SETTINGS))(variables["params"], context, batch, step)
+    value_at = jax.jit(objective(net, PICTURES.prepare, SETTINGS))
+    logits = np.asarray(variables["params"]["route"], np.float64)
+    models = [plain(net, variables, task)[0] for task in range(2)]
+    apply = [jax.jit(lambda v, x, m=model: m.apply(v, x, True, mutable=["batch_stats"])[0]) for model in models]
+    for step in (0, 9, 15):
+        now = phase(SETTINGS, step)
+        route = partial(soft, temperature=now.temperature) if step < 14 else hard
+        expected = 0.0
+        for task, count in enumerate(net.classes):
+            exported = plain(net, variables, task, route)[1]
+            found = apply[task](exported, PICTURES.prepare(batch["image"][task::2]))
+            labels = batch["label"][task::2]
+            expected -= scipy.special.log_softmax(found, -1)[np.arange(6), labels].mean() / 2
+            assert found.shape[1] == count
+        a = scipy.special.softmax(logits / float(now.temperature), -1)
+        entropy = lambda p: -(p * np.log(p)).sum(-1)
+        expected += float(now.entropy) * entropy(a).mean() / np.log(3)
+        expected += float(now.usage) * (1 - entropy(a.mean((0, 1))) / np.log(3))
+        value, _ = value_at(variables["params"], context, batch, step)
+        np.testing.assert_allclose(value, expected, rtol=2e-5)
 
-    now, logits = phase(SETTINGS, step), np.asarray(variables["params"]["route"], np.float64)
-    route = partial(soft, temperature=now.temperature) if step < 14 else hard
-    expected = 0.0
-    for task, count in enumerate(net.classes):
-        model, exported = plain(net, variables, task, route)
-        images = PICTURES.prepare(batch["image"][task::2])
-        found, _ = jax.jit(lambda v, x, m=model: m.apply(v, x, True, mutable=["batch_stats"]))(exported, images)
-        labels = batch["label"][task::2]
-        expected -= scipy.special.log_softmax(found, -1)[np.arange(6), labels].mean() / 2
-        assert found.shape[1] == count
-    a = scipy.special.softmax(logits / float(now.temperature), -1)
-    entropy = lambda p: -(p * np.log(p)).sum(-1)
-    expected += float(now.entropy) * entropy(a).mean() / np.log(3)
-    expected += float(now.usage) * (1 - entropy(a.mean((0, 1))) / np.log(3))
-    np.testing.assert_allclose(value, expected, rtol=2e-5)
+
+def test_the_route_of_a_step_is_of_the_kind_asked_for_until_it_is_fixed():
+    logits, key = small()[1]["params"]["route"], jax.random.key(3)
+    now, slope = phase(SETTINGS, 9), np.arange(18.0).reshape(2, 3, 3) ** 2
+    kinds = ("soft", "straight_through", "gumbel")
+
+    @jax.jit
+    def found_at(now):
+        of = {kind: lambda x, k=kind: training_route(SETTINGS._replace(route=k), x, now, key) for kind in kinds}
+        gradients = {kind: jax.grad(lambda x, f=f: jnp.sum(slope * f(x)))(logits) for kind, f in of.items()}
+        return {kind: f(logits) for kind, f in of.items()}, gradients
+
+    weights, gradients = found_at(now)
+    one_hot = np.eye(3)[np.asarray(logits).argmax(-1)]
+    tau = float(now.temperature)
+    assert 0.1 < tau < 1
+    np.testing.assert_allclose(weights["soft"], scipy.special.softmax(logits / tau, -1), rtol=1e-5, atol=1e-7)
+    noisy = np.asarray(logits) + np.asarray(jax.random.gumbel(key, logits.shape))
+    np.testing.assert_allclose(weights["gumbel"], scipy.special.softmax(noisy / tau, -1), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(weights["straight_through"], one_hot, atol=1e-6)
+    np.testing.assert_allclose(gradients["straight_through"], gradients["soft"], rtol=1e-4, atol=1e-4)
+    weights, gradients = found_at(phase(SETTINGS, 15))
+    assert all(np.array_equal(weights[kind], one_hot) and not np.any(gradients[kind]) for kind in kinds)
 
 
 def test_routes_learn_ten_times_faster_and_neither_they_nor_bn_decay():
@@ -136,40 +167,60 @@ def test_gradients_are_clipped_together():
 
 @cache
 def trained(kind="soft"):
-    """(network, start, settings, learner, what it trained) on the two tasks."""
+    """(network, start, settings, learner, what it trained, its compiled step) on the two tasks."""
     net, _ = small((3, 3))
     begin = start(net)
-    settings = Settings(steps=60, batch=8, learning_rate=5e-3, estimate=2, route=kind)
-    both = learner(net, PICTURES.prepare, settings, runner=ONE_DEVICE)
-    return net, begin, settings, both, both.train(begin, trains(PICTURES), 0, every=1000)
+    # without penalties, so that it is the images that move the route
+    settings = Settings(steps=60, batch=8, learning_rate=5e-3, estimate=2, route=kind, entropy=0.0, usage=0.0)
+    runs = []
+
+    def runner(*args):
+        runs.append(ONE_DEVICE(*args))
+        return runs[0]
+
+    both = learner(net, PICTURES.prepare, settings, runner=runner)
+    return net, begin, settings, both, both.train(begin, trains(PICTURES), 0, every=1000), runs[0]
 
 
-@pytest.mark.parametrize("kind", ["soft", "straight_through", "gumbel"])
+def begun():
+    """(state, context) as `learner` has them at the first step."""
+    _, begin, settings, *_ = trained()
+    params, frozen = tree.partition(begin["params"], "")
+    context = {"frozen": frozen, "statistics": begin["batch_stats"], "key": jax.random.fold_in(jax.random.key(0), 1)}
+    return init_state(params, optimizer(settings)), context
+
+
+@pytest.mark.parametrize("kind", ["soft", "gumbel"])
 def test_tasks_are_learned_and_the_route_stands_still_in_the_third_phase(kind):
-    net, _, _, _, done = trained(kind)
+    net, begin, _, _, done, _ = trained(kind)
+    assert np.abs(done.before["params"]["route"] - begin["params"]["route"]).max() > 0.05
     assert accuracies(net, PICTURES.prepare)(done.variables, held_out(PICTURES), 8).mean() > 0.8
     assert np.array_equal(done.variables["params"]["route"], done.before["params"]["route"])
     assert not np.array_equal(done.variables["params"]["stem"], done.before["params"]["stem"])
 
 
 def test_the_gap_is_measured_at_its_four_points():
-    net, _, settings, both, done = trained()
+    net, _, settings, both, done, _ = trained()
     gap = both.gap(done, trains(PICTURES), 0, held_out(PICTURES))
     images = jnp.stack([PICTURES.prepare(split.pixels) for split in held_out(PICTURES)])
     labels = np.stack([split.labels for split in held_out(PICTURES)])
     made = list(itertools.islice(balanced_batches(trains(PICTURES), 8, 0)(0), 2))
 
-    @partial(jax.jit, static_argnames=("estimated_on", "used"))
-    def logits_by_hand(variables, estimated_on, used):
-        found = []
-        for batch in made:
-            seen = jnp.stack([PICTURES.prepare(batch["image"][t::2]) for t in range(2)])
-            found.append(net.apply(variables, seen, estimated_on, True, mutable=["batch_stats"])[1]["batch_stats"])
-        mean = jax.tree.map(lambda *x: sum(x) / 2, *found)
-        return net.apply({"params": variables["params"], "batch_stats": mean}, images, used)
+    @jax.jit
+    def of_batch(variables, weights, seen):
+        return net.apply(variables, seen, lambda _: weights, True, mutable=["batch_stats"])[1]["batch_stats"]
+
+    @jax.jit
+    def logits_of(variables, weights):
+        return net.apply(variables, images, lambda _: weights)
 
     def by_hand(variables, estimated_on, used):
-        logits = logits_by_hand(variables, estimated_on, used)
+        weights = estimated_on(variables["params"]["route"])
+        seen = [jnp.stack([PICTURES.prepare(batch["image"][t::2]) for t in range(2)]) for batch in made]
+        a, b = (flatten_dict(jax.tree.map(np.asarray, of_batch(variables, weights, x))) for x in seen)
+        between = lambda path: 0 if path[-1] == "mean" else ((a[*path[:-1], "mean"] - b[*path[:-1], "mean"]) / 2) ** 2
+        both = unflatten_dict({path: (a[path] + b[path]) / 2 + between(path) for path in a})
+        logits = logits_of({"params": variables["params"], "batch_stats": both}, used(variables["params"]["route"]))
         return (np.asarray(logits).argmax(-1) == labels).mean(1)
 
     tau = partial(soft, temperature=0.1)
@@ -182,12 +233,9 @@ def test_the_gap_is_measured_at_its_four_points():
 
 @pytest.mark.parametrize("killed_at", [5, 50])
 def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, killed_at):
-    net, begin, settings, both, done = trained()
+    _, begin, settings, both, done, run = trained()
     # what a run killed then leaves: the checkpoints of the same steps taken by the common loop
-    run = ONE_DEVICE(objective(net, PICTURES.prepare, settings), optimizer(settings))
-    params, frozen = tree.partition(begin["params"], "")
-    context = {"frozen": frozen, "statistics": begin["batch_stats"], "key": jax.random.fold_in(jax.random.key(0), 1)}
-    state = init_state(params, optimizer(settings))
+    state, context = begun()
     batches = balanced_batches(trains(PICTURES), 8, 0)
     for name, steps in (("routing", settings.freeze), ("fixed", settings.steps)):
         if int(state.step) < killed_at:
@@ -199,42 +247,47 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, killed_at):
 
 
 def test_two_devices_train_as_one_does():
-    net, begin, settings, _, _ = trained()
-    settings = settings._replace(steps=4)
-    found = [
-        learner(net, PICTURES.prepare, settings, runner=partial(jit_runner, mesh=data_mesh(count)))
-        .train(begin, trains(PICTURES), 0)
-        .variables["params"]
-        for count in (1, 2)
-    ]
+    net, _, settings, _, _, one = trained()
+    two = jit_runner(objective(net, PICTURES.prepare, settings), optimizer(settings), mesh=data_mesh(2))
+    batches = balanced_batches(trains(PICTURES), 8, 0)
+    found = [fit(run, *begun(), batches, 4, every=1000).params for run in (one, two)]
     for one, two in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-3, atol=2e-4)
 
 
-def test_statistics_are_the_means_of_the_batches_own():
+def test_statistics_are_those_of_all_batches_together():
     net, variables = small((3, 3))
     made = list(itertools.islice(balanced_batches(trains(PICTURES), 6, 0)(0), 2))
     found = statistics(net, PICTURES.prepare)(variables, made)
     kernel = np.asarray(variables["params"]["stem"])
-    means, variances = [], []
+    seen = []
     for batch in made:
         images = np.asarray(PICTURES.prepare(batch["image"][1::2]))
         cut = images.reshape(6, 2, 2, 2, 2, 3)
         x = np.einsum("bipjqc,pqco->bijo", cut, kernel)
-        means.append(x.mean((0, 1, 2)))
-        variances.append(x.var((0, 1, 2)))
+        seen.append(x)
     stem = found["batch_stats"]["tasks"]["stem"]
-    np.testing.assert_allclose(stem["mean"][1], np.mean(means, 0), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(stem["var"][1], np.mean(variances, 0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(stem["mean"][1], np.concatenate(seen).mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(stem["var"][1], np.concatenate(seen).var((0, 1, 2)), rtol=1e-4, atol=1e-5)
     assert changed(variables["params"], found["params"]) == set()
     with pytest.raises(ValueError, match="batch statistics need one batch of images at least"):
         statistics(net, PICTURES.prepare)(variables, [])
+    four = balanced_batches(trains(PICTURES) * 2, 6, 0)(0)
+    with pytest.raises(ValueError, match="a network of 2 tasks was given batches of 4"):
+        statistics(net, PICTURES.prepare)(variables, four)
 
 
 def test_a_network_and_its_images_have_the_same_tasks():
-    net, begin, _, both, _ = trained()
+    net, begin, _, both, *_ = trained()
     with pytest.raises(ValueError, match="a network of 2 tasks was given images of 1"):
         both.train(begin, trains(PICTURES)[:1], 0)
+    for function in (predictions, accuracies):
+        with pytest.raises(ValueError, match="a network of 2 tasks was given images of 3"):
+            function(net, PICTURES.prepare)(begin, held_out(stream(3)))
     unknown = learner(net, PICTURES.prepare, SETTINGS._replace(route="mean"), runner=ONE_DEVICE)
     with pytest.raises(ValueError, match="no route is learned as 'mean'"):
         unknown.train(begin, trains(PICTURES), 0)
+    with pytest.raises(ValueError, match="statistics='running' is not among batch, stored"):
+        learner(net, PICTURES.prepare, SETTINGS._replace(statistics="running"))
+    with pytest.raises(ValueError, match="a training of 0 steps learns nothing"):
+        learner(net, PICTURES.prepare, SETTINGS._replace(steps=0))

@@ -26,8 +26,8 @@ Tree = Any
 
 def information_maximisation(logits: Float[Array, "batch classes"]) -> Float[Array, ""]:
     """`E H(p) - H(E p)` in nats: low where each prediction is sure and all classes are predicted (Liang et al., 2020,
-    arXiv 2002.08546). At least -log(classes)."""
-    p = jax.nn.softmax(logits)
+    arXiv 2002.08546). At least -log(classes). In float32 or wider: both terms are near each other."""
+    p = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
     return jnp.mean(routes.entropy(p)) - routes.entropy(jnp.mean(p, axis=0))
 
 
@@ -53,6 +53,11 @@ def source_objectives(
     return np.array([information_maximisation(jnp.asarray(part)) for part in logits])
 
 
+def _is_route(weights) -> bool:
+    a = np.asarray(weights, np.float64)
+    return bool(np.all(a >= 0) and np.allclose(a.sum(-1), 1, atol=1e-2))
+
+
 def adaptation(
     net: ModularNet,
     prepare: Prepare,
@@ -74,6 +79,7 @@ def adaptation(
         weights are learned from equal ones on; `fixed`, it stays.
       bn: `source`, as it is; `target`, statistics of the target (AdaBN: Li et al., 2016, arXiv 1603.04779); `affine`,
         those, and scale and bias are learned (Tent: Wang et al., 2021, arXiv 2006.10726).
+      runner: `jit_runner`, or `pmap_runner`, under which each device takes H(E p) over its own part of the batch.
     """
     for value, known in ((route, ("free", "convex", "fixed")), (bn, ("source", "target", "affine"))):
         if value not in known:
@@ -118,8 +124,13 @@ def adaptation(
             raise ValueError(
                 f"sources' routes of shape {sources.shape} don't fit the network's {variables['params']['route'].shape}"
             )
+        if sources is not None and not _is_route(sources):
+            raise ValueError(
+                "the sources' routes are weights, none negative and of sum 1 over the templates, and these are not: "
+                "give `hard(logits)` or `soft(logits)` where they are logits"
+            )
         made = balanced_batches([target.train], settings.batch, seed)
-        batches = lambda start: ({"image": batch["image"]} for batch in made(start))
+        batches = lambda start: ({"image": batch["image"], "task": batch["task"]} for batch in made(start))
         if trained:
             kept, frozen = tree.partition(variables["params"], trained)
         else:

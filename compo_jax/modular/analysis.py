@@ -31,6 +31,8 @@ def task_distances(weights: Weights) -> Float[np.ndarray, "tasks tasks"]:
 
 def dendrogram(distances: Float[np.ndarray, "tasks tasks"]) -> Float[np.ndarray, "merges 4"]:
     """The linkage of tasks by average distance, for `scipy.cluster.hierarchy.dendrogram`."""
+    if len(distances) < 2:
+        raise ValueError(f"a dendrogram merges two tasks or more, and there is {len(distances)}")
     condensed = scipy.spatial.distance.squareform(distances, checks=False)
     return scipy.cluster.hierarchy.linkage(condensed, "average")
 

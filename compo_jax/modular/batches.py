@@ -28,19 +28,21 @@ def _rows(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def balanced_batches(
-    splits: Sequence[Split], batch: int, seed: int | Sequence[int]
+    splits: Sequence[Split], batch: int, seed: int | np.integer | Sequence[int]
 ) -> Callable[[int], Iterator[Batch]]:
     """`start -> iterator` over the batches from step `start` on, for `train.fit`: `batch` images of each task.
 
-    Row `i · tasks + t` is image i of task t. Each task goes through its own epochs (`data.train_batches`).
+    Row `i · tasks + t` is image i of task t, and its `task` is t. Each task goes through its own epochs
+    (`data.train_batches`).
     """
     _check(splits)
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+    seeds = np.atleast_1d(seed).tolist()
+    tasks = _rows([np.full(batch, t, np.int32) for t in range(len(splits))])
 
     def batches(start: int) -> Iterator[Batch]:
         each = [train_batches(split, batch, [*seeds, t], start) for t, split in enumerate(splits)]
         for parts in zip(*each, strict=True):
-            yield {name: _rows([part[name] for part in parts]) for name in ("image", "label")}
+            yield {name: _rows([part[name] for part in parts]) for name in ("image", "label")} | {"task": tasks}
 
     return batches
 

@@ -20,7 +20,8 @@ def parameters(params: Tree, *, route: bool = True) -> int:
 def macs(net: ModularNet, size: int, channels: int = 3) -> int:
     """Multiply-adds of one image of `size` x `size` pixels through the convolutions of one task and its largest head.
 
-    Weight-space mixing adds M multiply-adds a weight, once for a whole batch, and nothing on a hard route.
+    Weight-space mixing adds M multiply-adds a weight, once for a whole batch, on a hard route too: its weights are
+    one-hot and are summed like others. The network that `plain` gives has none.
     """
     positions = (size // net.patch) ** 2
     block = sum(c.size**2 * c.inputs // c.groups * c.outputs for c in convolutions(net.block, net.width))

@@ -40,14 +40,21 @@ def add_task(net: ModularNet, variables: Tree, other: ModularNet, added: Tree) -
 
     ValueError where the other has other settings, or doesn't share the stem and templates to the bit.
     """
-    if net.clone(classes=()) != other.clone(classes=()):
+    # Neither the compute dtype nor unrolling is a property of the variables.
+    alike = lambda net: net.clone(classes=(), dtype=None, unroll=False)
+    if alike(net) != alike(other):
         raise ValueError("the tasks to add are of a network with other settings: make it with `take_tasks` or new_task")
     shared, theirs = own(net, variables)[1], own(other, added)[1]
     if differing := sorted(set(_digests(shared).items()) ^ set(_digests(theirs).items())):
-        told = ", ".join(dict.fromkeys(name for name, _ in differing))
+        names = list(dict.fromkeys(name for name, _ in differing))
+        if all(name.startswith("batch_stats/") for name in names):
+            raise ValueError(
+                f"the tasks to add have other batch statistics ({', '.join(names)}), which all tasks share with "
+                'bn="layer": train them with `Settings(statistics="stored")`'
+            )
         raise ValueError(
-            f"the tasks to add were trained with other shared weights ({told}): keep these frozen, as the parts of "
-            "`transfer.PARTS` but `all` do"
+            f"the tasks to add were trained with other shared weights ({', '.join(names)}): keep these frozen, with "
+            "one of `transfer.PARTS` that leaves them as they are"
         )
     joined = join(net, "task", _without_heads(net, variables), _without_heads(other, added))
     count = len(net.classes)
@@ -116,7 +123,8 @@ def take_layers(
 def add_layer(net: ModularNet, variables: Tree, at: int, template: int) -> tuple[ModularNet, Tree]:
     """The network with one more layer before layer `at` (or behind the last one), through `template` in all tasks.
 
-    Its BN is a copy of that of the layer before it: take the statistics again (`evaluate.statistics`).
+    Its BN is a copy of that of the layer before it (at 0, of the one behind it): take the statistics again
+    (`evaluate.statistics`).
     """
     if not 0 <= at <= net.layers:
         raise ValueError(
@@ -125,7 +133,8 @@ def add_layer(net: ModularNet, variables: Tree, at: int, template: int) -> tuple
     order = np.insert(np.arange(net.layers), at, max(at - 1, 0))
     net, variables = take_layers(net, variables, order)
     route = variables["params"]["route"]
-    height = jnp.ptp(route) + 10.0  # a soft route takes the template too, and the logits' scale is kept
+    finite = np.asarray(route)[np.isfinite(route)]  # -inf is a template that a layer can't take
+    height = np.ptp(finite) + 10.0  # a soft route takes the template too, and the logits' scale is kept
     logits = route.at[:, at].set(height * routes.fixed(np.full(len(net.classes), template), net.templates))
     return net, set_route(variables, logits)
 

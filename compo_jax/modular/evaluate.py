@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from compo_jax.data import Split
@@ -18,26 +19,43 @@ from compo_jax.modular.objective import Prepare, by_task
 Tree = Any
 
 
+def _with_squared_means(batch_stats: Tree, sign: int) -> Tree:
+    """Second moments instead of variances with sign 1, and back with -1."""
+    flat = flatten_dict(batch_stats)
+    second = lambda path, var: jnp.maximum(var + sign * flat[(*path[:-1], "mean")] ** 2, 0)
+    return unflatten_dict({path: second(path, x) if path[-1] == "var" else x for path, x in flat.items()})
+
+
+# The weights are an argument, so that all routes share one compilation.
+@partial(jax.jit, static_argnums=(0, 1))
+def _moments(net, prepare, variables, weights, images):
+    images = by_task(prepare(images), len(net.classes))
+    found = net.apply(variables, images, lambda _: weights, True, mutable=["batch_stats"])[1]["batch_stats"]
+    return _with_squared_means(found, 1)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _logits(net, prepare, variables, weights, images):
+    return net.apply(variables, by_task(prepare(images), len(net.classes)), lambda _: weights)
+
+
 def statistics(net: ModularNet, prepare: Prepare, route: Route = routes.hard) -> Callable[[Tree, Iterable[Any]], Tree]:
-    """`(variables, batches) -> variables` whose batch statistics are the means of the batches' own ("precise BN", Wu
-    and Johnson, 2021, arXiv 2105.07576), each layer seeing what the layers before it give on that batch.
+    """`(variables, batches) -> variables` whose batch statistics are those of all the batches together ("precise BN",
+    Wu and Johnson, 2021, arXiv 2105.07576), each layer seeing what the layers before it give on a batch.
 
     Batches are those of `balanced_batches`, of one size; labels aren't read.
     """
 
-    @jax.jit
-    def of_batch(variables, images):
-        images = by_task(prepare(images), len(net.classes))
-        return net.apply(variables, images, route, True, mutable=["batch_stats"])[1]["batch_stats"]
-
     def run(variables, batches):
         total, count = None, 0
         for batch in batches:
-            found = of_batch(variables, batch["image"])
+            if (tasks := int(np.max(batch["task"])) + 1) != len(net.classes):
+                raise ValueError(f"a network of {len(net.classes)} tasks was given batches of {tasks}")
+            found = _moments(net, prepare, variables, route(variables["params"]["route"]), batch["image"])
             total, count = found if total is None else jax.tree.map(jnp.add, total, found), count + 1
         if not count:
             raise ValueError("batch statistics need one batch of images at least, and none was given")
-        return {**variables, "batch_stats": jax.tree.map(lambda x: x / count, total)}
+        return {**variables, "batch_stats": _with_squared_means(jax.tree.map(lambda x: x / count, total), -1)}
 
     return run
 
@@ -47,14 +65,12 @@ def predictions(
 ) -> Callable[[Tree, Sequence[Split], int], list[Float[np.ndarray, "images classes"]]]:
     """`(variables, splits, batch) -> logits` of all images of each task's split, in order."""
 
-    @jax.jit
-    def of_batch(variables, images):
-        return net.apply(variables, by_task(prepare(images), len(net.classes)), route)
-
     def run(variables, splits, batch=64):
-        found = [[] for _ in splits]
+        if len(splits) != len(net.classes):
+            raise ValueError(f"a network of {len(net.classes)} tasks was given images of {len(splits)}")
+        found, weights = [[] for _ in splits], route(variables["params"]["route"])
         for rows, real in balanced_eval(splits, batch):
-            for t, logits in enumerate(np.asarray(of_batch(variables, rows["image"]))):
+            for t, logits in enumerate(np.asarray(_logits(net, prepare, variables, weights, rows["image"]))):
                 found[t].append(logits[: real[t], : net.classes[t]])
         return [np.concatenate(parts) for parts in found]
 

@@ -32,7 +32,9 @@ def axes(net: ModularNet, name: str) -> tuple[str, ...]:
 def take(net: ModularNet, variables: Tree, axis: Axis, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Tree:
     """The variables with entries `indices` of that axis, wherever it occurs; ValueError for one that isn't there."""
     size = {"task": len(net.classes), "layer": net.layers, "template": net.templates}[axis]
-    chosen = np.asarray(indices, np.int64)
+    chosen = np.asarray(indices)
+    if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
+        raise ValueError(f"{axis}s are chosen by their numbers, not by {chosen.dtype}: np.flatnonzero has a mask's")
     if chosen.ndim != 1 or not chosen.size or chosen.min() < 0 or chosen.max() >= size:
         raise ValueError(f"{axis}s {chosen.tolist()} were asked of a network that has {size}: 0 to {size - 1}")
 

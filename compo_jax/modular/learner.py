@@ -62,6 +62,10 @@ def learner(
       trained: path patterns of the parameters that are trained; default all. The others stay as they are to the bit.
       runner: `jit_runner` or `pmap_runner`, under which each device normalises its part by that part's statistics.
     """
+    if settings.steps < 1:
+        raise ValueError(f"a training of {settings.steps} steps learns nothing: steps is 1 or more")
+    if settings.statistics not in ("batch", "stored"):
+        raise ValueError(f"statistics={settings.statistics!r} is not among batch, stored")
     transform = optimizer(settings)
     run = runner(objective(net, prepare, settings, augment), transform)
     temperature = float(phase(settings, settings.freeze).temperature)

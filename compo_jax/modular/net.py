@@ -170,6 +170,11 @@ class ModularNet(nn.Module):
                 f"{len(self.classes)} tasks need images of shape (tasks, batch, height, width, channels), and these "
                 f"are {images.shape}"
             )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(
+                f"images of {images.dtype} would have the kernels rounded to it: make floats of them with the tasks' "
+                "`prepare`"
+            )
 
     @nn.compact
     def features(self, images: Images, route: Route = routes.soft, train: bool = False) -> Array:
