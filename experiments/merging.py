@@ -8,7 +8,7 @@ a copy of the module (RUN/merging/pools); then every rule of `compose.RULES` on 
 with the modules' own heads. Normalised accuracy is the merged model's over the module's own, where the task is known.
 Seconds are of the rule alone, compiled (the least of three calls, or one of over ten seconds); memory is XLA's count of
 the whole rule as one program, arguments and result included, in multiples of the base. Options are the rules' defaults
-but for those in OPTIONS. Writes report.html and metrics.json to RUN/merging of the first run. Under 5 minutes on 2 CPU
+but for those in OPTIONS. Writes report.html and metrics.json to RUN/merging of the first run. A few minutes on 2 CPU
 cores with no arguments, the run included. Expected numbers: README.md.
 """
 

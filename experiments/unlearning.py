@@ -5,7 +5,7 @@
 
 For each pool and each task: specialise (its module alone), unlearn (all modules but its), subtract (all but its, less
 its share); the head is treated too, for what training did to the columns of tasks that are left out is undone. Tests
-all tasks each time, and writes report.html and metrics.json to RUN/unlearning of the first run. Under 5 minutes on 2
+all tasks each time, and writes report.html and metrics.json to RUN/unlearning of the first run. A few minutes on 2
 CPU cores with no arguments, the run included. Expected numbers: README.md.
 """
 
