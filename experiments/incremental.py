@@ -12,6 +12,7 @@ numbers: the table in README.md.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import re
@@ -32,23 +33,14 @@ from compo_jax.train import Checkpoints, jit_runner, open_run, pmap_runner, prog
 console = Console()
 
 
-def seen_features(extract, base, stream, t):
-    """Features and global labels of the training images of the tasks up to t."""
-    seen = list(zip(stream.tasks, stream.offsets, strict=True))[: t + 1]
-    z = np.concatenate([extract(base, task.train) for task, _ in seen])
-    return z, np.concatenate([task.train.labels + first for task, first in seen])
-
-
-def class_means(extract, base, stream, t, seed):
+def class_means(z, labels, seed):
     del seed
-    head = incremental.nearest_class_mean(*seen_features(extract, base, stream, t))
-    return incremental.evaluator(extract, stream)(base, head, t + 1)
+    return lambda z: z, incremental.nearest_class_mean(z, labels)
 
 
-def projected(extract, base, stream, t, seed):
-    projection, head = incremental.random_projection(jax.random.key(seed), *seen_features(extract, base, stream, t))
-    lifted = lambda params, split: np.maximum(extract(params, split) @ projection, 0)
-    return incremental.evaluator(lifted, stream)(base, head, t + 1)
+def projected(z, labels, seed):
+    projection, head = incremental.random_projection(jax.random.key(seed), z, labels)
+    return lambda z: np.maximum(z @ projection, 0), head
 
 
 # What a data set wants where the command line says nothing.
@@ -58,7 +50,7 @@ PRESETS = {
     "mnist": {"tasks": 5, "epochs": 1, "batch": 128},
 }
 PRESET = {"tasks": 10, "epochs": 20, "batch": 128, "by": None, "train_split": None}
-# Classifiers on the base's features, which train no module.
+# Classifiers on the base's features, which train no module: (features, labels, seed) -> (change of features, head).
 FROZEN = {"ncm": class_means, "ranpac": projected}
 WAYS = (
     "ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none", "sequential", "ewc", "lwf", "joint",
@@ -204,6 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
         reference, refer = incremental.reference_stage(model, base, stream, settings, patterns, options.seed, kinds)
         extract = incremental.features(model, stream, settings.eval_batch)
         linear = incremental.features(model, stream, settings.eval_batch, around=base)
+        base_features = functools.cache(lambda t: extract(base, stream.tasks[t].train))
         evaluate = incremental.evaluator(extract, stream)
         of = {m.name: linear if m.mode == "tangent" else extract for m in tried}  # the model that was trained
         fingerprint = tree.fingerprint(base)
@@ -281,10 +274,12 @@ def main(arguments: list[str] | None = None) -> None:
                 head = incremental.pool_head(pool, with_heads, reference.head)
                 test = incremental.evaluator(of[method.name], stream)
                 rows[i, t, : t + 1] = np.stack(test(pool.compose(base, composed), head, t + 1), axis=-1)
-            for name, fit in FROZEN.items():
-                if name in options.methods:
-                    i = options.methods.index(name)
-                    rows[i, t, : t + 1] = np.stack(fit(extract, base, stream, t, options.seed), axis=-1)
+            for name in set(options.methods) & set(FROZEN):
+                seen = range(t + 1)
+                labels = np.concatenate([stream.tasks[k].train.labels + stream.offsets[k] for k in seen])
+                lift, head = FROZEN[name](np.concatenate([base_features(k) for k in seen]), labels, options.seed)
+                test = incremental.evaluator(lambda params, split, lift=lift: lift(extract(params, split)), stream)
+                rows[options.methods.index(name), t, : t + 1] = np.stack(test(base, head, t + 1), axis=-1)
             learned_state = {"reference": reference, "memories": memories, "rows": rows, "seconds": seconds}
             checkpoints.save(t + 1, learned_state | {"position": np.array(run.log.position, np.int64)})
             means = rows[:, t, : t + 1, 0].mean(axis=1)

@@ -112,6 +112,11 @@ def ingredients(run: incremental.FinishedRun, kept: ModulePool, head, images: in
     }, seconds
 
 
+def alone(z, task, first: int, head) -> float:
+    """A module's accuracy on its own task, which is known."""
+    return float(np.mean(incremental.predictions(z, head, first, len(task.classes))[1] == task.test.labels))
+
+
 class Program(NamedTuple):
     """A rule, ready to run: `call(base, deltas, arrays)`, and its memory in multiples of the base's bytes."""
 
@@ -126,11 +131,8 @@ def program(rule: str, base, deltas, arrays: dict) -> Program:
     def run(base, deltas, arrays):
         return compose.RULES[rule].run(base, deltas, **arrays, **options)
 
-    def composed(base, deltas, weights):
-        return compose.compose(base, deltas, weights)
-
     if rule == "best_weights":  # its weights come from a solver on the CPU: the memory is of the composition
-        made = jax.jit(composed).lower(base, deltas, jnp.zeros(len(deltas))).compile()
+        made = jax.jit(compose.compose).lower(base, deltas, jnp.zeros(len(deltas))).compile()
     else:
         made = jax.jit(run).lower(base, deltas, arrays).compile()
     count = made.memory_analysis()
@@ -183,8 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
             kept, seconds = with_curvature(run, name, options.images, options.seed)
             head = incremental.pool_head(kept, kept.names(), run.head)
             own = [
-                float(test(kept.compose(run.base, [module], [1.0]), head, tasks).within[t])
-                for t, module in enumerate(kept.names())
+                alone(extract(kept.compose(run.base, [module], [1.0]), task.test), task, first, head)
+                for module, task, first in zip(kept.names(), run.stream.tasks, run.stream.offsets, strict=True)
             ]
             given, seconds["landscape"] = ingredients(
                 run, kept, jax.tree.map(jnp.asarray, head), options.images, options.seed
@@ -206,12 +208,9 @@ def main(arguments: list[str] | None = None) -> None:
                     rows[rule] = {key: [] for key in ("within", "incremental", "normalised", "seconds", "told")}
                     rows[rule] |= {"options": OPTIONS.get(rule, {}), "memory": programs[name, rule].memory}
                 normalised = float(np.mean(known.within / np.array(own)))
-                for key, value in zip(
-                    ("within", "incremental", "normalised", "seconds", "told"),
-                    (known.within.tolist(), known.incremental.tolist(), normalised, taken, told),
-                    strict=True,
-                ):
-                    rows[rule][key].append(value)
+                measured = known._asdict() | {"normalised": normalised, "seconds": taken, "told": told}
+                for key, value in measured.items():
+                    rows[rule][key].append(value.tolist() if isinstance(value, np.ndarray) else value)
                 console.print(
                     f"{run.folder.name} {name} {rule}: known {known.within.mean():.3f}, normalised {normalised:.3f}, "
                     f"all classes {known.incremental.mean():.3f}, {taken:.2f} s"

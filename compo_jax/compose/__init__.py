@@ -8,6 +8,7 @@ from compo_jax.compose.kronecker import kronecker_merge as kronecker_merge
 from compo_jax.compose.kronecker import regmean as regmean
 from compo_jax.compose.rules import RULES as RULES
 from compo_jax.compose.rules import Rule as Rule
+from compo_jax.compose.rules import find_rule as find_rule
 from compo_jax.compose.rules import merge as merge
 from compo_jax.compose.solve import Solution as Solution
 from compo_jax.compose.solve import Solved as Solved

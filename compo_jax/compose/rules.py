@@ -94,6 +94,13 @@ RULES = {
 }
 
 
+def find_rule(name: str) -> Rule:
+    """The rule of that name; ValueError for an unknown one, which lists the known."""
+    if name not in RULES:
+        raise ValueError(f"unknown rule {name!r}; known are {', '.join(RULES)}")
+    return RULES[name]
+
+
 def merge(
     name: str,
     base: Tree,
@@ -121,9 +128,7 @@ def merge(
     (lists the known), for what the rule needs and wasn't given (says what makes it), for weights that the rule doesn't
     take; what else the rule raises.
     """
-    if name not in RULES:
-        raise ValueError(f"unknown rule {name!r}; known are {', '.join(RULES)}")
-    rule = RULES[name]
+    rule = find_rule(name)
     given = {"key": key, "fishers": fishers, "factors": factors, "matvecs": matvecs, "landscape": landscape}
     given = {what: value for what, value in given.items() if value is not None and what in rule.needs + rule.takes}
     if missing := [f"{what} ({MADE_BY[what]})" for what in rule.needs if what not in given]:

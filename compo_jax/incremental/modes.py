@@ -134,8 +134,7 @@ def ewc(model, base: Tree, method: Method, stream: TaskStream, settings: Setting
         params, classes = tree.add(base, adapter.delta(module, base)), len(task.classes)
         wide = task_columns(head, 0, classes, len(stream.classes))  # one shape, one compilation
         found = fisher.of(params, task.train, wide, 0, classes, key, seed=[first])["diagonal"].mean
-        summed = jax.tree.map(lambda old, new: 0.95 * old + new, memory["fisher"], found)
-        return {"module": module, "fisher": summed}
+        return {"module": module, "fisher": tree.weighted_sum([memory["fisher"], found], [0.95, 1.0])}
 
     return plain._replace(
         memory=plain.memory | {"fisher": jax.tree.map(jnp.zeros_like, adapter.delta(start, base))},

@@ -47,12 +47,11 @@ def merge_pool(rule: str, pool: ModulePool, base: Tree, names: Sequence[str] | N
     ValueError as of `compose.merge` (an unknown rule lists the known), for modules of another base, and for curvature
     that a rule needs and a module lacks.
     """
-    if rule not in compose.RULES:
-        raise ValueError(f"unknown rule {rule!r}; known are {', '.join(compose.RULES)}")
+    found = compose.find_rule(rule)
     names = pool.names() if names is None else list(names)
     for what, kind in (("fishers", "diagonal"), ("factors", "kronecker")):
-        needed = what in compose.RULES[rule].needs
-        if what in options or not (needed or what in compose.RULES[rule].takes):
+        needed = what in found.needs
+        if what in options or not (needed or what in found.takes):
             continue
         missing = [name for name in names if kind not in pool.manifest(name).curvature]
         if missing and needed:

@@ -34,12 +34,15 @@ class Reached(NamedTuple):
 
 
 class Pool(NamedTuple):
+    """What is known of one pool: each module alone, the base, the rules by name; and the cost of their curvature."""
+
     alone: Reached
     base: Reached
     rules: dict[str, Reached]
     seconds: dict[str, Runs]  # that the curvature took, by kind
 
     def told(self) -> list[str]:
+        """The rules that had a warning."""
         return [name for name, rule in self.rules.items() if any(rule.told)]
 
 
