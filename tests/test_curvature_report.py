@@ -3,11 +3,11 @@
 import copy
 import io
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
+from pages import Page
 from rich.console import Console
 
 from compo_jax import report
@@ -74,39 +74,6 @@ def metrics():
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return report.curvature(tmp_path_factory.mktemp("page") / "new", measured())
-
-
-class Page(HTMLParser):
-    """Tags, attributes, text of the body, table rows, and whether every element is closed in order."""
-
-    VOID = {"meta", "br"}
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.attributes, self.text, self.open, self.rows = [], [], "", [], []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag == "tr":
-            self.rows.append([])
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += f" {data}"
-        if {"td", "th"} & set(self.open):
-            self.rows[-1].append(data)
 
 
 def test_the_page_holds_every_number_and_every_figure(path):

@@ -3,9 +3,9 @@
 import copy
 import io
 import re
-from html.parser import HTMLParser
 
 import numpy as np
+import pages
 import pytest
 from matplotlib.colors import to_hex
 from rich.console import Console
@@ -89,35 +89,12 @@ def paths(tmp_path_factory):
     return {kind: getattr(report, kind)(folder / kind, make()) for kind, make in MEASURED.items()}
 
 
-class Page(HTMLParser):
-    """Tags, attributes, text of the body, table rows, and whether every element is closed in order."""
+class Page(pages.Page):
+    """Its cells with plain spaces."""
 
     def __init__(self, path):
-        super().__init__()
-        self.tags, self.attributes, self.text, self.open, self.rows = [], [], "", [], []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag == "tr":
-            self.rows.append([])
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += f" {data}"
-        if {"td", "th"} & set(self.open):
-            self.rows[-1].append(data.replace("\u00a0", " "))
+        super().__init__(path)
+        self.rows = [[cell.replace("\u00a0", " ") for cell in row] for row in self.rows]
 
 
 def printed(table):

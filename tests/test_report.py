@@ -3,11 +3,11 @@
 import copy
 import io
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
+from pages import Page
 from rich.console import Console
 
 from compo_jax import report
@@ -58,35 +58,6 @@ def records():
         for task in TASKS
         for step in (10, 20, 25)
     ]
-
-
-class Page(HTMLParser):
-    """Tags, attributes, text of the body, and whether every element is closed in order."""
-
-    VOID = {"meta", "br"}
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.attributes, self.text, self.open = [], [], "", []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += f" {data}"
 
 
 def test_the_page_holds_every_number_and_every_figure(tmp_path, metrics, samples, records):
