@@ -6,7 +6,9 @@ from compo_jax.data import glyphs as glyphs
 from .batches import eval_batches as eval_batches
 from .batches import steps_per_epoch as steps_per_epoch
 from .batches import train_batches as train_batches
+from .named import open_domains as open_domains
 from .named import open_stream as open_stream
+from .named import open_tasks as open_tasks
 from .sources import tfds_stream as tfds_stream
 from .stream import ArraySplit as ArraySplit
 from .stream import Split as Split
@@ -14,4 +16,5 @@ from .stream import Task as Task
 from .stream import TaskStream as TaskStream
 from .stream import array_stream as array_stream
 from .stream import glyph_stream as glyph_stream
+from .stream import glyph_task as glyph_task
 from .stream import pooled as pooled

@@ -1,11 +1,23 @@
-"""A stream of tasks by its name."""
+"""Streams, tasks side by side, and domains by their names."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compo_jax.data import glyphs
-from compo_jax.data.sources import tfds_stream
-from compo_jax.data.stream import TaskStream, glyph_stream
+import jax
+
+from compo_jax.data import augment, glyphs
+from compo_jax.data.sources import CHARACTERS, split_names, tfds_stream
+from compo_jax.data.stream import TaskStream, glyph_stream, glyph_task
+
+_DIVIDED = {"cifar100": {"by": "coarse_label"}, "omniglot": {"by": "alphabet", "train_split": "test"}}
+_DIGITS = "0123456789"
+_RENDERED = {  # domains that differ in nothing but how their images are made
+    "clean": glyphs.Distortion(),
+    "scan": glyphs.SCAN,
+    "faint": glyphs.Distortion(contrast=(0.35, 0.5), noise=0.3),
+    "slanted": glyphs.Distortion(rotation=0.6, shear=0.6, bend=0.05),
+}
 
 
 def open_stream(
@@ -34,3 +46,95 @@ def open_stream(
     if data_dir is None:
         raise ValueError(f"{name} needs data_dir (--data-dir): the folder where TFDS has prepared the set")
     return tfds_stream(name, data_dir, size=size, tasks=tasks, seed=seed, **tfds_options)
+
+
+def _needs_folder(name: str, data_dir: str | Path | None) -> str | Path:
+    if data_dir is None:
+        raise ValueError(f"{name} needs data_dir (--data-dir): the folder where TFDS has prepared the set")
+    return data_dir
+
+
+def open_tasks(
+    names: Sequence[str],
+    size: int,
+    *,
+    data_dir: str | Path | None = None,
+    tasks: int | None = None,
+    seed: int | None = 0,
+    classes: int | None = 8,
+    images: int = 50,
+) -> TaskStream:
+    """Tasks of one set or several side by side, at one size: for networks that learn them at once.
+
+    A set with a feature that divides it gives several tasks (CIFAR-100's superclasses, Omniglot's alphabets, the
+    scripts of `glyphs`), any other set one. Pictures are mirrored at random in training, characters are not augmented.
+
+    Args:
+      tasks: how many a divided set gives at most, drawn by the seed; default all.
+      classes, images: characters of a script and training images of each (glyphs only).
+    """
+    streams = []
+    for name in names:
+        if name == "glyphs":
+            scripts = list(glyphs.TASKS)[:tasks]
+            found = glyph_stream(scripts, classes=classes, train=images, test=20, size=size, seed=seed or 0)
+        else:
+            base = name.split(":")[0].split("/")[0]
+            flip = None if base in CHARACTERS else augment.random_flip
+            divided = _DIVIDED.get(base)
+            options = {"tasks": tasks, **divided} if divided else {"tasks": 1}
+            found = tfds_stream(
+                name, _needs_folder(name, data_dir), size=size, seed=seed, augment=flip, crop=1.0, **options
+            )
+            if not divided:
+                found = found._replace(tasks=(found.tasks[0]._replace(name=base),))
+        streams.append(found)
+    if not streams:
+        raise ValueError("no data set was named")
+    augmentations = {stream.augment for stream in streams}
+    return streams[0]._replace(
+        name="+".join(stream.name for stream in streams),
+        tasks=tuple(task for stream in streams for task in stream.tasks),
+        augment=augmentations.pop() if len(augmentations) == 1 else None,
+    )
+
+
+def open_domains(
+    name: str,
+    size: int,
+    *,
+    data_dir: str | Path | None = None,
+    seed: int = 0,
+    images: int = 50,
+) -> TaskStream:
+    """Domains of one set of classes, as tasks whose classes are the same (so that `classes` and `offsets` of the stream
+    mean nothing): a split of each domain's images is its test.
+
+    Args:
+      name: `rendered`, digits that are rendered in four ways; `digits`: MNIST, USPS and rendered digits; or a TFDS set
+        whose splits are domains, of each of which a fifth is held out (PACS).
+      images: rendered training images of each digit, a fifth as many for the test.
+    """
+
+    def rendered(domain, distortion, number):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        return glyph_task(key, domain, _DIGITS, images, max(images // 5, 1), size, distortion)
+
+    if name == "rendered":
+        made = [rendered(domain, distortion, i) for i, (domain, distortion) in enumerate(_RENDERED.items())]
+        return TaskStream(name, tuple(made), size)
+    folder = _needs_folder(name, data_dir)
+    if name == "digits":
+        real = [
+            tfds_stream(each, folder, size=size, tasks=1, seed=None).tasks[0]._replace(name=each)
+            for each in ("mnist", "usps")
+        ]
+        return TaskStream(name, (*real, rendered("rendered", glyphs.Distortion(), 0)), size)
+    streams = [
+        tfds_stream(name, folder, size=size, tasks=1, seed=None, train_split=split, test_fraction=0.2, crop=1.0)
+        for split in split_names(name, folder)
+    ]
+    domains = [s.tasks[0]._replace(name=split) for s, split in zip(streams, split_names(name, folder), strict=True)]
+    if len(domains) < 2:
+        raise ValueError(f"{name} has one split and no domains: its splits must be the domains, as those of PACS are")
+    return TaskStream(name, tuple(domains), size, augment=augment.random_flip)

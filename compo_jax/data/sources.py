@@ -21,7 +21,7 @@ from compo_jax.data import augment as augmentation
 from compo_jax.data.stream import ArraySplit, Augmentation, Split, Task, TaskStream, checked, group_classes, relabel
 
 # a mirror image is another character
-_CHARACTERS = {"mnist", "kmnist", "emnist", "usps", "omniglot", "svhn_cropped", "quickdraw_bitmap"}
+CHARACTERS = {"mnist", "kmnist", "emnist", "usps", "omniglot", "svhn_cropped", "quickdraw_bitmap"}
 _INVERTED = {"omniglot"}  # black strokes on white
 _SPLITS = {"omniglot": ("train", None), "imagenet_r": ("test", None)}  # sets that don't divide a class's images
 _CHUNK = 512  # records read at a time
@@ -91,6 +91,11 @@ def _prepared(name: str, data_dir: str | Path) -> Path:
         sets = ", ".join(sorted({str(p.parent.parent.relative_to(root)) for p in files})) or "none at all"
         raise FileNotFoundError(f"{root} has no prepared set {name!r}; it has {sets}; {advice}")
     return max(found, key=lambda folder: tfds.core.Version(folder.name))
+
+
+def split_names(name: str, data_dir: str | Path) -> list[str]:
+    """The splits of a prepared set."""
+    return list(tfds.builder_from_directory(str(_prepared(name, data_dir))).info.splits)
 
 
 def _read(builder, split: str, features: Sequence[str]):
@@ -174,7 +179,7 @@ def tfds_stream(
     names, groups = _groups(every, named[label], by and named[by], tasks, seed, base)
 
     photographs = None in features["image"].shape
-    characters = base in _CHARACTERS
+    characters = base in CHARACTERS
     method = Image.Resampling.BOX if characters else Image.Resampling.BICUBIC
     crops = (1.0, (0.875 if photographs else 1.0) if crop is None else crop)
     decodings = [Decoding(size, c, base in _INVERTED if invert is None else invert, method) for c in crops]

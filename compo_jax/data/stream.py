@@ -238,15 +238,27 @@ def glyph_stream(
         characters = glyphs.SCRIPTS[script]
         if classes is not None and classes > len(characters):
             raise ValueError(f"{classes} classes were asked for and {script} has only {len(characters)} characters")
-        characters = characters[:classes]
-        shapes = glyphs.masters(characters)
         key = jax.random.fold_in(jax.random.key(seed), list(glyphs.SCRIPTS).index(script))
-        splits = []
-        for part, count in zip(jax.random.split(key), (train, test), strict=True):
-            labels = np.tile(np.arange(len(characters)), count)
-            splits.append(ArraySplit(glyphs.images(part, shapes, labels, size, distortion), labels))
-        made.append(Task(script, tuple(characters), *splits))
+        made.append(glyph_task(key, script, characters[:classes], train, test, size, distortion))
     return checked(TaskStream("glyphs", tuple(made), size))
+
+
+def glyph_task(
+    key: Key[Array, ""],
+    name: str,
+    characters: str,
+    train: int,
+    test: int,
+    size: int = 32,
+    distortion: glyphs.Distortion = glyphs.Distortion(),
+) -> Task:
+    """`train` and `test` rendered images of each of these characters."""
+    shapes = glyphs.masters(characters)
+    splits = []
+    for part, count in zip(jax.random.split(key), (train, test), strict=True):
+        labels = np.tile(np.arange(len(characters)), count)
+        splits.append(ArraySplit(glyphs.images(part, shapes, labels, size, distortion), labels))
+    return Task(name, tuple(characters), *splits)
 
 
 def pooled(stream: TaskStream) -> Task:

@@ -5,6 +5,7 @@ from compo_jax.train.log import Log as Log
 from compo_jax.train.loop import fit as fit
 from compo_jax.train.loop import progress_bar as progress_bar
 from compo_jax.train.run import Run as Run
+from compo_jax.train.run import once as once
 from compo_jax.train.run import open_run as open_run
 from compo_jax.train.run import write_json as write_json
 from compo_jax.train.runners import Runner as Runner

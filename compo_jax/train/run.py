@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,3 +68,15 @@ def open_run(folder: str | os.PathLike, config: dict[str, Any], *, tensorboard: 
             yield Run(folder, log, resumed)
         finally:
             log.close()
+
+
+def once(run: Run, name: str, make: Callable[[], Any]) -> Any:
+    """What `make()` gives, a JSON value: made and kept in the run's folder the first time, read from there later.
+
+    A run that is started again goes on behind the last part that it finished.
+    """
+    path = run.folder / "parts" / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, make())
+    return json.loads(path.read_text())
