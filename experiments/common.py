@@ -1,0 +1,124 @@
+"""What the experiments share: how errors are told, and for those on modular networks their options and their run."""
+
+import argparse
+import contextlib
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import Progress
+
+from compo_jax import modular
+from compo_jax.data import Task
+from compo_jax.modular import ModularNet, Settings, routes
+from compo_jax.pool import ModulePool
+from compo_jax.train import Run, jit_runner, open_run, pmap_runner, progress_bar
+
+console = Console()
+FIXED = (0.0, 0.0)  # phases of a training on a fixed route
+PHASES = "parts of the steps after which routes begin to harden, and are fixed"
+
+
+def command(main: Callable[[], None]) -> None:
+    """Runs `main`; what the user can mend is told in a line."""
+    try:
+        main()
+    except (ValueError, FloatingPointError, OSError, KeyError, subprocess.CalledProcessError) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)
+
+
+def modular_parser(documentation: str | None) -> argparse.ArgumentParser:
+    """Options of all experiments on modular networks; those without a default have one for each data set."""
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data-dir", type=Path, help="where TFDS has prepared the set")
+    add("--images", type=int, help="training images of a class (rendered characters)")
+    add("--size", type=int, help="side of the images, in pixels")
+    add("--layers", type=int, help="layers of the network")
+    add("--width", type=int, help="channels")
+    add("--patch", type=int, default=4, help="side of the stem's patches, in pixels")
+    add("--block", choices=["basic", "bottleneck", "inverted"], default="basic")
+    add("--route", choices=["soft", "straight_through", "gumbel"], default="soft", help="how routes are learned")
+    add("--phases", type=float, nargs=2, default=(0.1, 0.4), metavar=("A", "B"), help=PHASES)
+    add("--steps", type=int, help="steps of a training")
+    add("--batch", type=int, help="images of each task in a step")
+    add("--learning-rate", type=float, default=3e-3)
+    add("--runner", choices=["jit", "pmap"], default="jit")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="more of them may be added to a finished run")
+    add("--name", help="name of the run; default: made from the experiment and the data")
+    add("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    add("--tensorboard", action="store_true")
+    return parser
+
+
+def with_presets(options: argparse.Namespace, presets: dict, default: dict) -> argparse.Namespace:
+    """The options, each that the command line leaves open as this data set wants it."""
+    name = "+".join(options.data) if isinstance(options.data, list) else options.data
+    for key, value in (default | presets.get(name, {})).items():
+        if getattr(options, key) is None:
+            setattr(options, key, value)
+    options.name = options.name or f"{Path(sys.argv[0]).stem.replace('_', '-')}-{name}"
+    return options
+
+
+@contextlib.contextmanager
+def opened(options: argparse.Namespace) -> Iterator[tuple[Run, Progress]]:
+    """The run's folder and a progress bar. Seeds are no part of its settings: a run may get more of them."""
+    config = {k: v for k, v in vars(options).items() if k not in ("runs", "tensorboard", "seeds")}
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
+    with (
+        open_run(options.runs / options.name, config, tensorboard=options.tensorboard) as run,
+        progress_bar(console=console) as progress,
+    ):
+        yield run, progress
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    shared = {"route": options.route, "phases": tuple(options.phases)}
+    return Settings(options.steps, options.batch, options.learning_rate, **shared)
+
+
+def runner_of(options: argparse.Namespace) -> Callable:
+    return {"jit": jit_runner, "pmap": pmap_runner}[options.runner]
+
+
+def described(net: ModularNet, size: int) -> dict:
+    """The network's settings as the reports want them."""
+    return {key: getattr(net, key) for key in ("layers", "templates", "width", "patch", "block", "bn")} | {"size": size}
+
+
+def initial(net: ModularNet, size: int, seed: int, order=None) -> dict:
+    """New variables; with `order`, templates (layers,) or (tasks, layers), their route is that."""
+    images = jnp.zeros((len(net.classes), 2, size, size, 3))
+    variables = jax.jit(net.init)(jax.random.key(seed), images)
+    if order is None:
+        return variables
+    logits = routes.fixed(jnp.asarray(order), net.templates)
+    return modular.set_route(variables, jnp.broadcast_to(logits, variables["params"]["route"].shape))
+
+
+def store_network(
+    folder: Path, net: ModularNet, variables: dict, tasks: Sequence[Task], accuracy: Sequence[float], seed: int
+) -> None:
+    """Puts a network's templates and its tasks into a pool."""
+    pool = ModulePool(folder)
+    modular.save_templates(pool, "templates", net, variables, seed=seed, overwrite=True)
+    for t, task in enumerate(tasks):
+        modular.save_task(
+            pool, f"task-{t:03d}", net, variables, t,
+            task=task.name, classes=task.classes, metrics={"accuracy": accuracy[t]}, seed=seed, overwrite=True,
+        )  # fmt: skip
+
+
+def load_network(folder: Path, tasks: int) -> tuple[ModularNet, dict]:
+    """The network put together again from its pool."""
+    pool = ModulePool(folder)
+    shared = modular.load_templates(pool, "templates")
+    parts = [modular.load_task(pool, f"task-{t:03d}", shared) for t in range(tasks)]
+    return functools.reduce(lambda joined, part: modular.add_task(*joined, *part), parts)

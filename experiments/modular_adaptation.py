@@ -1,0 +1,219 @@
+"""A domain without labels: its images find a route through the sources' blocks, templates and head left as they are.
+
+    python experiments/modular_adaptation.py                              # digits rendered in four ways, no download
+    python experiments/modular_adaptation.py --data pacs64 --data-dir DIR
+    python experiments/modular_adaptation.py --data digits --data-dir DIR # MNIST, USPS and rendered digits
+
+Each domain is left out in turn: the others learn templates, a head that they share, and an order each; then the
+target's training images, their labels unread, choose a source, or learn a route by information maximisation, or adapt
+BN (AdaBN, Tent), or both. Nothing is chosen by target labels but the row that says so. Writes `runs/NAME/`:
+metrics.json, metrics.jsonl, report.html and a pool of the sources for each seed and target. A killed run goes on where
+it was, a finished one may be given more seeds. The first takes under 5 minutes on 2 CPU cores. Expected numbers:
+README.md.
+"""
+
+import argparse
+import functools
+import shutil
+import time
+
+import jax.numpy as jnp
+import numpy as np
+from common import (
+    command,
+    console,
+    described,
+    initial,
+    load_network,
+    modular_parser,
+    opened,
+    runner_of,
+    settings_of,
+    store_network,
+    with_presets,
+)
+
+from compo_jax import data, modular, report
+from compo_jax.modular import ModularNet, routes
+from compo_jax.train import once, write_json
+
+PRESETS = {
+    "rendered": {"layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16},
+    "digits": {"steps": 500, "width": 16, "images": 500},
+    "pacs64": {"size": 64, "patch": 8, "steps": 700},
+}
+PRESET = {
+    "size": 32, "patch": 4, "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "images": 50,
+}  # fmt: skip
+BASELINE = "best source (by objective)"
+# name: (start, what of the route is learned, BN, group); see modular.adaptation
+ADAPTED = {
+    "route from best source": ("best", "free", "source", "order"),
+    "route from mean": ("mean", "free", "source", "order"),
+    "convex mixture": ("mean", "convex", "source", "order"),
+    "AdaBN, best source": ("best", "fixed", "target", "bn"),
+    "AdaBN, mean of sources": ("mean", "fixed", "target", "bn"),
+    "Tent, best source": ("best", "fixed", "affine", "bn"),
+    "route from best source + AdaBN": ("best", "free", "target", "order+bn"),
+    "route from mean + AdaBN": ("mean", "free", "target", "order+bn"),
+    "convex mixture + AdaBN": ("mean", "convex", "target", "order+bn"),
+    "route from best source + Tent": ("best", "free", "affine", "order+bn"),
+}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = modular_parser(__doc__)
+    add = parser.add_argument
+    add("--data", default="rendered", help="rendered; digits; or a TFDS set whose splits are domains")
+    add("--templates", type=int, help="modules")
+    add("--targets", nargs="+", help="domains left out in turn; default all")
+    add("--adapt-steps", type=int, default=100, help="steps of an adaptation")
+    add("--adapt-batch", type=int, default=64)
+    add("--adapt-learning-rate", type=float, default=1e-3)
+    parser.set_defaults(patch=None)
+    return with_presets(parser.parse_args(arguments), PRESETS, PRESET)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+
+    # -- domains and network -------------------------------------------------------------------------------------------
+    stream = data.open_domains(options.data, options.size, data_dir=options.data_dir, images=options.images)
+    domains = {task.name: task for task in stream.tasks}
+    targets, prepare, classes = options.targets or list(domains), stream.prepare, stream.tasks[0].classes
+    if unknown := sorted(set(targets) - set(domains)):
+        raise ValueError(f"no domain is called {', '.join(unknown)}; there are {', '.join(domains)}")
+    if len(domains) < 3:
+        raise ValueError(f"there are {len(domains)} domains: with one left out, two sources at least must stay")
+    console.print(f"{stream.name}: {', '.join(domains)}; {len(classes)} classes")
+    shape = {key: getattr(options, key) for key in ("layers", "templates", "width", "patch", "block")}
+    net = ModularNet((len(classes),) * (len(domains) - 1), shared_head=True, **shape)
+    one = net.clone(classes=net.classes[:1])
+    settings, runner = settings_of(options), runner_of(options)
+    learner = modular.learner(net, prepare, settings, stream.augment, runner=runner)
+    adapting = settings._replace(
+        steps=options.adapt_steps, batch=options.adapt_batch, learning_rate=options.adapt_learning_rate
+    )
+
+    @functools.cache
+    def adaptation(route, bn):
+        return modular.adaptation(one, prepare, adapting, classes, route=route, bn=bn, runner=runner)
+
+    with opened(options) as (run, progress):
+
+        def pool(seed, target):
+            return run.folder / "pools" / f"{seed}-{target}"
+
+        def others(target):
+            return [domain for name, domain in domains.items() if name != target]
+
+        # -- the sources -----------------------------------------------------------------------------------------------
+        def sources(seed, target):
+            tasks, clock = others(target), time.perf_counter()
+            trained = learner.train(
+                initial(net, options.size, seed), [task.train for task in tasks], seed,
+                run.folder / "checkpoints" / f"{seed}-{target}",
+                log=run.log, record={"run": f"without {target}", "task": f"seed {seed}"}, progress=progress,
+            )  # fmt: skip
+            accuracy = modular.accuracies(net, prepare)(trained.variables, [task.test for task in tasks]).tolist()
+            store_network(pool(seed, target), net, trained.variables, tasks, accuracy, seed)
+            return {"accuracy": accuracy, "seconds": time.perf_counter() - clock}
+
+        # -- the target ------------------------------------------------------------------------------------------------
+        def adapted(seed, target):
+            task, names, clock = domains[target], [other.name for other in others(target)], time.perf_counter()
+            net, variables = load_network(pool(seed, target), len(names))
+            score = modular.accuracies(net, prepare)(variables, [task.test] * len(names))
+            objectives = modular.source_objectives(net, prepare, variables, task)
+            own = routes.hard(variables["params"]["route"])
+            best, bound = int(np.argmin(objectives)), int(np.argmax(score))
+            starts = {
+                "best": modular.one_source(net, variables, best)[1],
+                "mean": modular.mean_source(net, variables)[1],
+            }
+            accuracy = {BASELINE: score[best], "best source (by labels)": score[bound], "mean of sources": None}
+            objective = {BASELINE: objectives[best], "best source (by labels)": objectives[bound]}
+            weights, learned = {}, [name for name, (_, route, *_) in ADAPTED.items() if route != "fixed"]
+
+            def measure(name, found):
+                accuracy[name] = modular.accuracies(one, prepare, routes.soft)(found, [task.test])[0]
+                logits = modular.predictions(one, prepare, routes.soft)(found, [task.train])[0]
+                objective[name] = modular.information_maximisation(jnp.asarray(logits))
+                weights[name] = np.round(routes.soft(found["params"]["route"])[0], 4).tolist()
+
+            measure("mean of sources", starts["mean"])
+            for name, (start, route, bn, _) in ADAPTED.items():
+                record = {"run": f"{target}: {name}", "task": f"seed {seed}"}
+                mixed = own if route == "convex" else None
+                measure(
+                    name,
+                    adaptation(route, bn)(
+                        starts[start], task, seed, mixed, log=run.log, record=record, progress=progress
+                    ),
+                )
+            return {
+                "accuracy": {name: float(value) for name, value in accuracy.items()},
+                "objective": {name: float(value) for name, value in objective.items()},
+                "sources": dict(zip(names, score.tolist(), strict=True)),
+                "chosen": names[best],
+                "routes": {
+                    "sources": dict(zip(names, own.argmax(-1).tolist(), strict=True)),
+                    "adapted": {name: value for name, value in weights.items() if name in learned},
+                },
+                "seconds": time.perf_counter() - clock,
+            }
+
+        trained, found = [], []  # by seed of by target
+        for seed in options.seeds:
+            trained.append([])
+            found.append([])
+            for target in targets:
+                trained[-1].append(once(run, f"{seed}-{target}-sources", functools.partial(sources, seed, target)))
+                shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+                found[-1].append(once(run, f"{seed}-{target}", functools.partial(adapted, seed, target)))
+                told = ", ".join(f"{name} {100 * x:.1f}" for name, x in found[-1][-1]["accuracy"].items())
+                console.print(f"seed {seed}, {target}: {told}")
+
+        # -- report ----------------------------------------------------------------------------------------------------
+        groups = {BASELINE: "sources", "mean of sources": "sources", "best source (by labels)": "oracle"}
+        groups |= {name: group for name, (*_, group) in ADAPTED.items()}
+        each = lambda key: [[part[key] for part in parts] for parts in found]
+        metrics = {
+            "name": options.name,
+            "data": stream.name,
+            "domains": list(domains),
+            "targets": targets,
+            "classes": list(classes),
+            "seeds": options.seeds,
+            "seconds": sum(part["seconds"] for parts in [*trained, *found] for part in parts),
+            "net": described(net, options.size),
+            "made": "the domains are one set of digits, rendered in four ways" if stream.name == "rendered" else None,
+            "baseline": BASELINE,
+            "methods": {
+                name: {
+                    "accuracy": [[target[name] for target in row] for row in each("accuracy")],
+                    "objective": [[target[name] for target in row] for row in each("objective")],
+                    "group": group,
+                }
+                for name, group in groups.items()
+            },
+            "sources": each("sources"),
+            "source_accuracy": [
+                [
+                    dict(zip([other.name for other in others(target)], part["accuracy"], strict=True))
+                    for target, part in zip(targets, parts, strict=True)
+                ]
+                for parts in trained
+            ],
+            "chosen": each("chosen"),
+            "routes": {target: part["routes"] for target, part in zip(targets, found[0], strict=True)},
+            "templates": options.templates,
+        }
+        write_json(run.folder / "metrics.json", metrics)
+        path = report.adaptation(run.folder, metrics)
+        console.print(report.adaptation_table(metrics))
+        console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+
+
+if __name__ == "__main__":
+    command(main)

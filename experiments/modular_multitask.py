@@ -1,0 +1,248 @@
+"""Several tasks at once: does each learn its own order of shared blocks, and what is that worth?
+
+    python experiments/modular_multitask.py                                             # rendered scripts, no download
+    python experiments/modular_multitask.py --data cifar100 --data-dir DIR --templates 8 32   # 20 superclasses
+    python experiments/modular_multitask.py --data mnist usps omniglot --data-dir DIR --tasks 6
+
+Learned orders beside single-task networks, hard sharing, hard sharing with a BN for each task, and fixed random routes.
+Writes `runs/NAME/`: metrics.json, metrics.jsonl, report.html, and for each learned order and seed a pool with its
+templates and tasks. A killed run goes on where it was, a finished one may be given more seeds. The first takes under 5
+minutes on 2 CPU cores. Expected numbers: the table in README.md.
+"""
+
+import argparse
+import functools
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from common import (
+    FIXED,
+    command,
+    console,
+    described,
+    initial,
+    load_network,
+    modular_parser,
+    opened,
+    runner_of,
+    settings_of,
+    store_network,
+    with_presets,
+)
+
+from compo_jax import data, modular, report
+from compo_jax.modular import ModularNet, routes
+from compo_jax.train import once, write_json
+
+BASELINES = ("single-task", "hard-sharing", "hard-sharing-bn", "random-routes")
+PRESETS = {
+    "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": [4], "steps": 300, "batch": 16},
+    "cifar100": {"steps": 750, "batch": 16, "width": 16},
+}
+PRESET = {"size": 32, "layers": 8, "width": 32, "templates": [8], "steps": 1000, "batch": 32, "images": 50}
+AMOUNTS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of a re-routing
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = modular_parser(__doc__)
+    add = parser.add_argument
+    add("--data", nargs="+", default=["glyphs"], help="glyphs, or names of TFDS image classification sets")
+    add("--tasks", type=int, help="tasks that a divided set gives at most; default all")
+    add("--templates", type=int, nargs="+", help="modules; several numbers make several networks")
+    add("--bn", choices=["task", "layer", "template"], default="task", help="of learned orders and random routes")
+    add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
+    add("--analysis-images", type=int, default=50, help="test images of a task that modules are removed on")
+    return with_presets(parser.parse_args(arguments), PRESETS, PRESET)
+
+
+def some(split: data.Split, count: int) -> data.ArraySplit:
+    rows = np.random.default_rng(0).permutation(len(split))[:count]
+    return data.ArraySplit(split.images(rows), split.labels[rows])
+
+
+def bridge(net, variables, prepare, task: int, layer: int, split: data.Split) -> dict:
+    """The loss when one layer is re-routed by and by to each template, and what its curvature forecasts."""
+    one, taken = modular.take_tasks(net, variables, [task])
+    images, labels = prepare(split.images(np.arange(len(split)))), jnp.asarray(split.labels)
+    found = modular.route_landscape(net, variables, task, layer, images, labels)
+    whole = routes.hard(taken["params"]["route"])
+
+    @jax.jit
+    def loss(weights):
+        logits = one.apply(taken, images[None], lambda _: whole.at[0, layer].set(weights))[0]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    start = whole[0, layer]
+    moved = start + jnp.asarray(AMOUNTS)[:, None] * (jnp.eye(net.templates)[:, None] - start)  # (M, amounts, M)
+    true = np.array([[float(loss(b)) for b in row] for row in moved])
+    forecast = np.array([[float(found.predict(b)) for b in row] for row in moved])
+    chosen, at = int(start.argmax()), float(loss(start))
+    others = np.arange(net.templates) != chosen
+    wrong = np.abs(forecast - true)[others] / np.abs(true - at)[others]
+    return {
+        "layer": layer,
+        "images": len(split),
+        "chosen": chosen,
+        "amounts": list(AMOUNTS),
+        "true": true.tolist(),
+        "forecast": forecast.tolist(),
+        "loss": at,
+        "error": np.median(wrong, axis=0).tolist(),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+
+    # -- tasks and networks --------------------------------------------------------------------------------------------
+    stream = data.open_tasks(
+        options.data, options.size, data_dir=options.data_dir, tasks=options.tasks, images=options.images
+    )
+    names, prepare = [task.name for task in stream.tasks], stream.prepare
+    train, test = [task.train for task in stream.tasks], [task.test for task in stream.tasks]
+    classes, layers = tuple(len(task.classes) for task in stream.tasks), options.layers
+    console.print(f"{stream.name}: {len(names)} tasks, {sum(classes)} classes, {sum(map(len, train))} images")
+    settings = settings_of(options)
+    in_order = settings._replace(phases=FIXED)
+    shape = {key: getattr(options, key) for key in ("layers", "width", "patch", "block")}
+    first = ModularNet(classes, templates=options.templates[0], bn=options.bn, **shape)
+    plain = ModularNet(classes, templates=layers, **shape)  # each block once
+    ordered = {f"ordered-{count}": first.clone(templates=count) for count in options.templates}
+    nets = {"single-task": plain, "hard-sharing": plain.clone(bn="layer"), "hard-sharing-bn": plain}
+    nets = {name: net for name, net in (nets | {"random-routes": first}).items() if name in options.baselines} | ordered
+    runner = runner_of(options)
+
+    @functools.cache
+    def learner(net, settings):
+        return modular.learner(net, prepare, settings, stream.augment, runner=runner)
+
+    with opened(options) as (run, progress):
+
+        def fitted(net, settings, splits, seed, order, label, folder):
+            variables = initial(net, options.size, seed, order)
+            checkpoints, record = run.folder / "checkpoints" / folder, {"run": label, "task": f"seed {seed}"}
+            found = learner(net, settings).train(
+                variables, splits, seed, checkpoints, log=run.log, record=record, progress=progress
+            )
+            return found
+
+        # -- a method and a seed ---------------------------------------------------------------------------------------
+        def measured(name, seed):
+            net, clock, found = nets[name], time.perf_counter(), {}
+            if name == "single-task":
+                accuracy, parameters = [], 0
+                for t, task in enumerate(names):
+                    alone = net.clone(classes=classes[t : t + 1])
+                    trained = fitted(
+                        alone, in_order, train[t : t + 1], seed, np.arange(layers), f"alone: {task}", f"{seed}-{t}"
+                    ).variables
+                    accuracy += modular.accuracies(alone, prepare)(trained, test[t : t + 1]).tolist()
+                    parameters += modular.parameters(trained["params"], route=False)
+                return {"accuracy": accuracy, "parameters": parameters, "seconds": time.perf_counter() - clock}
+            if name in ordered:
+                order, trains = None, settings
+            elif name == "random-routes":
+                order = np.random.default_rng(seed).integers(net.templates, size=(len(names), layers))
+                trains = in_order
+            else:
+                order, trains = np.arange(layers), in_order
+            trained = fitted(net, trains, train, seed, order, name, f"{seed}-{name}")
+            found["seconds"] = time.perf_counter() - clock
+            variables = trained.variables
+            found["parameters"] = modular.parameters(variables["params"], route=name in ordered)
+            if name not in ordered:
+                return found | {"accuracy": modular.accuracies(net, prepare)(variables, test).tolist()}
+            gap = learner(net, trains).gap(trained, train, seed, test)
+            soft = routes.soft(trained.before["params"]["route"], trains.temperature[1])
+            lines = [r for r in run.log.records() if (r["run"], r["task"]) == (name, f"seed {seed}")]
+            keys = ("step", "cross_entropy", "accuracy", "entropy", "unused", "temperature")
+            store_network(pool(name, seed), net, variables, stream.tasks, gap.finetuned.tolist(), seed)
+            return found | {
+                "accuracy": gap.finetuned.tolist(),
+                "gap": {key: value.tolist() for key, value in gap._asdict().items()},
+                "hard": routes.indices(variables["params"]["route"]).tolist(),
+                "soft": np.round(soft, 4).tolist(),
+                "curves": {key: [line[key] for line in lines] for key in keys},
+            }
+
+        def pool(name, seed):
+            return run.folder / "pools" / f"{name}-{seed}"
+
+        results = {name: [] for name in nets}
+        for seed in options.seeds:
+            for name in nets:
+                results[name].append(once(run, f"{seed}-{name}", lambda name=name, seed=seed: measured(name, seed)))
+                shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+                accuracy = 100 * np.mean(results[name][-1]["accuracy"])
+                console.print(f"seed {seed}: {name} {accuracy:.1f} % in {results[name][-1]['seconds']:.0f} s")
+
+        # -- what the first learned order says -------------------------------------------------------------------------
+        main_method, seed = next(iter(ordered)), options.seeds[0]
+
+        def removed():
+            net, variables = load_network(pool(main_method, seed), len(names))
+            few = [some(split, options.analysis_images) for split in test]
+            score = modular.accuracies(net, prepare)
+            lost = modular.analysis.removal(
+                lambda logits: score(modular.set_route(variables, logits), few),
+                variables["params"]["route"], jax.random.key(seed),
+            )  # fmt: skip
+            return {key: value.tolist() for key, value in lost._asdict().items()} | {"images": options.analysis_images}
+
+        def bridged():
+            net, variables = load_network(pool(main_method, seed), len(names))
+            found = bridge(net, variables, prepare, 0, layers // 2, some(train[0], 256))
+            return {"method": main_method, "task": names[0], **found}
+
+        several = nets[main_method].templates > 1
+        removal = once(run, f"{seed}-removal", removed) if several else None
+        forecast = once(run, f"{seed}-bridge", bridged) if several else None
+
+        # -- report ----------------------------------------------------------------------------------------------------
+        by_seed = lambda name, key: [found[key] for found in results[name]]
+        points = ("soft", "hard", "reestimated", "finetuned")
+        metrics = {
+            "name": options.name,
+            "data": stream.name,
+            "tasks": names,
+            "classes": list(classes),
+            "seeds": options.seeds,
+            "seconds": sum(sum(by_seed(name, "seconds")) for name in nets),
+            "net": described(first, options.size),
+            "steps": options.steps,
+            "phases": list(settings.phases),
+            "methods": {
+                name: {
+                    "accuracy": by_seed(name, "accuracy"),
+                    "parameters": results[name][0]["parameters"],
+                    "macs": modular.macs(net, options.size),
+                    "seconds": by_seed(name, "seconds"),
+                }
+                for name, net in nets.items()
+            },
+            "gap": {name: {p: [found["gap"][p] for found in results[name]] for p in points} for name in ordered},
+            "curves": {
+                name: results[name][0]["curves"] | {"phases": list(settings.phases), "steps": options.steps}
+                for name in ordered
+            },
+            "routes": {
+                name: {
+                    "templates": net.templates, "hard": by_seed(name, "hard"), "soft": results[name][0]["soft"]
+                }
+                for name, net in ordered.items()
+            },
+            "removal": {main_method: removal} if removal else {},
+            "bridge": forecast,
+        }  # fmt: skip
+        write_json(run.folder / "metrics.json", metrics)
+        path = report.multitask(run.folder, metrics)
+        console.print(report.multitask_table(metrics))
+        console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+
+
+if __name__ == "__main__":
+    command(main)

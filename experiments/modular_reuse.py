@@ -1,0 +1,143 @@
+"""Accuracy at equal parameters: twice as many layers, which go through the same blocks again, in a learned order.
+
+    python experiments/modular_reuse.py                                       # rendered characters, no download
+    python experiments/modular_reuse.py --data cifar100 --data-dir DIR
+
+L blocks in L layers; in 2L layers, each block twice in a row (AABB), the whole twice (ABAB), in random order, and in a
+learned order; and 2L blocks in 2L layers, the upper bound. BN's scale and bias belong to the block, so that depth
+costs no parameter but the logits of a learned order (`--bn task` gives each layer its own). Writes `runs/NAME/`:
+metrics.json, metrics.jsonl, report.html and a pool for each learned order. A killed run goes on where it was, a
+finished one may be given more seeds. The first takes under 5 minutes on 2 CPU cores. Expected numbers: README.md.
+"""
+
+import argparse
+import functools
+import shutil
+import time
+
+import numpy as np
+from common import (
+    FIXED,
+    command,
+    console,
+    described,
+    initial,
+    modular_parser,
+    opened,
+    runner_of,
+    settings_of,
+    store_network,
+    with_presets,
+)
+
+from compo_jax import data, modular, report
+from compo_jax.modular import ModularNet, routes
+from compo_jax.train import once, write_json
+
+PRESETS = {
+    "glyphs": {"layers": 2, "width": 16, "steps": 400, "batch": 64, "learning_rate": 3e-3},
+    "cifar100": {"layers": 3, "steps": 1600},
+}
+PRESET = {"size": 32, "layers": 4, "width": 32, "steps": 2000, "batch": 128, "images": 50}
+POINTS = ("soft", "hard", "reestimated", "finetuned")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = modular_parser(__doc__)
+    add = parser.add_argument
+    add("--data", default="glyphs", help="glyphs, or the name of a TFDS image classification set")
+    add("--bn", choices=["template", "task"], default="template", help="whose scale and bias: the block's, the layer's")
+    return with_presets(parser.parse_args(arguments), PRESETS, PRESET)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+
+    # -- one task, and how its blocks are ordered ----------------------------------------------------------------------
+    found = data.open_tasks([options.data], options.size, data_dir=options.data_dir, images=options.images)
+    task, prepare, blocks = data.pooled(found), found.prepare, options.layers
+    classes, double = len(task.classes), 2 * options.layers
+    console.print(f"{found.name}: {classes} classes, {len(task.train)} images")
+    shape = {key: getattr(options, key) for key in ("width", "patch", "block", "bn")}
+    short = ModularNet((classes,), layers=blocks, templates=blocks, **shape)
+    deep = short.clone(layers=double)
+    orders = {
+        f"{blocks}-layers": (short, lambda seed: np.arange(blocks)),
+        "aabb": (deep, lambda seed: np.repeat(np.arange(blocks), 2)),
+        "abab": (deep, lambda seed: np.tile(np.arange(blocks), 2)),
+        "random": (deep, lambda seed: np.random.default_rng(seed).integers(blocks, size=double)),
+        "learned": (deep, lambda seed: None),
+        "distinct": (deep.clone(templates=double), lambda seed: np.arange(double)),
+    }
+    settings, runner = settings_of(options), runner_of(options)
+
+    @functools.cache
+    def learner(net, settings):
+        return modular.learner(net, prepare, settings, found.augment, runner=runner)
+
+    with opened(options) as (run, progress):
+        # -- an order and a seed ---------------------------------------------------------------------------------------
+        def measured(name, seed):
+            clock, (net, order) = time.perf_counter(), orders[name]
+            learns = learner(net, settings if name == "learned" else settings._replace(phases=FIXED))
+            trained = learns.train(
+                initial(net, options.size, seed, order(seed)), [task.train], seed,
+                run.folder / "checkpoints" / f"{seed}-{name}",
+                log=run.log, record={"run": name, "task": f"seed {seed}"}, progress=progress,
+            )  # fmt: skip
+            seconds, params = time.perf_counter() - clock, trained.variables["params"]
+            made = {
+                "accuracy": float(modular.accuracies(net, prepare)(trained.variables, [task.test], 256)[0]),
+                "train_accuracy": float(modular.accuracies(net, prepare)(trained.variables, [some], 256)[0]),
+                "parameters": modular.parameters(params, route=name == "learned"),
+                "route": routes.indices(params["route"])[0].tolist(),
+                "seconds": seconds,
+            }
+            if name == "learned":
+                gap = learns.gap(trained, [task.train], seed, [task.test])
+                made["gap"] = {key: float(value[0]) for key, value in gap._asdict().items()}
+                store_network(
+                    run.folder / "pools" / f"learned-{seed}", net, trained.variables, [task], [made["accuracy"]], seed
+                )
+            return made
+
+        rows = np.random.default_rng(0).permutation(len(task.train))[: len(task.test)]
+        some = data.ArraySplit(task.train.images(rows), task.train.labels[rows])
+        results = {name: [] for name in orders}
+        for seed in options.seeds:
+            for name in orders:
+                results[name].append(once(run, f"{seed}-{name}", functools.partial(measured, name, seed)))
+                shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+                made = results[name][-1]
+                console.print(f"seed {seed}: {name} {100 * made['accuracy']:.1f} % in {made['seconds']:.0f} s")
+
+        # -- report ----------------------------------------------------------------------------------------------------
+        by_seed = lambda name, key: [made[key] for made in results[name]]
+        metrics = {
+            "name": options.name,
+            "data": found.name,
+            "classes": classes,
+            "blocks": blocks,
+            "seeds": options.seeds,
+            "seconds": sum(sum(by_seed(name, "seconds")) for name in orders),
+            "net": described(deep, options.size),
+            "methods": {
+                name: {
+                    **{key: by_seed(name, key) for key in ("accuracy", "train_accuracy", "route", "seconds")},
+                    "parameters": results[name][0]["parameters"],
+                    "macs": modular.macs(net, options.size),
+                    "layers": net.layers,
+                    "templates": net.templates,
+                }
+                for name, (net, _) in orders.items()
+            },
+            "gap": {"learned": {point: [made["gap"][point] for made in results["learned"]] for point in POINTS}},
+        }
+        write_json(run.folder / "metrics.json", metrics)
+        path = report.reuse(run.folder, metrics)
+        console.print(report.reuse_table(metrics))
+        console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+
+
+if __name__ == "__main__":
+    command(main)
