@@ -11,8 +11,6 @@ the base is positive. Under 4 minutes on 2 CPU cores with no arguments, the run 
 """
 
 import argparse
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -22,14 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
+from job import closing, console, small_run
 
 from compo_jax import adapters, curvature, incremental, report, tree
 from compo_jax.train import write_json
 
-console = Console()
 Tree = Any
-SMALL = ["--tasks", "5", "--classes", "6", "--images", "50", "--epochs", "4", "--methods", "ita-lora", "none-lora"]
+SMALL = ["ita-lora", "none-lora"]
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
 BATCHES = (1, 8, 32, 128)
 
@@ -336,9 +333,7 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.perf_counter()
     folder = options.run or options.runs / "curvature-pools"
     if options.run is None:
-        job = Path(__file__).with_name("incremental.py")
-        command = [sys.executable, str(job), *SMALL, "--runs", str(options.runs), "--name", folder.name]
-        subprocess.run(command, check=True)
+        small_run(folder, SMALL)
     if options.weightings < 2:
         raise ValueError(f"a correlation needs --weightings of two at least, not {options.weightings}")
     run = incremental.open_finished(folder, options.data_dir)
@@ -377,8 +372,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, OSError, KeyError, subprocess.CalledProcessError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
-        sys.exit(2)
+    closing(main)

@@ -17,20 +17,17 @@ import itertools
 import json
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
-from rich.console import Console
+from job import closing, console
 
 from compo_jax import adapters, data, incremental, models, report, tree
 from compo_jax.incremental import Method, Settings
 from compo_jax.pool import ModulePool
 from compo_jax.train import Checkpoints, jit_runner, open_run, pmap_runner, progress_bar, write_json
-
-console = Console()
 
 
 def class_means(z, labels, seed):
@@ -361,8 +358,4 @@ def draw_samples(extract, stream, params, head, each: int = 4):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, FloatingPointError, OSError, KeyError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
-        sys.exit(2)
+    closing(main)

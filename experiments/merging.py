@@ -13,8 +13,6 @@ cores with no arguments, the run included. Expected numbers: README.md.
 """
 
 import argparse
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,15 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
+from job import closing, console, small_run
 
 from compo_jax import adapters, compose, curvature, incremental, report, tree
 from compo_jax.incremental.fisher import task_fisher
 from compo_jax.pool import ModulePool
 from compo_jax.train import write_json
 
-console = Console()
-SMALL = ["--tasks", "5", "--classes", "6", "--images", "50", "--epochs", "4", "--methods", "none-lora", "none-full"]
+SMALL = ["none-lora", "none-full"]
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
 OPTIONS = {
     "dare": {"rate": 0.5},
@@ -161,9 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.perf_counter()
     folders = options.run or [options.runs / "merging-pools"]
     if options.run is None:
-        job = Path(__file__).with_name("incremental.py")
-        command = [sys.executable, str(job), *SMALL, "--runs", str(options.runs), "--name", folders[0].name]
-        subprocess.run(command, check=True)
+        small_run(folders[0], SMALL)
     runs = [incremental.open_finished(folder, options.data_dir) for folder in folders]
     pools = incremental.common_methods(runs, options.methods)
     tasks = len(runs[0].stream.tasks)
@@ -234,8 +229,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, OSError, KeyError, subprocess.CalledProcessError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
-        sys.exit(2)
+    closing(main)

@@ -19,9 +19,8 @@ import time
 
 import jax.numpy as jnp
 import numpy as np
-from common import (
-    command,
-    console,
+from job import closing, console
+from modular_job import (
     described,
     initial,
     load_network,
@@ -70,6 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--adapt-steps", type=int, default=100, help="steps of an adaptation")
     add("--adapt-batch", type=int, default=64)
     add("--adapt-learning-rate", type=float, default=1e-3)
+    add("--methods", nargs="*", choices=ADAPTED, default=list(ADAPTED), metavar="NAME", help="; ".join(ADAPTED))
     parser.set_defaults(patch=None)
     return with_presets(parser.parse_args(arguments), PRESETS, PRESET)
 
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
             }
             accuracy = {BASELINE: score[best], "best source (by labels)": score[bound], "mean of sources": None}
             objective = {BASELINE: objectives[best], "best source (by labels)": objectives[bound]}
-            weights, learned = {}, [name for name, (_, route, *_) in ADAPTED.items() if route != "fixed"]
+            weights, learned = {}, [name for name in options.methods if ADAPTED[name][1] != "fixed"]
 
             def measure(name, found):
                 accuracy[name] = modular.accuracies(one, prepare, routes.soft)(found, [task.test])[0]
@@ -142,7 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
                 weights[name] = np.round(routes.soft(found["params"]["route"])[0], 4).tolist()
 
             measure("mean of sources", starts["mean"])
-            for name, (start, route, bn, _) in ADAPTED.items():
+            for name in options.methods:
+                start, route, bn, _ = ADAPTED[name]
                 record = {"run": f"{target}: {name}", "task": f"seed {seed}"}
                 mixed = own if route == "convex" else None
                 measure(
@@ -176,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         # -- report ----------------------------------------------------------------------------------------------------
         groups = {BASELINE: "sources", "mean of sources": "sources", "best source (by labels)": "oracle"}
-        groups |= {name: group for name, (*_, group) in ADAPTED.items()}
+        groups |= {name: ADAPTED[name][-1] for name in options.methods}
         each = lambda key: [[part[key] for part in parts] for parts in found]
         metrics = {
             "name": options.name,
@@ -216,4 +217,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    closing(main)

@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import (
+from job import closing, console
+from modular_job import (
     FIXED,
-    command,
-    console,
     described,
     initial,
     load_network,
@@ -40,7 +39,7 @@ from compo_jax.train import once, write_json
 
 BASELINES = ("single-task", "hard-sharing", "hard-sharing-bn", "random-routes")
 PRESETS = {
-    "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": [4], "steps": 300, "batch": 16},
+    "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": [4], "steps": 250, "batch": 16},
     "cifar100": {"steps": 750, "batch": 16, "width": 16},
 }
 PRESET = {"size": 32, "layers": 8, "width": 32, "templates": [8], "steps": 1000, "batch": 32, "images": 50}
@@ -245,4 +244,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    closing(main)

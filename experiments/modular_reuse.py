@@ -16,10 +16,9 @@ import shutil
 import time
 
 import numpy as np
-from common import (
+from job import closing, console
+from modular_job import (
     FIXED,
-    command,
-    console,
     described,
     initial,
     modular_parser,
@@ -35,10 +34,10 @@ from compo_jax.modular import ModularNet, routes
 from compo_jax.train import once, write_json
 
 PRESETS = {
-    "glyphs": {"layers": 2, "width": 16, "steps": 400, "batch": 64, "learning_rate": 3e-3},
+    "glyphs": {"layers": 2, "width": 16, "steps": 400, "batch": 64, "tasks": 4},
     "cifar100": {"layers": 3, "steps": 1600},
 }
-PRESET = {"size": 32, "layers": 4, "width": 32, "steps": 2000, "batch": 128, "images": 50}
+PRESET = {"tasks": None, "size": 32, "layers": 4, "width": 32, "steps": 2000, "batch": 128, "images": 50}
 POINTS = ("soft", "hard", "reestimated", "finetuned")
 
 
@@ -46,6 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = modular_parser(__doc__)
     add = parser.add_argument
     add("--data", default="glyphs", help="glyphs, or the name of a TFDS image classification set")
+    add("--tasks", type=int, help="scripts whose characters are the classes (rendered characters); default all")
     add("--bn", choices=["template", "task"], default="template", help="whose scale and bias: the block's, the layer's")
     return with_presets(parser.parse_args(arguments), PRESETS, PRESET)
 
@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
 
     # -- one task, and how its blocks are ordered ----------------------------------------------------------------------
-    found = data.open_tasks([options.data], options.size, data_dir=options.data_dir, images=options.images)
+    found = data.open_tasks(
+        [options.data], options.size, data_dir=options.data_dir, tasks=options.tasks, images=options.images
+    )
     task, prepare, blocks = data.pooled(found), found.prepare, options.layers
     classes, double = len(task.classes), 2 * options.layers
     console.print(f"{found.name}: {classes} classes, {len(task.train)} images")
@@ -140,4 +142,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    closing(main)

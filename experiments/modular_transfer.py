@@ -19,10 +19,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import (
+from job import closing, console
+from modular_job import (
     FIXED,
-    command,
-    console,
     described,
     initial,
     load_network,
@@ -41,7 +40,7 @@ from compo_jax.modular import ModularNet, routes
 from compo_jax.train import once, write_json
 
 PRESETS = {
-    "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": 4, "steps": 300, "batch": 16, "budgets": [5, 20, 0]},
+    "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16, "budgets": [5, 20, 0]},
     "cifar100": {"width": 16, "steps": 750, "batch": 16},
 }
 PRESET = {
@@ -70,16 +69,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def few(task: data.Task, budget: int, seed: int) -> data.ArraySplit:
     """`budget` images of each class, the same for all methods; all of them for 0."""
-    rows, rng = [], np.random.default_rng(seed)
-    for c, name in enumerate(task.classes):
-        own = rng.permutation(np.flatnonzero(task.train.labels == c))
-        if budget > len(own):
-            raise ValueError(
-                f"{budget} images of each class were asked for and class {name!r} of {task.name!r} has {len(own)}: "
-                "lower --budgets; 0 takes all"
-            )
-        rows.append(own[: budget or None])
-    rows = np.sort(np.concatenate(rows))
+    rng = np.random.default_rng(seed)
+    each = [rng.permutation(np.flatnonzero(task.train.labels == c)) for c in range(len(task.classes))]
+    rows = np.sort(np.concatenate([own[: budget or None] for own in each]))
     return data.ArraySplit(task.train.images(rows), task.train.labels[rows])
 
 
@@ -88,8 +80,6 @@ def nearest_source(net, variables, prepare, split: data.Split, images: int = 250
     rows = np.random.default_rng(0).permutation(len(split))[:images]
     labels = split.labels[rows]
     folds = int(min(5, np.bincount(labels).min()))
-    if folds < 2:
-        raise ValueError("the nearest source is told by two images or more of each class: raise --budgets")
     features = jax.jit(
         lambda variables, images: net.apply(
             variables, jnp.stack([images] * len(net.classes)), routes.hard, True,
@@ -110,6 +100,15 @@ def main(arguments: list[str] | None = None) -> None:
     total, prepare = len(stream.tasks), stream.prepare
     if not 1 <= options.held_out <= total - 1:
         raise ValueError(f"{options.held_out} of {total} tasks can't be left out: one must stay at least")
+    for task in stream.tasks:
+        fewest = int(np.bincount(task.train.labels).min())
+        if max(options.budgets) > fewest:
+            raise ValueError(
+                f"{max(options.budgets)} images of each class were asked for and a class of {task.name!r} has "
+                f"{fewest}: lower --budgets; 0 takes all"
+            )
+    if 1 in options.budgets:
+        raise ValueError("the nearest source is told by two images or more of each class: raise --budgets")
     console.print(f"{stream.name}: {total} tasks, {options.held_out} of them left out")
     shape = {key: getattr(options, key) for key in ("layers", "templates", "width", "patch", "block")}
     settings = settings_of(options)
@@ -238,4 +237,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    closing(main)

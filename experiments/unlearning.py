@@ -10,19 +10,15 @@ CPU cores with no arguments, the run included. Expected numbers: README.md.
 """
 
 import argparse
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
+from job import closing, console, small_run
 
 from compo_jax import incremental, report
 from compo_jax.train import write_json
 
-console = Console()
-METHODS = ["ita-lora", "iel-lora", "ita-ia3", "iel-ia3", "ita-full", "iel-full"]
-SMALL = ["--tasks", "5", "--classes", "6", "--images", "50", "--epochs", "4", "--methods", *METHODS]
+SMALL = ["ita-lora", "iel-lora", "ita-ia3", "iel-ia3", "ita-full", "iel-full"]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--run", type=Path, nargs="+", help="finished runs of incremental.py; default: make a small one")
@@ -65,9 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.perf_counter()
     folders = options.run or [options.runs / "unlearning-pools"]
     if options.run is None:
-        job = Path(__file__).with_name("incremental.py")
-        command = [sys.executable, str(job), *SMALL, "--runs", str(options.runs), "--name", folders[0].name]
-        subprocess.run(command, check=True)
+        small_run(folders[0], SMALL)
     runs = [incremental.open_finished(folder, options.data_dir) for folder in folders]
     methods = incremental.common_methods(runs, options.methods)
     if any(len(run.stream.tasks) < 2 for run in runs):
@@ -95,8 +89,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, OSError, KeyError, subprocess.CalledProcessError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
-        sys.exit(2)
+    closing(main)

@@ -67,10 +67,17 @@ class Omniglot(Toy):
     """Under the name of a set that has defaults of its own."""
 
 
+class Weather(Toy):
+    """Its splits are domains."""
+
+    def _split_generators(self, manager):
+        return {"sun": self._generate_examples(5), "rain": self._generate_examples(10)}
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    for builder in (Toy, Omniglot):
+    for builder in (Toy, Omniglot, Weather):
         builder(data_dir=str(folder), file_format="array_record").download_and_prepare()
     return folder
 
@@ -254,6 +261,33 @@ def test_omniglot_is_inverted_and_left_unmirrored(data_dir):
     assert [task.classes[(255 - g) // 40] for g in greys(task.train)] == [task.classes[x] for x in task.train.labels]
     assert data.tfds_stream("omniglot", data_dir, size=4, tasks=3).augment is augment.random_affine
     assert data.tfds_stream("toy", data_dir, size=4, tasks=3, augment=None).augment is None
+
+
+def test_tasks_of_several_sets_stand_side_by_side(data_dir):
+    stream = data.open_tasks(["toy", "glyphs"], 12, data_dir=data_dir, tasks=2, classes=3, images=5)
+    assert [task.name for task in stream.tasks] == ["toy", "arabic", "armenian"]
+    assert [len(task.classes) for task in stream.tasks] == [6, 3, 3]
+    assert stream.tasks[0].train.images(np.arange(2)).shape == stream.tasks[1].train.images(np.arange(2)).shape
+    assert (len(stream.tasks[1].train), stream.augment) == (15, None)
+    assert data.open_tasks(["toy"], 12, data_dir=data_dir).augment is augment.random_flip
+    with pytest.raises(ValueError, match="toy needs data_dir"):
+        data.open_tasks(["toy"], 12)
+
+
+def test_domains_share_their_classes(data_dir):
+    stream = data.open_domains("weather", 4, data_dir=data_dir)
+    assert [(task.name, task.classes) for task in stream.tasks] == [("sun", tuple("abcdef")), ("rain", tuple("abcdef"))]
+    rain = stream.tasks[1]
+    assert sorted([*greys(rain.train), *greys(rain.test)]) == sorted(
+        40 * label + number for label in range(6) for number in range(10)
+    )
+    assert np.bincount(rain.test.labels).tolist() == [2] * 6
+    rendered = data.open_domains("rendered", 12, images=5)
+    assert {task.classes for task in rendered.tasks} == {tuple("0123456789")} and len(rendered.tasks) == 4
+    first, second = (task.train.images(np.arange(10)).astype(int) for task in rendered.tasks[:2])
+    assert first.mean() < 128 < second.mean()  # light on dark, dark on light
+    with pytest.raises(ValueError, match="domains are of the same classes, and those of toy are not"):
+        data.open_domains("toy", 4, data_dir=data_dir)
 
 
 def test_classes_absent_from_both_splits_are_left_out(data_dir):

@@ -1,44 +1,15 @@
 """The main job from its command line: results, resume after a kill, and what it says to bad input."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jobs import comparable, killed, run
 
 from compo_jax.pool import ModulePool
 
-ROOT = Path(__file__).parents[1]
 SMALL = ["--tasks", "2", "--classes", "3", "--images", "24", "--epochs", "3", "--batch", "24", "--fisher-images", "24"]
-
-
-def command(*arguments, script="incremental.py"):
-    return [sys.executable, str(ROOT / "experiments" / script), *map(str, arguments)]
-
-
-# The runs here are many and small, and compile the same programs.
-CACHE = tempfile.TemporaryDirectory(prefix="compo_jax_tests_")
-ENVIRONMENT = {
-    **os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "1000", "JAX_COMPILATION_CACHE_DIR": CACHE.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-}  # fmt: skip
-
-
-def run(*arguments, script="incremental.py"):
-    line = command(*arguments, script=script)
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=300)
-
-
-def comparable(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +59,7 @@ def test_a_killed_run_ends_bit_identical(finished, tmp_path):
     arguments = [*SMALL, "--runs", tmp_path, "--name", "killed"]
     # Killed when the first task's module is in the pool, and when the second task's training has begun.
     for sign in ("pool/00-arabic", "checkpoints/ita-lora-1"):
-        process = subprocess.Popen(command(*arguments), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-        until = time.monotonic() + 200
-        while not (folder / sign).exists() and time.monotonic() < until and process.poll() is None:
-            time.sleep(0.01)
-        assert (folder / sign).exists()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert killed(folder / sign, *arguments)
         assert not (folder / "metrics.json").exists()
     last = run(*arguments)
     assert last.returncode == 0, last.stdout + last.stderr
@@ -173,13 +138,7 @@ def several(tmp_path_factory):
     """A run of many methods, killed after its first task and taken up again."""
     runs = tmp_path_factory.mktemp("runs")
     arguments = [*SEVERAL, "--runs", runs, "--name", "several"]
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 200
-    while not (runs / "several" / "pool" / "01-armenian").exists() and time.monotonic() < until:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert killed(runs / "several" / "pool" / "01-armenian", *arguments)
     done = run(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on after 1 tasks" in done.stdout

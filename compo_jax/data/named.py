@@ -67,7 +67,8 @@ def open_tasks(
     """Tasks of one set or several side by side, at one size: for networks that learn them at once.
 
     A set with a feature that divides it gives several tasks (CIFAR-100's superclasses, Omniglot's alphabets, the
-    scripts of `glyphs`), any other set one. Pictures are mirrored at random in training, characters are not augmented.
+    scripts of `glyphs`), any other set one. Pictures are mirrored at random in training; characters are
+    not augmented, nor is anything where both are together.
 
     Args:
       tasks: how many a divided set gives at most, drawn by the seed; default all.
@@ -129,12 +130,23 @@ def open_domains(
             tfds_stream(each, folder, size=size, tasks=1, seed=None).tasks[0]._replace(name=each)
             for each in ("mnist", "usps")
         ]
-        return TaskStream(name, (*real, rendered("rendered", glyphs.Distortion(), 0)), size)
+        return _of_one_set(TaskStream(name, (*real, rendered("rendered", glyphs.Distortion(), 0)), size))
     streams = [
         tfds_stream(name, folder, size=size, tasks=1, seed=None, train_split=split, test_fraction=0.2, crop=1.0)
         for split in split_names(name, folder)
     ]
     domains = [s.tasks[0]._replace(name=split) for s, split in zip(streams, split_names(name, folder), strict=True)]
-    if len(domains) < 2:
-        raise ValueError(f"{name} has one split and no domains: its splits must be the domains, as those of PACS are")
-    return TaskStream(name, tuple(domains), size, augment=augment.random_flip)
+    return _of_one_set(TaskStream(name, tuple(domains), size, augment=augment.random_flip))
+
+
+def _of_one_set(stream: TaskStream) -> TaskStream:
+    """The stream, once its domains are seen to be of the same classes."""
+    classes = {domain.name: domain.classes for domain in stream.tasks}
+    if len(classes) < 2:
+        raise ValueError(
+            f"{stream.name} has one split and no domains: its splits must be the domains, as those of PACS are"
+        )
+    if len(set(classes.values())) > 1:
+        told = "; ".join(f"{name}: {', '.join(found)}" for name, found in classes.items())
+        raise ValueError(f"domains are of the same classes, and those of {stream.name} are not ({told})")
+    return stream

@@ -1,16 +1,15 @@
-"""What the experiments share: how errors are told, and for those on modular networks their options and their run."""
+"""What the experiments on modular networks share: options, a run of several seeds, networks in and out of a pool."""
 
 import argparse
 import contextlib
 import functools
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
+from job import console
 from rich.progress import Progress
 
 from compo_jax import modular
@@ -19,18 +18,8 @@ from compo_jax.modular import ModularNet, Settings, routes
 from compo_jax.pool import ModulePool
 from compo_jax.train import Run, jit_runner, open_run, pmap_runner, progress_bar
 
-console = Console()
 FIXED = (0.0, 0.0)  # phases of a training on a fixed route
 PHASES = "parts of the steps after which routes begin to harden, and are fixed"
-
-
-def command(main: Callable[[], None]) -> None:
-    """Runs `main`; what the user can mend is told in a line."""
-    try:
-        main()
-    except (ValueError, FloatingPointError, OSError, KeyError, subprocess.CalledProcessError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
-        sys.exit(2)
 
 
 def modular_parser(documentation: str | None) -> argparse.ArgumentParser:
@@ -93,10 +82,15 @@ def described(net: ModularNet, size: int) -> dict:
     return {key: getattr(net, key) for key in ("layers", "templates", "width", "patch", "block", "bn")} | {"size": size}
 
 
+@functools.cache
+def _init(net: ModularNet) -> Callable:
+    return jax.jit(net.init)  # kept: random numbers take XLA seconds to compile
+
+
 def initial(net: ModularNet, size: int, seed: int, order=None) -> dict:
     """New variables; with `order`, templates (layers,) or (tasks, layers), their route is that."""
     images = jnp.zeros((len(net.classes), 2, size, size, 3))
-    variables = jax.jit(net.init)(jax.random.key(seed), images)
+    variables = _init(net)(jax.random.key(seed), images)
     if order is None:
         return variables
     logits = routes.fixed(jnp.asarray(order), net.templates)
