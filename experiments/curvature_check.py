@@ -12,6 +12,7 @@ the base is positive. Under 4 minutes on 2 CPU cores with no arguments, the run 
 
 import argparse
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,6 @@ from compo_jax.train import write_json
 Tree = Any
 SMALL = ["ita-lora", "none-lora"]
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
-BATCHES = (1, 8, 32, 128)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--run", type=Path, help="folder of a finished run of incremental.py; default: make a small one")
@@ -36,6 +36,7 @@ parser.add_argument("--runs", type=Path, default=Path("runs"), help="where a sma
 parser.add_argument("--data-dir", type=Path, help="where the run's TFDS set is now; default: where it was")
 parser.add_argument("--images", type=int, default=160, help="test images that losses are means over")
 parser.add_argument("--fisher-images", type=int, default=128)
+parser.add_argument("--fisher-batches", type=int, nargs="+", default=[1, 8, 32, 128], help="tried where they divide it")
 parser.add_argument("--weightings", type=int, default=100, help="random compositions to forecast")
 parser.add_argument("--order", type=int, default=20, help="Lanczos steps")
 parser.add_argument("--seed", type=int, default=0)
@@ -154,7 +155,7 @@ def check_products(model, given: Problem, seed: int) -> dict:
 
 
 # -- (b) Fisher ------------------------------------------------------------------------------------------------------
-def check_fisher(model, given: Problem, count: int, seed: int) -> dict:
+def check_fisher(model, given: Problem, count: int, batches: Sequence[int], seed: int) -> dict:
     """Estimates of the Fisher against the exact Gauss-Newton matrix on the task vectors, at several batch sizes."""
     logits, loss = functions(model)
     frozen = given._replace(images=given.images[:count], labels=given.labels[:count])
@@ -232,8 +233,7 @@ def check_fisher(model, given: Problem, count: int, seed: int) -> dict:
 
     exact = exact_products(frozen, stacked)
     slow = ("K-FAC", "K-FAC, reduce", "EKFAC")  # all classes pulled back: at one size, to save time
-    sizes = [b for b in BATCHES if count % b == 0]
-    tried = [(name, size) for name in estimates for size in (sizes[-2:-1] if name in slow else sizes)]
+    tried = [(name, size) for name in estimates for size in (batches[-2:][:1] if name in slow else batches)]
     rows, reference = [], None
     for name, size in tried:
         compiled = jax.jit(partial(estimates[name], size=size)).lower(frozen).compile()
@@ -346,6 +346,9 @@ def main(arguments: list[str] | None = None) -> None:
     labels = len(first.labels)
     if not (0 < options.fisher_images <= labels and options.fisher_images % 8 == 0):
         raise ValueError(f"--fisher-images must be a multiple of 8, at most the {labels} images that there are")
+    sizes = [b for b in options.fisher_batches if b > 0 and options.fisher_images % b == 0]
+    if not sizes:
+        raise ValueError(f"none of --fisher-batches {options.fisher_batches} divides {options.fisher_images} images")
     console.print(f"{run.backbone}; {run.stream.name}: {len(first.deltas)} modules, {labels} images; {', '.join(kind)}")
 
     _, loss = functions(run.model)
@@ -359,7 +362,7 @@ def main(arguments: list[str] | None = None) -> None:
         "products": check_products(run.model, first, options.seed),
     }
     console.print(f"(a) Hessian products: relative error {metrics['products']['error_float64']:.1e} in float64")
-    metrics["fisher"] = check_fisher(run.model, first, options.fisher_images, options.seed)
+    metrics["fisher"] = check_fisher(run.model, first, options.fisher_images, sizes, options.seed)
     console.print(report.fisher_table(metrics["fisher"]))
     metrics["forecast"] = {n: check_forecast(run.model, k, options.weightings, options.seed) for n, k in kind.items()}
     console.print(report.forecast_table(metrics["forecast"]))

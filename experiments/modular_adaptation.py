@@ -5,11 +5,11 @@
     python experiments/modular_adaptation.py --data digits --data-dir DIR # MNIST, USPS and rendered digits
 
 Each domain is left out in turn: the others learn templates, a head that they share, and an order each; then the
-target's training images, their labels unread, choose a source, or learn a route by information maximisation, or adapt
-BN (AdaBN, Tent), or both. Nothing is chosen by target labels but the row that says so. Writes `runs/NAME/`:
-metrics.json, metrics.jsonl, report.html and a pool of the sources for each seed and target. A killed run goes on where
-it was, a finished one may be given more seeds. The first takes under 5 minutes on 2 CPU cores. Expected numbers:
-README.md.
+target's training images, their labels unread, choose a source (by information maximisation, under BN statistics of the
+target), or learn a route, or adapt BN (AdaBN, Tent), or both. Nothing is chosen by target labels but the row that says
+so. Writes `runs/NAME/`: metrics.json, metrics.jsonl, report.html and a pool of the sources for each seed and target. A
+killed run goes on where it was, a finished one may be given more seeds. The first takes under 5 minutes on 2 CPU cores.
+Expected numbers: README.md.
 """
 
 import argparse
@@ -69,6 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--adapt-steps", type=int, default=100, help="steps of an adaptation")
     add("--adapt-batch", type=int, default=64)
     add("--adapt-learning-rate", type=float, default=1e-3)
+    add("--route-rate", type=float, default=100.0, help="of a route, in multiples of that rate")
     add("--methods", nargs="*", choices=ADAPTED, default=list(ADAPTED), metavar="NAME", help="; ".join(ADAPTED))
     parser.set_defaults(patch=None)
     return with_presets(parser.parse_args(arguments), PRESETS, PRESET)
@@ -92,7 +93,10 @@ def main(arguments: list[str] | None = None) -> None:
     settings, runner = settings_of(options), runner_of(options)
     learner = modular.learner(net, prepare, settings, stream.augment, runner=runner)
     adapting = settings._replace(
-        steps=options.adapt_steps, batch=options.adapt_batch, learning_rate=options.adapt_learning_rate
+        steps=options.adapt_steps,
+        batch=options.adapt_batch,
+        learning_rate=options.adapt_learning_rate,
+        route_rate=options.route_rate,
     )
 
     @functools.cache
@@ -124,15 +128,16 @@ def main(arguments: list[str] | None = None) -> None:
             task, names, clock = domains[target], [other.name for other in others(target)], time.perf_counter()
             net, variables = load_network(pool(seed, target), len(names))
             score = modular.accuracies(net, prepare)(variables, [task.test] * len(names))
-            objectives = modular.source_objectives(net, prepare, variables, task)
+            objectives = modular.source_objectives(net, prepare, variables, task, bn="target")
             own = routes.hard(variables["params"]["route"])
             best, bound = int(np.argmin(objectives)), int(np.argmax(score))
             starts = {
                 "best": modular.one_source(net, variables, best)[1],
                 "mean": modular.mean_source(net, variables)[1],
             }
-            accuracy = {BASELINE: score[best], "best source (by labels)": score[bound], "mean of sources": None}
-            objective = {BASELINE: objectives[best], "best source (by labels)": objectives[bound]}
+            plain = modular.source_objectives(net, prepare, variables, task)
+            accuracy = {BASELINE: score[best], "best source (by labels)": score[bound]}
+            objective = {BASELINE: plain[best], "best source (by labels)": plain[bound]}
             weights, learned = {}, [name for name in options.methods if ADAPTED[name][1] != "fixed"]
 
             def measure(name, found):

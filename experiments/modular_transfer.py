@@ -62,6 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--budgets", type=int, nargs="+", help="labelled images of each class of a new task; 0 for all")
     add("--new-steps", type=int, default=150, help="steps of a new task's training")
     add("--new-batch", type=int, default=32)
+    add("--new-learning-rate", type=float, default=1e-2)
     add("--smoothing", type=float, default=0.3, help="of the source's route, where a new one starts from it")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="; ".join(METHODS))
     return with_presets(parser.parse_args(arguments), PRESETS, PRESET)
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(f"{stream.name}: {total} tasks, {options.held_out} of them left out")
     shape = {key: getattr(options, key) for key in ("layers", "templates", "width", "patch", "block")}
     settings = settings_of(options)
-    new = settings._replace(steps=options.new_steps, batch=options.new_batch)
+    new = settings._replace(steps=options.new_steps, batch=options.new_batch, learning_rate=options.new_learning_rate)
     runner = runner_of(options)
 
     @functools.cache

@@ -1,5 +1,6 @@
 """Experiments as their users start them: a command line, a run folder, lines of a log."""
 
+import importlib
 import json
 import os
 import signal
@@ -25,6 +26,15 @@ def command(*arguments, script="incremental.py"):
 def run(*arguments, script="incremental.py"):
     line = command(*arguments, script=script)
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=300)
+
+
+def main(*arguments, script="incremental.py"):
+    """In this process: quicker, and errors are raised."""
+    sys.path.insert(0, str(ROOT / "experiments"))
+    try:
+        importlib.import_module(script.removesuffix(".py")).main([str(argument) for argument in arguments])
+    finally:
+        sys.path.pop(0)
 
 
 def killed(sign, *arguments, script="incremental.py"):

@@ -346,7 +346,7 @@ def test_bad_tfds_streams(data_dir, options, message):
 
 
 def test_sets_that_are_not_there(data_dir):
-    with pytest.raises(FileNotFoundError, match="no prepared set 'mnist'; it has omniglot, toy; prepare"):
+    with pytest.raises(FileNotFoundError, match="no prepared set 'mnist'; it has omniglot, toy, weather; prepare"):
         data.tfds_stream("mnist", data_dir, size=4)
     with pytest.raises(FileNotFoundError, match="no prepared set 'toy:2.0.0'"):
         data.tfds_stream("toy:2.0.0", data_dir, size=4)

@@ -1,11 +1,10 @@
 """The four experiments on modular networks from their command lines: results, a kill, more seeds, bad input."""
 
-import importlib
 import json
 
 import numpy as np
 import pytest
-from jobs import ROOT, killed, run
+from jobs import killed, main, run
 
 from compo_jax.pool import ModulePool
 
@@ -102,9 +101,7 @@ def test_blocks_are_used_twice_at_equal_parameters(tmp_path):
         ("reuse", ["--patch", 3], "can't be cut into patches of 3"),
     ],
 )
-def test_bad_input_is_told_before_anything_is_trained(script, arguments, told, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    job = importlib.import_module(f"modular_{script}")
+def test_bad_input_is_told_before_anything_is_trained(script, arguments, told, tmp_path):
     with pytest.raises(ValueError, match=told):
-        job.main([str(x) for x in [*TINY, "--seeds", 0, *arguments, "--name", "bad", "--runs", tmp_path]])
+        main(*TINY, "--seeds", 0, *arguments, "--name", "bad", "--runs", tmp_path, script=f"modular_{script}.py")
     assert not list(tmp_path.glob("bad/parts/*"))

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from compo_jax import report
-from compo_jax.report import adaptation_figures, modular_figures, reuse_figures
+from compo_jax.report import adaptation_figures, modular_figures, reuse_figures, transfer_figures
 from compo_jax.report import figures as shared
 from compo_jax.report.adaptation_numbers import read
 from compo_jax.report.modular_numbers import paired, paired_text
@@ -234,7 +234,7 @@ def test_terminal_tables():
 def test_accuracy_over_budgets():
     found = {"a": np.array([[0.5, 0.7], [0.1, 0.3]]), "_$b": np.array([[0.9, 0.9], [0.2, 0.2]])}
     marks = modular_figures.looks(list(found), ["_$b"])
-    figure = modular_figures.by_budget(found, [None, 10], marks)
+    figure = transfer_figures.by_budget(found, [None, 10], marks)
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "all"]
     line, _, (bars,) = axes.containers[0]
@@ -247,7 +247,7 @@ def test_accuracy_over_budgets():
 @pytest.mark.parametrize("largest, scale, count", [(0.1, "linear", 1), (0.5, "symlog", 4), (0.1, "linear", 5)])
 def test_differences_of_pairs(largest, scale, count):
     values = np.tile([[0.0, largest, np.nan]], (count, 1))
-    axes, *others = modular_figures.differences({"a": values}, ["t"] * count, modular_figures.looks(["a"])).axes
+    axes, *others = transfer_figures.differences({"a": values}, ["t"] * count, modular_figures.looks(["a"])).axes
     lines = {line.get_label(): line for line in axes.lines}
     np.testing.assert_allclose(lines["pairs 0"].get_xdata(), [0, 100 * largest])
     np.testing.assert_allclose(float(axes.containers[0][0].get_xdata()[0]), 50 * largest)

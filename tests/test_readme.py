@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compo_jax import adapters, incremental, mesh, models
+from compo_jax import adapters, incremental, mesh, models, modular
 from compo_jax.curvature import FisherDiagonal
 from compo_jax.pool import ModulePool
 
@@ -27,7 +27,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
 
 
 def test_the_curvature_example_runs_on_a_quadratic():
-    _, example, _ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    _, example, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     centre = jnp.array([0.5, 0.25])
     names = {
         "loss": lambda p, x: jnp.mean(x) * jnp.sum((p["w"] - centre) ** 2),
@@ -45,7 +45,7 @@ def test_the_curvature_example_runs_on_a_quadratic():
 
 
 def test_the_pools_example_runs(tmp_path):
-    *_, example = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    *_, example, _ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     _, base, _ = models.embedded()
     lora = adapters.lora(8)
     module = lora.init(jax.random.key(0), base)
@@ -57,6 +57,17 @@ def test_the_pools_example_runs(tmp_path):
     }  # fmt: skip
     exec(example, names)
     assert int(names["pool"].curvature("greek").count) == 1
+
+
+def test_the_modular_example_runs():
+    *_, example = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names = {}
+    exec(example.replace("steps=300", "steps=5"), names)
+    assert names["order"].shape == (3, 4)
+    images = jnp.zeros((3, 1, 16, 16, 3))
+    logits = names["net"].apply(names["trained"], images, modular.hard)[0]
+    np.testing.assert_allclose(names["resnet"].apply(names["weights"], images[0]), logits, atol=1e-5)
+    assert names["one"].apply(names["begun"], images[:1]).shape == (1, 1, 5)
 
 
 def test_ci_runs_the_second_shell_block():

@@ -45,11 +45,20 @@ def one_source(net: ModularNet, variables: Tree, source: int, smoothing: float =
 
 
 def source_objectives(
-    net: ModularNet, prepare: Prepare, variables: Tree, target: Task, batch: int = 64
+    net: ModularNet, prepare: Prepare, variables: Tree, target: Task, batch: int = 64, *, bn: str = "source"
 ) -> Float[np.ndarray, " sources"]:
     """Information maximisation of each source's hard network on the target's training images: the lowest is the best
-    source that can be told without labels."""
-    logits = predictions(net, prepare)(variables, [target.train] * len(net.classes), batch)
+    source that can be told without labels.
+
+    `bn="target"` takes batch statistics on them first (on 20 batches at most), so that sources are compared by what
+    they see and not by how far their statistics are off.
+    """
+    splits = [target.train] * len(net.classes)
+    if bn not in ("source", "target"):
+        raise ValueError(f"{bn!r} is not among source, target")
+    if bn == "target":
+        variables = statistics(net, prepare)(variables, itertools.islice(balanced_batches(splits, batch, 0)(0), 20))
+    logits = predictions(net, prepare)(variables, splits, batch)
     return np.array([information_maximisation(jnp.asarray(part)) for part in logits])
 
 

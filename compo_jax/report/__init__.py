@@ -4,10 +4,10 @@ from compo_jax.report import adaptation_figures as adaptation_figures
 from compo_jax.report import curvature_figures as curvature_figures
 from compo_jax.report import figures as figures
 from compo_jax.report import merging_figures as merging_figures
-from compo_jax.report import modular_figures as modular_figures
 from compo_jax.report import multitask_figures as multitask_figures
 from compo_jax.report import reuse_figures as reuse_figures
 from compo_jax.report import route_figures as route_figures
+from compo_jax.report import transfer_figures as transfer_figures
 from compo_jax.report import unlearning_figures as unlearning_figures
 from compo_jax.report.adaptation import adaptation as adaptation
 from compo_jax.report.adaptation_numbers import adaptation_table as adaptation_table

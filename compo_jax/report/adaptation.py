@@ -8,8 +8,8 @@ import numpy as np
 
 from compo_jax.report import adaptation_figures as figures
 from compo_jax.report.adaptation_numbers import Found, cells, marked, mean_known, objective_text, read
-from compo_jax.report.modular_numbers import net_text, paired_text, several, signed
-from compo_jax.report.numbers import Metrics, decimal, percent, spread
+from compo_jax.report.modular_numbers import net_text, paired_text, several
+from compo_jax.report.numbers import Metrics, decimal, percent, signed, spread
 from compo_jax.report.page import block, html_table, write_page
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from compo_jax.report.numbers import ABSENT, Metrics, decimal, fitting, require
+from compo_jax.report.numbers import ABSENT, Metrics, decimal, fitting, require, signed
 
 _SHARED = ("name", "data", "seeds", "seconds", "net", "methods")
 _NET = ("layers", "templates", "width", "patch", "block", "bn", "size")
@@ -62,12 +62,6 @@ def paired(own: Float[np.ndarray, " pairs"], reference: Float[np.ndarray, " pair
     error = float(np.std(difference, ddof=1)) / np.sqrt(known) if known > 1 else np.nan
     mean = float(np.mean(difference)) if known else np.nan
     return Paired(mean, float(error), int((difference > 0).sum()), int((difference == 0).sum()), known)
-
-
-def signed(fraction: float, places: int = 1) -> str:
-    """A difference in points with its sign, none at zero; a dash for nan."""
-    points = round(100 * fraction, places)
-    return f"{'+' if points > 0 else ''}{decimal(points or 0.0, places)}"
 
 
 def paired_text(pair: Paired) -> str:

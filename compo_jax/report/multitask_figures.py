@@ -13,18 +13,12 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from compo_jax.report.figures import COLOURS, INK, STYLE, middle, name_ticks, short, titled_figure
 from compo_jax.report.merging_figures import MARKERS, named_legend
-from compo_jax.report.numbers import decimal, significant
+from compo_jax.report.numbers import decimal, signed, significant
 
 Seeds = Float[np.ndarray, " seeds"]
 GAP = {"soft": "soft route", "hard": "argmax", "reestimated": "… statistics\ntaken again", "finetuned": "… trained on"}
 CURVES = {"entropy": "H(a) / log M", "unused": "1 − H(ā) / log M", "cross_entropy": "cross-entropy\n(nats)"}
 PHASES = ("free", "hardening", "fixed")
-
-
-def signed(points: float) -> str:
-    """A change with its sign, none at zero; a dash for nan."""
-    rounded = round(points, 1)
-    return f"{'+' if rounded > 0 else ''}{decimal(rounded or 0.0)}"
 
 
 def cell_texts(axes: Axes, image: AxesImage, texts: Sequence[Sequence[str]], size: float = 7.5) -> None:
@@ -105,7 +99,7 @@ def by_task(
         beside = f"beside the tasks: accuracy of {middle(reference, 20)} (%)"
         axes.set_title(beside, loc="right", fontsize=8, parse_math=False)
     image = axes.imshow(np.ma.masked_invalid(100 * values), interpolation="nearest", aspect="auto", **look)
-    texts = [[decimal(100 * x) if base is None else signed(100 * x) for x in row] for row in values]
+    texts = [[decimal(100 * x) if base is None else signed(x) for x in row] for row in values]
     cell_texts(axes, image, texts)
     name_ticks(axes, "x", names, length=18)
     name_ticks(axes, "y", labels, length=24)

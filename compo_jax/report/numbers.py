@@ -130,6 +130,12 @@ def decimal(value: float | None, places: int = 1) -> str:
     return f"{value:,.{places}f}".replace("-", "−")
 
 
+def signed(fraction: float, places: int = 1) -> str:
+    """A difference in points with its sign, none at zero; a dash for nan."""
+    points = round(100 * fraction, places)
+    return f"{'+' if points > 0 else ''}{decimal(points or 0.0, places)}"
+
+
 def significant(value: float | None, digits: int = 2) -> str:
     """A number as text, in powers of ten where it is far from one; a dash for None and nan."""
     if value is None or np.isnan(value):

@@ -29,7 +29,7 @@ p.lead { max-width: 46rem; margin: 0 0 1.25rem; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 0 0 1.25rem; }
 dl div, figure, .card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; }
 dt { color: var(--quiet); font-size: .85rem; overflow-wrap: anywhere; }
-dd { margin: 0; font-size: 1.4rem; font-weight: 600; white-space: nowrap; }
+dd { margin: 0; font-size: 1.4rem; font-weight: 600; }
 dd small { color: var(--quiet); font-size: .85rem; font-weight: 400; }
 .card { overflow-x: auto; margin-bottom: 1.25rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }

@@ -19,10 +19,9 @@ from compo_jax.report.modular_numbers import (
     paired,
     paired_text,
     several,
-    signed,
     templates_of,
 )
-from compo_jax.report.numbers import Metrics, decimal, fitting, percent, require, spread
+from compo_jax.report.numbers import Metrics, decimal, fitting, percent, require, signed, spread
 from compo_jax.report.page import block, html_table, write_page
 
 _METHOD = ("accuracy", "train_accuracy", "parameters", "macs", "layers", "templates", "route", "seconds")

@@ -10,9 +10,8 @@ from jaxtyping import Float
 
 from compo_jax.modular import analysis
 from compo_jax.report import route_figures as figures
-from compo_jax.report.multitask_figures import signed
 from compo_jax.report.multitask_numbers import sizes
-from compo_jax.report.numbers import Metrics, decimal, fitting, require
+from compo_jax.report.numbers import Metrics, decimal, fitting, require, signed
 from compo_jax.report.page import block, html_table
 
 _DRAWS = 200  # of random routes
@@ -101,7 +100,7 @@ def _removal(given: Mapping[str, Any], where: str, shape: tuple[int, int], order
         html_table(
             ["template", "places (%)", "drop (points)", "random places", "±"],
             (
-                (str(m), [decimal(100 * used[m]), *(signed(100 * x[m]) for x in means[:2]), decimal(100 * means[2][m])])
+                (str(m), [decimal(100 * used[m]), *(signed(x[m]) for x in means[:2]), decimal(100 * means[2][m])])
                 for m in order
             ),
         ),

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from rich.table import Table
 from rich.text import Text
 
-from compo_jax.report import modular_figures as figures
+from compo_jax.report import transfer_figures as figures
+from compo_jax.report.modular_figures import looks
 from compo_jax.report.modular_numbers import (
     Paired,
     by_size,
@@ -20,9 +21,8 @@ from compo_jax.report.modular_numbers import (
     paired,
     paired_text,
     several,
-    signed,
 )
-from compo_jax.report.numbers import ABSENT, Metrics, by_run, decimal, fitting, percent, require, spread
+from compo_jax.report.numbers import ABSENT, Metrics, by_run, decimal, fitting, percent, require, signed, spread
 from compo_jax.report.page import block, html_table, write_page
 
 REFERENCE = "head"
@@ -134,7 +134,7 @@ def _blocks(metrics: Metrics, found: dict[str, _Method]) -> Iterator[str]:
     """The figures, each with what to look for in it."""
     budgets = metrics["budgets"]
     controls = {name for name, method in found.items() if method.control}
-    marks = figures.looks(list(found), controls)
+    marks = looks(list(found), controls)
     seeds = {name: method.seeds for name, method in found.items()}
     grey = " Grey and dashed are controls." if controls else ""
     yield block(

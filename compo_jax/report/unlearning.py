@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compo_jax.report import unlearning_figures as figures
-from compo_jax.report.numbers import Metrics, by_run, check_runs, decimal, require, spread
+from compo_jax.report.numbers import Metrics, by_run, check_runs, decimal, require, signed, spread
 from compo_jax.report.page import block, html_table, write_page
 
 _NEEDED = ("name", "data", "backbone", "runs", "tasks", "seconds", "methods")
@@ -83,12 +83,6 @@ def unlearning_table(metrics: Metrics) -> Table:
     return drawn
 
 
-def _points(fraction: float) -> str:
-    """A change in points with its sign, a dash for nan."""
-    points = round(100 * fraction, 1)
-    return f"{'+' if points > 0 else ''}{decimal(points or 0.0)}"  # no sign at zero
-
-
 def _blocks(metrics: Metrics, found: dict[str, _Method]) -> Iterator[str]:
     """The figures, each with what to look for in it."""
     yield block(
@@ -116,7 +110,7 @@ def _blocks(metrics: Metrics, found: dict[str, _Method]) -> Iterator[str]:
             "".join(
                 html_table(
                     [f"{key} (points)", *tasks],
-                    zip(tasks, ([_points(x) for x in row] for row in change), strict=True),
+                    zip(tasks, ([signed(x) for x in row] for row in change), strict=True),
                 )
                 for key, change in pair.items()
             ),
@@ -146,10 +140,10 @@ def unlearning(folder: str | os.PathLike, metrics: Metrics) -> Path:
     forgets = min(gone, key=lambda name: np.nan_to_num(np.mean(gone[name]), nan=np.inf))
     keeps = max(lost, key=lambda name: np.nan_to_num(np.mean(lost[name]), nan=-np.inf))
     key_numbers = [
-        (f"most of its task unlearned: {forgets}", _points(float(np.mean(gone[forgets]))), "points"),
-        ("… and of the other tasks", _points(float(np.mean(lost[forgets]))), "points"),
-        (f"others kept best when unlearning: {keeps}", _points(float(np.mean(lost[keeps]))), "points"),
-        ("… and of its task", _points(float(np.mean(gone[keeps]))), "points"),
+        (f"most of its task unlearned: {forgets}", signed(float(np.mean(gone[forgets]))), "points"),
+        ("… and of the other tasks", signed(float(np.mean(lost[forgets]))), "points"),
+        (f"others kept best when unlearning: {keeps}", signed(float(np.mean(lost[keeps]))), "points"),
+        ("… and of its task", signed(float(np.mean(gone[keeps]))), "points"),
         (f"methods, on {tasks} tasks, {runs} run{'s' * (runs != 1)}", str(len(found)), ""),
         ("whole job", decimal(metrics["seconds"], 0), "s"),
     ]
