@@ -6,16 +6,14 @@
 
 Each domain is left out in turn: the others learn templates, a head that they share, and an order each; then the
 target's training images, their labels unread, choose a source (by information maximisation, under BN statistics of the
-target), or learn a route, or adapt BN (AdaBN, Tent), or both. Nothing is chosen by target labels but the row that says
-so. Writes `runs/NAME/`: metrics.json, metrics.jsonl, report.html and a pool of the sources for each seed and target. A
-killed run goes on where it was, a finished one may be given more seeds. The first takes under 5 minutes on 2 CPU cores.
-Expected numbers: README.md.
+target), or learn a route, or adapt BN (AdaBN, Tent), or both. Nothing in a run is chosen by target labels but the row
+that says so. Writes `runs/NAME/`: metrics.json, metrics.jsonl, report.html and a pool of the sources for each seed and
+target. A killed run goes on behind its last finished target, a finished one may be given more seeds. The first takes
+under 5 minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
 import argparse
 import functools
-import shutil
-import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +24,9 @@ from modular_job import (
     load_network,
     modular_parser,
     opened,
+    part,
     runner_of,
+    seconds_of,
     settings_of,
     store_network,
     with_presets,
@@ -34,7 +34,7 @@ from modular_job import (
 
 from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, routes
-from compo_jax.train import once, write_json
+from compo_jax.train import write_json
 
 PRESETS = {
     "rendered": {"layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16},
@@ -45,6 +45,7 @@ PRESET = {
     "size": 32, "patch": 4, "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "images": 50,
 }  # fmt: skip
 BASELINE = "best source (by objective)"
+ORACLE = "best source (by labels)"
 # name: (start, what of the route is learned, BN, group); see modular.adaptation
 ADAPTED = {
     "route from best source": ("best", "free", "source", "order"),
@@ -112,32 +113,31 @@ def main(arguments: list[str] | None = None) -> None:
             return [domain for name, domain in domains.items() if name != target]
 
         # -- the sources -----------------------------------------------------------------------------------------------
-        def sources(seed, target):
-            tasks, clock = others(target), time.perf_counter()
+        def sources(seed, target, folder):
+            tasks = others(target)
             trained = learner.train(
                 initial(net, options.size, seed), [task.train for task in tasks], seed,
-                run.folder / "checkpoints" / f"{seed}-{target}",
-                log=run.log, record={"run": f"without {target}", "task": f"seed {seed}"}, progress=progress,
+                folder, log=run.log, record={"run": f"without {target}", "task": f"seed {seed}"}, progress=progress,
             )  # fmt: skip
             accuracy = modular.accuracies(net, prepare)(trained.variables, [task.test for task in tasks]).tolist()
             store_network(pool(seed, target), net, trained.variables, tasks, accuracy, seed)
-            return {"accuracy": accuracy, "seconds": time.perf_counter() - clock}
+            return {"accuracy": accuracy}
 
         # -- the target ------------------------------------------------------------------------------------------------
-        def adapted(seed, target):
-            task, names, clock = domains[target], [other.name for other in others(target)], time.perf_counter()
+        def adapted(seed, target, folder):
+            task, names = domains[target], [other.name for other in others(target)]
             net, variables = load_network(pool(seed, target), len(names))
             score = modular.accuracies(net, prepare)(variables, [task.test] * len(names))
             objectives = modular.source_objectives(net, prepare, variables, task, bn="target")
             own = routes.hard(variables["params"]["route"])
             best, bound = int(np.argmin(objectives)), int(np.argmax(score))
-            starts = {
-                "best": modular.one_source(net, variables, best)[1],
-                "mean": modular.mean_source(net, variables)[1],
-            }
+            starts = {}  # a route that is to be learned starts a little soft
+            for name, smoothing in (("fixed", 1e-6), ("learned", 0.05)):
+                starts["best", name] = modular.one_source(net, variables, best, smoothing)[1]
+                starts["mean", name] = modular.mean_source(net, variables, smoothing)[1]
             plain = modular.source_objectives(net, prepare, variables, task)
-            accuracy = {BASELINE: score[best], "best source (by labels)": score[bound]}
-            objective = {BASELINE: plain[best], "best source (by labels)": plain[bound]}
+            accuracy = {BASELINE: score[best], ORACLE: score[bound]}
+            objective = {BASELINE: plain[best], ORACLE: plain[bound]}
             weights, learned = {}, [name for name in options.methods if ADAPTED[name][1] != "fixed"]
 
             def measure(name, found):
@@ -146,16 +146,15 @@ def main(arguments: list[str] | None = None) -> None:
                 objective[name] = modular.information_maximisation(jnp.asarray(logits))
                 weights[name] = np.round(routes.soft(found["params"]["route"])[0], 4).tolist()
 
-            measure("mean of sources", starts["mean"])
+            measure("mean of sources", starts["mean", "fixed"])
             for name in options.methods:
                 start, route, bn, _ = ADAPTED[name]
+                begun = starts[start, "fixed" if route == "fixed" else "learned"]
                 record = {"run": f"{target}: {name}", "task": f"seed {seed}"}
                 mixed = own if route == "convex" else None
                 measure(
                     name,
-                    adaptation(route, bn)(
-                        starts[start], task, seed, mixed, log=run.log, record=record, progress=progress
-                    ),
+                    adaptation(route, bn)(begun, task, seed, mixed, log=run.log, record=record, progress=progress),
                 )
             return {
                 "accuracy": {name: float(value) for name, value in accuracy.items()},
@@ -166,7 +165,6 @@ def main(arguments: list[str] | None = None) -> None:
                     "sources": dict(zip(names, own.argmax(-1).tolist(), strict=True)),
                     "adapted": {name: value for name, value in weights.items() if name in learned},
                 },
-                "seconds": time.perf_counter() - clock,
             }
 
         trained, found = [], []  # by seed of by target
@@ -174,16 +172,15 @@ def main(arguments: list[str] | None = None) -> None:
             trained.append([])
             found.append([])
             for target in targets:
-                trained[-1].append(once(run, f"{seed}-{target}-sources", functools.partial(sources, seed, target)))
-                shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
-                found[-1].append(once(run, f"{seed}-{target}", functools.partial(adapted, seed, target)))
+                trained[-1].append(part(run, f"{seed}-{target}-sources", functools.partial(sources, seed, target)))
+                found[-1].append(part(run, f"{seed}-{target}", functools.partial(adapted, seed, target)))
                 told = ", ".join(f"{name} {100 * x:.1f}" for name, x in found[-1][-1]["accuracy"].items())
                 console.print(f"seed {seed}, {target}: {told}")
 
         # -- report ----------------------------------------------------------------------------------------------------
-        groups = {BASELINE: "sources", "mean of sources": "sources", "best source (by labels)": "oracle"}
+        groups = {BASELINE: "sources", "mean of sources": "sources", ORACLE: "oracle"}
         groups |= {name: ADAPTED[name][-1] for name in options.methods}
-        each = lambda key: [[part[key] for part in parts] for parts in found]
+        each = lambda key: [[one[key] for one in row] for row in found]
         metrics = {
             "name": options.name,
             "data": stream.name,
@@ -191,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
             "targets": targets,
             "classes": list(classes),
             "seeds": options.seeds,
-            "seconds": sum(part["seconds"] for parts in [*trained, *found] for part in parts),
+            "seconds": seconds_of(run),
             "net": described(net, options.size),
             "made": "the domains are one set of digits, rendered in four ways" if stream.name == "rendered" else None,
             "baseline": BASELINE,
@@ -206,13 +203,13 @@ def main(arguments: list[str] | None = None) -> None:
             "sources": each("sources"),
             "source_accuracy": [
                 [
-                    dict(zip([other.name for other in others(target)], part["accuracy"], strict=True))
-                    for target, part in zip(targets, parts, strict=True)
+                    dict(zip([other.name for other in others(target)], one["accuracy"], strict=True))
+                    for target, one in zip(targets, row, strict=True)
                 ]
-                for parts in trained
+                for row in trained
             ],
             "chosen": each("chosen"),
-            "routes": {target: part["routes"] for target, part in zip(targets, found[0], strict=True)},
+            "routes": {target: one["routes"] for target, one in zip(targets, found[0], strict=True)},
             "templates": options.templates,
         }
         write_json(run.folder / "metrics.json", metrics)

@@ -3,7 +3,10 @@
 import argparse
 import contextlib
 import functools
+import json
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from compo_jax import modular
 from compo_jax.data import Task
 from compo_jax.modular import ModularNet, Settings, routes
 from compo_jax.pool import ModulePool
-from compo_jax.train import Run, jit_runner, open_run, pmap_runner, progress_bar
+from compo_jax.train import Run, jit_runner, once, open_run, pmap_runner, progress_bar, write_json
 
 FIXED = (0.0, 0.0)  # phases of a training on a fixed route
 PHASES = "parts of the steps after which routes begin to harden, and are fixed"
@@ -39,7 +42,13 @@ def modular_parser(documentation: str | None) -> argparse.ArgumentParser:
     add("--batch", type=int, help="images of each task in a step")
     add("--learning-rate", type=float, default=3e-3)
     add("--runner", choices=["jit", "pmap"], default="jit")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="more of them may be added to a finished run")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        help="a finished run may be given more: name the old ones too",
+    )
     add("--name", help="name of the run; default: made from the experiment and the data")
     add("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     add("--tensorboard", action="store_true")
@@ -53,19 +62,64 @@ def with_presets(options: argparse.Namespace, presets: dict, default: dict) -> a
         if getattr(options, key) is None:
             setattr(options, key, value)
     options.name = options.name or f"{Path(sys.argv[0]).stem.replace('_', '-')}-{name}"
+    _check(options)
     return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What would fail later, when there is a run folder with these settings, or work to lose."""
+    for key in ("size", "patch", "layers", "width", "steps", "batch", "images"):
+        if getattr(options, key) < 1:
+            raise ValueError(f"--{key} is 1 or more, not {getattr(options, key)}")
+    if options.size % options.patch:
+        raise ValueError(f"images of {options.size} pixels can't be cut into patches of {options.patch}")
+    begin, end = options.phases
+    if not 0 <= begin <= end <= 1:
+        raise ValueError(f"--phases are parts of the steps, 0 to 1, the first not after the second: not {begin} {end}")
+    for key in ("seeds", "targets", "budgets", "templates"):
+        values = getattr(options, key, None)
+        if isinstance(values, list) and len(set(values)) < len(values):
+            raise ValueError(f"--{key} has one of its values twice: {' '.join(map(str, values))}")
 
 
 @contextlib.contextmanager
 def opened(options: argparse.Namespace) -> Iterator[tuple[Run, Progress]]:
-    """The run's folder and a progress bar. Seeds are no part of its settings: a run may get more of them."""
-    config = {k: v for k, v in vars(options).items() if k not in ("runs", "tensorboard", "seeds")}
+    """The run's folder and a progress bar. What a run may be started again with is no part of its settings."""
+    free = ("runs", "tensorboard", "seeds", "data_dir", "analysis_images")
+    config = {k: v for k, v in vars(options).items() if k not in free}
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
     with (
         open_run(options.runs / options.name, config, tensorboard=options.tensorboard) as run,
         progress_bar(console=console) as progress,
     ):
         yield run, progress
+
+
+def part(run: Run, name: str, make: Callable[[Path], dict]) -> dict:
+    """`make(folder for checkpoints)`, made once and its wall time kept; see `train.once`.
+
+    Where it was killed, the log goes back to where it began, and checkpoints set it forward from there.
+    """
+    folder, began = run.folder / "checkpoints" / name, run.folder / "checkpoints" / f"{name}.json"
+
+    def timed():
+        began.parent.mkdir(exist_ok=True)
+        if began.exists():
+            run.log.position = json.loads(began.read_text())
+        else:
+            write_json(began, run.log.position)
+        clock = time.perf_counter()
+        return {"made": make(folder), "seconds": time.perf_counter() - clock}
+
+    found = once(run, name, timed)
+    shutil.rmtree(folder, ignore_errors=True)
+    began.unlink(missing_ok=True)
+    return found["made"]
+
+
+def seconds_of(run: Run) -> float:
+    """Wall time of all parts of a run; of a part that was killed, since it was taken up again."""
+    return sum(json.loads(path.read_text())["seconds"] for path in (run.folder / "parts").iterdir())
 
 
 def settings_of(options: argparse.Namespace) -> Settings:

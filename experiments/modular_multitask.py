@@ -4,15 +4,14 @@
     python experiments/modular_multitask.py --data cifar100 --data-dir DIR --templates 8 32   # 20 superclasses
     python experiments/modular_multitask.py --data mnist usps omniglot --data-dir DIR --tasks 6
 
-Learned orders beside single-task networks, hard sharing, hard sharing with a BN for each task, and fixed random routes.
-Writes `runs/NAME/`: metrics.json, metrics.jsonl, report.html, and for each learned order and seed a pool with its
-templates and tasks. A killed run goes on where it was, a finished one may be given more seeds. The first takes under 5
-minutes on 2 CPU cores. Expected numbers: the table in README.md.
+Learned orders beside single-task networks, hard sharing, hard sharing with a BN for each task, and fixed random routes
+through as many templates. Writes `runs/NAME/`: metrics.json, metrics.jsonl, report.html, and for each learned order and
+seed a pool with its templates and tasks. A killed run goes on where it was, a finished one may be given more seeds. The
+first takes under 5 minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
 import argparse
 import functools
-import shutil
 import time
 
 import jax
@@ -27,7 +26,9 @@ from modular_job import (
     load_network,
     modular_parser,
     opened,
+    part,
     runner_of,
+    seconds_of,
     settings_of,
     store_network,
     with_presets,
@@ -35,9 +36,9 @@ from modular_job import (
 
 from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, routes
-from compo_jax.train import once, write_json
+from compo_jax.train import write_json
 
-BASELINES = ("single-task", "hard-sharing", "hard-sharing-bn", "random-routes")
+BASELINES = ("single-task", "hard-sharing", "hard-sharing-bn", "random")
 PRESETS = {
     "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": [4], "steps": 250, "batch": 16},
     "cifar100": {"steps": 750, "batch": 16, "width": 16},
@@ -50,7 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = modular_parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=["glyphs"], help="glyphs, or names of TFDS image classification sets")
-    add("--tasks", type=int, help="tasks that a divided set gives at most; default all")
+    add("--tasks", type=int, help="tasks that a divided set gives; default all")
     add("--templates", type=int, nargs="+", help="modules; several numbers make several networks")
     add("--bn", choices=["task", "layer", "template"], default="task", help="of learned orders and random routes")
     add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
@@ -112,7 +113,10 @@ def main(arguments: list[str] | None = None) -> None:
     plain = ModularNet(classes, templates=layers, **shape)  # each block once
     ordered = {f"ordered-{count}": first.clone(templates=count) for count in options.templates}
     nets = {"single-task": plain, "hard-sharing": plain.clone(bn="layer"), "hard-sharing-bn": plain}
-    nets = {name: net for name, net in (nets | {"random-routes": first}).items() if name in options.baselines} | ordered
+    nets = {name: net for name, net in nets.items() if name in options.baselines}
+    if "random" in options.baselines:
+        nets |= {f"random-{net.templates}": net for net in ordered.values()}
+    nets |= ordered
     runner = runner_of(options)
 
     @functools.cache
@@ -122,46 +126,50 @@ def main(arguments: list[str] | None = None) -> None:
     with opened(options) as (run, progress):
 
         def fitted(net, settings, splits, seed, order, label, folder):
-            variables = initial(net, options.size, seed, order)
-            checkpoints, record = run.folder / "checkpoints" / folder, {"run": label, "task": f"seed {seed}"}
+            """(trained network, seconds)."""
+            variables, clock = initial(net, options.size, seed, order), time.perf_counter()
+            record = {"run": label, "task": f"seed {seed}"}
             found = learner(net, settings).train(
-                variables, splits, seed, checkpoints, log=run.log, record=record, progress=progress
+                variables, splits, seed, folder, log=run.log, record=record, progress=progress
             )
-            return found
+            return found, time.perf_counter() - clock
 
         # -- a method and a seed ---------------------------------------------------------------------------------------
-        def measured(name, seed):
-            net, clock, found = nets[name], time.perf_counter(), {}
-            if name == "single-task":
-                accuracy, parameters = [], 0
-                for t, task in enumerate(names):
-                    alone = net.clone(classes=classes[t : t + 1])
-                    trained = fitted(
-                        alone, in_order, train[t : t + 1], seed, np.arange(layers), f"alone: {task}", f"{seed}-{t}"
-                    ).variables
-                    accuracy += modular.accuracies(alone, prepare)(trained, test[t : t + 1]).tolist()
-                    parameters += modular.parameters(trained["params"], route=False)
-                return {"accuracy": accuracy, "parameters": parameters, "seconds": time.perf_counter() - clock}
-            if name in ordered:
-                order, trains = None, settings
-            elif name == "random-routes":
+        def alone(seed, folder):
+            """Every task's own network."""
+            found = {"accuracy": [], "parameters": 0, "seconds": 0.0}
+            for t, task in enumerate(names):
+                net, order = plain.clone(classes=classes[t : t + 1]), np.arange(layers)
+                one, seconds = fitted(net, in_order, train[t : t + 1], seed, order, f"alone: {task}", folder / str(t))
+                found["accuracy"] += modular.accuracies(net, prepare)(one.variables, test[t : t + 1]).tolist()
+                found["parameters"] += modular.parameters(one.variables["params"], route=False)
+                found["seconds"] += seconds
+            return found
+
+        def fixed(name, seed, folder):
+            net, order = nets[name], np.arange(layers)
+            if name.startswith("random"):
                 order = np.random.default_rng(seed).integers(net.templates, size=(len(names), layers))
-                trains = in_order
-            else:
-                order, trains = np.arange(layers), in_order
-            trained = fitted(net, trains, train, seed, order, name, f"{seed}-{name}")
-            found["seconds"] = time.perf_counter() - clock
+            trained, seconds = fitted(net, in_order, train, seed, order, name, folder)
+            return {
+                "accuracy": modular.accuracies(net, prepare)(trained.variables, test).tolist(),
+                "parameters": modular.parameters(trained.variables["params"], route=False),
+                "seconds": seconds,
+            }
+
+        def learned(name, seed, folder):
+            net = nets[name]
+            trained, seconds = fitted(net, settings, train, seed, None, name, folder)
             variables = trained.variables
-            found["parameters"] = modular.parameters(variables["params"], route=name in ordered)
-            if name not in ordered:
-                return found | {"accuracy": modular.accuracies(net, prepare)(variables, test).tolist()}
-            gap = learner(net, trains).gap(trained, train, seed, test)
-            soft = routes.soft(trained.before["params"]["route"], trains.temperature[1])
+            gap = learner(net, settings).gap(trained, train, seed, test)
+            store_network(pool(name, seed), net, variables, stream.tasks, gap.finetuned.tolist(), seed)
+            soft = routes.soft(trained.before["params"]["route"], settings.temperature[1])
             lines = [r for r in run.log.records() if (r["run"], r["task"]) == (name, f"seed {seed}")]
             keys = ("step", "cross_entropy", "accuracy", "entropy", "unused", "temperature")
-            store_network(pool(name, seed), net, variables, stream.tasks, gap.finetuned.tolist(), seed)
-            return found | {
+            return {
                 "accuracy": gap.finetuned.tolist(),
+                "parameters": modular.parameters(variables["params"]),
+                "seconds": seconds,
                 "gap": {key: value.tolist() for key, value in gap._asdict().items()},
                 "hard": routes.indices(variables["params"]["route"]).tolist(),
                 "soft": np.round(soft, 4).tolist(),
@@ -174,15 +182,16 @@ def main(arguments: list[str] | None = None) -> None:
         results = {name: [] for name in nets}
         for seed in options.seeds:
             for name in nets:
-                results[name].append(once(run, f"{seed}-{name}", lambda name=name, seed=seed: measured(name, seed)))
-                shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+                make = functools.partial(learned if name in ordered else fixed, name, seed)
+                make = functools.partial(alone, seed) if name == "single-task" else make
+                results[name].append(part(run, f"{seed}-{name}", make))
                 accuracy = 100 * np.mean(results[name][-1]["accuracy"])
-                console.print(f"seed {seed}: {name} {accuracy:.1f} % in {results[name][-1]['seconds']:.0f} s")
+                console.print(f"seed {seed}: {name} {accuracy:.1f} %, trained in {results[name][-1]['seconds']:.0f} s")
 
         # -- what the first learned order says -------------------------------------------------------------------------
         main_method, seed = next(iter(ordered)), options.seeds[0]
 
-        def removed():
+        def removed(folder):
             net, variables = load_network(pool(main_method, seed), len(names))
             few = [some(split, options.analysis_images) for split in test]
             score = modular.accuracies(net, prepare)
@@ -192,25 +201,25 @@ def main(arguments: list[str] | None = None) -> None:
             )  # fmt: skip
             return {key: value.tolist() for key, value in lost._asdict().items()} | {"images": options.analysis_images}
 
-        def bridged():
+        def bridged(folder):
             net, variables = load_network(pool(main_method, seed), len(names))
             found = bridge(net, variables, prepare, 0, layers // 2, some(train[0], 256))
             return {"method": main_method, "task": names[0], **found}
 
         several = nets[main_method].templates > 1
-        removal = once(run, f"{seed}-removal", removed) if several else None
-        forecast = once(run, f"{seed}-bridge", bridged) if several else None
+        removal = part(run, f"{seed}-removal", removed) if several else None
+        forecast = part(run, f"{seed}-bridge", bridged) if several else None
 
         # -- report ----------------------------------------------------------------------------------------------------
+        points = modular.Gap._fields
         by_seed = lambda name, key: [found[key] for found in results[name]]
-        points = ("soft", "hard", "reestimated", "finetuned")
         metrics = {
             "name": options.name,
             "data": stream.name,
             "tasks": names,
             "classes": list(classes),
             "seeds": options.seeds,
-            "seconds": sum(sum(by_seed(name, "seconds")) for name in nets),
+            "seconds": seconds_of(run),
             "net": described(first, options.size),
             "steps": options.steps,
             "phases": list(settings.phases),

@@ -3,16 +3,16 @@
     python experiments/modular_reuse.py                                       # rendered characters, no download
     python experiments/modular_reuse.py --data cifar100 --data-dir DIR
 
-L blocks in L layers; in 2L layers, each block twice in a row (AABB), the whole twice (ABAB), in random order, and in a
-learned order; and 2L blocks in 2L layers, the upper bound. BN's scale and bias belong to the block, so that depth
-costs no parameter but the logits of a learned order (`--bn task` gives each layer its own). Writes `runs/NAME/`:
-metrics.json, metrics.jsonl, report.html and a pool for each learned order. A killed run goes on where it was, a
-finished one may be given more seeds. The first takes under 5 minutes on 2 CPU cores. Expected numbers: README.md.
+L blocks in L layers; in 2L layers, each block twice in a row (AABB), the whole twice (ABAB), each block twice in random
+order, and in a learned order; and 2L blocks in 2L layers, the upper bound. BN's scale and bias belong to the block, so
+that depth costs no parameter but the logits of a learned order (`--bn task` gives each layer its own). Writes
+`runs/NAME/`: metrics.json, metrics.jsonl, report.html and a pool for each learned order. A killed run goes on where it
+was, a finished one may be given more seeds. The first takes under 5 minutes on 2 CPU cores. Expected numbers:
+README.md.
 """
 
 import argparse
 import functools
-import shutil
 import time
 
 import numpy as np
@@ -23,7 +23,9 @@ from modular_job import (
     initial,
     modular_parser,
     opened,
+    part,
     runner_of,
+    seconds_of,
     settings_of,
     store_network,
     with_presets,
@@ -31,14 +33,13 @@ from modular_job import (
 
 from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, routes
-from compo_jax.train import once, write_json
+from compo_jax.train import write_json
 
 PRESETS = {
     "glyphs": {"layers": 2, "width": 16, "steps": 400, "batch": 64, "tasks": 4},
     "cifar100": {"layers": 3, "steps": 1600},
 }
 PRESET = {"tasks": None, "size": 32, "layers": 4, "width": 32, "steps": 2000, "batch": 128, "images": 50}
-POINTS = ("soft", "hard", "reestimated", "finetuned")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"{blocks}-layers": (short, lambda seed: np.arange(blocks)),
         "aabb": (deep, lambda seed: np.repeat(np.arange(blocks), 2)),
         "abab": (deep, lambda seed: np.tile(np.arange(blocks), 2)),
-        "random": (deep, lambda seed: np.random.default_rng(seed).integers(blocks, size=double)),
+        "random": (deep, lambda seed: np.random.default_rng(seed).permutation(np.repeat(np.arange(blocks), 2))),
         "learned": (deep, lambda seed: None),
         "distinct": (deep.clone(templates=double), lambda seed: np.arange(double)),
     }
@@ -79,12 +80,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     with opened(options) as (run, progress):
         # -- an order and a seed ---------------------------------------------------------------------------------------
-        def measured(name, seed):
+        def measured(name, seed, folder):
             clock, (net, order) = time.perf_counter(), orders[name]
             learns = learner(net, settings if name == "learned" else settings._replace(phases=FIXED))
             trained = learns.train(
-                initial(net, options.size, seed, order(seed)), [task.train], seed,
-                run.folder / "checkpoints" / f"{seed}-{name}",
+                initial(net, options.size, seed, order(seed)), [task.train], seed, folder,
                 log=run.log, record={"run": name, "task": f"seed {seed}"}, progress=progress,
             )  # fmt: skip
             seconds, params = time.perf_counter() - clock, trained.variables["params"]
@@ -108,12 +108,12 @@ def main(arguments: list[str] | None = None) -> None:
         results = {name: [] for name in orders}
         for seed in options.seeds:
             for name in orders:
-                results[name].append(once(run, f"{seed}-{name}", functools.partial(measured, name, seed)))
-                shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+                results[name].append(part(run, f"{seed}-{name}", functools.partial(measured, name, seed)))
                 made = results[name][-1]
                 console.print(f"seed {seed}: {name} {100 * made['accuracy']:.1f} % in {made['seconds']:.0f} s")
 
         # -- report ----------------------------------------------------------------------------------------------------
+        points = modular.Gap._fields
         by_seed = lambda name, key: [made[key] for made in results[name]]
         metrics = {
             "name": options.name,
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
             "classes": classes,
             "blocks": blocks,
             "seeds": options.seeds,
-            "seconds": sum(sum(by_seed(name, "seconds")) for name in orders),
+            "seconds": seconds_of(run),
             "net": described(deep, options.size),
             "methods": {
                 name: {
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
                 }
                 for name, (net, _) in orders.items()
             },
-            "gap": {"learned": {point: [made["gap"][point] for made in results["learned"]] for point in POINTS}},
+            "gap": {"learned": {point: [made["gap"][point] for made in results["learned"]] for point in points}},
         }
         write_json(run.folder / "metrics.json", metrics)
         path = report.reuse(run.folder, metrics)

@@ -7,14 +7,12 @@ For each seed some tasks are left out, the others learn templates and an order e
 from few labelled images: its head, its route, its BN, all, or a network from scratch. Where a source's route is the
 start, it is the source whose features tell the few images' classes apart best (nearest centroid, cross-validated).
 Controls: a random route, a new route, untrained templates. Writes `runs/NAME/`: metrics.json, metrics.jsonl,
-report.html and a pool of templates and source tasks for each seed. A killed run goes on where it was, a finished one
-may be given more seeds. The first takes under 5 minutes on 2 CPU cores. Expected numbers: the table in README.md.
+report.html and a pool of templates and source tasks for each seed. A killed run goes on behind its last finished part,
+a finished one may be given more seeds. The first takes under 5 minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
 import argparse
 import functools
-import shutil
-import time
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +25,9 @@ from modular_job import (
     load_network,
     modular_parser,
     opened,
+    part,
     runner_of,
+    seconds_of,
     settings_of,
     store_network,
     with_presets,
@@ -37,7 +37,7 @@ from sklearn.neighbors import NearestCentroid
 
 from compo_jax import data, modular, report, tree
 from compo_jax.modular import ModularNet, routes
-from compo_jax.train import once, write_json
+from compo_jax.train import write_json
 
 PRESETS = {
     "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16, "budgets": [5, 20, 0]},
@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = modular_parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=["glyphs"], help="glyphs, or names of TFDS image classification sets")
-    add("--tasks", type=int, help="tasks that a divided set gives at most; default all")
+    add("--tasks", type=int, help="tasks that a divided set gives; default all")
     add("--templates", type=int, help="modules")
     add("--held-out", type=int, default=1, help="tasks left out, drawn by the seed")
     add("--budgets", type=int, nargs="+", help="labelled images of each class of a new task; 0 for all")
@@ -65,7 +65,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--new-learning-rate", type=float, default=1e-2)
     add("--smoothing", type=float, default=0.3, help="of the source's route, where a new one starts from it")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="; ".join(METHODS))
-    return with_presets(parser.parse_args(arguments), PRESETS, PRESET)
+    options = with_presets(parser.parse_args(arguments), PRESETS, PRESET)
+    if "head" not in options.methods:
+        raise ValueError("the other methods are held against head: name it among --methods, too")
+    if min(options.budgets) < 0 or 1 in options.budgets:
+        raise ValueError(
+            "--budgets are 2 or more, for the nearest source is told by two images of each class; 0 for all"
+        )
+    return options
 
 
 def few(task: data.Task, budget: int, seed: int) -> data.ArraySplit:
@@ -78,7 +85,8 @@ def few(task: data.Task, budget: int, seed: int) -> data.ArraySplit:
 
 def nearest_source(net, variables, prepare, split: data.Split, images: int = 250) -> int:
     """The source task whose hard route tells the classes of these labelled images apart best; BN is theirs."""
-    rows = np.random.default_rng(0).permutation(len(split))[:images]
+    count = int(split.labels.max()) + 1
+    rows = np.concatenate([np.flatnonzero(split.labels == c)[: max(images // count, 2)] for c in range(count)])
     labels = split.labels[rows]
     folds = int(min(5, np.bincount(labels).min()))
     features = jax.jit(
@@ -108,8 +116,6 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{max(options.budgets)} images of each class were asked for and a class of {task.name!r} has "
                 f"{fewest}: lower --budgets; 0 takes all"
             )
-    if 1 in options.budgets:
-        raise ValueError("the nearest source is told by two images or more of each class: raise --budgets")
     console.print(f"{stream.name}: {total} tasks, {options.held_out} of them left out")
     shape = {key: getattr(options, key) for key in ("layers", "templates", "width", "patch", "block")}
     settings = settings_of(options)
@@ -131,17 +137,16 @@ def main(arguments: list[str] | None = None) -> None:
             return run.folder / "pools" / str(seed)
 
         # -- the templates, by the other tasks -------------------------------------------------------------------------
-        def templates(seed):
-            sources, clock = divided(seed)[1], time.perf_counter()
+        def templates(seed, folder):
+            sources = divided(seed)[1]
             net = ModularNet(tuple(len(task.classes) for task in sources), **shape)
             trained = modular.learner(net, prepare, settings, stream.augment, runner=runner).train(
                 initial(net, options.size, seed), [task.train for task in sources], seed,
-                run.folder / "checkpoints" / f"{seed}-sources",
-                log=run.log, record={"run": "sources", "task": f"seed {seed}"}, progress=progress,
+                folder, log=run.log, record={"run": "sources", "task": f"seed {seed}"}, progress=progress,
             )  # fmt: skip
             accuracy = modular.accuracies(net, prepare)(trained.variables, [task.test for task in sources]).tolist()
             store_network(pool(seed), net, trained.variables, sources, accuracy, seed)
-            return {"accuracy": accuracy, "seconds": time.perf_counter() - clock}
+            return {"accuracy": accuracy}
 
         # -- a new task ------------------------------------------------------------------------------------------------
         def start(method, net, variables, source, classes, key):
@@ -161,11 +166,11 @@ def main(arguments: list[str] | None = None) -> None:
                 logits = routes.random(key, chosen.shape[:-1], options.templates)
             return one, modular.set_route(begun, logits), part, new
 
-        def learned(seed, budget):
+        def learned(seed, budget, folder):
             """Every method on every task left out, from this many labelled images of each class."""
             new_tasks, sources = divided(seed)
             net, variables = load_network(pool(seed), len(sources))
-            found, chosen, clock = {name: [] for name in options.methods}, [], time.perf_counter()
+            found, chosen = {name: [] for name in options.methods}, []
             for h, task in enumerate(new_tasks):
                 split = few(task, budget, seed)
                 source = nearest_source(net, variables, prepare, split)
@@ -180,15 +185,14 @@ def main(arguments: list[str] | None = None) -> None:
                     ).variables  # fmt: skip
                     accuracy = modular.accuracies(one, prepare)(trained, [task.test])[0]
                     found[method].append(float(accuracy))
-            return {"accuracy": found, "chosen": chosen, "seconds": time.perf_counter() - clock}
+            return {"accuracy": found, "chosen": chosen}
 
         source, results = [], {budget: [] for budget in options.budgets}
         for seed in options.seeds:
-            source.append(once(run, f"{seed}-sources", functools.partial(templates, seed)))
-            shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+            source.append(part(run, f"{seed}-sources", functools.partial(templates, seed)))
             console.print(f"seed {seed}: sources {100 * np.mean(source[-1]['accuracy']):.1f} %")
             for budget in options.budgets:
-                results[budget].append(once(run, f"{seed}-{budget}", functools.partial(learned, seed, budget)))
+                results[budget].append(part(run, f"{seed}-{budget}", functools.partial(learned, seed, budget)))
                 means = {name: 100 * np.mean(values) for name, values in results[budget][-1]["accuracy"].items()}
                 told = ", ".join(f"{name} {mean:.1f}" for name, mean in means.items())
                 console.print(f"seed {seed}, {budget or 'all'} labels a class: {told}")
@@ -216,9 +220,10 @@ def main(arguments: list[str] | None = None) -> None:
             "held_out": [[task.name for task in out] for out, _ in pairs],
             "classes": [[len(task.classes) for task in out] for out, _ in pairs],
             "seeds": options.seeds,
-            "seconds": sum(part["seconds"] for part in [*source, *(p for ps in results.values() for p in ps)]),
+            "seconds": seconds_of(run),
             "net": described(net, options.size),
             "budgets": [budget or None for budget in options.budgets],
+            "training": {"steps": options.new_steps, "batch": options.new_batch, "rate": options.new_learning_rate},
             "methods": {
                 name: {
                     "accuracy": [[found["accuracy"][name] for found in results[b]] for b in options.budgets],

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from jobs import killed, main, run
+from jobs import comparable, killed, main, run
 
 from compo_jax.pool import ModulePool
 
@@ -20,13 +20,16 @@ def metrics_of(done, folder):
 
 def test_a_killed_multitask_run_that_is_given_more_seeds_ends_as_a_whole_one(tmp_path):
     job = {"script": "modular_multitask.py"}
-    assert killed(tmp_path / "a" / "parts" / "0-hard-sharing-bn.json", *MULTITASK, "--seeds", 0, "--runs", tmp_path,
-                  "--name", "a", **job)  # fmt: skip
+    begun = tmp_path / "a" / "checkpoints" / "0-ordered-2" / "fixed"  # in the third phase of its second part
+    assert killed(begun, *MULTITASK, "--seeds", 0, "--runs", tmp_path, "--name", "a", **job)
+    assert not (tmp_path / "a" / "parts" / "0-ordered-2.json").exists()
     found = []
     for name in "ab":
         done = run(*MULTITASK, "--seeds", 0, 1, "--runs", tmp_path, "--name", name, **job)
         found.append(metrics_of(done, tmp_path / name))
     first, second = found
+    assert comparable(tmp_path / "a") == comparable(tmp_path / "b")
+    assert not list((tmp_path / "a" / "checkpoints").iterdir())
     for metrics in found:
         for method in metrics["methods"].values():
             assert min(method.pop("seconds")) > 0
@@ -96,7 +99,11 @@ def test_blocks_are_used_twice_at_equal_parameters(tmp_path):
         ("multitask", ["--data", "mnist"], "mnist needs data_dir"),
         ("transfer", ["--tasks", 2, "--held-out", 2], "one must stay at least"),
         ("transfer", ["--tasks", 2, "--budgets", 7], "7 images of each class were asked for"),
-        ("transfer", ["--tasks", 2, "--budgets", 1], "two images or more of each class"),
+        ("transfer", ["--tasks", 2, "--budgets", 1], "two images of each class"),
+        ("transfer", ["--methods", "scratch"], "held against head"),
+        ("multitask", ["--phases", 10, 40], "--phases are parts of the steps"),
+        ("multitask", ["--seeds", 1, 1], "--seeds has one of its values twice: 1 1"),
+        ("reuse", ["--batch", 0], "--batch is 1 or more, not 0"),
         ("adaptation", ["--targets", "snow"], "no domain is called snow"),
         ("reuse", ["--patch", 3], "can't be cut into patches of 3"),
     ],
@@ -104,4 +111,4 @@ def test_blocks_are_used_twice_at_equal_parameters(tmp_path):
 def test_bad_input_is_told_before_anything_is_trained(script, arguments, told, tmp_path):
     with pytest.raises(ValueError, match=told):
         main(*TINY, "--seeds", 0, *arguments, "--name", "bad", "--runs", tmp_path, script=f"modular_{script}.py")
-    assert not list(tmp_path.glob("bad/parts/*"))
+    assert not (tmp_path / "bad").exists()

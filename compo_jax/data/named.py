@@ -43,9 +43,7 @@ def open_stream(
         return glyph_stream(
             scripts, classes=classes, train=images, test=20, size=size, seed=seed, distortion=glyphs.SCAN
         )
-    if data_dir is None:
-        raise ValueError(f"{name} needs data_dir (--data-dir): the folder where TFDS has prepared the set")
-    return tfds_stream(name, data_dir, size=size, tasks=tasks, seed=seed, **tfds_options)
+    return tfds_stream(name, _needs_folder(name, data_dir), size=size, tasks=tasks, seed=seed, **tfds_options)
 
 
 def _needs_folder(name: str, data_dir: str | Path | None) -> str | Path:
@@ -71,7 +69,7 @@ def open_tasks(
     not augmented, nor is anything where both are together.
 
     Args:
-      tasks: how many a divided set gives at most, drawn by the seed; default all.
+      tasks: how many a divided set gives, drawn by the seed, of `glyphs` the first ones; default all.
       classes, images: characters of a script and training images of each (glyphs only).
     """
     streams = []

@@ -36,13 +36,13 @@ GROUPS = {
     "order": Group("order", COLOURS[0], "o"),
     "bn": Group("BN", COLOURS[1], "D"),
     "order+bn": Group("order + BN", COLOURS[2], "^"),
-    "oracle": Group("(bound)", COLOURS[5], "v", "none"),
+    "oracle": Group("(labels)", COLOURS[5], "v", "none"),
 }
 
 
 def _marks(groups: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """The legend's marks: of the groups that there are."""
-    return {f"adapts {part.label}" if name != "oracle" else "uses labels (bound)": part.look()
+    return {f"adapts {part.label}" if name != "oracle" else "chosen by labels": part.look()
             for name, part in GROUPS.items() if name in groups.values()}  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def routes(
     for column in grid.T:
         for lowest in [axes for axes in column if axes.get_visible()][-1:]:
             lowest.tick_params(axis="x", labelbottom=True)
-    names = [*(f"source: {middle(name, 16)}" for name in sources), *(middle(name, 25) for name in adapted)]
+    names = [*(f"source: {middle(name, 16)}" for name in sources), *(middle(name, 19) for name in adapted)]
     for axes, name, route in zip(used, names, [*sources.values(), *adapted.values()], strict=True):
         image = axes.imshow(route, cmap="viridis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         axes.set_title(name, loc="left", fontsize=8, parse_math=False)

@@ -15,7 +15,8 @@ from compo_jax.report.route_blocks import route_blocks
 
 def _methods(metrics: Metrics, found: Mapping[str, Method]) -> Iterator[str]:
     ordered = next((name for name in found if name.startswith("ordered")), None)
-    against = [name for name in ("random-routes", "hard-sharing-bn") if name in found and ordered is not None]
+    null = (ordered or "").replace("ordered", "random")
+    against = [name for name in (null, "hard-sharing-bn") if name in found and ordered is not None]
     told = "; ".join(f"less {name}: {change(ordered, found, name)} points" for name in against)
     yield block(
         figures.methods(

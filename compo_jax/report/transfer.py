@@ -178,12 +178,19 @@ def transfer(folder: str | os.PathLike, metrics: Metrics) -> Path:
     found = _read(metrics)
     seeds, budgets, net = metrics["seeds"], metrics["budgets"], metrics["net"]
     new, pairs = len(metrics["held_out"][0]), found[REFERENCE].pairs.shape[1]
+    training = metrics.get("training")
+    told = (
+        f" A new task is trained for {training['steps']} steps of {training['batch']} images at rate "
+        f"{training['rate']:g}, by every method, from scratch too."
+        if training
+        else ""
+    )
     lead = (
         f"{new} new task{'s' * (new != 1)} of {metrics['data']} on templates trained on {len(metrics['tasks'][0])} "
         f"others, frozen except where a method trains all or starts from scratch; {net['layers']} layers of "
         f"{net['templates']} templates, {net_text(net)}. Accuracy (%) is the mean over new tasks, by labelled images "
         f"of each class; a difference is to {REFERENCE} on the same seed and task, mean ± standard error over {pairs} "
-        f"such pairs (taken as independent), and the pairs won.{several(seeds)}"
+        f"such pairs (taken as independent), and the pairs won.{told}{several(seeds)}"
     )
     order = by_size(budgets)
     key_numbers = [
