@@ -37,12 +37,21 @@ from compo_jax.modular import ModularNet, routes
 from compo_jax.train import write_json
 
 PRESETS = {
-    "rendered": {"layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16},
+    "rendered": {
+        "layers": 4,
+        "width": 16,
+        "templates": 4,
+        "steps": 250,
+        "batch": 16,
+        "adapt_steps": 40,
+        "adapt_batch": 32,
+    },
     "digits": {"steps": 500, "width": 16, "images": 500},
     "pacs64": {"size": 64, "patch": 8, "steps": 700},
 }
 PRESET = {
     "size": 32, "patch": 4, "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "images": 50,
+    "adapt_steps": 100, "adapt_batch": 64,
 }  # fmt: skip
 BASELINE = "best source (by objective)"
 ORACLE = "best source (by labels)"
@@ -67,8 +76,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", default="rendered", help="rendered; digits; or a TFDS set whose splits are domains")
     add("--templates", type=int, help="modules")
     add("--targets", nargs="+", help="domains left out in turn; default all")
-    add("--adapt-steps", type=int, default=100, help="steps of an adaptation")
-    add("--adapt-batch", type=int, default=64)
+    add("--adapt-steps", type=int, help="steps of an adaptation")
+    add("--adapt-batch", type=int)
     add("--adapt-learning-rate", type=float, default=1e-3)
     add("--route-rate", type=float, default=100.0, help="of a route, in multiples of that rate")
     add("--methods", nargs="*", choices=ADAPTED, default=list(ADAPTED), metavar="NAME", help="; ".join(ADAPTED))

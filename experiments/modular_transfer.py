@@ -40,12 +40,21 @@ from compo_jax.modular import ModularNet, routes
 from compo_jax.train import write_json
 
 PRESETS = {
-    "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16, "budgets": [5, 20, 0]},
+    "glyphs": {
+        "tasks": 5,
+        "layers": 4,
+        "width": 16,
+        "templates": 4,
+        "steps": 250,
+        "batch": 16,
+        "budgets": [5, 0],
+        "new_steps": 80,
+    },
     "cifar100": {"width": 16, "steps": 750, "batch": 16},
 }
 PRESET = {
     "size": 32, "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "images": 50,
-    "budgets": [10, 100, 0],
+    "budgets": [10, 100, 0], "new_steps": 150,
 }  # fmt: skip
 PARTS = tuple(modular.PARTS)
 CONTROLS = ("head, random route", "head+route, new route", "head+route, untrained templates")
@@ -60,7 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--templates", type=int, help="modules")
     add("--held-out", type=int, default=1, help="tasks left out, drawn by the seed")
     add("--budgets", type=int, nargs="+", help="labelled images of each class of a new task; 0 for all")
-    add("--new-steps", type=int, default=150, help="steps of a new task's training")
+    add("--new-steps", type=int, help="steps of a new task's training")
     add("--new-batch", type=int, default=32)
     add("--new-learning-rate", type=float, default=1e-2)
     add("--smoothing", type=float, default=0.3, help="of the source's route, where a new one starts from it")
