@@ -128,7 +128,7 @@ def test_transfer_page(paths):
     numbers = " ".join(page.text.split())
     for number in (
         "head alone, 10 a class 55.0 %", "head alone, all labels 75.0 %", "with its order, 10 a class +10.0 points",
-        "with its order, all labels −3.3 points", "adds to the pool 64 scalars", "tasks trained on 80.0 %",
+        "with its order, all labels −3.3 points", "an order is 64 scalars", "tasks trained on 80.0 %",
         "over 4 such pairs",
     ):  # fmt: skip
         assert number in numbers, number

@@ -203,8 +203,8 @@ def transfer(folder: str | os.PathLike, metrics: Metrics) -> Path:
             (f"… with its order, {_label(budgets[i])}", signed(pair[i].mean), "points")
             for i in dict.fromkeys((order[0], order[-1]))
         ]
-        extra = found["head+route"].stored - found[REFERENCE].stored
-        key_numbers.append(("an order adds to the pool", decimal(extra, 0), "scalars"))
+        extra = found["head+route"].trained - found[REFERENCE].trained
+        key_numbers.append(("an order is", decimal(extra, 0), "scalars"))
     source = fitting([x for seed in metrics["source"] for x in seed], (sum(map(len, metrics["tasks"])),), "source", "")
     key_numbers += [
         ("tasks trained on", percent(float(np.mean(source))), "%"),
