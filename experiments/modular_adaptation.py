@@ -9,7 +9,7 @@ target's training images, their labels unread, choose a source (by information m
 target), or learn a route, or adapt BN (AdaBN, Tent), or both. Nothing in a run is chosen by target labels but the row
 that says so. Writes `runs/NAME/`: metrics.json, metrics.jsonl, report.html and a pool of the sources for each seed and
 target. A killed run goes on behind its last finished target, a finished one may be given more seeds. The first takes
-under 5 minutes on 2 CPU cores. Expected numbers: README.md.
+a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
 import argparse

@@ -7,7 +7,7 @@
 Learned orders beside single-task networks, hard sharing, hard sharing with a BN for each task, and fixed random routes
 through as many templates. Writes `runs/NAME/`: metrics.json, metrics.jsonl, report.html, and for each learned order and
 seed a pool with its templates and tasks. A killed run goes on where it was, a finished one may be given more seeds. The
-first takes under 5 minutes on 2 CPU cores. Expected numbers: README.md.
+first takes a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
 import argparse

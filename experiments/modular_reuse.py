@@ -7,7 +7,7 @@ L blocks in L layers; in 2L layers, each block twice in a row (AABB), the whole 
 order, and in a learned order; and 2L blocks in 2L layers, the upper bound. BN's scale and bias belong to the block, so
 that depth costs no parameter but the logits of a learned order (`--bn task` gives each layer its own). Writes
 `runs/NAME/`: metrics.json, metrics.jsonl, report.html and a pool for each learned order. A killed run goes on where it
-was, a finished one may be given more seeds. The first takes under 5 minutes on 2 CPU cores. Expected numbers:
+was, a finished one may be given more seeds. The first takes a few minutes on 2 CPU cores. Expected numbers:
 README.md.
 """
 

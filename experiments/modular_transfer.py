@@ -8,7 +8,7 @@ from few labelled images: its head, its route, its BN, all, or a network from sc
 start, it is the source whose features tell the few images' classes apart best (nearest centroid, cross-validated).
 Controls: a random route, a new route, untrained templates. Writes `runs/NAME/`: metrics.json, metrics.jsonl,
 report.html and a pool of templates and source tasks for each seed. A killed run goes on behind its last finished part,
-a finished one may be given more seeds. The first takes under 5 minutes on 2 CPU cores. Expected numbers: README.md.
+a finished one may be given more seeds. The first takes a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
 import argparse
