@@ -16,25 +16,12 @@ import argparse
 import functools
 
 import jax.numpy as jnp
+import modular_job as job
 import numpy as np
 from job import closing, console
-from modular_job import (
-    described,
-    initial,
-    load_network,
-    modular_parser,
-    opened,
-    part,
-    runner_of,
-    seconds_of,
-    settings_of,
-    store_network,
-    with_presets,
-)
 
 from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, routes
-from compo_jax.train import write_json
 
 PRESETS = {
     "rendered": {
@@ -71,7 +58,7 @@ ADAPTED = {
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = modular_parser(__doc__)
+    parser = job.modular_parser(__doc__)
     add = parser.add_argument
     add("--data", default="rendered", help="rendered; digits; or a TFDS set whose splits are domains")
     add("--templates", type=int, help="modules")
@@ -82,7 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--route-rate", type=float, default=100.0, help="of a route, in multiples of that rate")
     add("--methods", nargs="*", choices=ADAPTED, default=list(ADAPTED), metavar="NAME", help="; ".join(ADAPTED))
     parser.set_defaults(patch=None)
-    return with_presets(parser.parse_args(arguments), PRESETS, PRESET)
+    return job.with_presets(parser.parse_args(arguments), PRESETS, PRESET)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     shape = {key: getattr(options, key) for key in ("layers", "templates", "width", "patch", "block")}
     net = ModularNet((len(classes),) * (len(domains) - 1), shared_head=True, **shape)
     one = net.clone(classes=net.classes[:1])
-    settings, runner = settings_of(options), runner_of(options)
+    settings, runner = job.settings_of(options), job.runner_of(options)
     learner = modular.learner(net, prepare, settings, stream.augment, runner=runner)
     adapting = settings._replace(
         steps=options.adapt_steps,
@@ -113,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     def adaptation(route, bn):
         return modular.adaptation(one, prepare, adapting, classes, route=route, bn=bn, runner=runner)
 
-    with opened(options) as (run, progress):
+    with job.opened(options) as (run, progress):
 
         def pool(seed, target):
             return run.folder / "pools" / f"{seed}-{target}"
@@ -125,17 +112,17 @@ def main(arguments: list[str] | None = None) -> None:
         def sources(seed, target, folder):
             tasks = others(target)
             trained = learner.train(
-                initial(net, options.size, seed), [task.train for task in tasks], seed,
+                job.initial(net, options.size, seed), [task.train for task in tasks], seed,
                 folder, log=run.log, record={"run": f"without {target}", "task": f"seed {seed}"}, progress=progress,
             )  # fmt: skip
             accuracy = modular.accuracies(net, prepare)(trained.variables, [task.test for task in tasks]).tolist()
-            store_network(pool(seed, target), net, trained.variables, tasks, accuracy, seed)
+            job.store_network(pool(seed, target), net, trained.variables, tasks, accuracy, seed)
             return {"accuracy": accuracy}
 
         # -- the target ------------------------------------------------------------------------------------------------
         def adapted(seed, target, folder):
             task, names = domains[target], [other.name for other in others(target)]
-            net, variables = load_network(pool(seed, target), len(names))
+            net, variables = job.load_network(pool(seed, target), len(names))
             score = modular.accuracies(net, prepare)(variables, [task.test] * len(names))
             objectives = modular.source_objectives(net, prepare, variables, task, bn="target")
             own = routes.hard(variables["params"]["route"])
@@ -181,8 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
             trained.append([])
             found.append([])
             for target in targets:
-                trained[-1].append(part(run, f"{seed}-{target}-sources", functools.partial(sources, seed, target)))
-                found[-1].append(part(run, f"{seed}-{target}", functools.partial(adapted, seed, target)))
+                trained[-1].append(job.part(run, f"{seed}-{target}-sources", functools.partial(sources, seed, target)))
+                found[-1].append(job.part(run, f"{seed}-{target}", functools.partial(adapted, seed, target)))
                 told = ", ".join(f"{name} {100 * x:.1f}" for name, x in found[-1][-1]["accuracy"].items())
                 console.print(f"seed {seed}, {target}: {told}")
 
@@ -197,8 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
             "targets": targets,
             "classes": list(classes),
             "seeds": options.seeds,
-            "seconds": seconds_of(run),
-            "net": described(net, options.size),
+            "net": job.described(net, options.size),
             "made": "the domains are one set of digits, rendered in four ways" if stream.name == "rendered" else None,
             "baseline": BASELINE,
             "methods": {
@@ -221,10 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
             "routes": {target: one["routes"] for target, one in zip(targets, found[0], strict=True)},
             "templates": options.templates,
         }
-        write_json(run.folder / "metrics.json", metrics)
-        path = report.adaptation(run.folder, metrics)
-        console.print(report.adaptation_table(metrics))
-        console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+        job.finish(run, metrics, report.adaptation, report.adaptation_table)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from job import console
 from rich.progress import Progress
+from rich.table import Table
 
 from compo_jax import modular
 from compo_jax.data import Task
@@ -117,9 +118,17 @@ def part(run: Run, name: str, make: Callable[[Path], dict]) -> dict:
     return found["made"]
 
 
-def seconds_of(run: Run) -> float:
-    """Wall time of all parts of a run; of a part that was killed, since it was taken up again."""
-    return sum(json.loads(path.read_text())["seconds"] for path in (run.folder / "parts").iterdir())
+def finish(run: Run, metrics: dict, page: Callable[[Path, dict], Path], table: Callable[[dict], Table]) -> None:
+    """Writes the metrics and the page, and prints the table.
+
+    Adds its seconds: the wall time of all parts; of one that was killed, since it was taken up again.
+    """
+    seconds = sum(json.loads(path.read_text())["seconds"] for path in (run.folder / "parts").iterdir())
+    metrics = metrics | {"seconds": seconds}
+    write_json(run.folder / "metrics.json", metrics)
+    path = page(run.folder, metrics)
+    console.print(table(metrics))
+    console.print(f"{seconds:.0f} s; report: {path}")
 
 
 def settings_of(options: argparse.Namespace) -> Settings:

@@ -16,27 +16,13 @@ import time
 
 import jax
 import jax.numpy as jnp
+import modular_job as job
 import numpy as np
 import optax
 from job import closing, console
-from modular_job import (
-    FIXED,
-    described,
-    initial,
-    load_network,
-    modular_parser,
-    opened,
-    part,
-    runner_of,
-    seconds_of,
-    settings_of,
-    store_network,
-    with_presets,
-)
 
 from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, routes
-from compo_jax.train import write_json
 
 BASELINES = ("single-task", "hard-sharing", "hard-sharing-bn", "random")
 PRESETS = {
@@ -48,7 +34,7 @@ AMOUNTS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of a re-routing
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = modular_parser(__doc__)
+    parser = job.modular_parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=["glyphs"], help="glyphs, or names of TFDS image classification sets")
     add("--tasks", type=int, help="tasks that a divided set gives; default all")
@@ -56,7 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--bn", choices=["task", "layer", "template"], default="task", help="of learned orders and random routes")
     add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
     add("--analysis-images", type=int, default=50, help="test images of a task that modules are removed on")
-    return with_presets(parser.parse_args(arguments), PRESETS, PRESET)
+    return job.with_presets(parser.parse_args(arguments), PRESETS, PRESET)
 
 
 def some(split: data.Split, count: int) -> data.ArraySplit:
@@ -106,8 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
     train, test = [task.train for task in stream.tasks], [task.test for task in stream.tasks]
     classes, layers = tuple(len(task.classes) for task in stream.tasks), options.layers
     console.print(f"{stream.name}: {len(names)} tasks, {sum(classes)} classes, {sum(map(len, train))} images")
-    settings = settings_of(options)
-    in_order = settings._replace(phases=FIXED)
+    settings = job.settings_of(options)
+    in_order = settings._replace(phases=job.FIXED)
     shape = {key: getattr(options, key) for key in ("layers", "width", "patch", "block")}
     first = ModularNet(classes, templates=options.templates[0], bn=options.bn, **shape)
     plain = ModularNet(classes, templates=layers, **shape)  # each block once
@@ -117,17 +103,17 @@ def main(arguments: list[str] | None = None) -> None:
     if "random" in options.baselines:
         nets |= {f"random-{net.templates}": net for net in ordered.values()}
     nets |= ordered
-    runner = runner_of(options)
+    runner = job.runner_of(options)
 
     @functools.cache
     def learner(net, settings):
         return modular.learner(net, prepare, settings, stream.augment, runner=runner)
 
-    with opened(options) as (run, progress):
+    with job.opened(options) as (run, progress):
 
         def fitted(net, settings, splits, seed, order, label, folder):
             """(trained network, seconds)."""
-            variables, clock = initial(net, options.size, seed, order), time.perf_counter()
+            variables, clock = job.initial(net, options.size, seed, order), time.perf_counter()
             record = {"run": label, "task": f"seed {seed}"}
             found = learner(net, settings).train(
                 variables, splits, seed, folder, log=run.log, record=record, progress=progress
@@ -162,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
             trained, seconds = fitted(net, settings, train, seed, None, name, folder)
             variables = trained.variables
             gap = learner(net, settings).gap(trained, train, seed, test)
-            store_network(pool(name, seed), net, variables, stream.tasks, gap.finetuned.tolist(), seed)
+            job.store_network(pool(name, seed), net, variables, stream.tasks, gap.finetuned.tolist(), seed)
             soft = routes.soft(trained.before["params"]["route"], settings.temperature[1])
             lines = [r for r in run.log.records() if (r["run"], r["task"]) == (name, f"seed {seed}")]
             keys = ("step", "cross_entropy", "accuracy", "entropy", "unused", "temperature")
@@ -184,15 +170,19 @@ def main(arguments: list[str] | None = None) -> None:
             for name in nets:
                 make = functools.partial(learned if name in ordered else fixed, name, seed)
                 make = functools.partial(alone, seed) if name == "single-task" else make
-                results[name].append(part(run, f"{seed}-{name}", make))
+                results[name].append(job.part(run, f"{seed}-{name}", make))
                 accuracy = 100 * np.mean(results[name][-1]["accuracy"])
                 console.print(f"seed {seed}: {name} {accuracy:.1f} %, trained in {results[name][-1]['seconds']:.0f} s")
 
         # -- what the first learned order says -------------------------------------------------------------------------
         main_method, seed = next(iter(ordered)), options.seeds[0]
 
+        @functools.cache
+        def stored():
+            return job.load_network(pool(main_method, seed), len(names))
+
         def removed(folder):
-            net, variables = load_network(pool(main_method, seed), len(names))
+            net, variables = stored()
             few = [some(split, options.analysis_images) for split in test]
             score = modular.accuracies(net, prepare)
             lost = modular.analysis.removal(
@@ -202,13 +192,13 @@ def main(arguments: list[str] | None = None) -> None:
             return {key: value.tolist() for key, value in lost._asdict().items()} | {"images": options.analysis_images}
 
         def bridged(folder):
-            net, variables = load_network(pool(main_method, seed), len(names))
+            net, variables = stored()
             found = bridge(net, variables, prepare, 0, layers // 2, some(train[0], 256))
             return {"method": main_method, "task": names[0], **found}
 
         several = nets[main_method].templates > 1
-        removal = part(run, f"{seed}-removal", removed) if several else None
-        forecast = part(run, f"{seed}-bridge", bridged) if several else None
+        removal = job.part(run, f"{seed}-removal", removed) if several else None
+        forecast = job.part(run, f"{seed}-bridge", bridged) if several else None
 
         # -- report ----------------------------------------------------------------------------------------------------
         points = modular.Gap._fields
@@ -219,8 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
             "tasks": names,
             "classes": list(classes),
             "seeds": options.seeds,
-            "seconds": seconds_of(run),
-            "net": described(first, options.size),
+            "net": job.described(first, options.size),
             "steps": options.steps,
             "phases": list(settings.phases),
             "methods": {
@@ -246,10 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
             "removal": {main_method: removal} if removal else {},
             "bridge": forecast,
         }  # fmt: skip
-        write_json(run.folder / "metrics.json", metrics)
-        path = report.multitask(run.folder, metrics)
-        console.print(report.multitask_table(metrics))
-        console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+        job.finish(run, metrics, report.multitask, report.multitask_table)
 
 
 if __name__ == "__main__":

@@ -15,25 +15,12 @@ import argparse
 import functools
 import time
 
+import modular_job as job
 import numpy as np
 from job import closing, console
-from modular_job import (
-    FIXED,
-    described,
-    initial,
-    modular_parser,
-    opened,
-    part,
-    runner_of,
-    seconds_of,
-    settings_of,
-    store_network,
-    with_presets,
-)
 
 from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, routes
-from compo_jax.train import write_json
 
 PRESETS = {
     "glyphs": {"layers": 2, "width": 16, "steps": 400, "batch": 64, "tasks": 4},
@@ -43,12 +30,12 @@ PRESET = {"tasks": None, "size": 32, "layers": 4, "width": 32, "steps": 2000, "b
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = modular_parser(__doc__)
+    parser = job.modular_parser(__doc__)
     add = parser.add_argument
     add("--data", default="glyphs", help="glyphs, or the name of a TFDS image classification set")
     add("--tasks", type=int, help="scripts whose characters are the classes (rendered characters); default all")
     add("--bn", choices=["template", "task"], default="template", help="whose scale and bias: the block's, the layer's")
-    return with_presets(parser.parse_args(arguments), PRESETS, PRESET)
+    return job.with_presets(parser.parse_args(arguments), PRESETS, PRESET)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,19 +59,19 @@ def main(arguments: list[str] | None = None) -> None:
         "learned": (deep, lambda seed: None),
         "distinct": (deep.clone(templates=double), lambda seed: np.arange(double)),
     }
-    settings, runner = settings_of(options), runner_of(options)
+    settings, runner = job.settings_of(options), job.runner_of(options)
 
     @functools.cache
     def learner(net, settings):
         return modular.learner(net, prepare, settings, found.augment, runner=runner)
 
-    with opened(options) as (run, progress):
+    with job.opened(options) as (run, progress):
         # -- an order and a seed ---------------------------------------------------------------------------------------
         def measured(name, seed, folder):
             clock, (net, order) = time.perf_counter(), orders[name]
-            learns = learner(net, settings if name == "learned" else settings._replace(phases=FIXED))
+            learns = learner(net, settings if name == "learned" else settings._replace(phases=job.FIXED))
             trained = learns.train(
-                initial(net, options.size, seed, order(seed)), [task.train], seed, folder,
+                job.initial(net, options.size, seed, order(seed)), [task.train], seed, folder,
                 log=run.log, record={"run": name, "task": f"seed {seed}"}, progress=progress,
             )  # fmt: skip
             seconds, params = time.perf_counter() - clock, trained.variables["params"]
@@ -98,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
             if name == "learned":
                 gap = learns.gap(trained, [task.train], seed, [task.test])
                 made["gap"] = {key: float(value[0]) for key, value in gap._asdict().items()}
-                store_network(
+                job.store_network(
                     run.folder / "pools" / f"learned-{seed}", net, trained.variables, [task], [made["accuracy"]], seed
                 )
             return made
@@ -108,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         results = {name: [] for name in orders}
         for seed in options.seeds:
             for name in orders:
-                results[name].append(part(run, f"{seed}-{name}", functools.partial(measured, name, seed)))
+                results[name].append(job.part(run, f"{seed}-{name}", functools.partial(measured, name, seed)))
                 made = results[name][-1]
                 console.print(f"seed {seed}: {name} {100 * made['accuracy']:.1f} % in {made['seconds']:.0f} s")
 
@@ -121,8 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
             "classes": classes,
             "blocks": blocks,
             "seeds": options.seeds,
-            "seconds": seconds_of(run),
-            "net": described(deep, options.size),
+            "net": job.described(deep, options.size),
             "methods": {
                 name: {
                     **{key: by_seed(name, key) for key in ("accuracy", "train_accuracy", "route", "seconds")},
@@ -135,10 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
             },
             "gap": {"learned": {point: [made["gap"][point] for made in results["learned"]] for point in points}},
         }
-        write_json(run.folder / "metrics.json", metrics)
-        path = report.reuse(run.folder, metrics)
-        console.print(report.reuse_table(metrics))
-        console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+        job.finish(run, metrics, report.reuse, report.reuse_table)
 
 
 if __name__ == "__main__":

@@ -16,28 +16,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import modular_job as job
 import numpy as np
 from job import closing, console
-from modular_job import (
-    FIXED,
-    described,
-    initial,
-    load_network,
-    modular_parser,
-    opened,
-    part,
-    runner_of,
-    seconds_of,
-    settings_of,
-    store_network,
-    with_presets,
-)
 from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import NearestCentroid
 
 from compo_jax import data, modular, report, tree
 from compo_jax.modular import ModularNet, routes
-from compo_jax.train import write_json
 
 PRESETS = {
     "glyphs": {
@@ -62,7 +48,7 @@ METHODS = (*PARTS, "scratch", *CONTROLS)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = modular_parser(__doc__)
+    parser = job.modular_parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=["glyphs"], help="glyphs, or names of TFDS image classification sets")
     add("--tasks", type=int, help="tasks that a divided set gives; default all")
@@ -74,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--new-learning-rate", type=float, default=1e-2)
     add("--smoothing", type=float, default=0.3, help="of the source's route, where a new one starts from it")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="; ".join(METHODS))
-    options = with_presets(parser.parse_args(arguments), PRESETS, PRESET)
+    options = job.with_presets(parser.parse_args(arguments), PRESETS, PRESET)
     if "head" not in options.methods:
         raise ValueError("the other methods are held against head: name it among --methods, too")
     if min(options.budgets) < 0 or 1 in options.budgets:
@@ -127,9 +113,9 @@ def main(arguments: list[str] | None = None) -> None:
             )
     console.print(f"{stream.name}: {total} tasks, {options.held_out} of them left out")
     shape = {key: getattr(options, key) for key in ("layers", "templates", "width", "patch", "block")}
-    settings = settings_of(options)
+    settings = job.settings_of(options)
     new = settings._replace(steps=options.new_steps, batch=options.new_batch, learning_rate=options.new_learning_rate)
-    runner = runner_of(options)
+    runner = job.runner_of(options)
 
     @functools.cache
     def transfer(net, part, settings):
@@ -140,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
         out = np.sort(np.random.default_rng(seed).permutation(total)[: options.held_out]).tolist()
         return [stream.tasks[t] for t in out], [stream.tasks[t] for t in range(total) if t not in out]
 
-    with opened(options) as (run, progress):
+    with job.opened(options) as (run, progress):
 
         def pool(seed):
             return run.folder / "pools" / str(seed)
@@ -150,11 +136,11 @@ def main(arguments: list[str] | None = None) -> None:
             sources = divided(seed)[1]
             net = ModularNet(tuple(len(task.classes) for task in sources), **shape)
             trained = modular.learner(net, prepare, settings, stream.augment, runner=runner).train(
-                initial(net, options.size, seed), [task.train for task in sources], seed,
+                job.initial(net, options.size, seed), [task.train for task in sources], seed,
                 folder, log=run.log, record={"run": "sources", "task": f"seed {seed}"}, progress=progress,
             )  # fmt: skip
             accuracy = modular.accuracies(net, prepare)(trained.variables, [task.test for task in sources]).tolist()
-            store_network(pool(seed), net, trained.variables, sources, accuracy, seed)
+            job.store_network(pool(seed), net, trained.variables, sources, accuracy, seed)
             return {"accuracy": accuracy}
 
         # -- a new task ------------------------------------------------------------------------------------------------
@@ -164,8 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
             if method in ("scratch", "head+route, untrained templates"):
                 alone = net.clone(classes=(classes,))
                 order = np.arange(options.layers) % options.templates if method == "scratch" else None
-                fresh = initial(alone, options.size, int(jax.random.randint(key, (), 0, 2**30)), order)
-                return alone, fresh, *(("all", new._replace(phases=FIXED)) if method == "scratch" else (part, new))
+                fresh = job.initial(alone, options.size, int(jax.random.randint(key, (), 0, 2**30)), order)
+                return alone, fresh, *(("all", new._replace(phases=job.FIXED)) if method == "scratch" else (part, new))
             if method == "head+route, new route":
                 return *modular.new_task(net, variables, key, classes), part, new
             one, begun = modular.new_task(net, variables, key, classes, like=source)
@@ -178,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
         def learned(seed, budget, folder):
             """Every method on every task left out, from this many labelled images of each class."""
             new_tasks, sources = divided(seed)
-            net, variables = load_network(pool(seed), len(sources))
+            net, variables = job.load_network(pool(seed), len(sources))
             found, chosen = {name: [] for name in options.methods}, []
             for h, task in enumerate(new_tasks):
                 split = few(task, budget, seed)
@@ -198,10 +184,10 @@ def main(arguments: list[str] | None = None) -> None:
 
         source, results = [], {budget: [] for budget in options.budgets}
         for seed in options.seeds:
-            source.append(part(run, f"{seed}-sources", functools.partial(templates, seed)))
+            source.append(job.part(run, f"{seed}-sources", functools.partial(templates, seed)))
             console.print(f"seed {seed}: sources {100 * np.mean(source[-1]['accuracy']):.1f} %")
             for budget in options.budgets:
-                results[budget].append(part(run, f"{seed}-{budget}", functools.partial(learned, seed, budget)))
+                results[budget].append(job.part(run, f"{seed}-{budget}", functools.partial(learned, seed, budget)))
                 means = {name: 100 * np.mean(values) for name, values in results[budget][-1]["accuracy"].items()}
                 told = ", ".join(f"{name} {mean:.1f}" for name, mean in means.items())
                 console.print(f"seed {seed}, {budget or 'all'} labels a class: {told}")
@@ -209,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
         # -- report ----------------------------------------------------------------------------------------------------
         pairs = [divided(seed) for seed in options.seeds]
         net = ModularNet((len(pairs[0][0][0].classes),), **shape)
-        params = initial(net, options.size, 0)["params"]
+        params = job.initial(net, options.size, 0)["params"]
         size = lambda patterns: modular.parameters(tree.partition(params, patterns)[0])
         shared = modular.parameters({key: params[key] for key in ("stem", "templates")})
         whole = modular.parameters(params)
@@ -229,8 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
             "held_out": [[task.name for task in out] for out, _ in pairs],
             "classes": [[len(task.classes) for task in out] for out, _ in pairs],
             "seeds": options.seeds,
-            "seconds": seconds_of(run),
-            "net": described(net, options.size),
+            "net": job.described(net, options.size),
             "budgets": [budget or None for budget in options.budgets],
             "training": {"steps": options.new_steps, "batch": options.new_batch, "rate": options.new_learning_rate},
             "methods": {
@@ -245,10 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
             "source": [found["accuracy"] for found in source],
             "chosen": [[found["chosen"] for found in results[b]] for b in options.budgets],
         }
-        write_json(run.folder / "metrics.json", metrics)
-        path = report.transfer(run.folder, metrics)
-        console.print(report.transfer_table(metrics))
-        console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+        job.finish(run, metrics, report.transfer, report.transfer_table)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""A written page, taken apart: its tags, attributes, text and tables; every element must be closed."""
+"""Written pages and printed tables, taken apart; every element of a page must be closed."""
 
+import io
 from html.parser import HTMLParser
+
+from rich.console import Console
 
 
 class Page(HTMLParser):
@@ -34,3 +37,19 @@ class Page(HTMLParser):
             self.text += f" {data}"
         if {"td", "th"} & set(self.open):
             self.rows[-1].append(data)
+
+
+class PlainPage(Page):
+    """Its cells with plain spaces."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.rows = [[cell.replace("\u00a0", " ") for cell in row] for row in self.rows]
+
+
+def printed(table):
+    """The cells of a table for the terminal, and all that is printed, 80 characters wide."""
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table)
+    lines = console.file.getvalue().splitlines()
+    return [[c.strip() for c in line.split("│")[1:-1]] for line in lines if "│" in line], console.file.getvalue()

@@ -1,14 +1,13 @@
 """The reports of merge rules and of unlearning: every number, read back from what was drawn and written."""
 
 import copy
-import io
 import re
 
 import numpy as np
-import pages
 import pytest
 from matplotlib.colors import to_hex
-from rich.console import Console
+from pages import PlainPage as Page
+from pages import printed
 
 from compo_jax import report
 from compo_jax.report import figures as shared
@@ -87,21 +86,6 @@ def unlearning():
 def paths(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     return {kind: getattr(report, kind)(folder / kind, make()) for kind, make in MEASURED.items()}
-
-
-class Page(pages.Page):
-    """Its cells with plain spaces."""
-
-    def __init__(self, path):
-        super().__init__(path)
-        self.rows = [[cell.replace("\u00a0", " ") for cell in row] for row in self.rows]
-
-
-def printed(table):
-    console = Console(file=io.StringIO(), width=80)
-    console.print(table)
-    lines = console.file.getvalue().splitlines()
-    return [[c.strip() for c in line.split("│")[1:-1]] for line in lines if "│" in line], console.file.getvalue()
 
 
 @pytest.mark.parametrize("values, places, text", [

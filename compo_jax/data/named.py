@@ -129,11 +129,11 @@ def open_domains(
             for each in ("mnist", "usps")
         ]
         return _of_one_set(TaskStream(name, (*real, rendered("rendered", glyphs.Distortion(), 0)), size))
-    streams = [
-        tfds_stream(name, folder, size=size, tasks=1, seed=None, train_split=split, test_fraction=0.2, crop=1.0)
+    whole = {"size": size, "tasks": 1, "seed": None, "crop": 1.0}
+    domains = [
+        tfds_stream(name, folder, train_split=split, test_fraction=0.2, **whole).tasks[0]._replace(name=split)
         for split in split_names(name, folder)
     ]
-    domains = [s.tasks[0]._replace(name=split) for s, split in zip(streams, split_names(name, folder), strict=True)]
     return _of_one_set(TaskStream(name, tuple(domains), size, augment=augment.random_flip))
 
 

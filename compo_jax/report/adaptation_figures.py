@@ -6,12 +6,10 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from compo_jax.report.figures import ANNOTATED, COLOURS, INK, STYLE, middle, name_ticks, titled_figure
+from compo_jax.report.figures import ANNOTATED, COLOURS, INK, STYLE, cell_texts, middle, name_ticks, titled_figure
 from compo_jax.report.modular_figures import GREY, legend, lines, panels
 
 
@@ -118,16 +116,6 @@ def objective(
     return figure
 
 
-def _numbers(axes: Axes, image: AxesImage, values: Float[np.ndarray, "rows columns"]) -> None:
-    """Whole numbers in the cells of a heat map, nothing where one is nan."""
-    for row, column in np.argwhere(np.isfinite(values)):
-        luminance = np.dot(image.to_rgba(image.get_array()[row, column])[:3], (0.299, 0.587, 0.114))
-        axes.text(
-            column, row, f"{values[row, column]:.0f}", ha="center", va="center", fontsize=7.5,
-            color="black" if luminance > 0.5 else "white",
-        )  # fmt: skip
-
-
 @mpl.rc_context(STYLE)
 def sources(
     found: Float[np.ndarray, "domains targets"],
@@ -146,7 +134,8 @@ def sources(
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         if len(domains) <= ANNOTATED:
-            _numbers(axes, image, 100 * values)
+            texts = [["" if np.isnan(x) else f"{100 * x:.0f}" for x in row] for row in values]
+            cell_texts(axes, image, texts)
     name_ticks(left, "y", domains, length=18)
     left.set(xlabel="target", ylabel="source")
     bar = figure.colorbar(image, ax=[left, right], label="accuracy (%)", ticks=MaxNLocator(5, integer=True))

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from sklearn.isotonic import isotonic_regression
 
@@ -60,6 +61,18 @@ def name_ticks(
     getattr(axes, f"set_{axis}ticks")(
         places, [short(names[i], length) for i in chosen], parse_math=False, **turned, **slanted
     )
+
+
+def cell_texts(axes: Axes, image: AxesImage, texts: Sequence[Sequence[str]], size: float = 7.5) -> None:
+    """A text in each cell of a heat map where it isn't empty, black or white by what stands out from its colour."""
+    for (row, column), colour in np.ndenumerate(np.ma.filled(image.get_array(), np.nan)):
+        if not texts[row][column]:
+            continue
+        luminance = np.dot(image.to_rgba(colour)[:3], (0.299, 0.587, 0.114)) if np.isfinite(colour) else 1
+        axes.text(
+            column, row, texts[row][column], ha="center", va="center", fontsize=size,
+            color="black" if luminance > 0.5 else "white",
+        )  # fmt: skip
 
 
 def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-from compo_jax.report.figures import COLOURS, INK, STYLE, middle, name_ticks, short, titled_figure
+from compo_jax.report.figures import COLOURS, INK, STYLE, cell_texts, middle, name_ticks, short, titled_figure
 from compo_jax.report.merging_figures import MARKERS, named_legend
 from compo_jax.report.numbers import decimal, signed, significant
 
@@ -19,16 +17,6 @@ Seeds = Float[np.ndarray, " seeds"]
 GAP = {"soft": "soft route", "hard": "argmax", "reestimated": "… statistics\ntaken again", "finetuned": "… trained on"}
 CURVES = {"entropy": "H(a) / log M", "unused": "1 − H(ā) / log M", "cross_entropy": "cross-entropy\n(nats)"}
 PHASES = ("free", "hardening", "fixed")
-
-
-def cell_texts(axes: Axes, image: AxesImage, texts: Sequence[Sequence[str]], size: float = 7.5) -> None:
-    """A text in each cell of a heat map, black or white by what stands out from its colour."""
-    for (row, column), colour in np.ndenumerate(image.get_array().filled(np.nan)):
-        luminance = np.dot(image.to_rgba(colour)[:3], (0.299, 0.587, 0.114)) if np.isfinite(colour) else 1
-        axes.text(
-            column, row, texts[row][column], ha="center", va="center", fontsize=size,
-            color="black" if luminance > 0.5 else "white",
-        )  # fmt: skip
 
 
 @mpl.rc_context(STYLE)

@@ -33,6 +33,7 @@ class Method(NamedTuple):
 
 
 def sizes(metrics: Metrics) -> tuple[int, int]:
+    """How many seeds and tasks there are."""
     return len(metrics["seeds"]), len(metrics["tasks"])
 
 

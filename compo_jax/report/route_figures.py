@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from compo_jax.report.figures import ANNOTATED, COLOURS, INK, STYLE, name_ticks, titled_figure
-from compo_jax.report.multitask_figures import cell_texts
+from compo_jax.report.figures import ANNOTATED, COLOURS, INK, STYLE, cell_texts, name_ticks, titled_figure
 
 
 def _bare(axes: Axes) -> None:
