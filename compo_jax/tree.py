@@ -7,6 +7,7 @@ parameters are two such trees, and so is a weight delta, where None means "no ch
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -67,38 +68,106 @@ def spread(tree: Tree, like: Tree) -> Tree:
     return jax.tree.broadcast(tree, like, is_leaf=_is_none)
 
 
-def add(base: Tree, delta: Tree, scale: float | jax.Array = 1.0) -> Tree:
-    """`base + scale * delta`, where a None leaf of `delta` leaves the base's leaf as it is (the same array)."""
-    return jax.tree.map(
-        lambda d, b: b if d is None else b + jnp.asarray(scale, d.dtype) * d, delta, base, is_leaf=_is_none
-    )
+def concrete(*trees: Tree) -> bool:
+    """False while a function is traced: then values can't be looked at, and no error can depend on them."""
+    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
 
 
-def weighted_sum(trees: Iterable[Tree], weights: Iterable[float | jax.Array]) -> Tree:
-    """`sum_t weights[t] * trees[t]`, one tree in memory beside the sum; None counts as zero."""
-    total = None
-    for tree, weight in zip(trees, weights, strict=True):
-        scaled = jax.tree.map(lambda x, w=weight: x * jnp.asarray(w, x.dtype), tree)
-        total = (
-            scaled
-            if total is None
-            else jax.tree.map(
-                lambda a, b: b if a is None else a if b is None else a + b, total, scaled, is_leaf=_is_none
+def wide_type(*arrays: Any) -> np.dtype:
+    """The type that sums of these arrays grow in: their common one, float32 at least (float64 for float64)."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def add(base: Tree, delta: Tree, scale: float | int | jax.Array = 1.0) -> Tree:
+    """`base + scale * delta` in the base's types, rounded once.
+
+    A None leaf of `delta` leaves the base's leaf as it is (the same array). ValueError, naming the leaf, where shapes
+    differ, or an integer leaf would have to move by a fraction.
+    """
+
+    def one(path, d, b):
+        if d is None:
+            return b
+        if np.shape(d) != np.shape(b):
+            raise ValueError(f"{path_name(path)} is {np.shape(b)} and what is added to it {np.shape(d)}")
+        b, d = jnp.asarray(b), jnp.asarray(d)
+        if _is_float(b):
+            wide = wide_type(b, d)
+        elif not _is_float(d) and concrete(scale) and scale == int(scale):
+            wide = jnp.result_type(b, d)
+        else:
+            raise ValueError(
+                f"{path_name(path)} is of type {b.dtype} and can't move by a fraction: only floating-point leaves can"
             )
-        )
+        return (b.astype(wide) + jnp.asarray(scale, wide) * d.astype(wide)).astype(b.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, delta, base, is_leaf=_is_none)
+
+
+@dataclass(frozen=True)
+class _Sum:  # no pytree: a leaf of the running sum
+    value: jax.Array
+    dtype: np.dtype  # of the terms
+
+
+def _accumulate(total: Tree, tree: Tree, weight: float | int | jax.Array) -> Tree:
+    whole = jnp.issubdtype(jnp.result_type(weight), jnp.integer)
+
+    def one(held, x):
+        if x is None:
+            return held
+        x = jnp.asarray(x)
+        wide = x.dtype if whole and not _is_float(x) else wide_type(x)
+        term, dtype = jnp.asarray(weight, wide) * x.astype(wide), x.dtype if _is_float(x) else wide
+        if held is None:
+            return _Sum(term, dtype)
+        wide = jnp.promote_types(held.value.dtype, wide)
+        return _Sum(held.value.astype(wide) + term.astype(wide), jnp.promote_types(held.dtype, dtype))
+
+    if total is None:
+        return jax.tree.map(lambda x: one(None, x), tree)
+    return jax.tree.map(one, total, tree, is_leaf=_is_none)
+
+
+def weighted_sum(trees: Iterable[Tree], weights: Iterable[float | int | jax.Array], *, wide: bool = False) -> Tree:
+    """`sum_t weights[t] * trees[t]`, one tree in memory beside the sum; None counts as zero.
+
+    Sums grow in float32 at least, whatever the trees' types, and are rounded to these once, at the end. Integer leaves
+    (counts) stay integers where all weights are, and become floating-point numbers where they aren't.
+
+    Args:
+      trees: read one after another; an iterator that makes or loads them holds no more than one.
+      wide: the sum is returned as it grew, not rounded: for a sum that something is still added to.
+    """
+    trees, total = iter(trees), None
+    try:
+        for weight in weights:  # no name, not even zip's, keeps a tree alive while the next is made
+            total = _accumulate(total, next(trees), weight)
+    except StopIteration:
+        raise ValueError("a weighted sum needs one weight for each tree, and there are more weights") from None
+    if next(trees, _Sum) is not _Sum:
+        raise ValueError("a weighted sum needs one weight for each tree, and there are more trees")
     if total is None:
         raise ValueError("a weighted sum needs at least one tree")
-    return total
+    return jax.tree.map(lambda sum: sum.value if wide else sum.value.astype(sum.dtype), total)
 
 
 def dot(a: Tree, b: Tree) -> jax.Array:
-    """Inner product of two trees over the leaves that both have, at highest precision."""
-    products = jax.tree.map(
-        lambda x, y: None if x is None or y is None else jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST),
-        a,
-        b,
-        is_leaf=_is_none,
-    )
+    """Inner product of two trees over the leaves that both have, at highest precision, summed in float32 at least."""
+
+    def one(path, x, y):
+        if x is None or y is None:
+            return None
+        if np.shape(x) != np.shape(y):
+            raise ValueError(f"{path_name(path)} is {np.shape(x)} in the one tree and {np.shape(y)} in the other")
+        wide = wide_type(x, y)
+        return jnp.vdot(jnp.asarray(x, wide), jnp.asarray(y, wide), precision=jax.lax.Precision.HIGHEST)
+
+    products = jax.tree_util.tree_map_with_path(one, a, b, is_leaf=_is_none)
     return sum(jax.tree.leaves(products), start=jnp.zeros(()))
 
 
@@ -127,6 +196,22 @@ def require_float(tree: Tree, what: str) -> None:
                 f"{what} has a leaf {path_name(path)} of type {jnp.result_type(leaf)}: only floating-point leaves are "
                 "differentiated; close over the others"
             )
+
+
+def require_finite(tree: Tree, what: str) -> None:
+    """ValueError where a leaf of `tree`, called `what` in the message, holds NaN or an infinity; all are named.
+
+    Nothing is looked at while a function is traced (`concrete`).
+    """
+    leaves = [(path_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(tree) if _is_float(x)]
+    if not concrete([x for _, x in leaves]):
+        return
+    sound = jax.device_get([jnp.all(jnp.isfinite(x)) for _, x in leaves])
+    if bad := [name for (name, _), good in zip(leaves, sound, strict=True) if not good]:
+        raise ValueError(
+            f"{what} holds NaN or infinite numbers in {', '.join(bad)}: a training that diverged, say, or a damaged "
+            "file. Leave it out, or let it through on purpose with check_finite=False"
+        )
 
 
 def require_like(tree: Tree, like: Tree, what: str) -> None:

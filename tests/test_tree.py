@@ -1,3 +1,5 @@
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,3 +61,86 @@ def test_fingerprint_sees_values_names_shapes_and_dtypes_and_not_where_they_live
         {"block": PARAMS["block"], "tail": PARAMS["head"]},
     ]
     assert len({original, *map(tree.fingerprint, changed)}) == 5
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("terms", [1, 64, 1000])
+def test_a_weighted_sum_of_many_is_right_to_one_rounding(dtype, terms):
+    term = {"w": jnp.full(64, 0.01, dtype)}
+    exact = float(np.float64(term["w"][0]))
+    total = tree.weighted_sum([term] * terms, [1 / terms] * terms)["w"]
+    assert total.dtype == dtype
+    np.testing.assert_allclose(np.asarray(total, np.float64), exact, rtol=max(float(jnp.finfo(dtype).eps), 3e-5))
+
+
+def test_a_weighted_sum_in_float64_is_summed_in_float64():
+    with jax.enable_x64(True):
+        values = np.random.default_rng(0).standard_normal((50, 7))
+        total = tree.weighted_sum([{"w": jnp.asarray(v)} for v in values], [0.02] * 50)["w"]
+        np.testing.assert_allclose(np.asarray(total), values.mean(axis=0), rtol=1e-13, atol=1e-15)
+
+
+def test_a_wide_sum_is_not_rounded_before_it_is_added():
+    deltas = [{"w": jnp.full(8, 0.01, jnp.bfloat16)}] * 64
+    out = tree.add({"w": jnp.ones(8, jnp.bfloat16)}, tree.weighted_sum(deltas, [1.0] * 64, wide=True))["w"]
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(1 + 64 * np.float32(deltas[0]["w"][0]), out.dtype))
+
+
+def test_counts_add_up_and_are_averaged():
+    a, b = {"count": jnp.int32(10)}, {"count": jnp.int32(20)}
+    assert float(tree.weighted_sum([a, b], [0.5, 0.5])["count"]) == 15
+    added = tree.weighted_sum([a, b], [1, 1])["count"]
+    assert int(added) == 30 and jnp.issubdtype(added.dtype, jnp.integer)
+    assert int(tree.add(a, b)["count"]) == 30
+    with pytest.raises(ValueError, match="count is of type int32"):
+        tree.add(a, b, 0.5)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0, 1.0]])
+def test_a_weighted_sum_needs_one_weight_for_each_tree(weights):
+    with pytest.raises(ValueError, match="one weight for each tree"):
+        tree.weighted_sum([{"x": jnp.ones(2)}] * 2, weights)
+
+
+def test_a_weighted_sum_reads_one_tree_at_a_time():
+    alive = []
+    most = 0
+
+    class Leaf(np.ndarray):
+        pass
+
+    def made():
+        nonlocal most
+        for _ in range(5):
+            leaf = np.ones(3).view(Leaf)
+            alive.append(weakref.ref(leaf))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield {"x": leaf}
+            del leaf
+
+    tree.weighted_sum(made(), [1.0] * 5)
+    assert most == 1
+
+
+def test_adding_keeps_the_bases_types_and_refuses_other_shapes():
+    base = {"w": jnp.ones(3, jnp.bfloat16)}
+    assert tree.add(base, {"w": jnp.ones(3, jnp.float32)})["w"].dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match=r"w is \(3,\) and what is added to it \(1,\)"):
+        tree.add(base, {"w": jnp.ones(1)})
+
+
+def test_dot_does_not_overflow_in_half_precision_and_refuses_other_shapes():
+    twos = {"x": jnp.full(90_000, 2, jnp.float16)}
+    assert float(tree.dot(twos, twos)) == 360_000
+    with pytest.raises(ValueError, match=r"x is \(2, 3\) in the one tree and \(3, 2\)"):
+        tree.dot({"x": jnp.ones((2, 3))}, {"x": jnp.ones((3, 2))})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_named(bad):
+    good = {"a": jnp.ones(2), "b": {"c": jnp.ones(2), "count": jnp.int32(3)}, "d": None}
+    tree.require_finite(good, "module x")
+    with pytest.raises(ValueError, match="module x holds NaN or infinite numbers in b/c: .*check_finite=False"):
+        tree.require_finite({**good, "b": {"c": jnp.array([1, bad], jnp.bfloat16), "count": jnp.int32(3)}}, "module x")
+    jax.jit(lambda x: [tree.require_finite({"x": x}, "traced"), x][1])(jnp.float32(bad))

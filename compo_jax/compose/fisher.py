@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from compo_jax import tree
-from compo_jax.compose.modules import Scalar, Weights, concrete, leafwise, mean_delta, same, weigh
+from compo_jax.compose.modules import Scalar, Weights, leafwise, mean_delta, same, weigh
 from compo_jax.curvature import FisherDiagonal
 
 Tree = Any
@@ -33,7 +33,7 @@ def diagonals(fishers: Sequence[FisherDiagonal | Tree], like: Tree) -> list[Tree
             )
         for name, x in zip(covered, jax.tree.leaves(picked), strict=True):
             sound = jnp.all(x >= 0)
-            if concrete(sound) and not sound:
+            if tree.concrete(sound) and not sound:
                 raise ValueError(
                     f"Fisher {t} has an entry in {name} that is negative or not a number: no curvature has"
                 )

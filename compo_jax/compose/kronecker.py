@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from compo_jax import tree
-from compo_jax.compose.modules import Scalar, Weights, aligned, concrete, mean_delta, weigh
+from compo_jax.compose.modules import Scalar, Weights, aligned, mean_delta, weigh
 from compo_jax.compose.solve import Solved, solve_merge, symmetric_solve
 from compo_jax.curvature import Kronecker, merge_kronecker
 
@@ -82,7 +82,7 @@ def regmean(
         systems = tuple(a.reshape(-1, *a.shape[len(lay.stack) :]) for a in (total, b))
         step, singular = jax.lax.map(lambda system: symmetric_solve(*system), systems)
         step = step.reshape(b.shape)
-        if concrete(singular) and jnp.any(singular):
+        if tree.concrete(singular) and jnp.any(singular):
             raise ValueError(
                 f"the Gram matrix of the inputs of {name}, summed over the tasks, is singular: some inputs are dead or "
                 "depend on others, or there are too few examples. Give a scaling below 1 (0.9) or a damping above 0"

@@ -15,11 +15,6 @@ Scalar = float | int | Array
 Weights = Num[Array, " tasks"] | Num[np.ndarray, " tasks"] | Sequence
 
 
-def concrete(*arrays) -> bool:
-    """False while a function is traced: then values can't be looked at, and no error can depend on them."""
-    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
-
-
 def aligned(base: Tree, deltas: Sequence[Tree], least: int = 1) -> list[Tree]:
     """The deltas, shaped as `base`, with None where none of them changes a leaf and zeros where some do.
 
@@ -67,7 +62,7 @@ def weigh(weights: Weights | None, tasks: int, default: Scalar | None = None, *,
         return [1 / tasks if default is None else default] * tasks
     if len(weights) != tasks:
         raise ValueError(f"{len(weights)} weights were given for {tasks} modules: one for each")
-    if concrete(weights):
+    if tree.concrete(weights):
         values = np.asarray(weights, np.float64)
         if not np.all(np.isfinite(values)):
             raise ValueError(f"the weights {values} aren't all finite")

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from compo_jax import tree
 from compo_jax.compose.fisher import diagonals
-from compo_jax.compose.modules import Scalar, Weights, aligned, concrete, weigh
+from compo_jax.compose.modules import Scalar, Weights, aligned, weigh
 from compo_jax.compose.sphere import gram
 from compo_jax.curvature import FisherDiagonal
 
@@ -164,7 +164,7 @@ def solve_merge(
             f"{len(matvecs)} curvature products were given for {tasks} modules: one for each "
             "(compo_jax.curvature.ggn at the module's own parameters and data)"
         )
-    if concrete(damping) and not 0 <= damping < np.inf:
+    if tree.concrete(damping) and not 0 <= damping < np.inf:
         raise ValueError(f"damping is a finite number that isn't negative, not {damping}")
     weights = weigh(weights, tasks, sign=False)
     anchor = weigh([0.0] * tasks if anchor is None else anchor, tasks)
@@ -196,7 +196,7 @@ def solve_merge(
         tolerance=tolerance,
         max_iterations=max_iterations,
     )
-    if concrete(found, damping):
+    if tree.concrete(found, damping):
         _judge(found, b, apart, damping)
     merged = jax.tree.map(lambda x, d: x.astype(d.dtype), tree.add(centre, found.x), deltas[0])
     return Solved(tree.add(base, merged), found.residual, found.iterations, found.converged)
@@ -258,7 +258,7 @@ def _in_modules(base, deltas, wide, matvecs, product, curvature, weights, dampin
     step, singular = symmetric_solve(matrix, b)
     size = jnp.linalg.norm(b)
     residual = jnp.linalg.norm(b - jnp.matmul(matrix, step, precision="highest")) / jnp.where(size > 0, size, 1)
-    if concrete(residual, damping):
+    if tree.concrete(residual, damping):
         if not np.isfinite(residual):
             raise ValueError("the modules, or the products of their curvature, hold numbers that aren't finite")
         if singular and damping == 0:  # with damping the composition is one, whatever the weights that make it

@@ -9,7 +9,7 @@ from jaxtyping import Array, Key
 
 from compo_jax import tree
 from compo_jax.compose.arithmetic import compose
-from compo_jax.compose.modules import Scalar, Weights, aligned, concrete, leafwise, weigh
+from compo_jax.compose.modules import Scalar, Weights, aligned, leafwise, weigh
 
 Tree = Any
 
@@ -53,7 +53,7 @@ def ties(
 
 def drop(key: Key[Array, ""], delta: Tree, rate: Scalar) -> Tree:
     """Each entry zero with the probability `rate`, the others divided by `1 - rate`: `delta` in expectation."""
-    if concrete(rate) and not 0 <= rate < 1:
+    if tree.concrete(rate) and not 0 <= rate < 1:
         raise ValueError(f"rate is the probability that an entry is dropped, from 0 to below 1, not {rate}")
     keys = iter(jax.random.split(key, len(jax.tree.leaves(delta))))
     return jax.tree.map(

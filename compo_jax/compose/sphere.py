@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compo_jax import tree
-from compo_jax.compose.modules import Scalar, Weights, concrete, same, weigh
+from compo_jax.compose.modules import Scalar, Weights, same, weigh
 
 Tree = Any
 
@@ -27,7 +27,7 @@ def _cosines(trees: Sequence[Tree]) -> tuple[Float[Array, "tasks tasks"], Float[
     """(cosines of the angles between the trees, their norms)."""
     products = gram(trees)
     norms = jnp.sqrt(jnp.diagonal(products))
-    if concrete(norms) and not (np.all(np.isfinite(norms)) and np.all(norms > 0)):
+    if tree.concrete(norms) and not (np.all(np.isfinite(norms)) and np.all(norms > 0)):
         raise ValueError(f"only trees that are neither zero nor infinite have a direction; their norms are {norms}")
     return jnp.clip(products / jnp.outer(norms, norms), -1, 1), norms
 
@@ -42,7 +42,7 @@ def slerp(a: Tree, b: Tree, t: Scalar) -> Tree:
     """
     cosines, norms = _cosines(same([a, b]))
     cosine = cosines[0, 1]
-    if concrete(cosine) and 1 + cosine < 10 * jnp.finfo(cosine.dtype).eps:
+    if tree.concrete(cosine) and 1 + cosine < 10 * jnp.finfo(cosine.dtype).eps:
         raise ValueError("the two trees point in opposite directions: no great circle between them is the shortest")
     straight = 1 - cosine < 10 * jnp.finfo(cosine.dtype).eps
     angle = jnp.arccos(jnp.where(straight, 0.0, cosine))
@@ -86,7 +86,7 @@ def karcher_mean(
         return mean / length(mean), size, count + 1
 
     start = length(weights)
-    if concrete(start) and start < 10 * eps:
+    if tree.concrete(start) and start < 10 * eps:
         raise ValueError("the directions of the trees cancel: points spread all around the sphere have no one mean")
     mean, *_ = jax.lax.while_loop(
         lambda s: (s[1] > tolerance) & (s[2] < max_iterations),

@@ -34,10 +34,7 @@ def deltas(
 
 def compose(base: Tree, weights: Sequence[float], deltas: Iterator[Tree]) -> Tree:
     """`base + sum_t weights[t] * delta_t`; see `ModulePool.compose`."""
-    total = None
-    for weight in weights:
-        total = _accumulate(total, next(deltas), weight)
-    return tree.add(base, total)
+    return tree.add(base, tree.weighted_sum(deltas, weights, wide=True))
 
 
 def _adapter(manifest: Manifest) -> adapters.Adapter:
@@ -49,8 +46,3 @@ def _adapter(manifest: Manifest) -> adapters.Adapter:
 
 def _made(manifest: Manifest) -> tuple:
     return manifest.base, manifest.adapter, manifest.settings, manifest.parts["module"]["fingerprint"]
-
-
-def _accumulate(total: Tree | None, delta: Tree, weight: float) -> Tree:
-    # a function, so that no name keeps the last delta alive either
-    return tree.weighted_sum([delta], [weight]) if total is None else tree.weighted_sum([total, delta], [1.0, weight])
