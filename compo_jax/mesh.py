@@ -73,6 +73,7 @@ def start_distributed(coordinator: str | None = None, processes: int | None = No
     With no arguments the cluster (Slurm, Cloud TPU, ...) is detected. Where a process dies, the others end too, at once
     or within two minutes; start all of them again to go on.
     """
+    jax.config.update("jax_enable_preemption_service", False)  # it keeps SIGTERM from ending a process
     # Short, since a process that failed waits so long for the others, which wait for it.
     jax.distributed.initialize(coordinator, processes, process, shutdown_timeout_seconds=60)
     barrier("start")  # gloo waits 30 seconds for the others' first call
@@ -102,7 +103,9 @@ def agreed(tree: Tree) -> Tree:
     """
     if not several():
         return tree
-    keys = jax.tree.map(lambda x: isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key), tree)
+    keys = jax.tree.map(
+        lambda x: isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key), tree
+    )
     plain = jax.tree.map(lambda x, key: jax.random.key_data(x) if key else x, tree, keys)
 
     def back(x, like, key):

@@ -111,7 +111,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--name", help="name of the run; default: made from the data and the seed")
     add("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     add("--tensorboard", action="store_true")
-    add("--hosts", type=hosts, metavar="ADDRESS:PORT,N,I", help="host 0's address, how many hosts, which is this; or auto")
+    add(
+        "--hosts",
+        type=hosts,
+        metavar="ADDRESS:PORT,N,I",
+        help="host 0's address, how many hosts, which is this; or auto",
+    )
     options = parser.parse_args(arguments)
     if (place := vars(options).pop("hosts")) is not None:  # before anything touches a device
         mesh.start_distributed(*place)
@@ -275,15 +280,13 @@ def main(arguments: list[str] | None = None) -> None:
                     seconds[i] += time.perf_counter() - clock
                 memories[method.name] = learned.memory
                 start = incremental.task_columns(reference.head, first, len(task.classes), len(task.classes))
-                if mesh.is_writer():
-                    pool.add(
-                        name, learned.module, base=fingerprint, adapter=method.adapter, task=task.name,
-                        classes=task.classes, seed=options.seed, extra=config, overwrite=True, head=learned.head,
-                        start=start, **({} if joint else {"curvature": reference.own["diagonal"]}),
-                    )  # fmt: skip
-                    if not joint and "kronecker" in kinds:
-                        pool.attach(name, curvature=reference.own["kronecker"])
-                mesh.barrier("the pool is written")
+                pool.add(
+                    name, learned.module, base=fingerprint, adapter=method.adapter, task=task.name,
+                    classes=task.classes, seed=options.seed, extra=config, overwrite=True, head=learned.head,
+                    start=start, **({} if joint else {"curvature": reference.own["diagonal"]}),
+                )  # fmt: skip
+                if not joint and "kronecker" in kinds:
+                    pool.attach(name, curvature=reference.own["kronecker"])
                 composed, with_heads = members(method, names, t)
                 head = incremental.pool_head(pool, with_heads, reference.head)
                 test = incremental.evaluator(of[method.name], stream)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from compo_jax import files, tree
+from compo_jax import files, mesh, tree
 
 Tree = Any
 _KEPT = 2
@@ -50,11 +50,19 @@ def _everywhere(good: bool) -> bool:
     return good if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(good))))
 
 
+def _shared(state: Tree) -> Tree:
+    """Of several processes, orbax takes no JAX arrays that are one's own: process 0's NumPy arrays are written."""
+    if not mesh.several():
+        return state
+    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) and x.is_fully_addressable else x, state)
+
+
 class Checkpoints:
     """The newest two states saved under `path`.
 
     Orbax writes aside and renames, so that a killed run leaves no half one. A checkpoint is known by the checksums of
-    its arrays: where the newest is damaged, the one before it is used.
+    its arrays: where the newest is damaged, the one before it is used. In a job of several processes all call `save` and
+    `load` at the same points, and process 0 writes.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -83,7 +91,7 @@ class Checkpoints:
         made = {"number": number, "sha256": _checksums(state)}
         try:
             self._remove(self._damaged)
-            ocp.save(self.path / str(number), state, custom_metadata=made)
+            ocp.save(self.path / str(number), _shared(state), custom_metadata=made)
         except Exception as error:  # TensorStore says ValueError where the disk is full
             why = files.write_error(error)
             self._remove_halves()
@@ -140,7 +148,7 @@ class Checkpoints:
                 "other settings or by another version?"
             )
         try:
-            state = ocp.load(folder, like)
+            state = ocp.load(folder, _shared(like))
         except Exception as error:
             why = _damage(error)
         if not _everywhere(why is None):

@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
-
-from compo_jax import mesh
+from compo_jax import files, mesh
 from compo_jax.train.log import Log
 
 _CONFIG, _LOG, _LOCK, _EVENTS = "config.json", "metrics.jsonl", ".lock", "tensorboard"
@@ -63,7 +61,7 @@ def open_run(folder: str | os.PathLike, config: dict[str, Any], *, tensorboard: 
     Raises ValueError where the folder holds a run with other settings, a damaged one or something else, or is in use,
     and OSError where it can't be written.
     """
-    folder = Path(folder).expanduser()
+    folder = files.local_path(folder)
     config = json.loads(json.dumps(config))
     with contextlib.ExitStack() as stack:
         refused, resumed = None, False
@@ -96,19 +94,16 @@ def _held(folder: Path, config: dict[str, Any]) -> Iterator[bool]:
                 "with --name, or another place with --runs"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK)
-        lock.acquire(timeout=0)
-        if not (folder / _LOCK).exists():  # its holder has just failed and removed it
-            raise Timeout(lock.lock_file)
-    except Timeout:
+        lock = files.lock(folder / _LOCK, wait=False)
+    except BlockingIOError:
         raise ValueError(
             f"another process is writing {folder}: wait for it, or choose another name with --name"
         ) from None
-    except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
+    except OSError as error:
         _remove(made)
         raise OSError(
-            f"the run folder {folder} can't be written ({getattr(error, 'strerror', None) or error}): is the disk full "
-            "or read-only? Choose another place with --runs"
+            f"the run folder {folder} can't be written ({error.strerror}): is the disk full or read-only? "
+            "Choose another place with --runs"
         ) from error
     try:
         resumed = not _unused(folder)
@@ -124,11 +119,10 @@ def _held(folder: Path, config: dict[str, Any]) -> Iterator[bool]:
                 shutil.rmtree(folder / _EVENTS, ignore_errors=True)
                 for name in (_CONFIG, _LOG, _LOCK):
                     (folder / name).unlink(missing_ok=True)
-        lock.release()
         _remove(made)
         raise
     finally:
-        lock.release()
+        files.unlock(lock)
 
 
 def _remove(folders: list[Path]) -> None:
