@@ -11,8 +11,8 @@ alignment and Fisher of the base; a LoRA module and a head trained around the ba
 numbers: the table in README.md.
 
 On several hosts with one file system the batch is divided over all their devices: start the command on each, with
-`--hosts ADDRESS:PORT,N,I`, the address of host 0 and a free port there, the number of hosts, and this one's from 0; under
-Slurm or on a Cloud TPU `--hosts auto`. Where one dies all end, and the same commands go on.
+`--hosts ADDRESS:PORT,N,I`, the address of host 0 and a free port there, the number of hosts, and this one's from 0;
+under Slurm or on a Cloud TPU with `--hosts auto`. Where one dies all end, and the same commands go on.
 """
 
 import argparse

@@ -25,9 +25,9 @@ class ModulePool:
 
     Several processes may read and change a pool at once. A reader finds a module as it was before a change or as it
     is after, whatever becomes of the writer; what a killed writer leaves is never read, and `clean` removes it. Every
-    byte of a module is under a checksum. In a job of several processes (`mesh.start_distributed`) all call `add`, `attach`
-    and `remove` at the same points with the same arguments; process 0 writes, and all find the change when they return.
-    Between such calls all read the same parts, for orbax counts what it does and waits where the numbers differ.
+    byte of a module is under a checksum. In a job of several processes (`mesh.start_distributed`) all call `add`,
+    `attach` and `remove` at the same points with the same arguments; process 0 writes, and all find the change when
+    they return. Between such calls all read the same parts: orbax counts, and waits where the numbers differ.
     """
 
     def __init__(self, path: str | os.PathLike):

@@ -5,7 +5,6 @@ import os
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -61,8 +60,8 @@ class Checkpoints:
     """The newest two states saved under `path`.
 
     Orbax writes aside and renames, so that a killed run leaves no half one. A checkpoint is known by the checksums of
-    its arrays: where the newest is damaged, the one before it is used. In a job of several processes all call `save` and
-    `load` at the same points, and process 0 writes.
+    its arrays: where the newest is damaged, the one before it is used. In a job of several processes all call `save`
+    and `load` at the same points, and process 0 writes.
     """
 
     def __init__(self, path: str | os.PathLike):

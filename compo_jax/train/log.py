@@ -71,8 +71,8 @@ class Log:
                 found.append(json.loads(line))
             except ValueError as error:
                 raise ValueError(
-                    f"line {number} of {self.path} is no JSON ({error}): the file is damaged, by a full disk or by hand. "
-                    "Remove the line, or the run's folder to start over"
+                    f"line {number} of {self.path} is damaged, by a full disk or by hand ({error}): remove the line, "
+                    "or the run's folder to start over"
                 ) from error
         return found
 

@@ -68,19 +68,22 @@ def pmap_runner(loss, optimizer, *, extras=None, devices: int | None = None) -> 
     so that there is nothing to gain in speed: take `jit_runner` for new work.
     """
     mesh = meshes.data_mesh(devices)
-    count, split = mesh.size, meshes.split(mesh)
+    count, own = mesh.size, [d.process_index == jax.process_index() for d in mesh.devices.flat]
+    here = meshes.data_mesh(sum(own))  # of several processes, pmap takes from each what its own devices hold
+    split = meshes.split(here)
     step = make_step(loss, optimizer, extras=extras, axis=meshes.DATA)
     # Under jit each device makes its own row only; stacking first would hold every copy on one device.
     copies = jax.jit(
-        lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), tree), out_shardings=split
+        lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (here.size, *x.shape)), tree), out_shardings=split
     )
 
     def shard(batch):
         _check(batch, count)
-        return meshes.put(jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch), split)
+        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+        return jax.device_put(parts if all(own) else jax.tree.map(lambda x: x[np.array(own)], parts), split)
 
     return Runner(
-        place=lambda tree: copies(meshes.put(meshes.agreed(tree), meshes.replicated(mesh))),
+        place=lambda tree: copies(jax.device_put(meshes.agreed(tree), meshes.replicated(here))),
         shard=shard,
         step=jax.pmap(step, axis_name=meshes.DATA, devices=list(mesh.devices.flat)),
         fetch=lambda tree: jax.tree.map(lambda x: x.addressable_data(0)[0], tree),
