@@ -146,7 +146,7 @@ def test_the_main_job_on_two_hosts_ends_with_the_modules_of_one(tmp_path):
 
     def start():
         started, port = command(*small, "--runs", tmp_path, "--name", "both"), free_port()
-        return job([[*started, "--hosts", f"127.0.0.1:{port},2,{i}"] for i in range(2)])
+        return job([[*started, "--hosts", f"127.0.0.1:{port},2,{i}"] for i in range(2)], devices=4)  # 8 in all, as here
 
     if os.environ.get("COMPO_JAX_SLOW"):  # the loop's tests above kill too
         kill(start(), 1, (both / "pool" / "00-arabic").exists)

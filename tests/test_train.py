@@ -159,6 +159,14 @@ def test_a_batch_that_cannot_be_divided_is_refused(make):
         make(loss, optimizer()).shard({"x": np.ones((12, 3))})
 
 
+@pytest.mark.parametrize(
+    "batch", [{}, {"x": np.ones((0, 3))}, {"x": np.ones(())}, {"x": np.ones((16, 3)), "y": np.ones((8, 2))}]
+)
+def test_a_batch_without_rows_or_with_uneven_ones_is_refused(batch):
+    with pytest.raises(ValueError, match="arrays of as many rows each, one or more"):
+        one_device().shard(batch)
+
+
 def test_more_devices_than_there_are_is_refused():
     with pytest.raises(ValueError, match="9 devices were asked for and 8 are there"):
         pmap_runner(loss, optimizer(), devices=9)
@@ -285,25 +293,60 @@ def test_batches_that_end_early_are_refused():
         fit(one_device(), start(), context(), lambda first: itertools.islice(batches(first), 3), 8)
 
 
-# -- log, checkpoints, folder ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"steps": -1}, "steps=-1"),
+        ({"every": 0}, "every=0"),
+        ({"every": -10}, "every 1 or more"),
+        ({"checkpoint_seconds": -1.0}, "checkpoint_seconds=-1.0"),
+        ({"checkpoint_seconds": np.nan}, "checkpoint_seconds no less than 0"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path, options, told):
+    with pytest.raises(ValueError, match=told):
+        fit(
+            one_device(), start(), context(), batches,
+            **{"steps": 8, "checkpoints": Checkpoints(tmp_path / "checkpoints")} | options,
+        )  # fmt: skip
+    assert not (tmp_path / "checkpoints").exists()
 
 
-def test_the_log_goes_on_from_its_position(tmp_path):
-    log = Log(tmp_path / "log.jsonl")
-    log.write(step=1)
-    position = log.position
-    log.write(step=2, note="dropped")
-    log.write(step=3)
-    again = Log(tmp_path / "log.jsonl")
-    assert again.position == (tmp_path / "log.jsonl").stat().st_size
-    assert [r["step"] for r in again.records()] == [1, 2, 3]
-    again.position = position
-    assert again.records() == [{"step": 1}]
-    again.write(step=9)
-    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 9}\n'
-    (tmp_path / "log.jsonl").write_text("")  # removed by hand: no hole of zeros
-    again.write(step=10)
-    assert (tmp_path / "log.jsonl").read_text() == '{"step": 10}\n'
+def test_steps_that_are_no_whole_number_are_refused():
+    with pytest.raises(TypeError):
+        fit(one_device(), start(), context(), batches, 2.5)
+
+
+def test_a_state_past_the_last_step_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    fit(one_device(), start(), context(), batches, 3, checkpoints=checkpoints)
+    with pytest.raises(ValueError, match=r"at step 3 already, by what .*checkpoints.*to end at step 2"):
+        fit(one_device(), start(), context(), batches, 2, checkpoints=checkpoints)
+
+
+def test_a_batch_that_cannot_be_divided_leaves_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="can't be divided among 3 devices"):
+        fit(
+            jit_runner(loss, optimizer(), mesh=data_mesh(3)), start(), context(), batches, 3,
+            checkpoints=Checkpoints(tmp_path / "checkpoints"),
+        )  # fmt: skip
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
+    """On 1 device, then on 4, then under pmap on 2, each from the checkpoint of the one before."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    whole = fit(one_device(), start(), context(), batches, 9)
+    for runner, steps in (
+        (one_device(), 3),
+        (jit_runner(loss, optimizer(), mesh=data_mesh(4)), 6),
+        (pmap_runner(loss, optimizer(), devices=2), 9),
+    ):
+        state = fit(runner, start(), context(), batches, steps, checkpoints=checkpoints)
+    close(state, whole)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
 def test_checkpoints_keep_two_and_say_what_does_not_fit(tmp_path):
@@ -329,33 +372,6 @@ def test_checkpoints_keep_two_and_say_what_does_not_fit(tmp_path):
     assert again.latest is None
     again.save(1, trees[0])
     assert again.latest == 1
-
-
-def test_a_folder_belongs_to_one_process_and_one_configuration(tmp_path):
-    settings = {"rate": 0.1, "tasks": (1, 2), "name": "x"}
-    with open_run(tmp_path / "a" / "b", settings) as run:
-        assert not run.resumed
-        assert json.loads((run.folder / "config.json").read_text()) == {"rate": 0.1, "tasks": [1, 2], "name": "x"}
-        with pytest.raises(ValueError, match=r"another process is writing .*b: wait for it"):
-            open_run(run.folder, settings).__enter__()
-        run.log.write(step=1)
-    with open_run(tmp_path / "a" / "b", settings) as run:
-        assert run.resumed
-        assert run.log.records() == [{"step": 1}]
-    changed = {"rate": 0.2, "tasks": [1, 2], "new": True}
-    told = "name: 'x' there, None now; new: None there, True now; rate: 0.1 there, 0.2 now"
-    with pytest.raises(ValueError, match=rf"other settings \({told}\): choose another name"):
-        open_run(tmp_path / "a" / "b", changed).__enter__()
-    assert not list((tmp_path / "a" / "b").glob(".config*"))
-
-
-def test_a_folder_that_cannot_be_written_is_said_so(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(Path, "mkdir", refuse)  # rights alone don't stop root
-    with pytest.raises(OSError, match=r"can't be written \(Read-only file system\).*Choose another place"):
-        open_run(tmp_path / "runs", {}).__enter__()
 
 
 # -- progress and TensorBoard ------------------------------------------------------------------------------------------
