@@ -141,20 +141,33 @@ def test_two_processes_one_of_them_killed_and_started_again_train_what_one_does(
 
 
 def test_the_main_job_on_two_hosts_ends_with_the_modules_of_one(tmp_path):
-    small = ["--tasks", "2", "--classes", "2", "--images", "8", "--epochs", "2", "--batch", "8", "--fisher-images", "4"]
+    small = [
+        "--tasks",
+        "2",
+        "--classes",
+        "3",
+        "--images",
+        "8",
+        "--epochs",
+        "2",
+        "--batch",
+        "24",
+        "--fisher-images",
+        "8",
+    ]
     whole, both = tmp_path / "whole", tmp_path / "both"
 
-    def start():
-        started, port = command(*small, "--runs", tmp_path, "--name", "both"), free_port()
-        return job([[*started, "--hosts", f"127.0.0.1:{port},2,{i}"] for i in range(2)], devices=4)  # 8 in all, as here
+    def start(name, processes):
+        started, port = command(*small, "--runs", tmp_path, "--name", name), free_port()
+        hosts = [["--hosts", f"127.0.0.1:{port},2,{i}"] for i in range(2)] if processes == 2 else [[]]
+        return job([[*started, *host] for host in hosts], devices=4 // processes)
 
     if os.environ.get("COMPO_JAX_SLOW"):  # the loop's tests above kill too
-        kill(start(), 1, (both / "pool" / "00-arabic").exists)
+        kill(start("both", 2), 1, (both / "pool" / "00-arabic").exists)
         assert not (both / "metrics.json").exists()
-    processes = start()
-    main(*small, "--runs", tmp_path, "--name", "whole")
-    ended = finished(processes)
-    assert [code for code, _ in ended] == [0, 0], ended
+    for name, processes in (("whole", 1), ("both", 2)):
+        ended = finished(start(name, processes))
+        assert [code for code, _ in ended] == [0] * processes, ended
     for name in ("00-arabic", "01-armenian"):
         for part in ("module", "head", "start"):
             same(*(ModulePool(folder / "pool").load(name, part) for folder in (both, whole)))
