@@ -8,6 +8,7 @@ from pathlib import Path
 import filelock
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _FULL = "No space left on device"
 _held: set[int] = set()
 
@@ -39,7 +40,7 @@ def lock(file: Path, *, wait: bool = True, create: bool = True) -> int:
     A forked child doesn't hold its parent's locks. OSError where the file system has none.
     """
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o666)
+        descriptor = os.open(file, os.O_RDWR | NO_LINK | (os.O_CREAT if create else 0), 0o666)
         _held.add(descriptor)
         try:
             try:

@@ -5,7 +5,6 @@ import os
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
