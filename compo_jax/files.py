@@ -1,8 +1,11 @@
 """Files of this machine: which paths are served, locks that end with their process, and why a file was not written."""
 
+import contextlib
 import errno
+import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -76,6 +79,17 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
+
+
+@contextlib.contextmanager
+def one_error() -> Iterator[None]:
+    """Keeps from the log what each of orbax's threads says of an error that is raised to the caller as well."""
+    logger, drop = logging.getLogger("absl"), lambda record: record.levelno < logging.ERROR or not record.exc_info
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
 
 
 def write_error(error: Exception) -> OSError:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from test_pool import same
 
+from compo_jax import files
 from compo_jax.pool import ModulePool, changes
 
 KILLS = int(os.environ.get("COMPO_JAX_KILLS", "15"))
@@ -286,14 +287,14 @@ def test_clean_takes_nothing_from_a_writer_that_lives(tmp_path):
 
 
 def test_a_hidden_folder_that_is_cleaned_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
-    lock = changes._lock
+    lock = files.lock
 
-    def late(folder):
-        monkeypatch.setattr(changes, "_lock", lock)
-        os.rmdir(folder)
-        return lock(folder)
+    def late(file):
+        monkeypatch.setattr(files, "lock", lock)
+        os.rmdir(file.parent)
+        return lock(file)
 
-    monkeypatch.setattr(changes, "_lock", late)
+    monkeypatch.setattr(files, "lock", late)
     pool = ModulePool(tmp_path / "pool")
     with contextlib.suppress(ResourceWarning):
         pool.add("m", value(1), base=BASE, adapter="full")

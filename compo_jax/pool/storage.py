@@ -126,7 +126,8 @@ def save(folder: Path, value: Tree) -> dict[str, Any]:
     # orbax refuses empty arrays; the manifest knows their shapes
     kept = jax.tree.map(lambda x: x if x.size else None, value)
     try:
-        ocp.save_checkpointables(folder, {_TREE: kept})
+        with files.one_error():
+            ocp.save_checkpointables(folder, {_TREE: kept})
     except Exception as error:  # TensorStore says ValueError where the disk is full
         raise files.write_error(error) from error
     return {"folder": folder.name, "sha256": {path: _sha256(folder / path) for path in _files(folder)}}
@@ -254,7 +255,8 @@ def load(folder: Path, manifest: Manifest, part: str, sharding: Sharding | Calla
         target = None
         if plan is not None:
             target = tree.map_with_name(abstract, ocp.checkpointables_metadata(place).metadata[name])
-        loaded = tree.map_with_name(restored, ocp.load_checkpointables(place, {name: target})[name])
+        with files.one_error():
+            loaded = tree.map_with_name(restored, ocp.load_checkpointables(place, {name: target})[name])
         found = leaves(loaded)
         if plan is not None and part in manifest.files:
             whole = found == described

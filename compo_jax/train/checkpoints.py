@@ -82,7 +82,8 @@ class Checkpoints:
         made = {"number": number, "sha256": _checksums(state)}
         try:
             self._remove(self._damaged)
-            ocp.save(self.path / str(number), state, custom_metadata=made)
+            with files.one_error():
+                ocp.save(self.path / str(number), state, custom_metadata=made)
         except Exception as error:  # TensorStore says ValueError where the disk is full
             why = files.write_error(error)
             self._remove_halves()
@@ -139,7 +140,8 @@ class Checkpoints:
                 "other settings or by another version?"
             )
         try:
-            state = ocp.load(folder, like)
+            with files.one_error():
+                state = ocp.load(folder, like)
         except Exception as error:
             why = _damage(error)
         if not _everywhere(why is None):
