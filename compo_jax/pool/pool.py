@@ -166,7 +166,7 @@ class ModulePool:
             task=task,
             classes=search.listing(classes, "classes"),
             metrics=metrics or {},
-            seed=operator.index(seed),
+            seed=operator.index(seed) if hasattr(seed, "__index__") else seed,
             extra=extra or {},
             versions=records.versions(),
             created=records.now(),
