@@ -158,7 +158,11 @@ class Checkpoints:
     def _remove(self, numbers: Any) -> None:
         if jax.process_index() == 0:
             for number in numbers:
-                shutil.rmtree(self.path / str(number), ignore_errors=True)
+                place = self.path / str(number)
+                if place.is_dir() and not place.is_symlink():
+                    shutil.rmtree(place, ignore_errors=True)
+                else:
+                    place.unlink(missing_ok=True)
 
     def _remove_halves(self) -> None:
         if jax.process_index() == 0:
