@@ -1,13 +1,17 @@
 """Files of this machine: which paths are served, locks that end with their process, and why a file was not written."""
 
+import contextlib
 import errno
+import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _FULL = "No space left on device"
 _held: set[int] = set()
 
@@ -39,7 +43,7 @@ def lock(file: Path, *, wait: bool = True, create: bool = True) -> int:
     A forked child doesn't hold its parent's locks. OSError where the file system has none.
     """
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o666)
+        descriptor = os.open(file, os.O_RDWR | NO_LINK | (os.O_CREAT if create else 0), 0o666)
         _held.add(descriptor)
         try:
             try:
@@ -75,6 +79,17 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
+
+
+@contextlib.contextmanager
+def one_error() -> Iterator[None]:
+    """Keeps from the log what each of orbax's threads says of an error that is raised to the caller as well."""
+    logger, drop = logging.getLogger("absl"), lambda record: record.levelno < logging.ERROR or not record.exc_info
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
 
 
 def write_error(error: Exception) -> OSError:

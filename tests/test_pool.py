@@ -19,6 +19,7 @@ import pytest
 from compo_jax import adapters, tree
 from compo_jax.pool import ModulePool, storage
 
+BASE = "0" * 64
 LORA = adapters.lora(rank=2, targets="kernel$")
 
 
@@ -75,8 +76,8 @@ TREES = {
 
 
 @pytest.mark.parametrize("case", TREES)
-def test_round_trip_keeps_every_bit(pool, base, case):
-    pool.add("m", TREES[case], base=base, adapter="full", head=TREES["bfloat16"])
+def test_round_trip_keeps_every_bit(pool, case):
+    pool.add("m", TREES[case], base=BASE, adapter="full", head=TREES["bfloat16"], check_finite=case != "special values")
     again = ModulePool(str(pool.path))
     same(again.load("m"), TREES[case])
     same(again.load("m", "head"), TREES["bfloat16"])
@@ -198,7 +199,7 @@ def test_unknown_names_list_the_known(pool, base):
 )
 def test_what_cannot_be_stored_is_refused(pool, base, module, settings, match):
     with pytest.raises((ValueError, TypeError), match=match):
-        pool.add("m", module, base=base, adapter="full", settings=settings)
+        pool.add("m", module, base=BASE, adapter="full", settings=settings)
     assert not pool.path.exists()
 
 
@@ -209,7 +210,7 @@ def test_bad_base_and_path(pool, base, tmp_path):
     with pytest.raises(NotADirectoryError, match="a pool is a folder"):
         ModulePool(tmp_path / "file")
     with pytest.raises(OSError, match=r"could not be changed .*Not a directory"):
-        ModulePool(tmp_path / "file" / "pool").add("m", {"x": np.ones(1)}, base=base, adapter="full")
+        ModulePool(tmp_path / "file" / "pool").add("m", {"x": np.ones(1)}, base=BASE, adapter="full")
 
 
 def test_failed_writes_leave_nothing(pool, base, monkeypatch):
@@ -282,6 +283,14 @@ def edit(folder, change):
     file.write_text(json.dumps(fields))
 
 
+def link(path):
+    """Moves it elsewhere, and leaves a link to there."""
+    there = path.parents[[parent.name for parent in path.parents].index("pool") + 1] / path.name
+    path.rename(there)
+    path.symlink_to(there)
+
+
+REPLACEABLE = ("no arrays", "no tree", "truncated arrays", "a link for a file")
 DAMAGE = {
     "no arrays": lambda f: shutil.rmtree(arrays(f)),
     "no tree": lambda f: shutil.rmtree(arrays(f) / "tree"),
@@ -289,6 +298,9 @@ DAMAGE = {
     "another's arrays": swap,
     "other shapes": lambda f: edit(f, lambda fields: fields["parts"]["module"].update(leaves={})),
     "no manifest": lambda f: (f / "manifest.json").unlink(),
+    "a link for the manifest": lambda f: link(f / "manifest.json"),
+    "a link for the arrays": lambda f: link(arrays(f)),
+    "a link for a file": lambda f: link(next(f.rglob("d/*"))),
     "truncated manifest": lambda f: os.truncate(f / "manifest.json", 100),
     "binary manifest": lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe\0"),
     "foreign manifest": lambda f: (f / "manifest.json").write_text('{"a": 1}'),
@@ -306,10 +318,22 @@ def test_damage_is_named_and_stays_in_its_module(pool, base, kind):
     with pytest.raises(ValueError, match="task1"):
         pool.compose(base)
     assert pool.names() == ["task0", "task1"]
+    assert list(pool.check()) == ["task1"]
     same(pool.load("task0"), made[0])
     pool.compose(base, ["task0"])
-    pool.add("task1", made[1], base=base, adapter=LORA, overwrite=True)
+    if kind in REPLACEABLE:
+        pool.add("task1", made[1], base=base, adapter=LORA, overwrite=True)
+    else:  # nobody knows what of the folder is the module's own
+        changes = (lambda: pool.remove("task1"),
+                   lambda: pool.add("task1", made[1], base=base, adapter=LORA, overwrite=True))  # fmt: skip
+        for change in changes:
+            with pytest.raises(ValueError, match=r"task1.*remove\('task1', force=True\)"):
+                change()
+        assert pool.names() == ["task0", "task1"]
+        pool.remove("task1", force=True)
+        pool.add("task1", made[1], base=base, adapter=LORA)
     same(pool.load("task1"), made[1])
+    assert pool.check() == {}
     pool.remove("task1")
 
 
@@ -389,6 +413,6 @@ def test_compose_refuses_before_reading(pool, base, monkeypatch):
         pool.compose(base, [])
     with pytest.raises(ValueError, match="no module to compose"):
         ModulePool(pool.path / "none").compose(base)
-    pool.add("odd", next(modules(base, 1)), base=base, adapter="unheard")
+    pool.add("odd", next(modules(base, 1)), base=base, adapter="unheard", check_adapter=False)
     with pytest.raises(ValueError, match=r"adapter of module 'odd' .*unknown adapter 'unheard'"):
         pool.compose(base, ["task0", "odd"])

@@ -1,4 +1,5 @@
-"""Writers that are killed and writers at once: what was finished is there bit for bit, and never half a module.
+"""Writers that are killed and writers at once: what was finished is there bit for bit, and never half a module or
+checkpoint.
 
 COMPO_JAX_KILLS=200 kills as many writers at random moments.
 """
@@ -11,12 +12,16 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
+import jax
 import numpy as np
 import pytest
 from test_pool import same
 
+from compo_jax import files
 from compo_jax.pool import ModulePool, changes
+from compo_jax.train import Checkpoints
 
 KILLS = int(os.environ.get("COMPO_JAX_KILLS", "15"))
 BASE = "0" * 64
@@ -27,6 +32,7 @@ WORKER = """
 import itertools, os, random, signal, sys
 import numpy as np
 from compo_jax.pool import ModulePool
+from compo_jax.train import Checkpoints
 
 POOL, LOG = sys.argv[1:]
 
@@ -54,6 +60,13 @@ def random_changes(first):
         name = choose.choice("abcd")
         change(pool, choose.choice(["put", "attach", "remove"]) if name in pool else "put", name, serial)
 
+def saves(first):
+    kept = Checkpoints(POOL + ".checkpoints")
+    for serial in itertools.count(first):
+        say("begin", serial)
+        kept.save(serial, value(serial))
+        say("end", serial)
+
 def killed_before(step, what, serial):
     '''One change, killed before the call number `step` of those that move, make or remove something.'''
     calls = itertools.count()
@@ -65,7 +78,10 @@ def killed_before(step, what, serial):
         return call
     for name in ("rename", "replace", "mkdir", "rmdir"):
         setattr(os, name, watched(getattr(os, name)))
-    change(ModulePool(POOL), what, "a", serial)
+    if what == "save":
+        Checkpoints(POOL + ".checkpoints").save(serial, value(serial))
+    else:
+        change(ModulePool(POOL), what, "a", serial)
 
 def shared(who, count):
     '''Modules of its own, and one that others replace too.'''
@@ -237,6 +253,59 @@ def test_killed_before_every_single_step(writers, what):
     writers.verify()
 
 
+def newest(writers):
+    """The number of the newest checkpoint, which is whole, and none newer than it is damaged."""
+    kept = Checkpoints(f"{writers.pool.path}.checkpoints")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state = kept.load(value(0))
+    same(jax.tree.map(np.asarray, state), value(kept.latest))
+    return kept
+
+
+def test_checkpoints_killed_at_random_moments(writers):
+    random.seed(1)
+    finished, cut, most, last, seen = 0, 0, 0.4, None, 0
+    for kill in range(KILLS):
+        pid = writers.start(f"saves({(kill + 1) * 10_000})")
+        time.sleep(random.uniform(0.1, 1) * most)
+        os.kill(pid, signal.SIGKILL)
+        assert writers.answer() == "-9"
+        lines = [line.split() for line in writers.log.read_text().splitlines()]
+        begun, done = ([int(n) for what, n in lines[seen:] if what == verb] for verb in ("begin", "end"))
+        seen, last = len(lines), done[-1] if done else last
+        possible = {last, *begun[len(done) :]} - {None}
+        if last is not None or os.path.exists(f"{writers.pool.path}.checkpoints/{begun[-1] if begun else 0}"):
+            last = newest(writers).latest
+            assert last in possible
+        finished, cut = finished + len(done), cut + (len(begun) > len(done))
+        most *= 1.5 if not done else 0.8 if len(done) > 2 else 1
+    print(f"{KILLS} kills, {cut} during a save; {finished} saves finished, the newest always whole")
+    assert finished >= KILLS / 4 and cut >= KILLS / 4
+    newest(writers).save(10**9, value(10**9))
+    assert len(os.listdir(f"{writers.pool.path}.checkpoints")) == 2
+    assert newest(writers).latest == 10**9
+
+
+def test_a_save_killed_before_every_single_step_leaves_the_newest_whole(writers):
+    for serial in (1, 2):
+        writers.start(f"Checkpoints(POOL + '.checkpoints').save({serial}, value({serial}))")
+        assert writers.answer() == "0"
+    latest, killed = [2], 0
+    for step in itertools.count():
+        writers.start(f"killed_before({step}, 'save', {step + 3})")
+        status = writers.answer()
+        assert newest(writers).latest in (latest[-1], step + 3)
+        latest.append(newest(writers).latest)
+        if status == "0":
+            break
+        assert status == "-9"
+        killed += 1
+    assert killed >= 5
+    assert {b - a > 0 for a, b in itertools.pairwise(latest)} == {True, False}
+    assert len(os.listdir(f"{writers.pool.path}.checkpoints")) == 2
+
+
 def test_writers_at_once(writers):
     """Three writers; the module that they replace all the time is whole and there at every moment."""
     pool = writers.pool
@@ -286,14 +355,14 @@ def test_clean_takes_nothing_from_a_writer_that_lives(tmp_path):
 
 
 def test_a_hidden_folder_that_is_cleaned_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
-    lock = changes._lock
+    lock = files.lock
 
-    def late(folder):
-        monkeypatch.setattr(changes, "_lock", lock)
-        os.rmdir(folder)
-        return lock(folder)
+    def late(file):
+        monkeypatch.setattr(files, "lock", lock)
+        os.rmdir(file.parent)
+        return lock(file)
 
-    monkeypatch.setattr(changes, "_lock", late)
+    monkeypatch.setattr(files, "lock", late)
     pool = ModulePool(tmp_path / "pool")
     with contextlib.suppress(ResourceWarning):
         pool.add("m", value(1), base=BASE, adapter="full")

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from test_pool import same
 
-from compo_jax import mesh
+from compo_jax import mesh, tree
 from compo_jax.curvature import FisherDiagonal, Kronecker, fisher_diagonal, kronecker
 from compo_jax.pool import ModulePool, storage
 
-BASE = "0" * 64
 KEYS = jax.random.split(jax.random.key(0), 3)
 PARAMS = {"a": {"kernel": jax.random.normal(KEYS[0], (4, 6))}, "b": {"kernel": jax.random.normal(KEYS[1], (6, 3))}}
 IMAGES = jax.random.normal(KEYS[2], (5, 4))
-MODULE = {"w": np.arange(6.0)}
+BASE = tree.fingerprint(PARAMS)
+MODULE = {"a": {"kernel": np.arange(24.0).reshape(4, 6)}, "b": {"kernel": None}}
 
 
 def apply(params, x):
@@ -184,6 +184,7 @@ def test_curvature_of_other_dtypes_holes_and_certificates(pool):
             jnp.array(2**40, jnp.int64),
             jnp.array(jnp.nan),
         )
+    pool.add("m", {"a": np.ones(7), "c": [np.ones(2)]}, base=BASE, adapter="full", overwrite=True)
     pool.attach("m", curvature=wide)
     same(pool.curvature("m"), wide)
     assert pool.manifest("m").curvature == {"diagonal": {"count": 2**40}}
@@ -194,7 +195,7 @@ def test_curvature_of_stacked_layers_keeps_its_layout(pool):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
 
     factors = kronecker(scanned, {"w": jax.random.normal(KEYS[0], (3, 4, 4))}, IMAGES)
-    pool.attach("m", curvature=factors)
+    pool.add("m", {"w": np.ones((3, 4, 4))}, base=BASE, adapter="full", curvature=factors, overwrite=True)
     found = pool.curvature("m")
     same(found, factors)
     assert (hash(found.layout), found.layout[0][1].stack) == (hash(factors.layout), (3,))
@@ -291,7 +292,7 @@ def test_64_bits_are_not_rounded_in_silence(pool):
     for context in (False, True):
         with (
             jax.enable_x64(context),
-            pytest.raises(ValueError, match=r"w is float64, which JAX rounded to float32: call `jax.config.update"),
+            pytest.raises(ValueError, match=r"a/kernel is float64, which JAX rounded to float32: call `jax.config"),
         ):
             pool.load("m", sharding=rows(""))
     jax.config.update("jax_enable_x64", True)

@@ -21,7 +21,7 @@ def pool_head(pool: ModulePool, names: Sequence[str], reference: Head, *, withou
 
     ValueError where two modules have a class in common: its logit would stand twice in the head.
     """
-    owner: dict[str, str] = {}
+    names, owner = pool.chosen(names), dict[str, str]()
     for name in names:
         for label in pool.manifest(name).classes:
             if label in owner:
@@ -48,7 +48,7 @@ def merge_pool(rule: str, pool: ModulePool, base: Tree, names: Sequence[str] | N
     that a rule needs and a module lacks.
     """
     found = compose.find_rule(rule)
-    names = pool.names() if names is None else list(names)
+    names = pool.chosen(names)
     for what, kind in (("fishers", "diagonal"), ("factors", "kronecker")):
         needed = what in found.needs
         if what in options or not (needed or what in found.takes):

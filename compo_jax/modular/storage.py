@@ -35,7 +35,7 @@ def save_templates(pool: ModulePool, name: str, net: ModularNet, variables: Tree
     `options` are those of `ModulePool.add`: metrics, seed, extra, overwrite.
     """
     shared = _shared(net, variables)
-    return pool.add(name, shared, base=shared, adapter=SHARED, settings=_settings(net), **options)
+    return pool.add(name, shared, base=shared, adapter=SHARED, settings=_settings(net), check_adapter=False, **options)
 
 
 def save_task(pool: ModulePool, name: str, net: ModularNet, variables: Tree, index: int, **options: Any) -> Manifest:
@@ -46,7 +46,8 @@ def save_task(pool: ModulePool, name: str, net: ModularNet, variables: Tree, ind
     one, taken = take_tasks(net, variables, [index])
     settings = _settings(net) | {"classes": one.classes[0]}
     module = _without_holes(own(one, taken)[0])
-    return pool.add(name, module, base=_shared(one, taken), adapter=TASK, settings=settings, **options)
+    shared = _shared(one, taken)
+    return pool.add(name, module, base=shared, adapter=TASK, settings=settings, check_adapter=False, **options)
 
 
 def load_templates(pool: ModulePool, name: str) -> Tree:

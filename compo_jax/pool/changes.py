@@ -8,57 +8,32 @@ spoke of is taken away after. Writers of one module wait for each other by a loc
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from compo_jax import files
 from compo_jax.pool import manifest as manifests
-from compo_jax.pool import storage
+from compo_jax.pool import search, storage
 from compo_jax.pool.manifest import Manifest
 
-LOCK = ".lock"
+_CONTENTS = {manifests.LOCK, "new", "old"}  # of a hidden folder
 _HIDDEN = re.compile(r"\.[A-Za-z0-9][A-Za-z0-9._-]*\.[a-z0-9_]{8}")
 _UNLOCKED = 3600  # seconds; a writer locks its hidden folder as soon as it has made it
-
-
-def _lock(folder: Path, wait: bool = True, create: bool = True) -> int:
-    """A descriptor that holds the folder's lock until it is closed.
-
-    FileNotFoundError where the folder is gone, BlockingIOError where another has the lock and we don't wait.
-    """
-    while True:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # the folder may have been removed, and made anew, while we waited
-            if os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):
-                return descriptor
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _unlock(descriptor: int) -> None:
-    fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process forked meanwhile holds a copy of the descriptor
-    os.close(descriptor)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other writers off a module; FileNotFoundError where it is gone."""
-    descriptor = _lock(folder)
+    descriptor = files.lock(folder / manifests.LOCK)
     try:
         yield
     finally:
-        _unlock(descriptor)
+        files.unlock(descriptor)
 
 
 @contextlib.contextmanager
@@ -70,12 +45,12 @@ def hidden(pool: Path, name: str) -> Iterator[Path]:
         while descriptor is None:
             made = tempfile.TemporaryDirectory(prefix=f".{name}.", dir=pool, ignore_cleanup_errors=True)
             with contextlib.suppress(FileNotFoundError):  # cleaned away before it was locked
-                descriptor = _lock(Path(made.name))
+                descriptor = files.lock(Path(made.name) / manifests.LOCK)
         with made as folder:
             try:
                 yield Path(folder)
             finally:
-                _unlock(descriptor)
+                files.unlock(descriptor)
     except FileExistsError:
         raise
     except OSError as error:
@@ -86,35 +61,49 @@ def hidden(pool: Path, name: str) -> Iterator[Path]:
         ) from error
 
 
-def publish(new: Path, target: Path, out: Path, manifest: Manifest, overwrite: bool) -> bool:
-    """Makes `new` the module `target`; False where there is one that is not to be overwritten.
+def require_replaceable(target: Path, overwrite: bool) -> None:
+    """FileExistsError where `target` is no module, or one that is not to be overwritten, ValueError as of `publish`."""
+    if search.module(target):
+        if not overwrite:
+            raise FileExistsError(
+                f"the pool {target.parent} has a module {target.name!r}: choose another name or overwrite=True"
+            )
+        with contextlib.suppress(FileNotFoundError):  # removed just now
+            storage.require_own(target, manifests.read(target))
+    elif os.path.lexists(target):  # else it was removed just now
+        raise FileExistsError(
+            f"{target} is no module of this pool and is not touched: choose another name, or move it elsewhere"
+        )
 
-    FileExistsError where a file has its name.
+
+def publish(new: Path, target: Path, out: Path, manifest: Manifest, overwrite: bool) -> None:
+    """Makes `new` the module `target`.
+
+    FileExistsError where one is there that is not to be overwritten, or something that is no module; ValueError where
+    the module that is there is damaged or holds something else.
     """
-    own = {manifests.FILE, LOCK, *storage.folders(manifest)}
     manifests.write(manifest, new)
     for _ in range(100):  # another process may add and remove the name again and again, but not for ever
-        try:
-            os.rename(new, target)
-            return True
-        except OSError as error:
-            if error.errno == errno.ENOTDIR:
-                raise FileExistsError(f"{target} is a file and no module: move it elsewhere") from error
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-        if not overwrite:
-            return False
+        if not os.path.lexists(target):  # a rename would replace an empty folder
+            try:
+                os.rename(new, target)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise
+        require_replaceable(target, overwrite)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(locked(target))
             except FileNotFoundError:  # removed just now
                 continue
-            replace(target, new, out, manifest, lambda entry: entry not in own)
-            return True
-    return False
+            require_replaceable(target, overwrite)  # another may have replaced it since
+            replace(target, new, out, manifest)
+            return
+    raise FileExistsError(f"{target} is added and removed by others again and again: choose another name")
 
 
-def replace(target: Path, new: Path, out: Path, manifest: Manifest, stale: Callable[[str], bool]) -> None:
+def replace(target: Path, new: Path, out: Path, manifest: Manifest) -> None:
     """Moves the parts in `new` into the module `target`, makes `manifest` its own, and moves what is stale `out`.
 
     The caller holds the module's lock.
@@ -125,7 +114,7 @@ def replace(target: Path, new: Path, out: Path, manifest: Manifest, stale: Calla
             os.rename(new / entry, target / entry)
     os.replace(new / manifests.FILE, target / manifests.FILE)  # here the module changes
     for entry in os.listdir(target):
-        if stale(entry):
+        if storage.leftover(target, entry, manifest):
             with contextlib.suppress(OSError):  # nothing reads it, and `clean` finds it
                 os.renames(target / entry, out / entry)
 
@@ -139,30 +128,31 @@ def clean(pool: Path) -> list[str]:
             continue
         if _HIDDEN.fullmatch(entry.name):
             removed += [entry.name] if _clean_hidden(folder) else []
-        elif not entry.name.startswith("."):
+        elif search.NAME.fullmatch(entry.name):
             removed += [f"{entry.name}/{left}" for left in _clean_module(folder)]
     return removed
 
 
 def _clean_hidden(folder: Path) -> bool:
-    descriptor = None
     try:
-        descriptor = _lock(folder, wait=False, create=False)
+        if not set(os.listdir(folder)) <= _CONTENTS:  # another program's
+            return False
+        descriptor = files.lock(folder / manifests.LOCK, wait=False, create=False)
     except (BlockingIOError, PermissionError):  # its writer lives, or is another user's
         return False
     except FileNotFoundError:  # killed before it was locked, or removed just now
         if not folder.exists() or time.time() - folder.stat().st_mtime < _UNLOCKED:
             return False
+        descriptor = -1
     shutil.rmtree(folder, ignore_errors=True)
-    if descriptor is not None:
-        _unlock(descriptor)
+    files.unlock(descriptor)
     return not folder.exists()
 
 
 def _clean_module(folder: Path) -> list[str]:
     def left():
         manifest = manifests.read(folder)
-        return sorted(entry for entry in os.listdir(folder) if storage.leftover(entry, manifest))
+        return sorted(entry for entry in os.listdir(folder) if storage.leftover(folder, entry, manifest))
 
     # damaged: nothing is known of it; or removed just now, or another user's
     with contextlib.suppress(ValueError, FileNotFoundError, PermissionError):

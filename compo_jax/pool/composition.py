@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+
 from compo_jax import adapters, tree
 from compo_jax.pool.manifest import Manifest
 
@@ -35,6 +37,32 @@ def deltas(
 def compose(base: Tree, weights: Sequence[float], deltas: Iterator[Tree]) -> Tree:
     """`base + sum_t weights[t] * delta_t`; see `ModulePool.compose`."""
     return tree.add(base, tree.weighted_sum(deltas, weights, wide=True))
+
+
+def require_finite(composed: Tree, names: Sequence[str], deltas: Callable[[], Iterator[Tree]]) -> None:
+    """ValueError where the composition is not finite: it names the modules that aren't, read once more to be found."""
+    try:
+        tree.require_finite(composed, f"the composition of {', '.join(names)}")
+    except ValueError:
+        for name, delta in zip(names, deltas(), strict=True):
+            tree.require_finite(delta, f"the delta of module {name!r}")
+        raise
+
+
+def require_fit(manifest: Manifest, module: Tree, base: Tree | None) -> None:
+    """ValueError where a module's adapter can't be built, or the module is not one of its for the base."""
+    adapter = _adapter(manifest)
+    if base is None:
+        return
+    try:
+        delta = jax.eval_shape(adapter.delta, module, base)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"module {manifest.name!r} is none of the adapter {manifest.adapter!r} for this base ({why}): was it made "
+            "for other parameters, or by another adapter?"
+        ) from error
+    tree.require_like(delta, base, f"the delta of module {manifest.name!r}")
 
 
 def _adapter(manifest: Manifest) -> adapters.Adapter:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compo_jax import tree
 from compo_jax.curvature import FisherDiagonal, Kronecker
 from compo_jax.curvature.layers import Dense
 from compo_jax.pool.manifest import Manifest
@@ -59,6 +60,33 @@ def pack(curvature: FisherDiagonal | Kronecker) -> tuple[str, dict[str, Any], Tr
     # in the layout's order: the names of layers are paths, and no keys
     factors = {side: [getattr(curvature, side)[name] for name in names] for side in ("inputs", "outputs")}
     return "kronecker", entry, {**factors, "count": curvature.count}
+
+
+def measured(part: str, arrays: Tree) -> Tree:
+    """What of a part must be finite: of a diagonal not `captured`, which may be unknown."""
+    return arrays["total"] if part == "curvature.diagonal" else arrays
+
+
+def require_own(manifest: Manifest, curvature: FisherDiagonal | Kronecker | None) -> None:
+    """ValueError where curvature is of other parameters than a module's base has, or the module itself."""
+    if isinstance(curvature, FisherDiagonal):
+        found = dict(zip(tree.names(curvature.total), map(np.shape, jax.tree.leaves(curvature.total)), strict=True))
+    elif isinstance(curvature, Kronecker):
+        found = {name: (*dense.stack, *dense.shape) for name, dense in curvature.layout}
+    else:
+        return
+    of_module = manifest.parts["module"]["leaves"]
+    known = {path: tuple(shape) for path, (shape, _) in (of_module | manifest.base_leaves).items()}
+    odd = [f"{path} {shape}" for path, shape in found.items() if path in known and known[path] != shape]
+    if manifest.base_leaves:
+        odd += [f"{path} {shape}" for path, shape in found.items() if path not in known]
+    elif not any(path == leaf or leaf.startswith(f"{path}/") for path in found for leaf in of_module):
+        odd = [f"{path} {shape}" for path, shape in found.items()]  # of nothing that the module changes
+    if odd:
+        raise ValueError(
+            f"the curvature for module {manifest.name!r} is of {', '.join(odd[:8])}, which its base hasn't: it was "
+            "taken of another model, or at parameters of another shape"
+        )
 
 
 def unpack(kind: str, entry: dict[str, Any], arrays: Tree) -> FisherDiagonal | Kronecker:

@@ -3,6 +3,8 @@
 import hashlib
 import importlib.metadata
 import json
+import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin
@@ -10,8 +12,14 @@ from typing import Any, NamedTuple, get_origin
 import jax
 import numpy as np
 
+from compo_jax import files
+
 FILE = "manifest.json"
+LOCK = ".lock"
 _PACKAGES = ("compo_jax", "jax", "flax", "orbax-checkpoint")
+ARRAYS = "arrays"  # older versions kept all parts in one folder, without checksums of its files
+PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.[0-9a-f]{8}")
+_ORBAX = ("_CHECKPOINT_METADATA", "orbax.checkpoint")
 _SEAL = ',\n "checksum": "'
 
 
@@ -28,6 +36,7 @@ class Manifest(NamedTuple):
       parts: for each stored tree its fingerprint and its leaves, `{path: [shape, dtype]}`.
       curvature: for each kind kept, "diagonal" or "kronecker", its `count` of images and what else is no array.
       files: for each part its folder, and the SHA-256 of every file in it; what older versions wrote has none.
+      base_leaves: the base's leaves, as those of a part; {} where only its fingerprint was given.
     """
 
     name: str
@@ -44,6 +53,7 @@ class Manifest(NamedTuple):
     parts: dict[str, dict[str, Any]]
     curvature: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, Any]] = {}
+    base_leaves: dict[str, list] = {}
 
 
 _TYPES = {key: get_origin(kind) or kind for key, kind in Manifest.__annotations__.items()}
@@ -92,11 +102,48 @@ def write(manifest: Manifest, folder: Path) -> None:
     (folder / FILE).write_bytes(dumps(manifest).encode())
 
 
+def made_by_orbax(folder: Path) -> bool:
+    """Whether a part's arrays lie in `folder`, not behind a link: it holds what orbax writes beside them."""
+    return not folder.is_symlink() and any((folder / name).is_file() for name in _ORBAX)
+
+
+def ours(folder: Path) -> bool:
+    """Whether `folder` is a module: it has a manifest of ours, or the arrays beside a damaged one say that it had."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    try:
+        read(folder)
+        return True
+    except PermissionError:
+        return os.path.lexists(folder / FILE)
+    except ValueError:
+        pass
+    try:
+        parts = [entry for entry in os.listdir(folder) if entry == ARRAYS or PART.fullmatch(entry)]
+    except OSError:  # removed just now, or another user's
+        return False
+    return any(made_by_orbax(folder / entry) for entry in parts)
+
+
+def _regular(file: str, flags: int) -> int:
+    return os.open(file, flags | files.NO_LINK | getattr(os, "O_NONBLOCK", 0))  # no link, and no pipe to wait at
+
+
+def require_types(manifest: Manifest) -> None:
+    """TypeError where an entry is of another type than it is read back as."""
+    for key, kind in _TYPES.items():
+        if not isinstance(value := getattr(manifest, key), kind):
+            raise TypeError(f"its {key} is a {type(value).__name__} and should be a {kind.__name__}")
+
+
 def read(folder: Path) -> Manifest:
     """The manifest of the module in `folder`; ValueError where there is none or it is damaged."""
-    advice = f"remove {folder.name!r} from the pool and add it again; the other modules are unaffected"
+    advice = (
+        f"remove {folder.name!r} with all that lies in it, `remove({folder.name!r}, force=True)`, and add it again; "
+        "the other modules are unaffected"
+    )
     try:
-        with open(folder / FILE, "rb") as file:
+        with open(folder / FILE, "rb", opener=_regular) as file:
             text = file.read().decode()
         fields = json.loads(text)
         # older versions wrote no checksum
@@ -104,11 +151,10 @@ def read(folder: Path) -> Manifest:
             raise ValueError("its checksum is not that of its text: it was damaged, or edited by hand")
         # a module is called as its folder is, so that renaming the folder renames the module
         manifest = Manifest(**(fields | {"name": folder.name}))
-        if odd := [key for key, kind in _TYPES.items() if not isinstance(getattr(manifest, key), kind)]:
-            raise ValueError(f"its {odd[0]} is a {type(getattr(manifest, odd[0])).__name__}")
+        require_types(manifest)
         return manifest
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds no {FILE} and so is no module of this pool: {advice}") from error
+        raise ValueError(f"{folder} holds no {FILE}: {advice}") from error
     except PermissionError:
         raise
     except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:

@@ -1,16 +1,17 @@
 """Trained modules in a folder: each is stored whole by orbax, with a manifest, or is not there at all."""
 
 import contextlib
+import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Sharding
 
-from compo_jax import adapters, mesh
+from compo_jax import adapters, files, mesh
 from compo_jax.curvature import FisherDiagonal, Kronecker
 from compo_jax.pool import changes, composition, search, storage
 from compo_jax.pool import curvature as curvatures
@@ -28,31 +29,39 @@ class ModulePool:
     byte of a module is under a checksum. In a job of several processes (`mesh.start_distributed`) all call `add`,
     `attach` and `remove` at the same points with the same arguments; process 0 writes, and all find the change when
     they return. Between such calls all read the same parts: orbax counts, and waits where the numbers differ.
+
+    A module is what has a manifest that a pool wrote. Whatever else lies in the folder, links among it, is never
+    listed, followed, locked or removed; `check` names it.
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path).expanduser().absolute()
+        self.path = files.local_path(path).absolute()
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"a pool is a folder, and {self.path} is a file: choose another path")
 
     # -- what is there -------------------------------------------------------------------------------------------------
     def names(self) -> list[str]:
-        """The names of all modules, sorted. A damaged one is among them, so that it is not passed over silently."""
+        """The names of all modules, sorted.
+
+        A damaged one, with the arrays that a pool wrote but no manifest that can be read, is among them, so that it is
+        not passed over silently.
+        """
         return search.names(self.path)
 
     def __len__(self) -> int:
         return len(self.names())
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and bool(search.NAME.fullmatch(name)) and (self.path / name).is_dir()
+        return isinstance(name, str) and bool(search.NAME.fullmatch(name)) and search.module(self.path / name)
 
     def manifest(self, name: str) -> Manifest:
         """The manifest of a module; KeyError for an unknown name, ValueError for a damaged module."""
-        folder = self._folder(name)
+        if not isinstance(name, str) or not search.NAME.fullmatch(name) or (self.path / name).is_symlink():
+            self._folder(name)
         try:
-            return records.read(folder)
+            return records.read(self.path / name)
         except ValueError:
-            self._folder(name)  # KeyError where it was removed just now
+            self._folder(name)  # KeyError where it is none, or was removed just now
             raise
 
     def manifests(self) -> dict[str, Manifest]:
@@ -90,7 +99,8 @@ class ModulePool:
         KeyError for unknown names.
         """
         wrong = {}
-        for name in [entry.name for entry in search.visible(self.path)] if names is None else names:
+        every = [entry.name for entry in search.visible(self.path)] if names is None else search.listing(names, "names")
+        for name in every:
             try:
                 for part in self.manifest(name).parts:
                     self._reading(name, part, storage.check)
@@ -102,7 +112,7 @@ class ModulePool:
                 if names is not None:
                     raise
                 if os.path.lexists(self.path / name):  # else it was removed just now
-                    wrong[name] = f"{self.path / name} is no module, and no pool makes it: move it elsewhere"
+                    wrong[name] = f"{self.path / name} is no module, and no pool makes it: it is not touched"
         return wrong
 
     # -- changes -------------------------------------------------------------------------------------------------------
@@ -121,6 +131,8 @@ class ModulePool:
         extra: dict[str, Any] | None = None,
         curvature: FisherDiagonal | Kronecker | None = None,
         overwrite: bool = False,
+        check_finite: bool = True,
+        check_adapter: bool = True,
         **parts: Tree,
     ) -> Manifest:
         """Stores a module and returns its manifest.
@@ -133,75 +145,98 @@ class ModulePool:
           task, classes, metrics, seed, extra: kept in the manifest; plain values.
           curvature: of the base on the module's data, to be kept with it; `attach` adds it later, or another kind.
           overwrite: replace a module of that name and all that was kept with it; it is visible all the time.
+          check_finite: False stores NaN and infinite numbers on purpose.
+          check_adapter: False stores a module of an adapter that `adapters.build` doesn't know, to be loaded and not to
+            be composed.
           parts: further trees kept with the module, each of which `load` reads alone.
 
-        Raises FileExistsError for a name that is taken, ValueError for a tree or name that cannot be stored, TypeError
-        for settings that are not plain or no curvature, OSError where the folder cannot be written. After any of them
-        the pool is as it was.
+        Raises FileExistsError for a name that is taken, ValueError for a tree or name that cannot be stored, for an
+        unknown adapter and for a module or a curvature that doesn't fit it or its base, TypeError for settings that are
+        not plain or no curvature, OSError where the folder cannot be written. After any of them the pool is as it was.
         """
         target = self.path / search.checked(name, "module")
         if isinstance(adapter, adapters.Adapter):
             adapter, settings = adapter.name, adapter.settings if settings is None else settings
-        if target.exists() and not overwrite:
-            raise self._taken(name)
-        stored, kinds = storage.stored(name, {"module": module} | parts, curvature)
+        changes.require_replaceable(target, overwrite)
+        stored, kinds = storage.stored(name, {"module": module} | parts, curvature, check_finite)
         manifest = Manifest(
             name=name,
             adapter=adapter,
             settings=settings or {},
             base=search.fingerprint(base),
             task=task,
-            classes=[str(label) for label in classes],
+            classes=search.listing(classes, "classes"),
             metrics=metrics or {},
-            seed=int(seed),
+            seed=operator.index(seed) if hasattr(seed, "__index__") else seed,
             extra=extra or {},
             versions=records.versions(),
             created=records.now(),
             parts={part: storage.describe(arrays) for part, arrays in stored.items()},
             curvature=kinds,
+            base_leaves={} if isinstance(base, str) else storage.leaves(base),
         )
-        records.dumps(manifest)  # so that a value JSON cannot hold is refused before anything is written
+        records.require_types(manifest)
+        read = records.plain(manifest)  # so that a value JSON cannot hold is refused before anything is written
+        if check_adapter:
+            composition.require_fit(read, module, None if isinstance(base, str) else base)
+        curvatures.require_own(manifest, curvature)
         with changes.hidden(self.path, name) as hidden:
             new = hidden / "new"
             manifest = manifest._replace(files=storage.write(new, stored))
-            if mesh.is_writer() and not changes.publish(new, target, hidden / "old", manifest, overwrite):
-                raise self._taken(name)
+            if mesh.is_writer():
+                changes.publish(new, target, hidden / "old", manifest, overwrite)
         mesh.barrier("a module is there")
         return records.plain(manifest)
 
-    def attach(self, name: str, *, curvature: FisherDiagonal | Kronecker | None = None, **parts: Tree) -> Manifest:
+    def attach(
+        self,
+        name: str,
+        *,
+        curvature: FisherDiagonal | Kronecker | None = None,
+        check_finite: bool = True,
+        **parts: Tree,
+    ) -> Manifest:
         """Adds parts to a module that is there, or replaces them, in one step; returns its new manifest.
 
         The other parts are not touched. Raises KeyError for an unknown module, ValueError for a damaged one, for a
-        tree or a part's name that cannot be stored, and for `module`, which is replaced by `add(..., overwrite=True)`.
+        tree or a part's name that cannot be stored, for curvature of other parameters than the module's base, for NaN
+        and infinite numbers unless `check_finite=False`, and for `module`, which is replaced by
+        `add(..., overwrite=True)`.
         """
-        self.manifest(name)
+        manifest = self.manifest(name)
         if "module" in parts or (not parts and curvature is None):
             raise ValueError(
                 f"there is nothing to attach to module {name!r}: give `curvature=` or parts by name, other than "
                 "`module`, which `add(..., overwrite=True)` replaces with all that was kept with it"
             )
-        stored, kinds = storage.stored(name, parts, curvature)
+        stored, kinds = storage.stored(name, parts, curvature, check_finite)
+        curvatures.require_own(manifest, curvature)
         described = {part: storage.describe(arrays) for part, arrays in stored.items()}
         with changes.hidden(self.path, name) as hidden:
             files = storage.write(hidden / "new", stored)
             if mesh.is_writer():
                 with self._locked(name) as folder:
                     known = records.read(folder)  # another may have attached something since
+                    storage.require_own(folder, known, stored.keys() & known.parts.keys())
                     manifest = known._replace(
                         parts=known.parts | described, curvature=known.curvature | kinds, files=known.files | files
                     )
-                    stale = partial(storage.leftover, manifest=manifest)
-                    changes.replace(folder, hidden / "new", hidden / "old", manifest, stale)
+                    changes.replace(folder, hidden / "new", hidden / "old", manifest)
         mesh.barrier("parts are there")
         return self.manifest(name)
 
-    def remove(self, name: str) -> None:
-        """Removes a module: first out of sight in one rename, then from the disk. KeyError for an unknown name."""
+    def remove(self, name: str, *, force: bool = False) -> None:
+        """Removes a module: first out of sight in one rename, then from the disk.
+
+        KeyError for an unknown name. ValueError, unless `force`, where its manifest is damaged, so that nobody knows
+        what of its folder is its own, or where something else lies in its folder: that would be removed too.
+        """
         self._folder(name)
         mesh.barrier("a module is found")
         if mesh.is_writer():
             with changes.hidden(self.path, name) as hidden, self._locked(name) as folder:
+                if not force:
+                    storage.require_own(folder, records.read(folder))
                 os.rename(folder, hidden / "old")
         mesh.barrier("a module is gone")
 
@@ -248,30 +283,42 @@ class ModulePool:
         return self._reading(name, curvatures.part(kind), read)
 
     def compose(
-        self, base: Tree, names: Sequence[str] | None = None, weights: Sequence[float] | jax.Array | None = None
+        self,
+        base: Tree,
+        names: Sequence[str] | None = None,
+        weights: Sequence[float] | jax.Array | None = None,
+        *,
+        check_finite: bool = True,
     ) -> Tree:
         """`base + sum_t weights[t] * delta_t` over the modules `names` (default: all), with one module in memory.
 
         `weights` default to 1/T. Before any array is read, ValueError is raised for modules made on another base,
-        damaged manifests and another number of weights, KeyError for unknown names. ValueError also where a module is
-        replaced while it is read.
+        damaged manifests, another number of weights and weights that are not finite, KeyError for unknown names.
+        ValueError also where a module is replaced while it is read, and where the result is not finite, unless
+        `check_finite=False`: it names the modules that aren't.
         """
-        names = self._named(names)
+        names = self.chosen(names)
         weights = [1 / len(names)] * len(names) if weights is None else [float(w) for w in weights]
         if len(weights) != len(names):
             raise ValueError(f"{len(weights)} weights were given for {len(names)} modules: {', '.join(names)}")
-        return composition.compose(base, weights, self.deltas(base, names))
+        if odd := [name for name, weight in zip(names, weights, strict=True) if not math.isfinite(weight)]:
+            raise ValueError(f"the weights of {', '.join(odd)} are not finite numbers: {weights}")
+        composed = composition.compose(base, weights, self.deltas(base, names))
+        if check_finite:
+            composition.require_finite(composed, names, lambda: self.deltas(base, names))
+        return composed
 
     def deltas(self, base: Tree, names: Sequence[str] | None = None) -> Iterator[Tree]:
         """The deltas of the modules `names` (default: all) on their base, each read when it is asked for.
 
         For `compose.merge` and whatever else wants several at once. Errors as `compose`.
         """
-        return composition.deltas(base, self._named(names), self.manifest, lambda name: self.load(name))
+        return composition.deltas(base, self.chosen(names), self.manifest, lambda name: self.load(name))
 
     # -- helpers -------------------------------------------------------------------------------------------------------
-    def _named(self, names: Sequence[str] | None) -> list[str]:
-        names = self.names() if names is None else list(names)
+    def chosen(self, names: Sequence[str] | None) -> list[str]:
+        """The list `names`, or all names for None; TypeError for a text, ValueError where none is named."""
+        names = self.names() if names is None else search.listing(names, "names")
         if not names:
             raise ValueError(f"there is no module to compose: of the {len(self)} in the pool {self.path} none is named")
         return names
@@ -308,6 +355,3 @@ class ModulePool:
             f"part {part!r} of module {name!r} in the pool {self.path} cannot be restored ({why}): files are damaged, "
             "missing or not its own. Remove it and add it again; the other modules are unaffected"
         ) from why
-
-    def _taken(self, name: str) -> FileExistsError:
-        return FileExistsError(f"the pool {self.path} has a module {name!r}: choose another name or overwrite=True")

@@ -44,16 +44,30 @@ def visible(pool: Path) -> list[os.DirEntry]:
 
 def names(pool: Path) -> list[str]:
     """See `ModulePool.names`."""
-    return [entry.name for entry in visible(pool) if NAME.fullmatch(entry.name) and entry.is_dir()]
+    return [entry.name for entry in visible(pool) if module(Path(entry.path))]
+
+
+def module(folder: Path) -> bool:
+    """Whether a pool's entry is a module."""
+    return bool(NAME.fullmatch(folder.name)) and manifests.ours(folder)
+
+
+def listing(texts: Iterable[str], what: str) -> list[str]:
+    """The texts as a list; TypeError where one text is given for it, each letter of which would be taken for one."""
+    if isinstance(texts, str):
+        raise TypeError(f"{what} is the text {texts!r} and should be a list: [{texts!r}]")
+    return [str(text) for text in texts]
 
 
 def listed(pool: Path) -> Iterator[Manifest]:
     """The manifests one by one, so that whoever looks for some does not hold all; see `ModulePool.manifests`."""
-    for name in names(pool):
+    for entry in visible(pool):
+        if not NAME.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
+            continue
         try:
-            yield manifests.read(pool / name)
+            yield manifests.read(pool / entry.name)
         except (ValueError, PermissionError) as error:
-            if (pool / name).exists():  # else it was removed just now
+            if module(pool / entry.name):  # else it is none, or was removed just now
                 warnings.warn(str(error), UserWarning, stacklevel=4)
 
 

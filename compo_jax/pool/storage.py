@@ -1,12 +1,10 @@
 """How one part of a module lies on the disk: a folder that orbax writes, with the checksum of every file in it."""
 
 import contextlib
-import errno
 import hashlib
 import os
-import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import numpy as np
 from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
-from compo_jax import mesh, tree
+from compo_jax import files, mesh, tree
 from compo_jax.pool import curvature as curvatures
 from compo_jax.pool import manifest as manifests
 from compo_jax.pool.manifest import Manifest
@@ -24,8 +22,6 @@ from compo_jax.pool.search import checked
 
 Tree = Any
 _TREE = "tree"
-_OLD = "arrays"  # older versions kept all parts in one folder, without checksums of its files
-_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.[0-9a-f]{8}")
 _SMALL = 2**20  # bytes: orbax's own files are smaller
 
 
@@ -58,7 +54,9 @@ def _alone() -> contextlib.AbstractContextManager:
     return context
 
 
-def stored(name: str, parts: dict[str, Tree], curvature: Any) -> tuple[dict[str, Tree], dict[str, dict]]:
+def stored(
+    name: str, parts: dict[str, Tree], curvature: Any, check_finite: bool
+) -> tuple[dict[str, Tree], dict[str, dict]]:
     """(parts as NumPy arrays, entries of the kinds of curvature), all of which can be stored."""
     if taken := [part for part in parts if checked(part, "part").split(".")[0] == "curvature"]:
         raise ValueError(f"the part {taken[0]!r} is where a pool keeps curvature: give it as `curvature=`")
@@ -71,6 +69,9 @@ def stored(name: str, parts: dict[str, Tree], curvature: Any) -> tuple[dict[str,
         raise ValueError(f"there is no array in part {empty[0]!r} of module {name!r}")
     for part, own in found.items():
         _require_apart(part, own)
+        if check_finite:
+            with jax.enable_x64(True):  # else large 64-bit numbers would be infinite
+                tree.require_finite(curvatures.measured(part, own), f"part {part!r} of module {name!r}")
     return found, kinds
 
 
@@ -104,14 +105,18 @@ def _require_apart(part: str, value: Tree) -> None:
             raise ValueError(f"part {part!r} has the paths {other} and {path}, one file on the disk: rename a key")
 
 
-def _leaves(stored: Tree) -> dict[str, list]:
-    leaves = zip(tree.names(stored), jax.tree.leaves(stored), strict=True)
-    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves}
+def leaves(stored: Tree) -> dict[str, list]:
+    """The shapes and types of a tree's leaves by path, as in `Manifest.parts`."""
+    named = zip(tree.names(stored), jax.tree.leaves(stored), strict=True)
+    return {
+        name: [list(np.shape(leaf)), str(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)]
+        for name, leaf in named
+    }
 
 
 def describe(stored: Tree) -> dict[str, Any]:
     """The entry of one stored tree in `Manifest.parts`."""
-    return {"fingerprint": tree.fingerprint(stored), "leaves": _leaves(stored)}
+    return {"fingerprint": tree.fingerprint(stored), "leaves": leaves(stored)}
 
 
 def _sha256(file: str | Path) -> str:
@@ -120,7 +125,11 @@ def _sha256(file: str | Path) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    found = (os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder) for name in names)
+    """All files below `folder`, and links, which are not followed."""
+    found = []
+    for at, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(at, name))]
+        found += [os.path.relpath(os.path.join(at, name), folder) for name in names + links]
     return sorted(path.replace(os.sep, "/") for path in found)
 
 
@@ -132,36 +141,71 @@ def save(folder: Path, value: Tree) -> dict[str, Any]:
     # orbax refuses empty arrays; the manifest knows their shapes
     kept = jax.tree.map(lambda x: x if x.size else None, value)
     try:
-        ocp.save_checkpointables(folder, {_TREE: kept})
+        with files.one_error():
+            ocp.save_checkpointables(folder, {_TREE: kept})
     except Exception as error:  # TensorStore says ValueError where the disk is full
-        raise OSError(getattr(error, "errno", None) or errno.EIO, str(error).split(" [")[0][:400]) from error
+        raise files.write_error(error) from error
     return {"folder": folder.name, "sha256": {path: _sha256(folder / path) for path in _files(folder)}}
 
 
 def _place(folder: Path, manifest: Manifest, part: str) -> tuple[Path, str]:
     """Where orbax wrote a part, and under which name."""
     if part not in manifest.files:
-        return folder / _OLD, part
+        return folder / manifests.ARRAYS, part
     own = manifest.files[part]["folder"]
-    if not _FOLDER.fullmatch(own):
+    if not manifests.PART.fullmatch(own):
         raise Damage(f"its manifest names the folder {own!r}, which no pool makes")
     return folder / own, _TREE
 
 
 def folders(manifest: Manifest) -> set[str]:
     """The folders of a module that its manifest speaks of."""
-    old = {_OLD} if set(manifest.parts) - set(manifest.files) else set()
+    old = {manifests.ARRAYS} if set(manifest.parts) - set(manifest.files) else set()
     return old | {entry["folder"] for entry in manifest.files.values()}
 
 
-def leftover(entry: str, manifest: Manifest) -> bool:
-    """Whether a folder of a module is one that a writer has not put there yet, or has not taken away yet."""
-    return (entry == _OLD or bool(_FOLDER.fullmatch(entry))) and entry not in folders(manifest)
+def leftover(folder: Path, entry: str, manifest: Manifest) -> bool:
+    """Whether what lies in a module's folder was put there by a writer too early, or has not been taken away yet."""
+    named = entry == manifests.ARRAYS or manifests.PART.fullmatch(entry)
+    if entry in folders(manifest) or not named or (folder / entry).is_symlink():
+        return False
+    try:  # what was taken away by half lacks the files that orbax writes beside the arrays
+        return manifests.made_by_orbax(folder / entry) or set(os.listdir(folder / entry)) <= {_TREE}
+    except OSError:
+        return False
+
+
+def foreign(folder: Path, manifest: Manifest, parts: Iterable[str] | None = None) -> list[str]:
+    """What lies in a module's folder, or in those of some of its parts, and is none of it."""
+    found = []
+    if parts is None:
+        own = {manifests.FILE, manifests.LOCK, *folders(manifest)}
+        found = [e for e in os.listdir(folder) if e not in own and not leftover(folder, e, manifest)]
+        parts = manifest.parts
+    for part in parts:
+        if part in manifest.files:
+            place, _ = _place(folder, manifest, part)
+            if place.is_symlink():
+                found.append(place.name)
+            else:
+                found += [f"{place.name}/{path}" for path in set(_files(place)) - set(manifest.files[part]["sha256"])]
+    return sorted(found)
+
+
+def require_own(folder: Path, manifest: Manifest, parts: Iterable[str] | None = None) -> None:
+    """ValueError where something else would be removed with a module, or with some of its parts."""
+    if found := foreign(folder, manifest, parts):
+        raise ValueError(
+            f"in {folder} lies what is none of the module's ({', '.join(found[:8])}): move it elsewhere, or remove the "
+            f"module with all that lies there, `remove({folder.name!r}, force=True)`"
+        )
 
 
 def verify(folder: Path, manifest: Manifest, part: str, largest: int | None = None) -> None:
     """Damage where a file, of at most `largest` bytes, is missing or not as it was written."""
     place, _ = _place(folder, manifest, part)
+    if links := [path for path in (place, *(place / file for file in _files(place))) if path.is_symlink()]:
+        raise Damage(f"{links[0].relative_to(folder)} is a link, which is not followed")
     for path, digest in manifest.files.get(part, {"sha256": {}})["sha256"].items():
         try:
             large = largest is not None and os.stat(place / path).st_size > largest
@@ -180,9 +224,8 @@ def check(folder: Path, manifest: Manifest, part: str) -> None:
         load(folder, manifest, part)
         return
     verify(folder, manifest, part)
-    place, _ = _place(folder, manifest, part)
-    if more := sorted(set(_files(place)) - set(manifest.files[part]["sha256"])):
-        raise Damage(f"the file {place.name}/{more[0]} was put there and is none of its own")
+    if more := foreign(folder, manifest, [part]):
+        raise Damage(f"the file {more[0]} was put there and is none of its own")
 
 
 def _planned(sharding: Sharding | Callable | Tree, leaves: dict[str, list]) -> dict[str, Sharding]:
@@ -209,8 +252,8 @@ def load(folder: Path, manifest: Manifest, part: str, sharding: Sharding | Calla
     NumPy arrays are verified by their fingerprint, so that large files are read once; sharded ones, which no device
     or process may hold whole, by the checksums of the files.
     """
-    leaves = manifest.parts[part]["leaves"]
-    plan = None if sharding is None else _planned(sharding, leaves)
+    described = manifest.parts[part]["leaves"]
+    plan = None if sharding is None else _planned(sharding, described)
     verify(folder, manifest, part, _SMALL if plan is None else None)
     place, name = _place(folder, manifest, part)
 
@@ -218,9 +261,9 @@ def load(folder: Path, manifest: Manifest, part: str, sharding: Sharding | Calla
         return None if leaf is None else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=plan[path])
 
     def restored(path, leaf):
-        if leaf is not None or path not in leaves:
+        if leaf is not None or path not in described:
             return leaf
-        empty = np.zeros(leaves[path][0], leaves[path][1])
+        empty = np.zeros(*described[path])
         return empty if plan is None else jax.device_put(empty, plan[path])
 
     try:
@@ -228,20 +271,21 @@ def load(folder: Path, manifest: Manifest, part: str, sharding: Sharding | Calla
         if plan is not None:
             with _alone():
                 target = tree.map_with_name(abstract, ocp.checkpointables_metadata(place).metadata[name])
-        with _alone():
+        with _alone(), files.one_error():
             loaded = tree.map_with_name(restored, ocp.load_checkpointables(place, {name: target})[name])
-        found = _leaves(loaded)
-        whole = (
-            found == leaves if plan is not None and part in manifest.files else describe(loaded) == manifest.parts[part]
-        )
+        found = leaves(loaded)
+        if plan is not None and part in manifest.files:
+            whole = found == described
+        else:
+            whole = describe(loaded) == manifest.parts[part]
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # orbax and TensorStore raise many types for a damaged file
         raise Damage(str(error).split(" [")[0][:400]) from error
-    wide = [path for path in found if path in leaves and leaves[path][1].endswith(("64", "128"))]
-    if rounded := [path for path in wide if leaves[path][1] != found[path][1]]:
+    wide = [path for path in found if path in described and described[path][1].endswith(("64", "128"))]
+    if rounded := [path for path in wide if described[path][1] != found[path][1]]:
         raise ValueError(
-            f"{rounded[0]} is {leaves[rounded[0]][1]}, which JAX rounded to {found[rounded[0]][1]}: call "
+            f"{rounded[0]} is {described[rounded[0]][1]}, which JAX rounded to {found[rounded[0]][1]}: call "
             "`jax.config.update('jax_enable_x64', True)` (orbax's threads don't see a context), or load it unsharded"
         )
     if not whole:
@@ -251,7 +295,5 @@ def load(folder: Path, manifest: Manifest, part: str, sharding: Sharding | Calla
 
 def known(folder: Path, manifest: Manifest) -> None:
     """Damage where something lies in a module's folder that is none of it."""
-    own = {manifests.FILE, *folders(manifest)}
-    for entry in sorted(set(os.listdir(folder)) - own):
-        if not entry.startswith(".") and not leftover(entry, manifest):
-            raise Damage(f"{entry!r} was put into its folder and is none of it: move it elsewhere")
+    if more := [entry for entry in foreign(folder, manifest) if not entry.startswith(".")]:
+        raise Damage(f"{more[0]!r} was put into its folder and is none of it: move it elsewhere")

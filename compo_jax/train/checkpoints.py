@@ -90,7 +90,8 @@ class Checkpoints:
         made = {"number": number, "sha256": _checksums(state)}
         try:
             self._remove(self._damaged)
-            ocp.save(self.path / str(number), _shared(state), custom_metadata=made)
+            with files.one_error():
+                ocp.save(self.path / str(number), _shared(state), custom_metadata=made)
         except Exception as error:  # TensorStore says ValueError where the disk is full
             why = files.write_error(error)
             self._remove_halves()
@@ -147,7 +148,8 @@ class Checkpoints:
                 "other settings or by another version?"
             )
         try:
-            state = ocp.load(folder, _shared(like))
+            with files.one_error():
+                state = ocp.load(folder, _shared(like))
         except Exception as error:
             why = _damage(error)
         if not _everywhere(why is None):
@@ -164,7 +166,11 @@ class Checkpoints:
     def _remove(self, numbers: Any) -> None:
         if jax.process_index() == 0:
             for number in numbers:
-                shutil.rmtree(self.path / str(number), ignore_errors=True)
+                place = self.path / str(number)
+                if place.is_dir() and not place.is_symlink():
+                    shutil.rmtree(place, ignore_errors=True)
+                else:
+                    place.unlink(missing_ok=True)
 
     def _remove_halves(self) -> None:
         if jax.process_index() == 0:
