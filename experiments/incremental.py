@@ -142,9 +142,9 @@ def refuse_what_plays_no_part(parser: job.Parser, options: argparse.Namespace) -
     if options.data == "glyphs":
         parser.refuse("with glyphs, which are rendered", "data_dir", "by", "train_split", "test_split")
     else:
-        parser.refuse(f"with {options.data}: it is the number of characters of a script of glyphs", "classes")
+        parser.refuse(f"with {options.data}, for they are the characters of a script of glyphs", "classes")
     if options.backbone is None:
-        parser.refuse("without --backbone: the embedded one has its own", "heads", "image_size")
+        parser.refuse("without --backbone, for the embedded one has its own", "heads", "image_size")
     if options.parallel and options.runner == "pmap":
         raise ValueError("--parallel divides the tasks among the devices and pmap the batch: name one of the two")
     asked = COMPARED if options.compare else options.methods
@@ -202,6 +202,8 @@ def main(arguments: list[str] | None = None) -> None:
     tasks, total = len(stream.tasks), len(stream.classes)
     images = sum(len(task.train) for task in stream.tasks)
     console.print(f"{backbone}; {stream.name}: {tasks} tasks, {total} classes, {images} images")
+    if options.batch > images:
+        raise ValueError(f"--batch {options.batch} is more than all the {images} training images: name a smaller one")
     tried = methods(options)
     for method in tried:  # a wrong rank or pattern is said before there is a run folder
         jax.eval_shape(method.adapter.init, jax.random.key(0), base)

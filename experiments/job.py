@@ -2,11 +2,11 @@
 
 import argparse
 import errno
+import logging
 import math
 import re
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from compo_jax.data import TaskStream
 
 console = Console()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SPACE = "No space left on device"  # tensorstore raises a ValueError with it
 _LARGEST = 2**31 - 1
 
 
@@ -157,7 +158,7 @@ def tell_images(stream: TaskStream, images: int | None) -> None:
 # -- the end ---------------------------------------------------------------------------------------------------------
 def closing(main: Callable[[], None], again: str = "the same command goes on where it was") -> None:
     """Runs `main`; what the user can mend is told in a line, and so is a stop by Ctrl-C, with how to go on."""
-    threading.excepthook = lambda _: None  # a failed save is told once, by the thread that waits for it
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs an error in every thread, and raises it
     try:
         main()
     except KeyboardInterrupt:
@@ -181,24 +182,27 @@ def _told(error: Exception) -> str | None:
     chain, text = [error], str(error)
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
-    full = next((e for e in chain if isinstance(e, OSError) and e.errno in _FULL), None)
-    if full is not None or any("No space left on device" in str(e) or "File too large" in str(e) for e in chain):
-        where = f" (writing {full.filename})" if full is not None and full.filename else ""
-        return f"the disk is full{where}: make room, then the same command goes on where it was"
+    if full := next((e for e in chain if getattr(e, "errno", None) in _FULL or _NO_SPACE in str(e)), None):
+        return f"the disk is full ({_cause(full)}): make room, then the same command goes on where it was"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        return f"memory ran out ({text.splitlines()[0] if text else 'no more is known'}): lower the batch or the images"
+        return f"memory ran out ({_cause(error)}): lower the batch or the images"
     if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str) and " " in error.args[0]:
         return error.args[0]
     return text if text and isinstance(error, ValueError | FloatingPointError | OSError) else None
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def finished_runs(parser: Parser, options: argparse.Namespace, small: str, tried: Sequence[str]) -> list[Path]:
     """The runs of incremental.py that `--run` names; without it a small one called `small`, with pools of the methods
     `tried`: made, a minute or two each, where it isn't finished."""
     if options.run is not None:
-        parser.refuse("with --run: it is where a small run would be made", "runs")
+        parser.refuse("with --run, for a small run would be made there", "runs")
         return options.run if isinstance(options.run, list) else [options.run]
-    parser.refuse("without --run: the small run's characters are rendered", "data_dir")
+    parser.refuse("without --run, for the small run's characters are rendered", "data_dir")
     if unknown := [name for name in getattr(options, "methods", None) or [] if name not in tried]:
         raise ValueError(f"the small run has no pool of {', '.join(unknown)}; it has {', '.join(tried)}")
     from incremental import main  # the script beside this one

@@ -68,7 +68,7 @@ def parsed(parser: Parser, arguments: list[str] | None, presets: dict, default: 
     sets = [options.data] if isinstance(options.data, str) else options.data
     name = "+".join(sets)
     if set(sets) <= {"glyphs", "rendered"}:
-        parser.refuse(f"with {name}: its images are rendered", "data_dir")
+        parser.refuse(f"with {name}, whose images are rendered", "data_dir")
     for key, value in (default | presets.get(name, {})).items():
         if getattr(options, key) is None:
             setattr(options, key, value)
