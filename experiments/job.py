@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from compo_jax.data import TaskStream
+from compo_jax.files import local_path
 
 console = Console()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -80,7 +81,10 @@ def path(text: str) -> Path:
     """The type of an option: a path, with ~ for the home."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path")
-    return Path(text).expanduser()
+    try:
+        return local_path(text)
+    except ValueError as error:  # whose text argparse would drop
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class Parser(argparse.ArgumentParser):

@@ -23,10 +23,9 @@ from rich.table import Table
 
 from compo_jax import modular
 from compo_jax.data import Task
-from compo_jax.incremental import read_json
 from compo_jax.modular import ModularNet, Settings, routes
 from compo_jax.pool import ModulePool
-from compo_jax.train import Run, jit_runner, once, open_run, pmap_runner, progress_bar, write_json
+from compo_jax.train import Run, jit_runner, once, open_run, pmap_runner, progress_bar, read_json, write_json
 
 FIXED = (0.0, 0.0)  # phases of a training on a fixed route
 PHASES = "parts of the steps after which routes begin to harden, and are fixed"

@@ -24,9 +24,8 @@ from job import closing, console
 
 from compo_jax import models
 from compo_jax.data import glyphs
-from compo_jax.incremental import read_json
 from compo_jax.models import ViT
-from compo_jax.train import Checkpoints, fit, init_state, jit_runner, open_run, progress_bar, write_json
+from compo_jax.train import Checkpoints, fit, init_state, jit_runner, open_run, progress_bar, read_json, write_json
 
 parser = job.Parser(__doc__)
 parser.add_argument("--steps", type=job.count, default=4000)
@@ -67,7 +66,7 @@ def is_written(out: Path, sidecar: Path, config: dict) -> bool:
         raise ValueError(f"--out {out}: name a file that ends in .safetensors")
     if not (out.exists() or sidecar.exists()):
         return False
-    made = read_json(sidecar) if sidecar.exists() else {}
+    made = read_json(sidecar, "take it away with the file beside it") if sidecar.exists() else {}
     if differing := [key for key in config if made.get(key) != config[key]]:
         told = ", ".join(f"{key}: {made.get(key)!r} there, {config[key]!r} now" for key in differing)
         raise ValueError(

@@ -9,6 +9,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int64
 
+from compo_jax.files import local_path
+
 _CHUNK = 512  # records read at a time
 _POINTER = b"version https://git-lfs"
 _AGAIN = "copy it again from where the set was prepared"
@@ -16,7 +18,7 @@ _AGAIN = "copy it again from where the set was prepared"
 
 def prepared(name: str, data_dir: str | Path) -> Path:
     """The folder of the set's newest version (or the one in `name`, as `mnist:3.0.1`), as TFDS lays it out."""
-    root = Path(data_dir).expanduser()
+    root = local_path(data_dir)
     advice = (
         f'prepare the set where there is a network: python -c "import tensorflow_datasets as tfds; tfds.builder('
         f"'{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""

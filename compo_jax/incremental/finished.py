@@ -1,6 +1,5 @@
 """A run of the main job, opened again: the model, the stream of tasks and the pools that it left."""
 
-import json
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -11,8 +10,10 @@ import numpy as np
 
 from compo_jax import data, models, tree
 from compo_jax.data import TaskStream
+from compo_jax.files import local_path
 from compo_jax.incremental.classifier import Head
 from compo_jax.pool import ModulePool
+from compo_jax.train import read_json
 
 Tree = Any
 _COMPOSED = ("ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none")  # ways that average modules in weight space
@@ -40,15 +41,9 @@ class FinishedRun(NamedTuple):
     head: Head
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object that a run wrote to this file; ValueError where it is damaged, FileNotFoundError where gone."""
-    try:
-        found = json.loads(Path(path).read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is no JSON ({error}): it was cut or changed since the run wrote it; bring it back from a copy, or "
-            "remove the run's folder and make it again"
-        ) from error
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object that a run wrote to this file."""
+    found = read_json(path, "bring it back from a copy, or remove the run's folder and make it again")
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {type(found).__name__} and must hold an object: it is not what a run wrote")
     return found
@@ -62,15 +57,15 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
 
     ValueError where there is no finished run, FileNotFoundError where its data or its backbone are gone.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     if not (folder / "metrics.json").exists():
         raise ValueError(f"{folder} holds no finished run: make one with experiments/incremental.py")
-    read_json(folder / "metrics.json")
+    _object(folder / "metrics.json")
     if not (folder / "reference.npz").exists():
         raise ValueError(f"{folder} was made by another version: it lacks the reference head, reference.npz")
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} lacks config.json, the settings of its run: bring it back from a copy")
-    config = read_json(folder / "config.json")
+    config = _object(folder / "config.json")
     options = ("tasks", "seed", "by", "train_split", "test_split", "classes")
     if missing := {*options, "data", "data_dir", "backbone", "heads", "image_size", "dtype", "methods"} - set(config):
         raise ValueError(f"{folder} was made by another version, its settings lack {', '.join(sorted(missing))}")

@@ -29,7 +29,8 @@ def parallel_trainer(
     """`(tasks, firsts, references, **fit_options) -> [Learned]`: what `task_trainer` makes of one task after another.
 
     A step takes a batch of every task. The base is held once a device; states, heads and batches are stacked over the
-    tasks and divided over `mesh` (default: a device for each task, as far as there are devices), with no communication.
+    tasks and divided over `mesh` (default: a device of this process for each task, as far as there are), with no
+    communication.
     A task whose steps are done waits for the others; a number of tasks that the devices don't divide is filled up.
 
     ValueError for a method whose tasks depend on each other.
@@ -57,7 +58,7 @@ def parallel_trainer(
     def train(
         tasks: Sequence[Task], firsts: Sequence[int], references: Sequence[Reference], **fit_options
     ) -> list[Learned]:
-        devices = meshes.data_mesh(min(len(tasks), len(jax.devices()))) if mesh is None else mesh
+        devices = meshes.data_mesh(min(len(tasks), len(jax.local_devices()))) if mesh is None else mesh
         members = [*range(len(tasks)), *[0] * (-len(tasks) % devices.size)]
         split, whole = meshes.split(devices), meshes.replicated(devices)
 
