@@ -1,7 +1,7 @@
 """The files of a prepared TFDS set: found, opened and read without TensorFlow, and named where one is damaged."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,24 +95,6 @@ def overlap(builder, first: str, second: str) -> int:
     )
 
 
-def one_by_one(get: Callable[[list[int]], list], rows: Sequence[int], where: str, files: Sequence = ()) -> list:
-    """`get(rows)`; where that fails, ValueError naming the first record that can't be read, and its file."""
-    try:
-        return get(list(rows))
-    except Exception as error:
-        for row in rows:
-            try:
-                get([row])
-            except Exception as reason:
-                ends = np.cumsum([piece.take for piece in files])
-                file = f" in {files[int(np.searchsorted(ends, row, 'right'))].filename}" if len(files) else ""
-                raise ValueError(
-                    f"{where}: record {row}{file} can't be read ({_first_line(reason)}): the file was cut or changed, "
-                    f"{_AGAIN}"
-                ) from reason
-        raise ValueError(f"{where}: records can't be read ({_first_line(error)})") from error
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -123,13 +105,39 @@ class Records:
     def __init__(self, builder, split: str):
         self.where = f"{builder.info.full_name}, split {split!r}"
         self.pieces = _shards(builder, split)
+        if not self.pieces:
+            raise ValueError(f"{self.where} has no images: name another, or more of it")
         self.source: Any = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        return one_by_one(self.source.__getitems__, rows, self.where, self.pieces)
+        """These records; ValueError with the first that can't be read, and its file."""
+        try:
+            return self._read(rows)
+        except Exception as error:  # array_record, TFDS and protobuf raise what they like
+            row, reason = self._first_damaged(rows) or (rows[0], error)
+            ends = np.cumsum([piece.take for piece in self.pieces])
+            file = self.pieces[int(np.searchsorted(ends, row, "right"))].filename
+            raise ValueError(
+                f"{self.where}: record {row} in {file} can't be read ({_first_line(reason)}): the file was cut or "
+                f"changed, {_AGAIN}"
+            ) from reason
+
+    def _read(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        found = self.source.__getitems__(list(rows))
+        if any(all(value is None for value in record.values()) for record in found):  # past the end of a cut file
+            raise ValueError("it is empty")
+        return found
+
+    def _first_damaged(self, rows: Sequence[int]) -> tuple[int, Exception] | None:
+        for row in rows:
+            try:
+                self._read([row])
+            except Exception as error:
+                return row, error
+        return None
 
     def integers(self, features: dict[str, int]) -> Int64[np.ndarray, "features records"]:
         """These integer features of all records; ValueError where one doesn't lie below the number given with it."""

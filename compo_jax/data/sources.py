@@ -125,7 +125,10 @@ def _named(builder, name: str, label: str, by: str | None, numbered: bool) -> di
         others = ", ".join(sorted(set(named) - {label})) or "none"
         raise ValueError(f"{name} can't be divided into tasks by {by!r}; its other label features are: {others}")
     for feature in [] if numbered else filter(None, (label, by)):
-        if not (builder.data_path / f"{feature}.labels.txt").exists():
+        file = builder.data_path / f"{feature}.labels.txt"
+        if file.exists() and len(set(named[feature])) < len(named[feature]):
+            raise ValueError(f"{file} has a name twice: it is of another version, or was changed; copy the set again")
+        if not file.exists():
             raise FileNotFoundError(
                 f"{builder.data_path} lacks {feature}.labels.txt, the names of its {len(named[feature])} classes: copy "
                 "it from where the set was prepared, or take their numbers with numbered=True"
