@@ -193,7 +193,7 @@ def test_an_extra_argument_that_is_not_finite_is_not_taken_either():
     state = init_state({"w": jnp.ones(2)}, plain)
     runner = jit_runner(
         lambda params, context, batch, step: (jnp.sum(params["w"] ** 2), {}), plain, mesh=data_mesh(1),
-        extras=lambda params, context, step: {"pull": {"w": jnp.where(step == 1, jnp.inf, 0.05 * params["w"])}},
+        extras=lambda params, context, step: ({"pull": {"w": jnp.where(step == 1, jnp.inf, 0.05 * params["w"])}}, {}),
     )  # fmt: skip
     for _ in range(2):
         state, metrics = runner.step(state, None, np.zeros(1))
