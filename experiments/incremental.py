@@ -9,6 +9,10 @@ The first needs nothing but the package and takes under 5 minutes on 2 CPU cores
 alignment and Fisher of the base; a LoRA module and a head trained around the base; the pool composed and tested. Writes
 `runs/NAME/`: config.json, metrics.jsonl, metrics.json, pool/, report.html. A killed run goes on where it was. Expected
 numbers: the table in README.md.
+
+On several hosts with one file system the batch is divided over all their devices: start the command on each, with
+`--hosts ADDRESS:PORT,N,I`, the address of host 0 and a free port there, the number of hosts, and this one's from 0; under
+Slurm or on a Cloud TPU `--hosts auto`. Where one dies all end, and the same commands go on.
 """
 
 import argparse
@@ -24,7 +28,7 @@ import jax
 import numpy as np
 from job import closing, console
 
-from compo_jax import adapters, data, incremental, models, report, tree
+from compo_jax import adapters, data, incremental, mesh, models, report, tree
 from compo_jax.incremental import Method, Settings
 from compo_jax.pool import ModulePool
 from compo_jax.train import Checkpoints, jit_runner, open_run, pmap_runner, progress_bar, write_json
@@ -58,6 +62,14 @@ COMPARED = [
     "tak-lora", "tak-full", "tmc-full", "sequential-lora", "sequential-full", "ewc-full", "lwf-full", "joint-lora",
     "joint-full", *FROZEN,
 ]  # fmt: skip
+
+
+def hosts(text: str) -> tuple:
+    """What `mesh.start_distributed` takes."""
+    found = re.fullmatch(r"([^,\s]+:\d+),(\d+),(\d+)", text)
+    if text != "auto" and (found is None or int(found[3]) >= int(found[2])):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto or ADDRESS:PORT,N,I with I from 0 to N - 1")
+    return () if found is None else (found[1], int(found[2]), int(found[3]))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -103,7 +115,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--name", help="name of the run; default: made from the data and the seed")
     add("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     add("--tensorboard", action="store_true")
+    add(
+        "--hosts",
+        type=hosts,
+        metavar="ADDRESS:PORT,N,I",
+        help="host 0's address, how many hosts, which is this; or auto",
+    )
     options = parser.parse_args(arguments)
+    if (place := vars(options).pop("hosts")) is not None:  # before anything touches a device
+        mesh.start_distributed(*place)
     for key, value in (PRESET | PRESETS.get(options.data, {})).items():
         if getattr(options, key, None) is None:
             setattr(options, key, value)
@@ -286,6 +306,9 @@ def main(arguments: list[str] | None = None) -> None:
             means = rows[:, t, : t + 1, 0].mean(axis=1)
             reached = [f"{name} {x:.3f}" for name, x in zip(options.methods, means, strict=True) if not np.isnan(x)]
             console.print(f"after {stream.tasks[t].name} ({t + 1}/{tasks}): {', '.join(reached)}")
+
+        if not mesh.is_writer():  # the rest is process 0's
+            return
 
         # -- what the pool can do without training ---------------------------------------------------------------------
         pool, main = pools[tried[0].name], tried[0]

@@ -392,9 +392,3 @@ def test_compose_refuses_before_reading(pool, base, monkeypatch):
     pool.add("odd", next(modules(base, 1)), base=base, adapter="unheard")
     with pytest.raises(ValueError, match=r"adapter of module 'odd' .*unknown adapter 'unheard'"):
         pool.compose(base, ["task0", "odd"])
-
-
-def test_several_processes_are_refused(pool, base, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="job of 2 processes"):
-        pool.add("m", next(modules(base, 1)), base=base, adapter=LORA)

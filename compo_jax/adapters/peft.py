@@ -26,6 +26,7 @@ from compo_jax.adapters import peft_config
 from compo_jax.adapters.adapter import Adapter, entries
 from compo_jax.adapters.ia3 import ia3
 from compo_jax.adapters.lora import lora
+from compo_jax.files import local_path
 
 Tree = Any
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -140,7 +141,7 @@ def save_peft(
         for factor, leaf in found[layer.path].items():
             own = leaf if layer.block is None else leaf[layer.block]
             arrays[_keys(name)[factor]] = np.ascontiguousarray(own[:, None] if factor == "l" else own.T)
-    _write(Path(folder), config, arrays)
+    _write(local_path(folder), config, arrays)
 
 
 def _write(folder: Path, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
@@ -170,7 +171,7 @@ def load_peft(
       ValueError: a file is damaged, the arrays are a pickle, the kind of adapter or a feature isn't supported, or names
         or shapes don't fit the base, all of them listed.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     config, arrays = _read(folder)
     layers = _layers(base, modules)
     try:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from compo_jax.data import augment as augmentation
 from compo_jax.data.stream import ArraySplit, Augmentation, Split, Task, TaskStream, checked, group_classes, relabel
+from compo_jax.files import local_path
 
 # a mirror image is another character
 CHARACTERS = {"mnist", "kmnist", "emnist", "usps", "omniglot", "svhn_cropped", "quickdraw_bitmap"}
@@ -77,7 +78,7 @@ class SourceSplit:
 
 def _prepared(name: str, data_dir: str | Path) -> Path:
     """The folder of the set's newest version (or the one in `name`, as `mnist:3.0.1`), as TFDS lays it out."""
-    root = Path(data_dir).expanduser()
+    root = local_path(data_dir)
     advice = (
         f'prepare the set where there is a network: python -c "import tensorflow_datasets as tfds; tfds.builder('
         f"'{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""

@@ -9,6 +9,7 @@ import numpy as np
 
 from compo_jax import data, models
 from compo_jax.data import TaskStream
+from compo_jax.files import local_path
 from compo_jax.incremental.classifier import Head
 from compo_jax.pool import ModulePool
 
@@ -46,7 +47,7 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
 
     ValueError where there is no finished run, FileNotFoundError where its data or its backbone are gone.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     if not (folder / "metrics.json").exists():
         raise ValueError(f"{folder} holds no finished run: make one with experiments/incremental.py")
     if not (folder / "reference.npz").exists():

@@ -57,7 +57,7 @@ def parallel_trainer(
     def train(
         tasks: Sequence[Task], firsts: Sequence[int], references: Sequence[Reference], **fit_options
     ) -> list[Learned]:
-        devices = meshes.data_mesh(min(len(tasks), len(jax.devices()))) if mesh is None else mesh
+        devices = meshes.data_mesh(min(len(tasks), len(jax.local_devices()))) if mesh is None else mesh
         members = [*range(len(tasks)), *[0] * (-len(tasks) % devices.size)]
         split, whole = meshes.split(devices), meshes.replicated(devices)
 

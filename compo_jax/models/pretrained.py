@@ -20,6 +20,7 @@ import safetensors.numpy
 from jaxtyping import Array, Float
 
 from compo_jax import tree
+from compo_jax.files import local_path
 from compo_jax.models.vit import ViT
 
 Tree = Any
@@ -206,7 +207,7 @@ def load(
 
     Raises FileNotFoundError, and ValueError where it isn't a safetensors file or doesn't fit.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}: check the path, or download the file first")
     try:
@@ -240,7 +241,7 @@ def save(path: str | Path, params: Tree, metadata: Mapping[str, Any] | None = No
     `metadata` is stored as text; `{"heads": model.heads}` makes `load` independent of timm's convention. float16 holds
     weights to 3 digits and loses values below 6e-8 (a Fisher's, say). Raises ValueError for values too big for `dtype`.
     """
-    path = Path(path)
+    path = local_path(path)
     arrays = to_timm(params)
     with np.errstate(over="ignore"):
         cast = {name: np.ascontiguousarray(array.astype(dtype)) for name, array in arrays.items()}

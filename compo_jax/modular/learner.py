@@ -10,6 +10,7 @@ import jax
 
 from compo_jax import tree
 from compo_jax.data.stream import Augmentation
+from compo_jax.files import local_path
 from compo_jax.modular import routes
 from compo_jax.modular.batches import balanced_batches
 from compo_jax.modular.evaluate import Gap, discretisation_gap, statistics
@@ -85,7 +86,7 @@ def learner(
         before = variables
         # In two goes with a folder each, so that the state between them is there again when a run is resumed.
         for name, steps in (("routing", settings.freeze), ("fixed", settings.steps)):
-            kept = None if folder is None else Checkpoints(Path(folder) / name)
+            kept = None if folder is None else Checkpoints(local_path(folder) / name)
             batches = balanced_batches(splits, settings.batch, seed)
             state = fit(run, state, context, batches, steps, checkpoints=kept, **fit_options)
             whole = {**variables, "params": tree.combine(state.params, frozen)}

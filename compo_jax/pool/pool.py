@@ -3,13 +3,14 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Sharding
 
-from compo_jax import adapters
+from compo_jax import adapters, mesh
 from compo_jax.curvature import FisherDiagonal, Kronecker
 from compo_jax.pool import changes, composition, search, storage
 from compo_jax.pool import curvature as curvatures
@@ -24,8 +25,9 @@ class ModulePool:
 
     Several processes may read and change a pool at once. A reader finds a module as it was before a change or as it
     is after, whatever becomes of the writer; what a killed writer leaves is never read, and `clean` removes it. Every
-    byte of a module is under a checksum. One process writes a module: orbax waits for all processes of a
-    `jax.distributed` job, and `add` and `attach` refuse there.
+    byte of a module is under a checksum. In a job of several processes (`mesh.start_distributed`) all call `add`, `attach`
+    and `remove` at the same points with the same arguments; process 0 writes, and all find the change when they return.
+    Between such calls all read the same parts, for orbax counts what it does and waits where the numbers differ.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -162,8 +164,9 @@ class ModulePool:
         with changes.hidden(self.path, name) as hidden:
             new = hidden / "new"
             manifest = manifest._replace(files=storage.write(new, stored))
-            if not changes.publish(new, target, hidden / "old", manifest, overwrite):
+            if mesh.is_writer() and not changes.publish(new, target, hidden / "old", manifest, overwrite):
                 raise self._taken(name)
+        mesh.barrier("a module is there")
         return records.plain(manifest)
 
     def attach(self, name: str, *, curvature: FisherDiagonal | Kronecker | None = None, **parts: Tree) -> Manifest:
@@ -182,21 +185,25 @@ class ModulePool:
         described = {part: storage.describe(arrays) for part, arrays in stored.items()}
         with changes.hidden(self.path, name) as hidden:
             files = storage.write(hidden / "new", stored)
-            with self._locked(name) as folder:
-                known = records.read(folder)  # another may have attached something since
-                manifest = known._replace(
-                    parts=known.parts | described, curvature=known.curvature | kinds, files=known.files | files
-                )
-                changes.replace(
-                    folder, hidden / "new", hidden / "old", manifest, lambda entry: storage.leftover(entry, manifest)
-                )
-        return records.plain(manifest)
+            if mesh.is_writer():
+                with self._locked(name) as folder:
+                    known = records.read(folder)  # another may have attached something since
+                    manifest = known._replace(
+                        parts=known.parts | described, curvature=known.curvature | kinds, files=known.files | files
+                    )
+                    stale = partial(storage.leftover, manifest=manifest)
+                    changes.replace(folder, hidden / "new", hidden / "old", manifest, stale)
+        mesh.barrier("parts are there")
+        return self.manifest(name)
 
     def remove(self, name: str) -> None:
         """Removes a module: first out of sight in one rename, then from the disk. KeyError for an unknown name."""
         self._folder(name)
-        with changes.hidden(self.path, name) as hidden, self._locked(name) as folder:
-            os.rename(folder, hidden / "old")
+        mesh.barrier("a module is found")
+        if mesh.is_writer():
+            with changes.hidden(self.path, name) as hidden, self._locked(name) as folder:
+                os.rename(folder, hidden / "old")
+        mesh.barrier("a module is gone")
 
     def clean(self) -> list[str]:
         """Removes what killed writers left, and returns what it was.

@@ -1,5 +1,6 @@
 """How one part of a module lies on the disk: a folder that orbax writes, with the checksum of every file in it."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
-from compo_jax import tree
+from compo_jax import mesh, tree
 from compo_jax.pool import curvature as curvatures
 from compo_jax.pool import manifest as manifests
 from compo_jax.pool.manifest import Manifest
@@ -35,16 +36,30 @@ class Damage(ValueError):
 def write(new: Path, stored: dict[str, Tree]) -> dict[str, dict]:
     """Each part in a folder of its own in `new`, named so that no other writer's is; `Manifest.files`."""
     new.mkdir()
-    return {part: save(new / f"{part}.{secrets.token_hex(4)}", value) for part, value in stored.items()}
+    made = {part: save(_agreed(new / f"{part}.{secrets.token_hex(4)}"), value) for part, value in stored.items()}
+    mesh.barrier("the parts are read back")
+    return made
+
+
+def _agreed(path: Path) -> Path:
+    """Process 0's: orbax lets it write, and the others wait at the same path."""
+    if not mesh.several():
+        return path
+    text = np.frombuffer(os.fsencode(path).ljust(4096, b"\0"), np.uint8)
+    return Path(os.fsdecode(mesh.agreed(text).tobytes().rstrip(b"\0")))
+
+
+def _alone() -> contextlib.AbstractContextManager:
+    """What orbax reads within waits for no other process of the job."""
+    if not mesh.several():
+        return contextlib.nullcontext()
+    context, own = ocp.Context(), jax.process_index()
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = own, {own}
+    return context
 
 
 def stored(name: str, parts: dict[str, Tree], curvature: Any) -> tuple[dict[str, Tree], dict[str, dict]]:
     """(parts as NumPy arrays, entries of the kinds of curvature), all of which can be stored."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"module {name!r} cannot be changed from a job of {jax.process_count()} processes: gather it "
-            "(`jax.experimental.multihost_utils.process_allgather`), and add it from a job of one process"
-        )
     if taken := [part for part in parts if checked(part, "part").split(".")[0] == "curvature"]:
         raise ValueError(f"the part {taken[0]!r} is where a pool keeps curvature: give it as `curvature=`")
     kinds = {}
@@ -76,7 +91,7 @@ def arrays(part: str, value: Tree, path: str = "") -> Tree:
             "one: a pool stores dictionaries and lists of numeric arrays and None (`flax.serialization.to_state_dict` "
             "makes dictionaries of other containers, `jax.random.key_data` an array of a key)"
         )
-    array = np.asarray(value)
+    array = np.asarray(mesh.fetch(value))
     return array.astype(array.dtype.newbyteorder("="))  # orbax reads back the machine's own byte order only
 
 
@@ -211,8 +226,10 @@ def load(folder: Path, manifest: Manifest, part: str, sharding: Sharding | Calla
     try:
         target = None
         if plan is not None:
-            target = tree.map_with_name(abstract, ocp.checkpointables_metadata(place).metadata[name])
-        loaded = tree.map_with_name(restored, ocp.load_checkpointables(place, {name: target})[name])
+            with _alone():
+                target = tree.map_with_name(abstract, ocp.checkpointables_metadata(place).metadata[name])
+        with _alone():
+            loaded = tree.map_with_name(restored, ocp.load_checkpointables(place, {name: target})[name])
         found = _leaves(loaded)
         whole = (
             found == leaves if plan is not None and part in manifest.files else describe(loaded) == manifest.parts[part]

@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from compo_jax.files import local_path
 from compo_jax.report import figures
 from compo_jax.report.numbers import ABSENT, HEADINGS, Metrics, cells, check, decimal, full_matrix, percent, rows
 
@@ -95,7 +96,7 @@ def write_page(
         f'<div class="card">{card}</div><main>{"".join(blocks)}</main>'
         "</body></html>\n"
     )
-    path = Path(folder, "report.html")
+    path = local_path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path

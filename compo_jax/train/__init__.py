@@ -7,6 +7,7 @@ from compo_jax.train.loop import progress_bar as progress_bar
 from compo_jax.train.run import Run as Run
 from compo_jax.train.run import once as once
 from compo_jax.train.run import open_run as open_run
+from compo_jax.train.run import read_json as read_json
 from compo_jax.train.run import write_json as write_json
 from compo_jax.train.runners import Runner as Runner
 from compo_jax.train.runners import jit_runner as jit_runner

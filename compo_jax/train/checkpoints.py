@@ -1,16 +1,30 @@
-"""Numbered checkpoints in a folder, written whole or not at all."""
+"""Numbered checkpoints in a folder, written whole or not at all, each with the checksums of its arrays."""
 
+import hashlib
 import os
 import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from compo_jax import tree
+from compo_jax import files, mesh, tree
 
 Tree = Any
+_KEPT = 2
+
+
+class _Refused(ValueError):
+    """Why a checkpoint isn't taken."""
+
+
+class _Misfit(_Refused):
+    """It is of another tree than the one that is asked for."""
 
 
 def _leaves(like: Tree) -> dict[str, str]:
@@ -18,51 +32,151 @@ def _leaves(like: Tree) -> dict[str, str]:
     return {name: f"{x.dtype}{list(x.shape)}" for name, x in zip(tree.names(like), leaves, strict=True)}
 
 
+def _sha256(leaf: Any) -> str:
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return hashlib.sha256(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)).hexdigest()
+
+
+def _checksums(state: Tree) -> dict[str, str]:
+    leaves = jax.tree.leaves(state)
+    # processes gather the leaves of several hosts one by one, in the same order
+    with ThreadPoolExecutor(1 if jax.process_count() > 1 else None) as threads:
+        return dict(zip(tree.names(state), threads.map(_sha256, leaves), strict=True))
+
+
+def _everywhere(good: bool) -> bool:
+    """Whether it is so in all processes, which go on together."""
+    return good if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(good))))
+
+
+def _shared(state: Tree) -> Tree:
+    """Of several processes, orbax takes no JAX arrays that are one's own: process 0's NumPy arrays are written."""
+    if not mesh.several():
+        return state
+    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) and x.is_fully_addressable else x, state)
+
+
 class Checkpoints:
-    """The newest two states saved under `path`; orbax writes aside and renames, so a killed run leaves no half one."""
+    """The newest two states saved under `path`.
+
+    Orbax writes aside and renames, so that a killed run leaves no half one. A checkpoint is known by the checksums of
+    its arrays: where the newest is damaged, the one before it is used. In a job of several processes all call `save` and
+    `load` at the same points, and process 0 writes.
+    """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path).absolute()
-        self._orbax = None
+        self.path = files.local_path(path).absolute()
+        self._damaged: set[int] = set()
 
-    def _open(self) -> ocp.training.Checkpointer:
-        if self._orbax is None:
-            newest = ocp.training.preservation_policies.LatestN(2)
-            self._orbax = ocp.training.Checkpointer(self.path, preservation_policy=newest)
-        return self._orbax
+    def _numbers(self) -> list[int]:
+        try:
+            entries = os.listdir(self.path)
+        except FileNotFoundError:
+            return []
+        return sorted(int(entry) for entry in entries if entry.isdecimal() and entry == str(int(entry)))
 
     @property
     def latest(self) -> int | None:
-        """Number of the newest checkpoint, None where there is none."""
-        if not self.path.exists():
-            return None
-        newest = self._open().latest
-        return None if newest is None else newest.step
+        """Number of the newest checkpoint that `load` did not find damaged, None where there is none."""
+        return max((n for n in self._numbers() if n not in self._damaged), default=None)
 
     def save(self, number: int, state: Tree) -> None:
-        """Saves `state` as checkpoint `number`, unless that one is there; returns when it is on disk."""
-        if self.latest != number:
-            self._open().save(number, state)
+        """Saves `state` as checkpoint `number`, unless that one is there; returns when it is on disk.
+
+        Raises OSError where it could not be written; the checkpoints before it are as they were.
+        """
+        if self.latest == number:
+            return
+        made = {"number": number, "sha256": _checksums(state)}
+        try:
+            self._remove(self._damaged)
+            ocp.save(self.path / str(number), _shared(state), custom_metadata=made)
+        except Exception as error:  # TensorStore says ValueError where the disk is full
+            why = files.write_error(error)
+            self._remove_halves()
+            raise OSError(
+                why.errno,
+                f"checkpoint {number} could not be written to {self.path} ({why.strerror}): is the disk full or "
+                "read-only? The checkpoints before it are as they were",
+            ) from error
+        self._damaged.clear()
+        self._remove(self._numbers()[:-_KEPT])
+        self._remove_halves()
 
     def load(self, like: Tree) -> Tree:
-        """The newest checkpoint, as arrays of the shapes, dtypes and shardings of `like`.
+        """The newest whole checkpoint, as arrays of the shapes, dtypes and shardings of `like`.
 
-        ValueError where it was saved from a tree of another structure.
+        A UserWarning names each newer one that is damaged; the next `save` removes it. ValueError where none is whole,
+        or they were saved from a tree of another structure.
         """
-        # Compared here, since orbax casts another dtype in silence and reports other names without naming them.
-        saved, wanted = _leaves(self._open().metadata(self.latest).metadata), _leaves(like)
+        refused: dict[int, _Refused] = {}
+        for number in reversed(self._numbers()):
+            try:
+                state = self._read(number, like)
+            except _Refused as error:
+                refused[number] = error
+                continue
+            for newer, error in refused.items():
+                warnings.warn(
+                    f"checkpoint {newer} in {self.path} is not used ({error}); going on from checkpoint {number}",
+                    stacklevel=2,
+                )
+            self._damaged = set(refused)
+            return state
+        if misfits := [error for error in refused.values() if isinstance(error, _Misfit)]:
+            raise ValueError(f"the checkpoint in {self.path} {misfits[0]} Remove the folder to start over")
+        told = "; ".join(f"{number}: {error}" for number, error in refused.items()) or "there is none"
+        raise ValueError(f"no checkpoint in {self.path} is whole ({told}). Remove the folder to start over")
+
+    def _read(self, number: int, like: Tree) -> Tree:
+        """_Refused where the checkpoint is damaged, or isn't of the structure of `like`."""
+        folder = self.path / str(number)
+        try:
+            described = ocp.metadata(folder)
+            # Compared here, since orbax casts another dtype in silence and reports other names without naming them.
+            made, saved, wanted = described.custom_metadata or {}, _leaves(described.metadata), _leaves(like)
+            why = None
+        except Exception as error:  # orbax and TensorStore raise many types for a damaged file
+            why = _damage(error)
+        if not _everywhere(why is None):
+            raise why or _Refused("it is damaged for another process")
         if differing := sorted(name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)):
             told = [f"{n}: {saved.get(n, 'nothing')} there, {wanted.get(n, 'nothing')} now" for n in differing[:8]]
-            raise ValueError(
-                f"the checkpoint in {self.path} doesn't fit this run ({'; '.join(told)}"
-                f"{'; ...' if differing[8:] else ''}): was it written with other settings or by another version? "
-                "Remove the folder to start over"
+            raise _Misfit(
+                f"doesn't fit this run ({'; '.join(told)}{'; ...' if differing[8:] else ''}): was it written with "
+                "other settings or by another version?"
             )
-        return self._open().load(self.latest, like)
+        try:
+            state = ocp.load(folder, _shared(like))
+        except Exception as error:
+            why = _damage(error)
+        if not _everywhere(why is None):
+            raise why or _Refused("it is damaged for another process")
+        if "sha256" not in made:  # older versions wrote none
+            return state
+        found = _checksums(state)
+        wrong = [name for name in wanted if found[name] != made["sha256"].get(name)]
+        if not _everywhere(not wrong and made.get("number") == number):
+            what = f"{', '.join(wrong[:8])} is not as it was saved" if wrong else f"it is number {made.get('number')}"
+            raise _Refused(f"it is damaged: {what}")
+        return state
+
+    def _remove(self, numbers: Any) -> None:
+        if jax.process_index() == 0:
+            for number in numbers:
+                shutil.rmtree(self.path / str(number), ignore_errors=True)
+
+    def _remove_halves(self) -> None:
+        if jax.process_index() == 0:
+            for half in self.path.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half, ignore_errors=True)
 
     def remove(self) -> None:
         """Deletes all checkpoints."""
-        if self._orbax is not None:
-            self._orbax.close()
-            self._orbax = None
+        self._damaged.clear()
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _damage(error: Exception) -> _Refused:
+    return _Refused(f"it is damaged: {str(error).split(' [')[0].split(chr(10))[0][:200]}")

@@ -1,5 +1,6 @@
 """The training loop: progress, logging, checkpoints, resume, and a stop on numbers that are not finite."""
 
+import operator
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from compo_jax import mesh
 from compo_jax.train.checkpoints import Checkpoints
 from compo_jax.train.log import Log
 from compo_jax.train.runners import Runner
@@ -17,14 +19,17 @@ Tree = Any
 
 
 def progress_bar(**kwargs) -> Progress:
-    """A bar with loss, images/s and time left, for `fit(progress=...)`; use as a context manager."""
+    """A bar with loss, images/s and time left, for `fit(progress=...)`; use as a context manager.
+
+    Of several processes, process 0 shows it.
+    """
     return Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.0f} images/s"),
         TimeRemainingColumn(),
-        **kwargs,
+        **{"disable": not mesh.is_writer()} | kwargs,
     )
 
 
@@ -44,6 +49,8 @@ def fit(
 ) -> TrainState:
     """Takes the steps from `state.step` (or from the newest checkpoint) to `steps`.
 
+    Of several processes, which all call it, process 0 writes the log and the checkpoints.
+
     Args:
       runner: see `jit_runner`, `pmap_runner`.
       context: what stays the same; see `make_step`.
@@ -53,16 +60,28 @@ def fit(
       checkpoints: saved every `checkpoint_seconds` and at the end; where one is there, training goes on from it.
       progress: see `progress_bar`.
 
-    Raises FloatingPointError after an update that was not finite: it was not made, and the finite state is saved.
+    Raises ValueError for options out of range, for a state that is past `steps`, and for batches that end early or
+    can't be divided among the devices; FloatingPointError after an update that was not finite: it was not made, and the
+    finite state is saved.
     """
+    if operator.index(steps) < 0 or operator.index(every) < 1 or not checkpoint_seconds >= 0:
+        raise ValueError(
+            f"steps={steps}, every={every}, checkpoint_seconds={checkpoint_seconds}: steps is 0 or more, every 1 or "
+            "more, and checkpoint_seconds no less than 0"
+        )
     record = record or {}
+    label = " ".join(str(value) for value in record.values())
     if checkpoints is not None and checkpoints.latest is not None:
         saved = checkpoints.load({"state": state, "position": np.zeros((), np.int64)})
         state = saved["state"]
         if log is not None:
             log.position = int(saved["position"])
+    mesh.barrier("checkpoints are read")
     first = int(np.max(state.step))
-    if first >= steps:
+    if first > steps:
+        where = "" if checkpoints is None else f", by what {checkpoints.path} has or what was given"
+        raise ValueError(f"{label or 'training'} is at step {first} already{where}, and was to end at step {steps}")
+    if first == steps:
         return state
 
     def save(state):
@@ -70,16 +89,16 @@ def fit(
             position = np.array(0 if log is None else log.position, np.int64)
             checkpoints.save(int(np.max(state.step)), {"state": state, "position": position})
 
-    save(state)  # the log's position, for a run that is killed before its first checkpoint
-
-    label = " ".join(str(value) for value in record.values())
     bar = None if progress is None else progress.add_task(label, total=steps, completed=first, loss=np.nan, rate=np.nan)
     placed, context = runner.place(state), runner.place(context)
     last_save = since = time.perf_counter()
     images, k = 0, first
     for k, batch in zip(range(first + 1, steps + 1), batches(first), strict=False):
+        divided = runner.shard(batch)
+        if k == first + 1:  # the log's position, for a run that is killed before its first checkpoint
+            save(state)
         images += jax.tree.leaves(batch)[0].shape[0]
-        placed, metrics = runner.step(placed, context, runner.shard(batch))
+        placed, metrics = runner.step(placed, context, divided)
         if k % every and k != steps:
             continue
         values = {name: float(value) for name, value in runner.fetch(metrics).items()}
@@ -96,11 +115,12 @@ def fit(
             log.write(**record, step=k, **values, images_per_second=round(rate, 1))
         if progress is not None:
             progress.update(bar, completed=k, loss=values["loss"], rate=rate)
-        if now - last_save > checkpoint_seconds or k == steps:
+        if k == steps or mesh.agreed(now - last_save > checkpoint_seconds):
             save(runner.fetch(placed))
             last_save = time.perf_counter()
     if k < steps:
         raise ValueError(f"the batches ended after step {k} of {steps}: give an iterator that goes on to the last step")
+    mesh.barrier("checkpoints are written")
     if progress is not None:
         progress.remove_task(bar)
     return jax.tree.map(jax.numpy.asarray, runner.fetch(placed))

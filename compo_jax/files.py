@@ -1,0 +1,84 @@
+"""Files of this machine: which paths are served, locks that end with their process, and why a file was not written."""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import filelock
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_FULL = "No space left on device"
+_held: set[int] = set()
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """The path with `~` expanded.
+
+    ValueError for `gs://...` and its like: object stores have no atomic rename and no locks, which all that is written
+    here relies on, and as a path such a name would be a folder `gs:`.
+    """
+    if _SCHEME.match(os.fsdecode(path)):
+        raise ValueError(
+            f"{os.fsdecode(path)} is an address and no path on this machine: object stores have no atomic renames and "
+            "no locks. Mount it as a folder, or write to a local one and copy that"
+        )
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # of a user that isn't there
+        raise ValueError(f"the home folder in {os.fsdecode(path)} is not known: write the path in full") from error
+
+
+def lock(file: Path, *, wait: bool = True, create: bool = True) -> int:
+    """A descriptor that holds the lock of `file` until `unlock`, or until the process ends, however it ends.
+
+    Args:
+      wait: for another that has it; else BlockingIOError.
+      create: the file where it isn't there. Its folder is never made: FileNotFoundError where that is gone.
+
+    A forked child doesn't hold its parent's locks. OSError where the file system has none.
+    """
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o666)
+        _held.add(descriptor)
+        try:
+            try:
+                got = filelock.lock_descriptor(descriptor, blocking=wait, poll_interval=0.01)
+            except OSError as error:
+                raise OSError(error.errno, f"the file system of {file} has no locks ({error.strerror})") from error
+            if not got:
+                raise BlockingIOError(errno.EWOULDBLOCK, f"another process holds {file}")
+            # the file may have been removed, and made anew, while we waited
+            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            unlock(descriptor)
+            raise
+        unlock(descriptor)
+
+
+def unlock(descriptor: int) -> None:
+    """Lets go of what `lock` returned; nothing happens in a child that was forked since."""
+    if descriptor in _held:
+        _held.discard(descriptor)
+        filelock.unlock_descriptor(descriptor)  # a process that was forked by C code holds a copy of the descriptor
+        os.close(descriptor)
+
+
+def _forget() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def write_error(error: Exception) -> OSError:
+    """An OSError with the cause in one line, of whatever orbax and TensorStore raise where a write fails."""
+    text = getattr(error, "strerror", None) or str(error).split(" [")[0].split("\n")[0][:400]
+    full = errno.ENOSPC if _FULL in str(error) else None
+    return OSError(getattr(error, "errno", None) or full or errno.EIO, _FULL if full else text)
