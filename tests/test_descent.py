@@ -7,6 +7,7 @@ import pytest
 
 from compo_jax import adapters, incremental
 from compo_jax.incremental import penalty_step
+from compo_jax.incremental.descent import limit_update
 
 X64 = jax.enable_x64
 KINDS = {
@@ -100,3 +101,36 @@ def test_a_short_step_is_the_gradient_itself():
         np.testing.assert_allclose(s, -0.5 * g * min(1, clip / norm), rtol=1e-5)
     still, metrics = penalty_step(penalty, adapter.init(jax.random.key(0), base), 1.0)
     assert not any(np.any(x) for x in jax.tree.leaves(still)) and metrics["penalty"] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_coupled_penalty_never_gains_more_than_the_rest_can_lose(kind, scale):
+    adapter, base, module, fisher = problem(kind, scale=scale)
+    random = np.random.default_rng(3)
+    draw = lambda size: jax.tree.map(lambda x: jnp.asarray(size * random.normal(size=x.shape), x.dtype), module)
+    rest, update = draw(1.0), draw(1e-2)
+    for alpha in (1e-4, 1.0, 1e8):
+        penalty = lambda m, alpha=alpha: incremental.ita_penalty(adapter.delta(m, base), fisher, alpha)
+        whole = jax.tree.map(jnp.add, rest, jax.grad(penalty)(module))
+        limited = limit_update(penalty, module, update, whole)
+        gain = sum(float(jnp.sum(jnp.abs(r * u))) for r, u in zip(*map(jax.tree.leaves, (rest, limited)), strict=True))
+        before, after = (float(penalty(m)) for m in (module, jax.tree.map(jnp.add, module, limited)))
+        assert after <= before * (1 + 2e-5) + gain
+        if alpha * scale < 1e-8:  # the penalty plays no part, and neither does the limit
+            jax.tree.map(np.testing.assert_array_equal, limited, update)
+
+
+def test_a_coupled_update_is_shortened_to_the_lowest_point_of_the_sum():
+    with X64(True):
+        h, x, slope = 1e3 * quadratic(1), jnp.arange(1.0, 7.0) / 1e4, jnp.ones(6)
+        penalty = lambda p: 0.5 * p["w"]["kernel"] @ h @ p["w"]["kernel"]
+        update = -jnp.ones(6)
+        limited = limit_update(
+            penalty, {"w": {"kernel": x}}, {"w": {"kernel": update}}, {"w": {"kernel": slope + h @ x}}
+        )["w"]["kernel"]
+        along = lambda t: slope @ (t * update) + 0.5 * (x + t * update) @ h @ (x + t * update)
+        part = float((limited / update)[0])
+        np.testing.assert_allclose(limited, part * update, rtol=1e-12)
+        assert 0 < part < 1
+        np.testing.assert_allclose(jax.grad(along)(part), 0, atol=1e-9 * float(update @ h @ update))
