@@ -75,6 +75,7 @@ BELONGS = {
     "tak_alpha": r"tak-.+",
     "beta": r"iel-.+",
     "ewc": r"ewc-.+",
+    "units": r"(ita|tak|iel|ewc)-.+",
     "lwf": r"lwf-.+",
     "pull": r"(ita|tak|pull|tmc|iel|iel_pull)-.+",
     "penalty": r"(ita|tak|pull|tmc|iel|iel_pull|ewc)-.+",
@@ -113,11 +114,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--ia3-learning-rate", type=job.rate, default=1e-2, help="of (IA)³ modules")
     add("--tmc-learning-rate", type=job.rate, default=2e-5, help="of the tangent model")
     add("--full-learning-rate", type=job.rate, default=1e-3, help="of full deltas")
-    add("--alpha", type=job.weight, default=300.0, help="weight of ITA's penalty")
-    add("--tak-alpha", type=job.weight, default=10.0, help="weight of ITA's penalty by Kronecker factors")
-    add("--beta", type=job.weight, default=300.0, help="weight of IEL's penalty")
-    add("--ewc", type=job.weight, default=300.0, help="weight of elastic weight consolidation")
+    add("--alpha", type=job.weight, default=0.1, help="weight of ITA's penalty")
+    add("--tak-alpha", type=job.weight, default=0.004, help="weight of ITA's penalty by Kronecker factors")
+    add("--beta", type=job.weight, default=0.1, help="weight of IEL's penalty")
+    add("--ewc", type=job.weight, default=0.1, help="weight of elastic weight consolidation")
     add("--lwf", type=job.weight, default=10.0, help="weight of learning without forgetting's distillation")
+    add(
+        "--units", choices=["relative", "paper"], default="relative",
+        help="of the weights of ITA, IEL and EWC: relative to the curvature's mean, or the curvature as it is",
+    )  # fmt: skip
     add("--penalty", choices=["coupled", "decoupled"], help="default: coupled for full deltas and TAK")
     add("--pull", type=job.weight, nargs=2, default=(0.1, 0.05), metavar=("F", "I"), help="pull of the heads")
     add("--fisher", default="monte_carlo", choices=["exact", "low_rank", "monte_carlo"])
@@ -197,7 +202,7 @@ def methods(options) -> list[Method]:
     }
     named = [(name, *name.split("-")) for name in options.methods if name not in FROZEN]
     asked = {"coupled": options.penalty == "coupled"} if options.penalty else {}
-    return [Method(name, **(kinds[kind] | more[way] | asked)) for name, way, kind in named]
+    return [Method(name, units=options.units, **(kinds[kind] | more[way] | asked)) for name, way, kind in named]
 
 
 def members(method: Method, names: list[str], t: int) -> tuple[list[str], list[str]]:

@@ -7,6 +7,7 @@ from compo_jax.incremental.classifier import head_fisher as head_fisher
 from compo_jax.incremental.classifier import new_head as new_head
 from compo_jax.incremental.classifier import probe as probe
 from compo_jax.incremental.classifier import task_columns as task_columns
+from compo_jax.incremental.descent import penalty_step as penalty_step
 from compo_jax.incremental.evaluate import Accuracies as Accuracies
 from compo_jax.incremental.evaluate import evaluator as evaluator
 from compo_jax.incremental.evaluate import predictions as predictions
