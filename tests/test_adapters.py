@@ -99,11 +99,11 @@ def test_ia3_scales_outputs():
     base = {"fc1": {"kernel": jnp.arange(12.0).reshape(2, 3, 2), "bias": jnp.arange(1.0, 5).reshape(2, 2)}}
     scales = np.array([[2.0, 0.5], [1.0, -1.0]])
     module = {"fc1": {"kernel": {"l": jnp.asarray(scales, jnp.float32)}, "bias": None}}
-    assert jax.tree.map(jnp.shape, adapters.ia3("fc1/kernel").init(jax.random.key(0), base)) == jax.tree.map(
+    assert jax.tree.map(jnp.shape, adapters.ia3("fc1/kernel", stacked="fc1").init(jax.random.key(0), base)) == jax.tree.map(
         jnp.shape, module
     )
     for bias in (False, True):
-        delta = adapters.ia3("fc1/kernel", bias=bias).delta(module, base)["fc1"]
+        delta = adapters.ia3("fc1/kernel", bias=bias, stacked="fc1").delta(module, base)["fc1"]
         for layer in range(2):
             expected = np.asarray(base["fc1"]["kernel"][layer]) @ np.diag(scales[layer] - 1)
             np.testing.assert_array_equal(delta["kernel"][layer], expected)
@@ -211,6 +211,6 @@ def test_bad_input():
     scanned = Scanned()
     x = jnp.ones((2, 4))
     base = scanned.init(key, x)["params"]
-    adapter = adapters.lora(1, "dense/kernel")
+    adapter = adapters.lora(1, "dense/kernel", stacked="layers/")
     with pytest.raises(ValueError, match="did not reach .*layers/dense/kernel.*variable_axes"):
         adapters.adapted(scanned, adapter)(base, adapter.init(key, base), x)

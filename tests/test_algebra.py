@@ -12,8 +12,8 @@ X64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_
 SHAPES = {"qkv": (3, 8, 24), "fc1": (8, 10)}
 QKV, FC1, BIAS = "qkv/kernel", "fc1/kernel", "fc1/bias"
 KINDS = {
-    "lora": adapters.lora(2, (("qkv/kernel", 3), "fc1/kernel")),
-    "ia3": adapters.ia3("kernel"),
+    "lora": adapters.lora(2, (("qkv/kernel", 3), "fc1/kernel"), stacked=r"^qkv/"),
+    "ia3": adapters.ia3("kernel", stacked=r"^qkv/"),
     "full": adapters.full("kernel"),
 }
 
@@ -111,7 +111,7 @@ def test_recompression_is_the_best_of_its_rank_and_says_its_error(kind, rank):
     with X64(True):
         base = weights()
         own = lora(3, 4) if kind == "lora" else module("full", 3)  # a qkv of rank 12 in 8 x 24: more than it can have
-        found = adapters.recompress(own, base, rank, (("qkv/kernel", 3), "fc1/kernel"))
+        found = adapters.recompress(own, base, rank, (("qkv/kernel", 3), "fc1/kernel"), stacked="^qkv/")
         assert found.module["qkv"]["kernel"]["a"].shape == (3, 8, 3 * rank)
         assert found.module["fc1"]["kernel"]["b"].shape == (rank, 10)
         deltas, lost, total = dense(kind, own, base), 0, 0
@@ -189,7 +189,7 @@ def test_bad_input():
         adapters.scale({"fc1": lora(1, 1)["fc1"]}, base, 2)
     with pytest.raises(ValueError, match="at least one module"):
         adapters.weighted_sum([], base, [])
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="one weight for each module: 2 were given for 1"):
         adapters.weighted_sum([lora(1, 1)], base, [1, 2])
     with pytest.raises(
         ValueError, match="fc1/kernel is adapted by modules of the kinds ia3 and lora.*add their deltas"

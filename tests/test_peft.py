@@ -321,7 +321,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
         adapters.save_peft(target, head, trained(head), BASE, modules=modules)
     with pytest.raises(ValueError, match=r"head/kernel is \(12, 3\) and not \(layers, in, out\)"):
         adapters.save_peft(target, head, trained(head), BASE, modules={"head/kernel": "head.{block}"})
-    with pytest.raises(ValueError, match="delta doesn't fit the parameters: .*qkv/kernel is"):
+    with pytest.raises(ValueError, match="the module doesn't fit the base: .*qkv/kernel is"):
         adapters.save_peft(target, lora, module, vit(width=8, mlp_ratio=HIDDEN / 8)[1])
 
     def half_written(arrays, file, metadata):
