@@ -4,7 +4,7 @@ A module is told by its entries: `{"a", "b"}` is LoRA's, `{"l"}` is (IA)³'s, an
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -153,11 +153,13 @@ def _singular(entry: Tree) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.matmul(left, u, precision=_HIGHEST), s, jnp.matmul(vt, right.T, precision=_HIGHEST)
 
 
-def _matrix_by_matrix(function: Callable, entry: Tree) -> Tree:
-    """`function` of each matrix of a stack. Several LAPACK calls at once hang jax 0.10 where there are few cores."""
+@jax.jit  # the loop would else be compiled anew at each call
+def _singular_each(entry: Tree) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`_singular` of each matrix of a stack, one after another: several LAPACK calls at once hang jax 0.10 where there
+    are few cores."""
     stack = jax.tree.leaves(entry)[0].shape[:-2]
     flat = jax.tree.map(lambda x: x.reshape(math.prod(stack), *x.shape[-2:]), entry)
-    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), jax.lax.map(function, flat))
+    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), jax.lax.map(_singular, flat))
 
 
 def recompress(
@@ -201,7 +203,7 @@ def recompress(
             lost[name] = jnp.zeros_like(total[name]) if others == "keep" else total[name]
             found[name] = entry if others == "keep" else None
             continue
-        left, s, right = _matrix_by_matrix(_singular, wide)
+        left, s, right = _singular_each(wide)
         width = rank * tree.first_match(name, rules(targets), default=1)
         root = jnp.sqrt(s[..., :width])
         factors = {"a": left[..., :width] * root[..., None, :], "b": root[..., :, None] * right[..., :width, :]}

@@ -43,7 +43,7 @@ def _bias_beside(name: str, shapes: dict[str, tuple], bias: bool | Sequence[Sequ
     if bias is True and maybe:
         raise ValueError(
             f"ia3(bias=True) finds no bias beside {name} by its name, and {', '.join(maybe)} may be it: give "
-            "bias=[(pattern in the kernel's path, what stands there in the bias's)], or leave biases out with bias=False"
+            "bias=[(pattern in the kernel's path, what stands there in the bias's)], or leave it out with bias=False"
         )
     return None
 
