@@ -151,9 +151,9 @@ def _heads(model: ViT, position: np.ndarray, heads: int | None) -> int:
         # MoCo v3's ViT-S and MAE-Lite's ViT-Ti have 12 heads: what tells them is the fixed position embedding.
         if model.width < 768 and not np.any(np.asarray(position)[:, 0]):
             raise ValueError(
-                f"the class token has no position embedding, as where that is fixed and a ViT {model.width} wide may have "
-                f"12 heads instead of {heads} with the same shapes (MoCo v3, MAE-Lite): pass heads= as the model was "
-                "trained"
+                f"the class token has no position embedding, as where that is fixed, and then a ViT {model.width} wide "
+                f"may have 12 heads instead of {heads} with the same shapes (MoCo v3, MAE-Lite): pass heads= as the "
+                "model was trained"
             )
     whole_numbers(heads=heads)
     if model.width % heads:
