@@ -143,21 +143,31 @@ def test_recompression_of_a_sum_loses_nothing_where_the_rank_suffices():
         assert wide.module["fc1"]["kernel"]["a"].shape == (8, 3) and wide.error == 0
 
 
+def equations(jaxpr):
+    """Those of a program and of all that are called in it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from equations(getattr(inner, "jaxpr", inner))
+
+
 def test_recompression_never_forms_the_matrix():
     base = {"kernel": jax.ShapeDtypeStruct((4000, 5000), jnp.float32)}
     own = {
         "kernel": {"a": jax.ShapeDtypeStruct((4000, 8), jnp.float32), "b": jax.ShapeDtypeStruct((8, 5000), jnp.float32)}
     }
     jaxpr = jax.make_jaxpr(lambda m: adapters.recompress(m, base, 4))(own)
+    sizes = [np.prod(v.aval.shape, dtype=int) for equation in equations(jaxpr.jaxpr) for v in equation.outvars]
+    assert max(sizes) == 8 * 5000
 
-    def sizes(jaxpr):
-        for equation in jaxpr.eqns:
-            yield from (np.prod(v.aval.shape, dtype=int) for v in equation.outvars)
-            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                    yield from sizes(getattr(inner, "jaxpr", inner))
 
-    assert max(sizes(jaxpr.jaxpr)) == 8 * 5000
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_recompression_gives_lapack_one_matrix_at_a_time(kind):
+    jaxpr = jax.make_jaxpr(lambda m: adapters.recompress(m, weights(), 1, stacked="^qkv/"))(module(kind, 1))
+    found = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in ("svd", "qr", "geqrf", "householder_product")]
+    assert len(found) >= 2
+    assert all(v.aval.ndim <= 2 for e in found for v in e.invars)
 
 
 def test_recompression_of_zeros_and_of_16_bit_arrays():
@@ -296,6 +306,9 @@ def test_what_is_not_finite_is_told_and_passes_on_purpose_only(value):
             adapters.weighted_sum([own], base, [factor])
     jax.eval_shape(lambda: adapters.weighted_sum([bad, bad], base, [1.0, 1.0], check_finite=False))
     jax.jit(lambda: adapters.scale(own, base, 0.5))()  # arrays that a traced function closes over
+    jax.eval_shape(lambda: adapters.weighted_sum([own], base, [0.5]))
+    with pytest.raises(ValueError, match="module 0 holds NaN"):
+        jax.eval_shape(lambda: adapters.weighted_sum([bad], base, [0.5]))
 
 
 def test_bad_input():

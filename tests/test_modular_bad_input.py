@@ -108,7 +108,7 @@ ROWS = {
        for s in (2.0, -0.1, nan)},
     "logits of logits": (lambda: routes.to_logits(logits(2.0)), "none negative and of sum 1"),
     "logits of NaN weights": (lambda: routes.to_logits(logits(nan)), "none negative and of sum 1"),
-    "a mean route, smoothing 2": (lambda: mean_source(*small((3, 3), shared_head=True), 2.0), "smoothing=2.0 is no share"),
+    "a mean route, smoothing 2": (lambda: mean_source(*small((3, 3), shared_head=True), 2.0), "smoothing=2.0 is no"),
     "a source, smoothing -1": (lambda: one_source(NET, VARIABLES, 0, -1.0), "smoothing=-1.0 is no share"),
     "no such source": (lambda: one_source(NET, VARIABLES, 2), r"tasks \[2\] were asked of a network that has 2"),
     "a fixed route out of range": (lambda: routes.fixed(np.array([0, 3]), 3), r"through the templates \[0, 3\]"),
