@@ -1,8 +1,12 @@
+import inspect
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from flax.core import freeze
 
 from compo_jax import adapters, tree
 from compo_jax.models import ViT
@@ -99,11 +103,11 @@ def test_ia3_scales_outputs():
     base = {"fc1": {"kernel": jnp.arange(12.0).reshape(2, 3, 2), "bias": jnp.arange(1.0, 5).reshape(2, 2)}}
     scales = np.array([[2.0, 0.5], [1.0, -1.0]])
     module = {"fc1": {"kernel": {"l": jnp.asarray(scales, jnp.float32)}, "bias": None}}
-    assert jax.tree.map(jnp.shape, adapters.ia3("fc1/kernel").init(jax.random.key(0), base)) == jax.tree.map(
-        jnp.shape, module
-    )
+    assert jax.tree.map(
+        jnp.shape, adapters.ia3("fc1/kernel", stacked="fc1").init(jax.random.key(0), base)
+    ) == jax.tree.map(jnp.shape, module)
     for bias in (False, True):
-        delta = adapters.ia3("fc1/kernel", bias=bias).delta(module, base)["fc1"]
+        delta = adapters.ia3("fc1/kernel", bias=bias, stacked="fc1").delta(module, base)["fc1"]
         for layer in range(2):
             expected = np.asarray(base["fc1"]["kernel"][layer]) @ np.diag(scales[layer] - 1)
             np.testing.assert_array_equal(delta["kernel"][layer], expected)
@@ -188,6 +192,160 @@ def tree_like(add, base, adapter, module):
     return jax.eval_shape(lambda b, m: add(b, adapter.delta(m, b)), base, module)
 
 
+# What is stacked, and which bias is whose
+
+
+@pytest.mark.parametrize(
+    "name, stacked, expected",
+    [
+        ("blocks/attention/qkv/kernel", adapters.STACKED, True),
+        ("params/blocks/norm1/scale", adapters.STACKED, True),
+        ("blocks/0/attention/qkv/kernel", adapters.STACKED, False),
+        ("head/kernel", adapters.STACKED, False),
+        ("myblocks/kernel", adapters.STACKED, False),
+        ("layers/dense/kernel", r"^layers/", True),
+        ("blocks/attention/qkv/kernel", (), False),
+    ],
+)
+def test_what_is_stacked_is_said_by_a_pattern(name, stacked, expected):
+    assert adapters.is_stacked(name, stacked) is expected
+
+
+@pytest.mark.parametrize("make", [lambda **k: adapters.lora(2, "kernel", **k), lambda **k: adapters.ia3("kernel", **k)])
+def test_a_kernel_with_an_axis_of_heads_is_no_stack_of_matrices(make):
+    attention = nn.MultiHeadDotProductAttention(num_heads=3, qkv_features=12)
+    base = jax.eval_shape(attention.init, jax.random.key(0), jnp.zeros((1, 4, 6)))["params"]
+    with pytest.raises(ValueError, match=r"is \(6, 3, 4\): .*stacked=; .*\(in, heads \* head_dim\), so reshape it"):
+        jax.eval_shape(make().init, jax.random.key(0), {"query": base["query"]})
+    with pytest.raises(ValueError, match=r"out/kernel is \(3, 4, 6\)"):
+        jax.eval_shape(make().init, jax.random.key(0), {"out": base["out"]})
+    with pytest.raises(ValueError, match=r"blocks/kernel is \(2, 12\) with a vector for each layer"):
+        make().init(jax.random.key(0), {"blocks": {"kernel": jnp.zeros((2, 12))}})
+    module = make(stacked="^a/").init(jax.random.key(0), {"a": {"kernel": jnp.zeros((2, 3, 4))}})
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(module))
+
+
+@pytest.mark.parametrize("kernel, bias", [("kernel", "bias"), ("weight", "bias"), ("w", "b"), ("W", "b"), ("w1", "b1"),
+                                          ("q_kernel", "q_bias"), ("weight", "b")])  # fmt: skip
+@pytest.mark.parametrize("depth", [0, 1])
+def test_ia3_finds_the_bias_of_a_layer(kernel, bias, depth):
+    inner = {kernel: jnp.ones((3, 2)), bias: jnp.array([1.0, 2.0]), "other": jnp.ones(5)}
+    base = {"fc": inner} if depth else inner
+    adapter = adapters.ia3(f"{kernel}$", bias=True)
+    module = tree.map_with_name(lambda name, x: {"l": jnp.array([2.0, 3.0])} if name.endswith(kernel) else None, base)
+    delta = adapter.delta(module, base)
+    np.testing.assert_array_equal((delta["fc"] if depth else delta)[bias], [1.0, 4.0])
+    assert len(jax.tree.leaves(delta)) == 2
+
+
+def test_ia3_scales_the_bias_of_an_nnx_layer():
+    base = nnx.state(nnx.Linear(3, 2, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0)))
+    adapter = adapters.ia3("kernel", bias=True)
+    module = jax.tree.map(lambda x: 2 * x, adapter.init(jax.random.key(0), base))
+    bias, kernel = jax.tree.leaves(adapter.delta(module, base))
+    np.testing.assert_array_equal(bias, [1.0, 1.0])
+    np.testing.assert_allclose(kernel, jax.tree.leaves(base)[1])
+
+
+def test_ia3_that_may_miss_a_bias_says_so_and_takes_explicit_names():
+    base = {"fc": {"matrix": jnp.ones((3, 2)), "offset": jnp.ones(2)}}
+    module = {"fc": {"matrix": {"l": jnp.array([2.0, 3.0])}, "offset": None}}
+    unclear = adapters.ia3("matrix", bias=True)
+    for act in (lambda: unclear.init(jax.random.key(0), base), lambda: unclear.delta(module, base)):
+        with pytest.raises(ValueError, match="finds no bias beside fc/matrix by its name, and fc/offset may be it"):
+            act()
+    told = adapters.ia3("matrix", bias=[("matrix", "offset")])
+    again = adapters.build(told.name, told.settings)
+    np.testing.assert_array_equal(again.delta(module, base)["fc"]["offset"], [1.0, 2.0])
+    alone = {"fc": {"kernel": jnp.ones((3, 2))}}
+    assert tree.names(adapters.ia3("kernel", bias=True).init(jax.random.key(0), alone)) == ["fc/kernel/l"]
+    with pytest.raises(ValueError, match=r"bias \(3,\) is no bias of .*kernel \(3, 2\): it should be \(2,\)"):
+        adapters.ia3("kernel", bias=True).init(jax.random.key(0), {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(3)})
+
+
+# Other containers, types and bases
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_and_plain_dictionaries_are_one(kind):
+    base = {"a": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
+    adapter = KINDS[kind]("kernel")
+    module = random_module(adapter, base)
+    expected = adapter.delta(module, base)
+    for other, made in ((freeze(base), module), (base, freeze(module)), (freeze(base), freeze(module))):
+        delta = adapter.delta(made, other)
+        assert type(delta) is type(other)
+        for x, y in zip(jax.tree.leaves(delta), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(x, y)
+        fused = adapters.fuse(other, expected)
+        np.testing.assert_array_equal(fused["a"]["kernel"], base["a"]["kernel"] + expected["a"]["kernel"])
+    with pytest.raises(ValueError, match="flax.core.unfreeze"):
+        adapters.lora(1, "kernel").delta({"p": module}, {"p": freeze(base)})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_of_another_base_is_refused_by_name(kind):
+    base = {"a": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
+    adapter = KINDS[kind]("kernel")
+    module = random_module(adapter, {"a": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}, 1)
+    act = [lambda: adapter.delta(module, base)]
+    if kind != "full":
+        act.append(lambda: adapters.adapted(nn.Dense(4), adapter)(base["a"], module["a"], jnp.ones((2, 3))))
+        act.append(lambda: adapters.weighted_sum([module], base, [1.0]))
+    for one in act:
+        with pytest.raises(ValueError, match=r"the module doesn't fit .*kernel is \(3, "):
+            one()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_deltas_of_16_bit_weights_are_rounded_once(kind, dtype):
+    base = randomised({"w": {"kernel": jax.ShapeDtypeStruct((500, 40), dtype),
+                             "bias": jax.ShapeDtypeStruct((40,), dtype)}})  # fmt: skip
+    adapter = (lambda t: adapters.lora(40, t))("kernel") if kind == "lora" else KINDS[kind]("kernel")
+    module = random_module(adapter, base)
+    delta = adapter.delta(module, base)
+    wide = lambda t: jax.tree.map(lambda x: np.asarray(x, np.float64), t)
+    w, entry = wide(base)["w"], wide(module)["w"]["kernel"]
+    expected = {"kernel": {"lora": lambda: entry["a"] @ entry["b"], "full": lambda: entry}.get(
+        kind, lambda: w["kernel"] * (entry["l"] - 1))()}  # fmt: skip
+    expected |= {"bias": w["bias"] * (entry["l"] - 1)} if kind == "ia3 with biases" else {}
+    for name, exact in expected.items():
+        assert delta["w"][name].dtype == dtype
+        found, limit = np.asarray(delta["w"][name], np.float64), float(jnp.finfo(dtype).eps) / 2
+        np.testing.assert_allclose(found, exact, rtol=limit * 1.01, atol=1e-5)
+
+
+def test_settings_stored_before_there_were_stacks_are_read():
+    for name, settings in (("lora", {"rank": 2, "targets": [["kernel", 1]], "init_scale": 1.0}),
+                           ("ia3", {"targets": [["kernel", 1]], "bias": True})):  # fmt: skip
+        assert adapters.build(name, settings).settings["stacked"] == list(adapters.STACKED)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: inspect.unwrap(adapters.lora)(2.5), "is a whole number and at least 1, not 2.5"),
+        (lambda: adapters.lora(-1), "at least 1, not -1"),
+        (lambda: adapters.lora(2, (("kernel", 0),)), "multiple of the rank for 'kernel' .* not 0"),
+        (lambda: adapters.lora(2, (("kernel", 1.5),)), "multiple of the rank for 'kernel' .* not 1.5"),
+        (lambda: adapters.lora(2, (("kernel", 1, 2),)), r"not \('kernel', 1, 2\)"),
+        (lambda: adapters.lora(2, "kernel)"), r"'kernel\)' is no regular expression"),
+        (lambda: adapters.full("*"), r"'\*' is no regular expression"),
+        (lambda: adapters.ia3("kernel", stacked="["), r"'\[' is no regular expression"),
+        (lambda: adapters.ia3("kernel", bias=[("(", "b")]), r"'\(' is no regular expression"),
+        (lambda: adapters.ia3("kernel", bias=[("b",)]), "pairs, not"),
+        *((lambda x=x: adapters.lora(2, init_scale=x), "init_scale=.*positive")
+          for x in (float("nan"), float("inf"), 0.0, -1.0)),
+        (lambda: adapters.lora(1, "n").init(jax.random.key(0), {"n": jnp.zeros((3, 3), int)}), "n is of type int32"),
+        (lambda: adapters.full("n").init(jax.random.key(0), {"n": jnp.zeros(3, int)}), "n is of type int32"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_told(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def test_bad_input():
     model, x = vit()
     base = random_base(model, x)
@@ -211,6 +369,6 @@ def test_bad_input():
     scanned = Scanned()
     x = jnp.ones((2, 4))
     base = scanned.init(key, x)["params"]
-    adapter = adapters.lora(1, "dense/kernel")
+    adapter = adapters.lora(1, "dense/kernel", stacked="layers/")
     with pytest.raises(ValueError, match="did not reach .*layers/dense/kernel.*variable_axes"):
         adapters.adapted(scanned, adapter)(base, adapter.init(key, base), x)

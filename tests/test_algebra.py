@@ -1,10 +1,13 @@
 """Sums and multiples of modules against the same of their dense deltas, in float64."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import normal
+from test_adapters import MLP, randomised
 
 from compo_jax import adapters, tree
 
@@ -12,8 +15,8 @@ X64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_
 SHAPES = {"qkv": (3, 8, 24), "fc1": (8, 10)}
 QKV, FC1, BIAS = "qkv/kernel", "fc1/kernel", "fc1/bias"
 KINDS = {
-    "lora": adapters.lora(2, (("qkv/kernel", 3), "fc1/kernel")),
-    "ia3": adapters.ia3("kernel"),
+    "lora": adapters.lora(2, (("qkv/kernel", 3), "fc1/kernel"), stacked=r"^qkv/"),
+    "ia3": adapters.ia3("kernel", stacked=r"^qkv/"),
     "full": adapters.full("kernel"),
 }
 
@@ -111,7 +114,7 @@ def test_recompression_is_the_best_of_its_rank_and_says_its_error(kind, rank):
     with X64(True):
         base = weights()
         own = lora(3, 4) if kind == "lora" else module("full", 3)  # a qkv of rank 12 in 8 x 24: more than it can have
-        found = adapters.recompress(own, base, rank, (("qkv/kernel", 3), "fc1/kernel"))
+        found = adapters.recompress(own, base, rank, (("qkv/kernel", 3), "fc1/kernel"), stacked="^qkv/")
         assert found.module["qkv"]["kernel"]["a"].shape == (3, 8, 3 * rank)
         assert found.module["fc1"]["kernel"]["b"].shape == (rank, 10)
         deltas, lost, total = dense(kind, own, base), 0, 0
@@ -140,21 +143,31 @@ def test_recompression_of_a_sum_loses_nothing_where_the_rank_suffices():
         assert wide.module["fc1"]["kernel"]["a"].shape == (8, 3) and wide.error == 0
 
 
+def equations(jaxpr):
+    """Those of a program and of all that are called in it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from equations(getattr(inner, "jaxpr", inner))
+
+
 def test_recompression_never_forms_the_matrix():
     base = {"kernel": jax.ShapeDtypeStruct((4000, 5000), jnp.float32)}
     own = {
         "kernel": {"a": jax.ShapeDtypeStruct((4000, 8), jnp.float32), "b": jax.ShapeDtypeStruct((8, 5000), jnp.float32)}
     }
     jaxpr = jax.make_jaxpr(lambda m: adapters.recompress(m, base, 4))(own)
+    sizes = [np.prod(v.aval.shape, dtype=int) for equation in equations(jaxpr.jaxpr) for v in equation.outvars]
+    assert max(sizes) == 8 * 5000
 
-    def sizes(jaxpr):
-        for equation in jaxpr.eqns:
-            yield from (np.prod(v.aval.shape, dtype=int) for v in equation.outvars)
-            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                    yield from sizes(getattr(inner, "jaxpr", inner))
 
-    assert max(sizes(jaxpr.jaxpr)) == 8 * 5000
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_recompression_gives_lapack_one_matrix_at_a_time(kind):
+    jaxpr = jax.make_jaxpr(lambda m: adapters.recompress(m, weights(), 1, stacked="^qkv/"))(module(kind, 1))
+    found = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in ("svd", "qr", "geqrf", "householder_product")]
+    assert len(found) >= 2
+    assert all(v.aval.ndim <= 2 for e in found for v in e.invars)
 
 
 def test_recompression_of_zeros_and_of_16_bit_arrays():
@@ -183,18 +196,137 @@ def test_unfuse_is_the_inverse_of_fuse(kind):
             np.testing.assert_allclose(again[name]["kernel"], base[name]["kernel"], rtol=0, atol=limit)
 
 
+# A whole fine-tuned delta
+
+
+def whole():
+    """A network's base, a change of all its leaves, and images."""
+    model, x = MLP(), jnp.linspace(-1, 1, 12).reshape(4, 3)
+    base = randomised(jax.eval_shape(model.init, jax.random.key(0), x)["params"])
+    return model, x, base, randomised(base, 1)
+
+
+def test_a_whole_delta_is_recompressed_and_its_vectors_kept_or_dropped():
+    with X64(True):
+        base, delta = (jax.tree.map(lambda a: a.astype(jnp.float64), t) for t in whole()[2:])
+        kept, dropped = (adapters.recompress(delta, base, 2, others=others) for others in ("keep", "drop"))
+        for name in ("inner", "out"):
+            u, s, vt = np.linalg.svd(np.asarray(delta[name]["kernel"]), full_matrices=False)
+            entry = kept.module[name]["kernel"]
+            np.testing.assert_allclose(entry["a"] @ entry["b"], u[:, :2] * s[:2] @ vt[:2], atol=1e-12)
+            assert kept.module[name]["bias"] is delta[name]["bias"] or np.array_equal(
+                kept.module[name]["bias"], delta[name]["bias"]
+            )
+            assert dropped.module[name]["bias"] is None
+            assert kept.errors[name]["bias"] == 0 and dropped.errors[name]["bias"] == 1
+        for found in (kept, dropped):
+            change = tree.combine(adapters.lora(2).delta(found.module, base), jax.tree.map(jnp.zeros_like, base))
+            lost = sum(
+                float(jnp.sum((a - b) ** 2)) for a, b in zip(*map(jax.tree.leaves, (change, delta)), strict=True)
+            )
+            size = sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(delta))
+            np.testing.assert_allclose(found.error, np.sqrt(lost / size), rtol=1e-10)
+
+
+def test_a_module_of_factors_and_full_deltas_is_scaled_summed_and_run():
+    with X64(True):
+        model, x, base, delta = whole()
+        base, delta = (jax.tree.map(lambda a: a.astype(jnp.float64), t) for t in (base, delta))
+        adapter = adapters.lora(2, "kernel")
+        mixed = adapters.recompress(delta, base, 2).module
+        change = adapter.delta(mixed, base)
+        total = adapters.weighted_sum([mixed, adapters.scale(mixed, base, -0.25)], base, [1.0, 2.0])
+        for a, b in zip(*map(jax.tree.leaves, (adapter.delta(total, base), change)), strict=True):
+            np.testing.assert_allclose(a, 0.5 * b, rtol=1e-12, atol=1e-12)
+        found = adapters.adapted(model, adapter)(base, mixed, x)
+        np.testing.assert_allclose(found, model.apply({"params": tree.add(base, change)}, x), rtol=1e-12, atol=1e-12)
+        with pytest.raises(ValueError, match="entries for inner/bias, .* aren't those of ia3"):
+            adapters.ia3("kernel").delta(mixed, base)
+
+
+def test_kernels_with_heads_are_no_stack_to_recompression():
+    base = {
+        "query": {"kernel": jnp.zeros((6, 3, 4))},
+        "blocks": {"bias": jnp.zeros((2, 9)), "kernel": jnp.zeros((2, 5, 4))},
+    }
+    delta = randomised(base, 2)
+    found = adapters.recompress(delta, base, 1)
+    np.testing.assert_array_equal(found.module["query"]["kernel"], delta["query"]["kernel"])
+    np.testing.assert_array_equal(found.module["blocks"]["bias"], delta["blocks"]["bias"])
+    assert found.module["blocks"]["kernel"]["a"].shape == (2, 5, 1)
+
+
+# 16 bits, and what is not finite
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_sums_of_16_bit_modules_are_rounded_once(kind, dtype):
+    base, terms, share = weights(), 64, 1 / 64
+    own = jax.tree.map(lambda x: jnp.asarray(1 + 0.01 * x, dtype), module(kind, 1))
+    total = adapters.weighted_sum([own] * terms, base, [share] * terms)
+    exact = dense(kind, jax.tree.map(lambda x: np.asarray(x, np.float64), own), base)
+    found = dense(kind, jax.tree.map(lambda x: np.asarray(x, np.float64), total), base)
+    assert {leaf.dtype for leaf in jax.tree.leaves(total)} == {jnp.dtype(dtype)}
+    for name, value in exact.items():
+        limit = float(jnp.finfo(dtype).eps) * (
+            np.abs(value).max() if kind != "ia3" else np.abs(base_leaf(base, name)).max()
+        )
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=limit)
+
+
+def base_leaf(base, name):
+    return dict(zip(tree.names(base), jax.tree.leaves(base), strict=True))[name]
+
+
+def damaged(tree_, value):
+    leaves, structure = jax.tree.flatten(tree_)
+    return jax.tree.unflatten(structure, [leaves[0] * value, *leaves[1:]])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_told_and_passes_on_purpose_only(value):
+    base, own = weights(), module("full", 1)
+    bad = damaged(own, value)
+    acts = {
+        "module 1": lambda **k: adapters.weighted_sum([own, bad], base, [1, 1], **k),
+        "the module": lambda **k: adapters.recompress(bad, base, 1, stacked="^qkv/", **k),
+        "the delta": lambda **k: adapters.fuse(base, bad, **k),
+    }
+    for who, act in acts.items():
+        with pytest.raises(ValueError, match=f"{who} holds NaN or infinite numbers in fc1/kernel: "):
+            act()
+        found = act(check_finite=False)
+        assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    assert np.isfinite(acts["the module"](check_finite=False).module["qkv"]["kernel"]["a"]).all()
+    for factor in (value, -value, jnp.asarray(value)):
+        with pytest.raises(ValueError, match="a module's weight is one finite number"):
+            adapters.scale(own, base, factor)
+        with pytest.raises(ValueError, match="a module's weight is one finite number"):
+            adapters.weighted_sum([own], base, [factor])
+    jax.eval_shape(lambda: adapters.weighted_sum([bad, bad], base, [1.0, 1.0], check_finite=False))
+    jax.jit(lambda: adapters.scale(own, base, 0.5))()  # arrays that a traced function closes over
+    jax.eval_shape(lambda: adapters.weighted_sum([own], base, [0.5]))
+    with pytest.raises(ValueError, match="module 0 holds NaN"):
+        jax.eval_shape(lambda: adapters.weighted_sum([bad], base, [0.5]))
+
+
 def test_bad_input():
     base = weights()
     with pytest.raises(ValueError, match="the module's tree isn't the base's"):
         adapters.scale({"fc1": lora(1, 1)["fc1"]}, base, 2)
     with pytest.raises(ValueError, match="at least one module"):
         adapters.weighted_sum([], base, [])
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="one weight for each module: 2 were given for 1"):
         adapters.weighted_sum([lora(1, 1)], base, [1, 2])
     with pytest.raises(
         ValueError, match="fc1/kernel is adapted by modules of the kinds ia3 and lora.*add their deltas"
     ):
         adapters.weighted_sum([lora(1, 1), module("ia3", 1)], base, [1, 1])
+    with pytest.raises(ValueError, match="1 are fewer than the modules"):
+        adapters.weighted_sum([lora(1, 1)] * 2, base, [1])
+    with pytest.raises(ValueError, match="others='skip' is not among keep, drop"):
+        inspect.unwrap(adapters.recompress)(lora(1, 1), base, 1, others="skip")
     with pytest.raises(ValueError, match="at least 1, not 0"):
         adapters.recompress(lora(1, 1), base, 0)
     with pytest.raises(ValueError, match=r"is \(IA\)³'s, which has no rank"):

@@ -380,7 +380,7 @@ def test_composing_moves_each_module_once_and_the_base_twice(tasks):
 
     deltas = [{"kernel": jnp.ones((2, 256, 256)), "bias": None}] * tasks
     assert moved(compose, deltas) <= tasks + 2
-    adapter = adapters.lora(4, targets="kernel")
+    adapter = adapters.lora(4, targets="kernel", stacked="kernel")
     modules = [adapter.init(jax.random.key(t), weights) for t in range(tasks)]
 
     def summed(base, modules):

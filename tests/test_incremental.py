@@ -86,7 +86,7 @@ def test_lora_gets_the_chain_rule():
         w, other = arrays(0, (2, 5, 4), (5, 4))
         base = {"w": w, "other": other}
         fisher = {"w": jnp.square(arrays(1, w.shape)[0]), "other": None}
-        adapter = adapters.lora(2, targets="^w$")
+        adapter = adapters.lora(2, targets="^w$", stacked="^w$")
         module = adapter.init(jax.random.key(0), base)
         a, b = module["w"]["a"], arrays(2, module["w"]["b"].shape)[0]
         assert a.dtype == jnp.float64

@@ -7,6 +7,7 @@ import pytest
 
 from compo_jax.models import IsometricNet
 from compo_jax.models.isometric import convolutions, convolve, patchify
+from compo_jax.models.sizes import whole_patches
 
 X64 = jax.enable_x64
 
@@ -88,5 +89,14 @@ def test_bad_input_is_told():
         convolutions("dense", 8)
     with pytest.raises(ValueError, match="10x10 pixels can't be cut into patches of 4"):
         patchify(jnp.zeros((1, 10, 10, 3)), jnp.zeros((4, 4, 3, 8)))
+    for images in ((1, 3, 8, 8), (5, 1, 3, 8, 8)):
+        with pytest.raises(ValueError, match="have their channels first"):
+            whole_patches(images, 4)
+    for side in (10, 3):
+        with pytest.raises(ValueError, match=f"{side}x{side} pixels can't be cut into patches of 4"):
+            jax.eval_shape(IsometricNet(3).init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+    for options in ({"layers": 0}, {"width": 0}, {"patch": 0}):
+        with pytest.raises(ValueError, match="=0: a whole number, 1 or more, is needed"):
+            IsometricNet(3, **options)
     with pytest.raises(ValueError, match="2 groups of 6 channels"):
         convolve(jnp.zeros((1, 4, 4, 6)), jnp.zeros((3, 3, 3, 6)), 2)

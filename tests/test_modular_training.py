@@ -284,10 +284,3 @@ def test_a_network_and_its_images_have_the_same_tasks():
     for function in (predictions, accuracies):
         with pytest.raises(ValueError, match="a network of 2 tasks was given images of 3"):
             function(net, PICTURES.prepare)(begin, held_out(stream(3)))
-    unknown = learner(net, PICTURES.prepare, SETTINGS._replace(route="mean"), runner=ONE_DEVICE)
-    with pytest.raises(ValueError, match="no route is learned as 'mean'"):
-        unknown.train(begin, trains(PICTURES), 0)
-    with pytest.raises(ValueError, match="statistics='running' is not among batch, stored"):
-        learner(net, PICTURES.prepare, SETTINGS._replace(statistics="running"))
-    with pytest.raises(ValueError, match="a training of 0 steps learns nothing"):
-        learner(net, PICTURES.prepare, SETTINGS._replace(steps=0))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -321,7 +322,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
         adapters.save_peft(target, head, trained(head), BASE, modules=modules)
     with pytest.raises(ValueError, match=r"head/kernel is \(12, 3\) and not \(layers, in, out\)"):
         adapters.save_peft(target, head, trained(head), BASE, modules={"head/kernel": "head.{block}"})
-    with pytest.raises(ValueError, match="delta doesn't fit the parameters: .*qkv/kernel is"):
+    with pytest.raises(ValueError, match="the module doesn't fit the base: .*qkv/kernel is"):
         adapters.save_peft(target, lora, module, vit(width=8, mlp_ratio=HIDDEN / 8)[1])
 
     def half_written(arrays, file, metadata):
@@ -340,6 +341,42 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
     assert (target / "adapter_model.safetensors").read_bytes() == before
     without_bias = jax.tree.map(lambda x: x * 0 if x.ndim == 2 else x, BASE)
     adapters.save_peft(tmp_path / "no bias", plain, trained(plain), without_bias)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_told_and_passes_on_purpose_only(tmp_path, value):
+    arrays = lora_arrays(USUAL)
+    name = f"{PREFIX}blocks.1.mlp.fc1.lora_B.weight"
+    arrays[name][2, 1] = value
+    folder = folder_of(tmp_path / "in", {}, arrays)
+    with pytest.raises(ValueError, match=rf"adapter_model\.safetensors holds NaN .* in {re.escape(name)}: "):
+        adapters.load_peft(folder, BASE)
+    adapter, module = adapters.load_peft(folder, BASE, check_finite=False)
+    with pytest.raises(ValueError, match="the module holds NaN or infinite numbers in blocks/mlp/fc1/kernel/b: "):
+        adapters.save_peft(tmp_path / "out", adapter, module, BASE)
+    assert not (tmp_path / "out").exists()
+    adapters.save_peft(tmp_path / "out", adapter, module, BASE, check_finite=False)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(arrays, file, metadata):
+        file.write_bytes(b"half")
+        raise safetensors.SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match=r"out is not written .*No space left.*the space left on its disk"):
+        adapters.save_peft(tmp_path / "out", ADAPTERS["lora"], trained(ADAPTERS["lora"]), BASE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_the_scale_of_a_16_bit_module_is_folded_wide(tmp_path, dtype):
+    base = jax.tree.map(lambda x: x.astype(dtype), BASE)
+    arrays = lora_arrays(USUAL, dtype)
+    folder = folder_of(tmp_path / "in", {"lora_alpha": 7, "r": 2, "use_rslora": True}, arrays)
+    found = adapters.load_peft(folder, base)[1]["blocks"]["mlp"]["fc1"]["kernel"]["b"][1]
+    exact = arrays[f"{PREFIX}blocks.1.mlp.fc1.lora_B.weight"].T.astype(np.float64) * 7 / np.sqrt(2)
+    np.testing.assert_array_equal(found, exact.astype(np.float32).astype(dtype))
 
 
 # PEFT itself

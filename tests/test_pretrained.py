@@ -1,5 +1,7 @@
 """Checkpoints against the architecture written out by hand, a plain NumPy forward pass, PyTorch and timm."""
 
+import inspect
+import json
 import re
 
 import jax
@@ -11,7 +13,7 @@ import safetensors.numpy
 from scipy.special import erf
 
 from compo_jax import tree
-from compo_jax.models import ViT, from_timm, load, save, to_timm
+from compo_jax.models import ViT, backbone, from_timm, load, pretrained, save, to_timm
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 SMALL = {"width": 24, "depth": 3, "hidden": 40, "patch": 4, "grid": 3, "classes": 5}  # heads are given apart
@@ -109,7 +111,7 @@ def test_from_timm_accepts_vit_b16():
 
 def test_architecture_is_read_off_vit_ti16():
     arrays = hollow(names_and_shapes(width=192, depth=12, hidden=768, patch=16, grid=14, classes=0))
-    model, params = from_timm(arrays)
+    model, params = from_timm(arrays | {"pos_embed": np.ones((1, 197, 192), np.float32)})
     assert model == ViT(image_size=224, patch=16, width=192, depth=12, heads=3, mlp_ratio=4.0, classes=0)
     assert tree.size(params) == 5_524_416  # 5,717,416 of the published ViT-Ti/16 less its head, 1000 x 193
 
@@ -236,12 +238,36 @@ def test_scalars_in_place_of_arrays_are_an_error():
         from_timm({name: np.zeros(()) for name in random_arrays(classes=0)})
 
 
+# The papers' tables: Dosovitskiy et al. (2021), Touvron et al. (2021), Zhai et al. (2022), Alabdulmohsin et al. (2023).
+PUBLISHED = {"Ti/16": (192, 12, 16, 3), "S/16": (384, 12, 16, 6), "S/14": (384, 12, 14, 6), "B/32": (768, 12, 32, 12),
+             "B/8": (768, 12, 8, 12), "L/14": (1024, 24, 14, 16), "H/14": (1280, 32, 14, 16),
+             "g/14": (1408, 40, 14, 16), "G/14": (1664, 48, 14, 16), "So400m/14": (1152, 27, 14, 16)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_architectures_have_their_heads(name):
+    width, depth, patch, heads = PUBLISHED[name]
+    model = ViT(image_size=2 * patch, patch=patch, width=width, depth=depth, heads=1)
+    position = np.ones((1, 5, width))
+    assert pretrained._heads(model, position, None) == heads
+    assert pretrained._heads(model, position, 2) == 2
+    for other in (model.clone(depth=depth + 1), model.clone(patch=2 * patch - 1, image_size=2 * patch - 1)):
+        with pytest.raises(ValueError, match=rf"no known ViT is {width} wide and {other.depth} deep .*: pass heads="):
+            pretrained._heads(other, position, None)
+    if width < 768:  # MoCo v3's ViT-S: 12 heads, and no shape that tells
+        with pytest.raises(ValueError, match=rf"12 heads instead of {heads} .*: pass heads="):
+            pretrained._heads(model, 0 * position, None)
+        assert pretrained._heads(model, 0 * position, 12) == 12
+
+
 def test_heads():
-    with pytest.raises(ValueError, match="64 wide and the width 24 is no multiple of that: pass heads="):
+    with pytest.raises(ValueError, match="no known ViT is 24 wide and 3 deep with patches of 4, .*: pass heads="):
         from_timm(random_arrays())
-    for heads in (5, 0, -2):
-        with pytest.raises(ValueError, match=f"{heads} heads don't divide the width 24"):
-            from_timm(random_arrays(), heads=heads)
+    with pytest.raises(ValueError, match="5 heads don't divide the width 24"):
+        from_timm(random_arrays(), heads=5)
+    for heads in (0, -2, 2.5):
+        with pytest.raises(ValueError, match=f"heads={heads}: a whole number, 1 or more, is needed"):
+            inspect.unwrap(pretrained._heads)(ViT(), np.ones((1, 5, 768)), heads)
 
 
 # Position embeddings
@@ -285,7 +311,9 @@ def test_constant_positions_stay_constant():
 
 @pytest.mark.parametrize("size", [13, 0, 2, -4])
 def test_image_size_must_be_a_multiple_of_the_patch(size):
-    with pytest.raises(ValueError, match=rf"the patch \(4\) doesn't divide image_size={size}"):
+    with pytest.raises(
+        ValueError, match=rf"the patch \(4\) doesn't divide image_size={size}|image_size={size}: a whole"
+    ):
         from_timm(random_arrays(), heads=HEADS, image_size=size)
 
 
@@ -421,6 +449,54 @@ def test_load_says_what_is_wrong_with_a_file(tmp_path):
     pickled.write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(ValueError, match=r"PyTorch pickle.*torch\.load\('pytorch_model\.bin', weights_only=True\)"):
         load(pickled)
+
+
+def test_load_says_what_a_file_of_another_kind_is(tmp_path):
+    arrays = random_arrays()
+    np.savez(tmp_path / "S_16.npz", **arrays)
+    with pytest.raises(ValueError, match=r"S_16\.npz is a NumPy archive, as AugReg's .*timm\.models\.load_checkpoint"):
+        load(tmp_path / "S_16.npz")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ValueError, match=r"index\.json is no checkpoint but a list of .*models\.from_timm"):
+        load(index)
+    names = list(arrays)
+    shards = [tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for shard, some in zip(shards, (names[:9], names[9:]), strict=True):
+        safetensors.numpy.save_file({name: arrays[name] for name in some}, shard)
+    with pytest.raises(ValueError, match=r"00001-of-00002\.safetensors is one of a checkpoint's several files: join"):
+        load(shards[0])
+    joined = safetensors.numpy.load_file(shards[0]) | safetensors.numpy.load_file(shards[1])
+    assert from_timm(joined, heads=HEADS)[0].depth == 3
+    with pytest.raises(ValueError, match="is a folder: give the .safetensors file in it"):
+        load(tmp_path)
+
+
+def test_arrays_that_are_not_finite_are_told(tmp_path):
+    arrays = random_arrays()
+    arrays["blocks.1.mlp.fc1.weight"][3, 2] = np.nan
+    safetensors.numpy.save_file(arrays, tmp_path / "vit.safetensors")
+    with pytest.raises(ValueError, match=r"vit\.safetensors: the checkpoint holds NaN .* blocks/mlp/fc1/kernel: "):
+        load(tmp_path / "vit.safetensors", heads=HEADS)
+    params = load(tmp_path / "vit.safetensors", heads=HEADS, check_finite=False)[1]
+    assert np.isnan(params["blocks"]["mlp"]["fc1"]["kernel"][1, 2, 3])
+
+
+def test_a_full_disk_and_types_without_fractions_are_told(tmp_path, monkeypatch):
+    params = from_timm(random_arrays(), heads=HEADS)[1]
+    with pytest.raises(ValueError, match="dtype=int8 holds no fractions"):
+        save(tmp_path / "vit.safetensors", params, dtype=np.int8)
+    for dtype in ("int32", "floating"):
+        with pytest.raises(ValueError, match=f"dtype='{dtype}' "):
+            backbone(dtype=dtype)
+
+    def full(arrays, file, metadata):
+        raise safetensors.SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match=r"vit\.safetensors is not written .*the space left on its disk"):
+        save(tmp_path / "vit.safetensors", params)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_load_names_the_file_whose_contents_are_wrong(tmp_path):

@@ -63,6 +63,28 @@ def test_bad_sizes_are_explained():
         ViT(**{**SMALL, "patch": 7}).init(jax.random.key(0), IMAGES)
 
 
+@pytest.mark.parametrize("name, value", [("depth", 0), ("heads", 0), ("width", 0), ("patch", 0), ("image_size", -16),
+                                         ("classes", -1), ("depth", -3)])  # fmt: skip
+def test_sizes_that_make_no_network_are_told_where_it_is_made(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}: a whole number, {0 if name == 'classes' else 1} or more"):
+        ViT(**SMALL | {name: value})
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), 0.01])
+def test_a_hidden_layer_of_no_width_is_told(ratio):
+    with pytest.raises(ValueError, match="mlp_ratio=.* leaves no hidden layer"):
+        ViT(**SMALL, mlp_ratio=ratio)
+
+
+def test_images_with_channels_first_are_told_to_be_transposed():
+    model = ViT(**SMALL)
+    params = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+    swapped = IMAGES.transpose(0, 3, 1, 2)
+    with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\) have their channels first.*images, \(0, 2, 3, 1\)\)"):
+        jax.eval_shape(model.apply, params, swapped)
+    assert jnp.transpose(swapped, (0, 2, 3, 1)).shape == IMAGES.shape
+
+
 def test_the_shipped_backbone_is_as_accurate_as_its_sidecar_says():
     model, params, made = embedded()
     assert made["seed"] == 0

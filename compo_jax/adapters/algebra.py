@@ -3,14 +3,26 @@
 A module is told by its entries: `{"a", "b"}` is LoRA's, `{"l"}` is (IA)³'s, an array is a full delta.
 """
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from compo_jax import tree
-from compo_jax.adapters.adapter import VIT_TARGETS, Targets, entries, rules
+from compo_jax.adapters.adapter import (
+    STACKED,
+    VIT_TARGETS,
+    Targets,
+    alike,
+    entries,
+    is_matrix,
+    kind,
+    rules,
+    whole_number,
+)
 
 Tree = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -20,9 +32,11 @@ class Recompressed(NamedTuple):
     """A module of lower rank, and what it lost.
 
     Attributes:
-      module: LoRA's, the nearest of its rank to the original in the Frobenius norm, leaf by leaf and layer by layer.
+      module: LoRA's, the nearest of its rank to the original in the Frobenius norm, leaf by leaf and layer by layer;
+        beside its factors the full deltas of leaves that are no matrices, where they are kept.
       errors: shaped as the base, None where nothing is adapted: for each leaf ‖delta - new delta‖ / ‖delta‖ in the
-        Frobenius norm, over all layers of a stacked leaf; 0 for a delta of zeros.
+        Frobenius norm, over all layers of a stacked leaf; 0 for a delta of zeros and for one that is kept as it is, 1
+        for one that is dropped.
       error: the same ratio over all leaves together.
     """
 
@@ -31,18 +45,31 @@ class Recompressed(NamedTuple):
     error: jax.Array
 
 
-def _kind(entry: Tree) -> str:
-    if not isinstance(entry, dict):
-        return "full"
-    return "ia3" if "l" in entry else "lora"
+def _weight(factor: Any) -> Any:
+    """A module's weight; ValueError for what is no finite number."""
+    if not tree.concrete(factor):
+        return factor
+    value = np.asarray(factor)
+    if value.ndim or value.dtype == object or not np.isfinite(value):
+        raise ValueError(f"a module's weight is one finite number, not {factor!r}")
+    return factor
 
 
-def _scaled(entry: Tree, factor) -> Tree:
-    if _kind(entry) == "full":
-        return entry * jnp.asarray(factor, entry.dtype)
-    if _kind(entry) == "ia3":
-        return {"l": 1 + jnp.asarray(factor, entry["l"].dtype) * (entry["l"] - 1)}
-    return {"a": entry["a"], "b": entry["b"] * jnp.asarray(factor, entry["b"].dtype)}
+def _term(entry: Tree, weight: Any) -> Tree:
+    """What adds up in a sum of modules, weighted: a list of LoRA's factors, or a wide array."""
+    if kind(entry) == "lora":
+        wide = tree.wide_type(entry["b"])
+        return [{"a": entry["a"], "b": (jnp.asarray(weight, wide) * entry["b"].astype(wide)).astype(entry["b"].dtype)}]
+    value = entry if kind(entry) == "full" else entry["l"]
+    wide = tree.wide_type(value)
+    return jnp.asarray(weight, wide) * (value.astype(wide) - (0 if kind(entry) == "full" else 1))
+
+
+def _total(kind: str, terms: Tree, dtype: np.dtype) -> Tree:
+    """The entry that a sum of terms makes, rounded once to the entries' own type."""
+    if kind == "lora":
+        return {k: jnp.concatenate([term[k] for term in terms], axis) for k, axis in (("a", -1), ("b", -2))}
+    return terms.astype(dtype) if kind == "full" else {"l": (1 + terms).astype(dtype)}
 
 
 def _entries(module: Tree, base: Tree) -> dict[str, Tree]:
@@ -56,58 +83,95 @@ def _shaped(found: dict[str, Tree], base: Tree) -> Tree:
 def scale(module: Tree, base: Tree, factor: int | float | jax.Array) -> Tree:
     """The module whose delta is `factor` times that of `module`: -1 negates it. (IA)³'s `l` becomes `1 + s (l - 1)`.
 
-    `base` gives the structure alone. ValueError where the module isn't shaped as it.
+    `base` gives the structure alone. ValueError where the module isn't shaped as it, or the factor is no finite number.
     """
-    return _shaped({name: _scaled(entry, factor) for name, entry in _entries(module, base).items()}, base)
+    factor = _weight(factor)
+
+    def scaled(entry):
+        return _total(kind(entry), _term(entry, factor), jnp.result_type(*jax.tree.leaves(entry)))
+
+    return _shaped({name: scaled(entry) for name, entry in _entries(module, base).items()}, base)
 
 
-def weighted_sum(modules: Iterable[Tree], base: Tree, weights: Iterable[int | float | jax.Array]) -> Tree:
+def weighted_sum(
+    modules: Iterable[Tree],
+    base: Tree,
+    weights: Iterable[int | float | jax.Array],
+    *,
+    check_finite: bool = True,
+) -> Tree:
     """The module whose delta is `Σ_t weights[t] delta_t`, exactly.
 
     LoRA's factors are concatenated, so the ranks add up (see `recompress`) and may differ from module to module; full
-    deltas and (IA)³'s `l - 1` are added. A leaf that some modules don't adapt counts as zero there. Any adapter of the
-    modules' kind gives the sum's delta.
+    deltas and (IA)³'s `l - 1` are added, in float32 at least, and rounded once. A leaf that some modules don't adapt
+    counts as zero there. Any adapter of the modules' kind gives the sum's delta. `modules` are read one after another.
 
-    Raises ValueError for no modules, for other numbers of weights than modules, and for modules of several kinds.
+    Raises ValueError for no modules, for other numbers of weights than modules, for weights that are no finite numbers,
+    for modules of several kinds, and for one that holds NaN or infinities, unless `check_finite` is False.
     """
-    parts: dict[str, list[Tree]] = {}
-    for module, weight in zip(modules, weights, strict=True):
+    weights = [_weight(weight) for weight in weights]
+    sums: dict[str, tuple[str, Tree, Any]] = {}
+    count = 0
+    for module in modules:
+        if count == len(weights):
+            raise ValueError(f"a weighted sum needs one weight for each module, and {count} are fewer than the modules")
+        if check_finite:
+            tree.require_finite(module, f"module {count}")
         for name, entry in _entries(module, base).items():
-            parts.setdefault(name, []).append(_scaled(entry, weight))
-    if not parts:
+            own, dtype = kind(entry), jnp.result_type(*jax.tree.leaves(entry))
+            term = _term(entry, weights[count])
+            if name in sums:
+                known, before, other = sums[name]
+                if known != own:
+                    raise ValueError(
+                        f"{name} is adapted by modules of the kinds {' and '.join(sorted((known, own)))}, whose sum is "
+                        "none of these: add their deltas with compo_jax.tree.weighted_sum"
+                    )
+                term, dtype = before + term, jnp.promote_types(other, dtype)
+            sums[name] = own, term, dtype
+        count += 1
+    if count < len(weights):
+        raise ValueError(f"a weighted sum needs one weight for each module: {len(weights)} were given for {count}")
+    if not sums:
         raise ValueError("a weighted sum needs at least one module with an entry")
+    return _shaped({name: _total(*parts) for name, parts in sums.items()}, base)
 
-    def summed(name: str, terms: list[Tree]) -> Tree:
-        kinds = sorted({_kind(term) for term in terms})
-        if len(kinds) > 1:
-            raise ValueError(
-                f"{name} is adapted by modules of the kinds {' and '.join(kinds)}, whose sum is none of these: add "
-                "their deltas with compo_jax.tree.weighted_sum"
-            )
-        if kinds == ["full"]:
-            return sum(terms[1:], start=terms[0])
-        if kinds == ["ia3"]:
-            return {"l": 1 + sum(term["l"] - 1 for term in terms)}
-        return {
-            factor: jnp.concatenate([term[factor] for term in terms], axis) for factor, axis in (("a", -1), ("b", -2))
-        }
 
-    return _shaped({name: summed(name, terms) for name, terms in parts.items()}, base)
+def _svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    sound = jnp.all(jnp.isfinite(matrix))  # LAPACK may not come back from an infinity
+    u, s, vt = jnp.linalg.svd(jnp.where(sound, matrix, 0), full_matrices=False)
+    return u, jnp.where(sound, s, jnp.nan), vt
 
 
 def _singular(entry: Tree) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The thin singular value decomposition of an entry's delta; a product of factors is never formed."""
-    if _kind(entry) == "full":
-        u, s, vt = jnp.linalg.svd(entry, full_matrices=False)
-        return u, s, vt
+    """The thin singular value decomposition of one matrix, or of a product of factors, which is never formed."""
+    if kind(entry) == "full":
+        return _svd(entry)
     left, a = jnp.linalg.qr(entry["a"])
-    right, b = jnp.linalg.qr(jnp.swapaxes(entry["b"], -1, -2))
-    u, s, vt = jnp.linalg.svd(jnp.matmul(a, jnp.swapaxes(b, -1, -2), precision=_HIGHEST), full_matrices=False)
-    right = jnp.swapaxes(right, -1, -2)
-    return jnp.matmul(left, u, precision=_HIGHEST), s, jnp.matmul(vt, right, precision=_HIGHEST)
+    right, b = jnp.linalg.qr(entry["b"].T)
+    u, s, vt = _svd(jnp.matmul(a, b.T, precision=_HIGHEST))
+    return jnp.matmul(left, u, precision=_HIGHEST), s, jnp.matmul(vt, right.T, precision=_HIGHEST)
 
 
-def recompress(module: Tree, base: Tree, rank: int, targets: Targets = VIT_TARGETS) -> Recompressed:
+@jax.jit  # the loop would else be compiled anew at each call
+def _singular_each(entry: Tree) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`_singular` of each matrix of a stack, one after another: several LAPACK calls at once hang jax 0.10 where there
+    are few cores."""
+    stack = jax.tree.leaves(entry)[0].shape[:-2]
+    flat = jax.tree.map(lambda x: x.reshape(math.prod(stack), *x.shape[-2:]), entry)
+    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), jax.lax.map(_singular, flat))
+
+
+def recompress(
+    module: Tree,
+    base: Tree,
+    rank: int,
+    targets: Targets = VIT_TARGETS,
+    *,
+    others: Literal["keep", "drop"] = "keep",
+    stacked: str | Sequence[str] = STACKED,
+    check_finite: bool = True,
+) -> Recompressed:
     """The best approximation of a LoRA module or a full delta by LoRA of a given rank (Eckart and Young, 1936).
 
     Costs thin QR factorisations of LoRA's factors and a small SVD per layer; a full delta costs its own SVD.
@@ -115,18 +179,31 @@ def recompress(module: Tree, base: Tree, rank: int, targets: Targets = VIT_TARGE
     Args:
       rank: r, as of `lora`; a leaf whose delta has fewer singular values keeps what it has.
       targets: patterns with the multiples of the rank, as of `lora`; a leaf that none matches has the multiple 1.
+      others: what becomes of full deltas of leaves that are no matrices (biases, scales, convolutions, kernels with an
+        axis of heads): `keep` leaves them in the module as they are, which `lora`'s delta takes and `save_peft`
+        doesn't; `drop` leaves them out.
+      stacked: patterns of the paths whose axis 0 counts layers, as of `lora`.
 
-    Raises ValueError for an (IA)³ module and a rank below 1.
+    Raises ValueError for an (IA)³ module, a rank below 1, and NaN or infinities, unless `check_finite` is False.
     """
-    if rank < 1:
-        raise ValueError(f"the rank of a LoRA module is at least 1, not {rank}")
+    whole_number("the rank of a LoRA module", rank)
+    if others not in ("keep", "drop"):
+        raise ValueError(f"others={others!r} is not among keep, drop")
+    if check_finite:
+        tree.require_finite(module, "the module")
     found, lost, total = {}, {}, {}
     for name, entry in _entries(module, base).items():
-        if _kind(entry) == "ia3":
+        if kind(entry) == "ia3":
             raise ValueError(f"the entry for {name} is (IA)³'s, which has no rank: take its delta as a full module")
         dtype = jnp.result_type(*jax.tree.leaves(entry))
         # LAPACK has no 16-bit types
-        left, s, right = _singular(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), entry))
+        wide = jax.tree.map(lambda x: x.astype(tree.wide_type(x)), entry)
+        if kind(entry) == "full" and not is_matrix(name, entry, stacked):
+            total[name] = jnp.sum(wide**2)
+            lost[name] = jnp.zeros_like(total[name]) if others == "keep" else total[name]
+            found[name] = entry if others == "keep" else None
+            continue
+        left, s, right = _singular_each(wide)
         width = rank * tree.first_match(name, rules(targets), default=1)
         root = jnp.sqrt(s[..., :width])
         factors = {"a": left[..., :width] * root[..., None, :], "b": root[..., :, None] * right[..., :width, :]}
@@ -140,16 +217,23 @@ def recompress(module: Tree, base: Tree, rank: int, targets: Targets = VIT_TARGE
     return Recompressed(_shaped(found, base), _shaped(errors, base), ratio(sum(lost.values()), sum(total.values())))
 
 
-def fuse(base: Tree, delta: Tree) -> Tree:
-    """`base + delta`, one set of weights that costs what the base costs; ValueError where the delta doesn't fit."""
-    tree.require_like(delta, base, "the delta")
-    return tree.add(base, delta)
+def fuse(base: Tree, delta: Tree, *, check_finite: bool = True) -> Tree:
+    """`base + delta`, one set of weights that costs what the base costs; ValueError where the delta doesn't fit, or
+    holds NaN or infinities, unless `check_finite` is False."""
+    return _moved(base, delta, 1.0, check_finite)
 
 
-def unfuse(fused: Tree, delta: Tree) -> Tree:
+def unfuse(fused: Tree, delta: Tree, *, check_finite: bool = True) -> Tree:
     """The base that `fuse(base, delta)` was made of, up to the rounding of one sum; leaves with no delta bit for bit.
 
     (IA)³'s delta depends on its base: take it before fusing.
     """
-    tree.require_like(delta, fused, "the delta")
-    return tree.add(fused, delta, -1.0)
+    return _moved(fused, delta, -1.0, check_finite)
+
+
+def _moved(base: Tree, delta: Tree, by: float, check_finite: bool) -> Tree:
+    delta = alike(delta, base)
+    tree.require_like(delta, base, "the delta")
+    if check_finite:
+        tree.require_finite(delta, "the delta")
+    return tree.add(base, delta, by)

@@ -3,18 +3,23 @@
 import jax
 import jax.numpy as jnp
 
-from compo_jax.adapters.adapter import VIT_TARGETS, Adapter, Targets, rules, select
+from compo_jax import tree
+from compo_jax.adapters.adapter import VIT_TARGETS, Adapter, Targets, alike, rules, select
 
 
 def full(targets: Targets = VIT_TARGETS) -> Adapter:
-    """Full fine-tuning as an adapter: the module is the change of the chosen leaves itself, zero at the start."""
+    """Full fine-tuning as an adapter: the module is the change of the chosen leaves itself, zero at the start.
+
+    `init` raises ValueError where a pattern matches nothing, `delta` where the module is another base's.
+    """
 
     def init(key, base):
         del key
         return jax.tree.map(jnp.zeros_like, select(base, targets))
 
     def delta(module, base):
-        del base
+        module = alike(module, base)
+        tree.require_like(module, base, "the module")
         return module
 
     return Adapter(init, delta, None, "full", {"targets": [list(rule) for rule in rules(targets)]})

@@ -1,47 +1,115 @@
 """(IA)³: every output of a weight is multiplied by one learned number."""
 
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from compo_jax import tree
-from compo_jax.adapters.adapter import VIT_TARGETS, Adapter, Targets, entries, require_kernel, rules, select
+from compo_jax.adapters.adapter import (
+    STACKED,
+    VIT_TARGETS,
+    Adapter,
+    Targets,
+    entries,
+    patterns,
+    require_matrix,
+    rules,
+    select,
+)
+
+_END = r"(?=_?\d*(/value)?$)"  # nnx keeps an array at its variable's `value`
+_KERNEL = rf"(?<![A-Za-z])(kernel|weight|w|W){_END}"
+_BIASES = tuple((_KERNEL, bias) for bias in ("bias", "b", "B"))
 
 
-def _bias_beside(name: str) -> str:
-    return "/".join([*name.split("/")[:-1], "bias"])
+def _layer(name: str) -> str:
+    return name.removesuffix("/value").rpartition("/")[0]
 
 
-def ia3(targets: Targets = VIT_TARGETS, bias: bool = False) -> Adapter:
+def _bias_beside(name: str, shapes: dict[str, tuple], bias: bool | Sequence[Sequence[str]]) -> str | None:
+    """The path of the bias that belongs to the kernel `name`; None where its layer has none."""
+    out = (*shapes[name][:-2], shapes[name][-1])
+    for pattern, replacement in _BIASES if bias is True else bias:
+        beside, found = re.subn(pattern, replacement, name)
+        if found and beside in shapes and beside != name:
+            if shapes[beside] != out:
+                raise ValueError(f"{beside} {shapes[beside]} is no bias of {name} {shapes[name]}: it should be {out}")
+            return beside
+    maybe = [other for other, shape in shapes.items() if _layer(other) == _layer(name) and shape == out]
+    if bias is True and maybe:
+        raise ValueError(
+            f"ia3(bias=True) finds no bias beside {name} by its name, and {', '.join(maybe)} may be it: give "
+            "bias=[(pattern in the kernel's path, what stands there in the bias's)], or leave it out with bias=False"
+        )
+    return None
+
+
+def ia3(
+    targets: Targets = VIT_TARGETS,
+    bias: bool | Sequence[Sequence[str]] = False,
+    *,
+    stacked: str | Sequence[str] = STACKED,
+) -> Adapter:
     """(IA)³ (Liu et al., 2022, arXiv 2205.05638): `delta = W ⊙ (l - 1)`, one `l` per output, ones at the start.
 
     Args:
       targets: patterns searched for in the paths of `base`, first match wins. A matched leaf is a kernel (in, out), or
-        (layers, in, out) for layers stacked on axis 0. The multiples of LoRA's rank in them play no part.
+        (layers, in, out) where `stacked` says so. The multiples of LoRA's rank in them play no part.
       bias: False scales the kernel alone, as Porrello et al. (2025, arXiv 2405.16350) do; True scales the bias beside
-        it as well, the layer's whole output, as Hugging Face's PEFT does.
+        it as well, the layer's whole output, as Hugging Face's PEFT does. It is found by its name (`bias` beside
+        `kernel` or `weight`, `b` beside `w`); for other names give `[(pattern, replacement)]`, as of `re.sub`, that
+        make the bias's path of the kernel's.
+      stacked: patterns of the paths whose axis 0 counts layers; default: the blocks of our ViT.
 
     The module's entry for a kernel is `{"l": (…, out)}`. `init` raises ValueError where a pattern matches nothing or a
-    leaf is no matrix.
+    leaf is no matrix; `init` and `delta` where a layer has what may be a bias under another name; `delta` where the
+    module is another base's.
     """
+    settings = {
+        "targets": [list(rule) for rule in rules(targets)],
+        "bias": bias if isinstance(bias, bool) else [list(pair) for pair in bias],
+        "stacked": list(patterns(stacked)),
+    }
+    if wrong := [pair for pair in ([] if isinstance(bias, bool) else bias) if len(pair) != 2]:
+        raise ValueError(f"bias= takes (pattern, replacement) pairs, not {wrong[0]!r}")
+    patterns(() if isinstance(bias, bool) else (pattern for pattern, _ in bias))
+
+    def biases(kernels: Sequence[str], base: Any) -> dict[str, str]:
+        """The kernels by the paths of their biases."""
+        shapes = dict(zip(tree.names(base), map(np.shape, jax.tree.leaves(base)), strict=True))
+        found = {_bias_beside(name, shapes, bias): name for name in kernels} if bias else {}
+        return {beside: name for beside, name in found.items() if beside is not None}
 
     def init(key, base):
         del key
+        chosen = select(base, targets)
 
         def ones(name, kernel):
             if kernel is None:
                 return None
-            require_kernel(name, kernel, "(IA)³")
+            require_matrix(name, kernel, "(IA)³", stacked)
             return {"l": jnp.ones((*kernel.shape[:-2], kernel.shape[-1]), kernel.dtype)}
 
-        return tree.map_with_name(ones, select(base, targets))
+        module = tree.map_with_name(ones, chosen)
+        biases(tree.names(chosen), base)
+        return module
 
     def delta(module, base):
-        excess = {name: entry["l"] - 1 for name, entry in entries(module, base).items()}
-        of_bias = {_bias_beside(name): value for name, value in excess.items()} if bias else {}
+        found = entries(module, base, ("ia3",))
+        kernels = biases(list(found), base)
 
         def change(name, leaf):
-            if name in excess:
-                return leaf * excess[name][..., None, :]
-            return leaf * of_bias[name] if name in of_bias else None
+            if name not in found and name not in kernels:
+                return None
+            scales = found[kernels.get(name, name)]["l"]
+            wide = tree.wide_type(leaf, scales)
+            excess = jnp.asarray(scales, wide) - 1
+            product = jnp.asarray(leaf, wide) * (excess if name in kernels else excess[..., None, :])
+            return product.astype(jnp.result_type(leaf, scales))
 
         return tree.map_with_name(change, base)
 
@@ -52,5 +120,4 @@ def ia3(targets: Targets = VIT_TARGETS, bias: bool = False) -> Adapter:
         product = y if frozen_bias is None else y - frozen_bias
         return y + product * (entry["l"] - 1)
 
-    settings = {"targets": [list(rule) for rule in rules(targets)], "bias": bias}
     return Adapter(init, delta, dense, "ia3", settings)

@@ -1,29 +1,69 @@
 """Low-rank adaptation: the change of a weight is a product of two thin matrices."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from compo_jax import tree
-from compo_jax.adapters.adapter import VIT_TARGETS, Adapter, Targets, require_kernel, rules, select
+from compo_jax.adapters.adapter import (
+    STACKED,
+    VIT_TARGETS,
+    Adapter,
+    Targets,
+    entries,
+    kind,
+    patterns,
+    require_matrix,
+    rules,
+    select,
+    whole_number,
+)
 
 
-def lora(rank: int = 16, targets: Targets = VIT_TARGETS, init_scale: float = 1.0) -> Adapter:
+def _product(entry: Any) -> Any:
+    """What an entry adds to its leaf: 16-bit factors are multiplied and summed wide, and rounded once."""
+    if entry is None or kind(entry) == "full":
+        return entry
+    a, b = entry["a"], entry["b"]
+    wide = tree.wide_type(a, b)
+    return jnp.matmul(a, b, preferred_element_type=wide).astype(jnp.result_type(a, b))
+
+
+def lora(
+    rank: int = 16,
+    targets: Targets = VIT_TARGETS,
+    init_scale: float = 1.0,
+    *,
+    stacked: str | Sequence[str] = STACKED,
+) -> Adapter:
     """LoRA (Hu et al., 2022, arXiv 2106.09685): `delta = a @ b`, `a` (in, r) kaiming-uniform and `b` (r, out) zero.
 
     Args:
       rank: r; a target `(pattern, m)` gets rank m·r (3r for a joint qkv kernel).
       targets: patterns searched for in the paths of `base`, first match wins. A matched leaf is a kernel (in, out), or
-        (layers, in, out) for layers stacked on axis 0.
+        (layers, in, out) where `stacked` says so.
       init_scale: multiplies the bound 1/√in of the uniform start of `a` (1/√r gives the released reference's start).
+      stacked: patterns of the paths whose axis 0 counts layers; default: the blocks of our ViT.
 
-    The module's entry for a kernel is `{"a": (…, in, r), "b": (…, r, out)}`. `init` raises ValueError where a pattern
-    matches nothing, a leaf is no matrix, or the rank exceeds it.
+    The module's entry for a kernel is `{"a": (…, in, r), "b": (…, r, out)}`; `delta` takes arrays too, full deltas of
+    leaves that are no matrices (see `recompress`). `init` raises ValueError where a pattern matches nothing, a leaf is
+    no matrix, or the rank exceeds it; `delta` where the module is another base's.
     """
-    if rank < 1:
-        raise ValueError(f"the rank of a LoRA module is at least 1, not {rank}")
+    whole_number("the rank of a LoRA module", rank)
+    if not 0 < init_scale < math.inf:
+        raise ValueError(f"init_scale={init_scale!r} starts no factor: it is a positive number")
+    settings = {
+        "rank": int(rank),
+        "targets": [list(rule) for rule in rules(targets)],
+        "init_scale": init_scale,
+        "stacked": list(patterns(stacked)),
+    }
 
     def factors(key, name, kernel):
-        require_kernel(name, kernel, "LoRA")
+        require_matrix(name, kernel, "LoRA", stacked)
         width = rank * tree.first_match(name, rules(targets))
         *stack, fan_in, fan_out = kernel.shape
         if width > min(fan_in, fan_out):
@@ -40,12 +80,12 @@ def lora(rank: int = 16, targets: Targets = VIT_TARGETS, init_scale: float = 1.0
         return tree.map_with_name(lambda name, leaf: None if leaf is None else factors(next(keys), name, leaf), chosen)
 
     def delta(module, base):
-        return jax.tree.map(lambda _, entry: None if entry is None else entry["a"] @ entry["b"], base, module)
+        found = entries(module, base, ("lora", "full"))
+        return tree.map_with_name(lambda name, _: _product(found.get(name)), base)
 
     def dense(x, y, entry, bias):
         del bias
         rows = x.reshape(-1, x.shape[-1])  # XLA's thin matrix products on a CPU are faster in two dimensions
         return y + ((rows @ entry["a"]) @ entry["b"]).reshape(y.shape)
 
-    settings = {"rank": rank, "targets": [list(rule) for rule in rules(targets)], "init_scale": init_scale}
     return Adapter(init, delta, dense, "lora", settings)

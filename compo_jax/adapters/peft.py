@@ -83,6 +83,7 @@ def save_peft(
     *,
     modules: Mapping[str, str] = TIMM_MODULES,
     base_model: str | None = None,
+    check_finite: bool = True,
 ) -> None:
     """Writes a LoRA or (IA)³ module so that PEFT loads it onto the same model; the whole folder is there or none.
 
@@ -94,22 +95,21 @@ def save_peft(
 
     Raises:
       FileExistsError: there is something at `folder`.
-      ValueError: the adapter is neither; a kernel has no name in `modules`; the module doesn't fit the base; or (IA)³
-        leaves out biases, which PEFT scales with the rest.
+      ValueError: the adapter is neither; a kernel has no name in `modules`; the module doesn't fit the base; (IA)³
+        leaves out biases, which PEFT scales with the rest; or the module holds NaN or infinities, unless `check_finite`
+        is False.
+      OSError: the folder can't be written, the disk is full say.
     """
     if adapter.name not in ("lora", "ia3"):
         raise ValueError(
             f"only lora and ia3 can be written for PEFT, and not {adapter.name!r}: approximate a full delta with "
             "adapters.recompress"
         )
-    found = entries(module, base)
+    found = entries(module, base, (adapter.name,))
+    if check_finite:
+        tree.require_finite(module, "the module")
     if unknown := sorted(found.keys() - modules.keys()):
         raise ValueError(f"PyTorch's names of {', '.join(unknown)} are not known: give them in modules=")
-    factors = {"a", "b"} if adapter.name == "lora" else {"l"}
-    if foreign := [path for path, entry in found.items() if not isinstance(entry, dict) or entry.keys() != factors]:
-        raise ValueError(f"the entries for {', '.join(foreign)} aren't those of {adapter.name}: give its own adapter")
-    delta = jax.eval_shape(adapter.delta, module, base)
-    tree.require_like(delta, base, "the module's delta")
     found = jax.tree.map(np.asarray, found)
     layers = {name: layer for name, layer in _layers(base, modules).items() if layer.path in found}
     config = {
@@ -127,7 +127,7 @@ def save_peft(
         config |= {"peft_type": "LORA", "r": common, "lora_alpha": common, "bias": "none", "use_rslora": False}
         config |= {"rank_pattern": pattern, "alpha_pattern": pattern, "lora_dropout": 0.0, "init_lora_weights": True}
     else:
-        leaves = _leaves(base)
+        leaves, delta = _leaves(base), jax.eval_shape(adapter.delta, module, base)
         scaled = tree.names(jax.eval_shape(ia3((), bias=True).delta, module, base))
         if left := [name for name in scaled if name not in tree.names(delta) and np.any(leaves[name])]:
             raise ValueError(
@@ -145,6 +145,7 @@ def save_peft(
 
 
 def _write(folder: Path, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    folder = folder.expanduser()
     if folder.exists():
         raise FileExistsError(f"there is something at {folder}: remove it, or choose another folder")
     hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
@@ -153,12 +154,18 @@ def _write(folder: Path, config: dict[str, Any], arrays: dict[str, np.ndarray]) 
         safetensors.numpy.save_file(arrays, hidden / _WEIGHTS, {"format": "pt"})
         (hidden / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         hidden.rename(folder)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{folder} is not written ({error}): look at the space left on its disk") from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
 def load_peft(
-    folder: str | os.PathLike, base: Tree, *, modules: Mapping[str, str] = TIMM_MODULES
+    folder: str | os.PathLike,
+    base: Tree,
+    *,
+    modules: Mapping[str, str] = TIMM_MODULES,
+    check_finite: bool = True,
 ) -> tuple[Adapter, Tree]:
     """`(adapter, module)` of a PEFT folder with LoRA or (IA)³, for `base`; the inverse of `save_peft`.
 
@@ -168,8 +175,9 @@ def load_peft(
 
     Raises:
       FileNotFoundError: a file isn't there.
-      ValueError: a file is damaged, the arrays are a pickle, the kind of adapter or a feature isn't supported, or names
-        or shapes don't fit the base, all of them listed.
+      ValueError: a file is damaged, the arrays are a pickle, the kind of adapter or a feature isn't supported, names
+        or shapes don't fit the base, all of them listed, or arrays hold NaN or infinities, unless `check_finite` is
+        False.
     """
     folder = local_path(folder)
     config, arrays = _read(folder)
@@ -188,6 +196,8 @@ def load_peft(
         shapes = {"a": (rank, fan_in), "b": (fan_out, rank)} if scales else {"l": (fan_out, 1)}
         expected |= {_keys(name)[factor]: shape for factor, shape in shapes.items()}
     _check(folder, {name: array.shape for name, array in arrays.items()}, expected)
+    if check_finite:
+        tree.require_finite(arrays, str(folder / _WEIGHTS))
 
     def entry(name: str, width: int, dtype: Any) -> dict[str, np.ndarray]:
         _, _, fan_in, fan_out = layers[name]
@@ -197,7 +207,7 @@ def load_peft(
         rank, scale = scales.get(name, (0, 0.0))
         a, b = np.zeros((fan_in, width), dtype), np.zeros((width, fan_out), dtype)
         if own:
-            a[:, :rank], b[:rank] = own["a"].T, own["b"].T * np.asarray(scale, dtype)
+            a[:, :rank], b[:rank] = own["a"].T, own["b"].T.astype(tree.wide_type(own["b"])) * scale
         return {"a": a, "b": b}
 
     found, widths = {}, {}
@@ -212,10 +222,12 @@ def load_peft(
         found[path] = jax.tree.map(lambda *x: jnp.asarray(np.stack(x) if stacked else x[0]), *parts)  # noqa: B023
     module = tree.map_with_name(lambda name, _: found.get(name), base)
     targets = {path: f"^{re.escape(path)}$" for path in found}
+    stacked = [targets[path] for path in found if "{block}" in modules[path]]
     if not scales:
-        return ia3(list(targets.values()), bias=True), module
+        return ia3(list(targets.values()), bias=True, stacked=stacked), module
     common = math.gcd(*widths.values())
-    return lora(common, [(pattern, widths[path] // common) for path, pattern in targets.items()]), module
+    rules = [(pattern, widths[path] // common) for path, pattern in targets.items()]
+    return lora(common, rules, stacked=stacked), module
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

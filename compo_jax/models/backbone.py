@@ -18,7 +18,15 @@ def backbone(
     Args:
       heads, image_size: see `load`; default: what the checkpoint says.
       dtype: compute dtype; `float32` follows the arrays, so that a float64 tree is computed in float64.
+
+    ValueError for what `load` refuses, and a dtype that isn't of floating-point numbers.
     """
+    try:
+        compute = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"dtype={dtype!r} is no type of numbers: float32, bfloat16 or float16, say") from error
+    if not jnp.issubdtype(compute, jnp.floating):
+        raise ValueError(f"dtype={dtype!r} holds no fractions: float32, bfloat16 or float16, say")
     if path is None:
         model, params, made = embedded()
         count = sum(made["characters"].values())
@@ -26,5 +34,5 @@ def backbone(
     else:
         model, params = load(path, heads=heads, image_size=image_size)
         described = Path(path).name
-    model = model.copy(classes=0, dtype=None if dtype == "float32" else jnp.dtype(dtype))
+    model = model.copy(classes=0, dtype=None if compute == jnp.float32 else compute)
     return model, {name: leaf for name, leaf in params.items() if name != "head"}, described

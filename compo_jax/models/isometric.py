@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from compo_jax.models.sizes import whole_numbers, whole_patches
+
 Features = Float[Array, "batch height width channels"]
 HE = nn.initializers.he_normal()
 
@@ -84,11 +86,7 @@ def patchify(
     """The stem's convolution, of stride `patch`, as one product over patches; ValueError where they leave a rest."""
     batch, height, width, channels = images.shape
     patch = kernel.shape[0]
-    if height % patch or width % patch:
-        raise ValueError(
-            f"images of {height}x{width} pixels can't be cut into patches of {patch}: resize them, or choose a patch "
-            "that divides both sides"
-        )
+    whole_patches(images.shape, patch)
     x = images.reshape(batch, height // patch, patch, width // patch, patch, channels).swapaxes(2, 3)
     return x.reshape(batch, height // patch, width // patch, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
@@ -139,8 +137,15 @@ class IsometricNet(nn.Module):
     block: str = "basic"
     dtype: Any = None
 
+    def __post_init__(self):
+        whole_numbers(layers=self.layers, width=self.width, patch=self.patch)
+        whole_numbers(0, classes=self.classes)
+        convolutions(self.block, self.width)
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, images: Features, train: bool = False) -> Float[Array, "batch classes"]:
+        whole_patches(images.shape, self.patch)
         kernel = (self.patch, self.patch)
         x = nn.Conv(self.width, kernel, kernel, "VALID", use_bias=False, dtype=self.dtype, kernel_init=HE, name="stem")(
             images

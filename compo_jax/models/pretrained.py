@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from compo_jax import tree
 from compo_jax.files import local_path
+from compo_jax.models.sizes import whole_numbers
 from compo_jax.models.vit import ViT
 
 Tree = Any
@@ -81,6 +82,23 @@ _VARIANTS = (
     (r"^attn_pool\.", "a variant with attention pooling (SigLIP)"),
 )
 
+# Heads by (width, depth) and the patches it is published with: timm's vit_*, AugReg's, DeiT's, MAE's and DINO's.
+_HEADS = {
+    (64, 6): (2, (16,)),
+    (192, 12): (3, (16,)),
+    (384, 12): (6, (8, 14, 16, 32)),
+    (768, 12): (12, (8, 14, 16, 32)),
+    (832, 21): (13, (16,)),
+    (896, 12): (14, (16, 32)),
+    (896, 18): (14, (16,)),
+    (1024, 24): (16, (14, 16, 32)),
+    (1152, 27): (16, (14, 16)),
+    (1280, 32): (16, (14, 16)),
+    (1408, 40): (16, (14, 16)),
+    (1536, 40): (24, (14,)),
+    (1664, 48): (16, (14,)),
+}
+
 
 def _architecture(shapes: Shapes) -> ViT:
     """The ViT that most of the shapes agree on; what no shape tells is ViT-B/16's. One head: no shape tells it."""
@@ -122,13 +140,26 @@ def _check(shapes: Shapes, expected: Shapes, model: ViT) -> None:
     raise ValueError("\n".join(lines))
 
 
-def _heads(width: int, heads: int | None) -> int:
-    if heads is None and width % 64:
-        raise ValueError(f"timm's heads are 64 wide and the width {width} is no multiple of that: pass heads=")
-    count = width // 64 if heads is None else heads
-    if count < 1 or width % count:
-        raise ValueError(f"{count} heads don't divide the width {width}: pass heads= as the model was trained")
-    return count
+def _heads(model: ViT, position: np.ndarray, heads: int | None) -> int:
+    """The number of heads, which no shape tells."""
+    if heads is None:
+        heads, patches = _HEADS.get((model.width, model.depth), (None, ()))
+        if model.patch not in patches:
+            raise ValueError(
+                f"no known ViT is {model.width} wide and {model.depth} deep with patches of {model.patch}, and the "
+                "number of heads isn't in the arrays: pass heads= as the model was trained"
+            )
+        # MoCo v3's ViT-S and MAE-Lite's ViT-Ti have 12 heads: what tells them is the fixed position embedding.
+        if model.width < 768 and not np.any(np.asarray(position)[:, 0]):
+            raise ValueError(
+                f"the class token has no position embedding, as where that is fixed, and then a ViT {model.width} wide "
+                f"may have 12 heads instead of {heads} with the same shapes (MoCo v3, MAE-Lite): pass heads= as the "
+                "model was trained"
+            )
+    whole_numbers(heads=heads)
+    if model.width % heads:
+        raise ValueError(f"{heads} heads don't divide the width {model.width}: pass heads= as the model was trained")
+    return heads
 
 
 def _resize(position: Float[Array, "1 tokens width"], grid: int) -> Float[Array, "1 resized width"]:
@@ -140,7 +171,12 @@ def _resize(position: Float[Array, "1 tokens width"], grid: int) -> Float[Array,
 
 
 def from_timm(
-    arrays: Mapping[str, np.ndarray], *, heads: int | None = None, image_size: int | None = None, dtype: Any = None
+    arrays: Mapping[str, np.ndarray],
+    *,
+    heads: int | None = None,
+    image_size: int | None = None,
+    dtype: Any = None,
+    check_finite: bool = True,
 ) -> tuple[ViT, Tree]:
     """The model and its parameters (`model.apply({"params": params}, images)`) from arrays under timm's names.
 
@@ -148,11 +184,14 @@ def from_timm(
     become float32. Copies; the blocks are stacked on axis 0.
 
     Args:
-      heads: attention heads; default width / 64, as in timm's `vit_*`.
+      heads: attention heads, which no shape tells. Default: those of the architecture that has this width, depth and
+        patch in timm's, AugReg's, DeiT's, MAE's and DINO's models, ViT-Ti to ViT-G. Any other asks for `heads`, and so
+        does a small one with a fixed position embedding, such as MoCo v3's ViT-S of 12 heads.
       image_size: side in pixels; where it isn't the checkpoint's, the position embeddings are resized.
       dtype: the model's compute dtype.
     Raises:
-      ValueError: names or shapes don't fit, all of them listed; heads don't divide the width, or the patch the images.
+      ValueError: names or shapes don't fit, all of them listed; heads aren't known or don't divide the width, or the
+        patch the images; arrays hold NaN or infinities, unless `check_finite` is False.
     """
     shapes = {name: np.shape(array) for name, array in arrays.items()}
     model = _architecture(shapes)
@@ -160,7 +199,7 @@ def from_timm(
     layout = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), layout)  # shapes without memory
     _check(shapes, {name: array.shape for name, array in to_timm(hollow).items()}, model)
-    model = model.clone(heads=_heads(model.width, heads), dtype=dtype)
+    model = model.clone(heads=_heads(model, arrays["pos_embed"], heads), dtype=dtype)
     rows = {row.path: row for row in TIMM}
 
     def read(path, _) -> jax.Array:
@@ -171,7 +210,10 @@ def from_timm(
         return jnp.asarray(array.astype(np.promote_types(array.dtype, np.float32)))
 
     params = tree.map_with_name(read, layout)
+    if check_finite:
+        tree.require_finite(params, "the checkpoint")
     if image_size not in (None, model.image_size):
+        whole_numbers(image_size=image_size)
         if image_size < model.patch or image_size % model.patch:
             raise ValueError(f"the patch ({model.patch}) doesn't divide image_size={image_size}: choose a multiple")
         params["position"] = _resize(params["position"], image_size // model.patch)
@@ -200,14 +242,46 @@ def to_timm(params: Tree) -> dict[str, np.ndarray]:
     return arrays
 
 
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+_JOIN = "join the arrays of all of them (safetensors.numpy.load_file gives a file's) and give them to models.from_timm"
+
+
+def _foreign(path: Path, error: Exception) -> str:
+    """What a file is that isn't read, and what to do."""
+    if path.name.endswith(".json"):
+        return f"no checkpoint but a list of the files that hold it: {_JOIN}"
+    if path.suffix in (".npz", ".npy"):
+        return (
+            "a NumPy archive, as AugReg's checkpoints are, which isn't read: load it into timm's model "
+            "(timm.models.load_checkpoint) and write that with safetensors.torch.save_file(model.state_dict(), ...)"
+        )
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        return (
+            "a PyTorch pickle, which isn't read as it can run code. Convert it once, where PyTorch is: "
+            f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), "
+            f"{path.with_suffix('.safetensors').name!r})"
+        )
+    return (
+        f"no complete safetensors file ({error}): it may be a truncated download, a Git LFS pointer, or another "
+        "format; download it again"
+    )
+
+
 def load(
-    path: str | Path, *, heads: int | None = None, image_size: int | None = None, dtype: Any = None
+    path: str | Path,
+    *,
+    heads: int | None = None,
+    image_size: int | None = None,
+    dtype: Any = None,
+    check_finite: bool = True,
 ) -> tuple[ViT, Tree]:
     """`from_timm` of a .safetensors file; `heads` in the file's metadata, if there, replaces the default.
 
     Raises FileNotFoundError, and ValueError where it isn't a safetensors file or doesn't fit.
     """
     path = local_path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the .safetensors file in it")
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}: check the path, or download the file first")
     try:
@@ -215,23 +289,16 @@ def load(
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.offset_keys()}
     except safetensors.SafetensorError as error:
-        if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-            raise ValueError(
-                f"{path} is a PyTorch pickle, which isn't read as it can run code. Convert it once, where PyTorch is: "
-                f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), "
-                f"{path.with_suffix('.safetensors').name!r})"
-            ) from error
-        raise ValueError(
-            f"{path} is no complete safetensors file ({error}): it may be a truncated download, a Git LFS pointer, or "
-            "another format; download it again"
-        ) from error
+        raise ValueError(f"{path} is {_foreign(path, error)}") from error
     if heads is None and "heads" in metadata:
         if not metadata["heads"].isdecimal():
             raise ValueError(f"{path}: the metadata's heads is {metadata['heads']!r} and not a number: pass heads=")
         heads = int(metadata["heads"])
     try:
-        return from_timm(arrays, heads=heads, image_size=image_size, dtype=dtype)
+        return from_timm(arrays, heads=heads, image_size=image_size, dtype=dtype, check_finite=check_finite)
     except ValueError as error:
+        if _SHARD.search(path.name):
+            raise ValueError(f"{path} is one of a checkpoint's several files: {_JOIN}") from error
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -239,9 +306,12 @@ def save(path: str | Path, params: Tree, metadata: Mapping[str, Any] | None = No
     """Writes `to_timm(params)` as a .safetensors file of `dtype`; either the whole file is there or none.
 
     `metadata` is stored as text; `{"heads": model.heads}` makes `load` independent of timm's convention. float16 holds
-    weights to 3 digits and loses values below 6e-8 (a Fisher's, say). Raises ValueError for values too big for `dtype`.
+    weights to 3 digits and loses values below 6e-8 (a Fisher's, say). Raises ValueError for values too big for `dtype`,
+    and one without fractions; OSError where the file can't be written, the disk is full say.
     """
     path = local_path(path)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={np.dtype(dtype).name} holds no fractions: save with dtype=np.float32")
     arrays = to_timm(params)
     with np.errstate(over="ignore"):
         cast = {name: np.ascontiguousarray(array.astype(dtype)) for name, array in arrays.items()}
@@ -251,5 +321,7 @@ def save(path: str | Path, params: Tree, metadata: Mapping[str, Any] | None = No
     try:
         safetensors.numpy.save_file(cast, temporary, {str(key): str(value) for key, value in (metadata or {}).items()})
         os.replace(temporary, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} is not written ({error}): look at the space left on its disk") from error
     finally:
         temporary.unlink(missing_ok=True)

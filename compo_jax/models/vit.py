@@ -1,12 +1,15 @@
 """Vision Transformer (Dosovitskiy et al., 2021, arXiv 2010.11929) in Flax Linen, laid out as timm's `vit_*` models:
 pre-norm blocks, one joint qkv weight, exact GELU, a CLS token, learned position embeddings."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from compo_jax.models.sizes import channels_last, whole_numbers
 
 _NORMAL = nn.initializers.truncated_normal(0.02)
 
@@ -87,12 +90,20 @@ class ViT(nn.Module):
     unroll: bool = False
     kernel: str = "xla"
 
-    def setup(self):
+    def __post_init__(self):
+        sizes = ("image_size", "patch", "width", "depth", "heads")
+        whole_numbers(**{name: getattr(self, name) for name in sizes})
+        whole_numbers(0, classes=self.classes)
+        if not (0 < self.mlp_ratio < math.inf and round(self.width * self.mlp_ratio)):
+            raise ValueError(f"mlp_ratio={self.mlp_ratio!r} leaves no hidden layer: it is a positive number")
         if self.image_size % self.patch or self.width % self.heads:
             raise ValueError(
                 f"a ViT needs an image size ({self.image_size}) that the patch ({self.patch}) divides and a width "
                 f"({self.width}) that the number of heads ({self.heads}) divides"
             )
+        super().__post_init__()
+
+    def setup(self):
         tokens = (self.image_size // self.patch) ** 2 + 1
         self.patches = nn.Conv(
             self.width, (self.patch, self.patch), strides=self.patch, padding="VALID", dtype=self.dtype, name="patch"
@@ -113,7 +124,13 @@ class ViT(nn.Module):
 
     def features(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch features"]:
         """The CLS token after the last norm."""
+        if images.ndim != 4:
+            raise ValueError(
+                f"the model takes images (batch, height, width, channels) and got {images.shape}: one image is a batch "
+                "of one, images[None]"
+            )
         if images.shape[1:3] != (self.image_size, self.image_size):
+            channels_last(images.shape)
             raise ValueError(
                 f"the model takes {self.image_size}x{self.image_size} images and got "
                 f"{images.shape[1]}x{images.shape[2]}: resize the images, or load the checkpoint with image_size="

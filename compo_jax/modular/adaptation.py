@@ -26,8 +26,15 @@ Tree = Any
 
 def information_maximisation(logits: Float[Array, "batch classes"]) -> Float[Array, ""]:
     """`E H(p) - H(E p)` in nats: low where each prediction is sure and all classes are predicted (Liang et al., 2020,
-    arXiv 2002.08546). At least -log(classes). In float32 or wider: both terms are near each other."""
+    arXiv 2002.08546). At least -log(classes). In float32 or wider: both terms are near each other.
+
+    ValueError for no images, and for logits that give no probabilities (NaN or infinity; -inf is a class less); under
+    tracing NaN.
+    """
+    if not logits.size:
+        raise ValueError(f"information maximisation needs an image and a class, and the logits are {logits.shape}")
     p = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    tree.require_finite({"the logits' softmax": p}, "information maximisation")
     return jnp.mean(routes.entropy(p)) - routes.entropy(jnp.mean(p, axis=0))
 
 
@@ -60,11 +67,6 @@ def source_objectives(
         variables = statistics(net, prepare)(variables, itertools.islice(balanced_batches(splits, batch, 0)(0), 20))
     logits = predictions(net, prepare)(variables, splits, batch)
     return np.array([information_maximisation(jnp.asarray(part)) for part in logits])
-
-
-def _is_route(weights) -> bool:
-    a = np.asarray(weights, np.float64)
-    return bool(np.all(a >= 0) and np.allclose(a.sum(-1), 1, atol=1e-2))
 
 
 def adaptation(
@@ -133,11 +135,8 @@ def adaptation(
             raise ValueError(
                 f"sources' routes of shape {sources.shape} don't fit the network's {variables['params']['route'].shape}"
             )
-        if sources is not None and not _is_route(sources):
-            raise ValueError(
-                "the sources' routes are weights, none negative and of sum 1 over the templates, and these are not: "
-                "give `hard(logits)` or `soft(logits)` where they are logits"
-            )
+        if sources is not None:
+            routes.require_weights(sources)
         made = balanced_batches([target.train], settings.batch, seed)
         batches = lambda start: ({"image": batch["image"], "task": batch["task"]} for batch in made(start))
         if trained:

@@ -14,15 +14,29 @@ import scipy.spatial.distance
 from jaxtyping import Array, Float, Int, Key
 from scipy.special import rel_entr
 
+from compo_jax import tree
 from compo_jax.modular import routes
 
 Weights = Float[Array, "tasks layers templates"] | Float[np.ndarray, "tasks layers templates"]
 
 
+def _weights(weights: Weights) -> Float[np.ndarray, "tasks layers templates"]:
+    a = np.asarray(weights, np.float64)
+    if a.ndim != 3 or not a.size:
+        raise ValueError(f"routes' weights are (tasks, layers, templates), and these are {a.shape}")
+    routes.require_weights(a)
+    return a
+
+
+def _draws(draws: int, least: int = 1) -> None:
+    if draws < least:
+        raise ValueError(f"a null of {draws} draws says nothing: take {least} or more")
+
+
 def task_distances(weights: Weights) -> Float[np.ndarray, "tasks tasks"]:
     """The Jensen-Shannon distance between two tasks' weights at a layer (base 2: 0 the same, 1 disjoint), mean over
     layers: a metric."""
-    a = np.asarray(weights, np.float64)
+    a = _weights(weights)
     p, q = a[:, None], a[None]
     mean = (p + q) / 2
     divergence = (rel_entr(p, mean) + rel_entr(q, mean)).sum(-1) / (2 * np.log(2))
@@ -33,36 +47,48 @@ def dendrogram(distances: Float[np.ndarray, "tasks tasks"]) -> Float[np.ndarray,
     """The linkage of tasks by average distance, for `scipy.cluster.hierarchy.dendrogram`."""
     if len(distances) < 2:
         raise ValueError(f"a dendrogram merges two tasks or more, and there is {len(distances)}")
+    if np.ndim(distances) != 2 or distances.shape[0] != distances.shape[1] or not np.isfinite(distances).all():
+        raise ValueError(
+            f"a dendrogram takes finite distances (tasks, tasks), of `task_distances` say, and these are "
+            f"{np.shape(distances)}, {int(np.sum(~np.isfinite(distances)))} of them not finite"
+        )
     condensed = scipy.spatial.distance.squareform(distances, checks=False)
     return scipy.cluster.hierarchy.linkage(condensed, "average")
 
 
 def layer_similarity(weights: Weights) -> Float[np.ndarray, "tasks layers layers"]:
     """|cos| between the weights of a task's layers; a loop shows as a bright block."""
-    a = np.asarray(weights, np.float64)
+    a = _weights(weights)
     a = a / np.linalg.norm(a, axis=-1, keepdims=True)
     return np.abs(a @ a.swapaxes(-1, -2))
 
 
 def usage(weights: Weights) -> Float[np.ndarray, " templates"]:
     """The mean weight of each template over tasks and layers; sums to one."""
-    return np.asarray(weights, np.float64).mean(axis=(0, 1))
+    return _weights(weights).mean(axis=(0, 1))
 
 
 def entropies(weights: Weights) -> Float[np.ndarray, "tasks layers"]:
     """H of each route in nats, 0 to log M."""
+    _weights(weights)
     return np.asarray(routes.entropy(jnp.asarray(weights)))
 
 
 def dead(weights: Weights) -> Int[np.ndarray, " dead"]:
     """The templates that no hard route goes through."""
-    return np.setdiff1d(np.arange(np.shape(weights)[-1]), np.asarray(weights).argmax(-1))
+    return np.setdiff1d(np.arange(np.shape(weights)[-1]), _weights(weights).argmax(-1))
 
 
 def rerouted(
     logits: Float[Array, "tasks layers templates"], templates: Int[Array, "tasks layers"]
 ) -> Float[Array, "tasks layers templates"]:
-    """The logits without one template at each place, whose layers take their next best; -1 leaves a place as it is."""
+    """The logits without one template at each place, whose layers take their next best; -1 leaves a place as it is.
+
+    ValueError for a template that isn't there.
+    """
+    count, values = logits.shape[-1], np.asarray(templates) if tree.concrete(templates) else np.zeros(0, int)
+    if values.size and not -1 <= values.min() <= values.max() < count:
+        raise ValueError(f"the templates {values.tolist()} were to be left out, and there are {count}, from 0 on")
     out = jax.nn.one_hot(templates, logits.shape[-1], dtype=bool)
     return jnp.where(out, -jnp.inf, logits)
 
@@ -93,6 +119,7 @@ def removal(
       score: `logits -> accuracy of each task` on the hard route of these logits.
       draws: of the null, for each module.
     """
+    _draws(draws)
     count = logits.shape[-1]
     if count < 2:
         raise ValueError("one module can't be removed: no other is left to take its layers")
@@ -122,7 +149,8 @@ class Null(NamedTuple):
 def against_random(
     statistic: Callable[[Weights], Any], weights: Weights, key: Key[Array, ""], draws: int = 200
 ) -> Null:
-    """`statistic(weights)` beside hard routes of the same size drawn uniformly."""
+    """`statistic(weights)` beside hard routes of the same size drawn uniformly, two or more."""
+    _draws(draws, 2)
     value = np.asarray(statistic(weights))
     keys = jax.random.split(key, draws)
     drawn = [statistic(routes.random(k, np.shape(weights)[:-1], np.shape(weights)[-1])) for k in keys]

@@ -7,6 +7,7 @@ import numpy as np
 
 from compo_jax.data import Split, eval_batches, train_batches
 from compo_jax.data.batches import Batch
+from compo_jax.models.sizes import whole_numbers
 
 
 def _check(splits: Sequence[Split]) -> None:
@@ -36,7 +37,9 @@ def balanced_batches(
     (`data.train_batches`).
     """
     _check(splits)
+    whole_numbers(batch=batch)
     seeds = np.atleast_1d(seed).tolist()
+    whole_numbers(0, **{f"seed[{i}]" if len(seeds) > 1 else "seed": value for i, value in enumerate(seeds)})
     tasks = _rows([np.full(batch, t, np.int32) for t in range(len(splits))])
 
     def batches(start: int) -> Iterator[Batch]:
@@ -53,6 +56,7 @@ def balanced_eval(splits: Sequence[Split], batch: int) -> Iterator[tuple[Batch, 
     A task that has come to its end shows its last batch again, with no image that counts.
     """
     _check(splits)
+    whole_numbers(batch=batch)
     last = [None] * len(splits)
     for parts in itertools.zip_longest(*(eval_batches(split, batch) for split in splits)):
         real = np.array([0 if part is None else part[1] for part in parts])

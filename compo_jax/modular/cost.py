@@ -6,6 +6,7 @@ import jax
 
 from compo_jax import tree
 from compo_jax.models.isometric import convolutions
+from compo_jax.models.sizes import whole_numbers, whole_patches
 from compo_jax.modular.net import ModularNet
 
 Tree = Any
@@ -21,8 +22,11 @@ def macs(net: ModularNet, size: int, channels: int = 3) -> int:
     """Multiply-adds of one image of `size` x `size` pixels through the convolutions of one task and its largest head.
 
     Weight-space mixing adds M multiply-adds a weight, once for a whole batch, on a hard route too: its weights are
-    one-hot and are summed like others. The network that `plain` gives has none.
+    one-hot and are summed like others. The network that `plain` gives has none. ValueError where the patches leave a
+    rest.
     """
+    whole_numbers(size=size, channels=channels)
+    whole_patches((size, size, channels), net.patch)
     positions = (size // net.patch) ** 2
     block = sum(c.size**2 * c.inputs // c.groups * c.outputs for c in convolutions(net.block, net.width))
     blocks = net.layers * (net.templates if net.mixing == "outputs" else 1)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, Key
 from compo_jax import tree
 from compo_jax.modular import routes
 from compo_jax.modular.layout import join, own, take
+from compo_jax.modular.mixing import count
 from compo_jax.modular.net import ModularNet
 
 Tree = Any
@@ -41,7 +42,7 @@ def add_task(net: ModularNet, variables: Tree, other: ModularNet, added: Tree) -
     ValueError where the other has other settings, or doesn't share the stem and templates to the bit.
     """
     # Neither the compute dtype nor unrolling is a property of the variables.
-    alike = lambda net: net.clone(classes=(), dtype=None, unroll=False)
+    alike = lambda net: net.clone(classes=(2,), dtype=None, unroll=False)
     if alike(net) != alike(other):
         raise ValueError("the tasks to add are of a network with other settings: make it with `take_tasks` or new_task")
     shared, theirs = own(net, variables)[1], own(other, added)[1]
@@ -99,7 +100,8 @@ def new_task(
 
 
 def set_route(variables: Tree, logits: Array) -> Tree:
-    """The variables with these route logits; ValueError where they are of another size."""
+    """The variables with these route logits; ValueError where they are of another size, or say no route."""
+    routes.require_logits(logits)
     have = variables["params"]["route"]
     if logits.shape != have.shape:
         raise ValueError(
@@ -143,13 +145,16 @@ def add_templates(net: ModularNet, variables: Tree, kernels: Tree) -> tuple[Modu
     """The network with more templates, `kernels` stacked as its own; no hard route changes.
 
     Each layer's logit of a new template is the lowest that it has; BN of a new template starts at the identity.
+    ValueError for kernels of another shape, and for NaN or infinities in them.
     """
     templates = variables["params"]["templates"]
+    if not (number := count(kernels)):
+        raise ValueError("no template was given to add: kernels are stacked on axis 0, one entry for each template")
+    tree.require_finite(kernels, "the new template")
     tree.require_like(
         jax.tree.map(lambda x: x[0], kernels), jax.tree.map(lambda x: x[0], templates), "the new template"
     )
-    count = jax.tree.leaves(kernels)[0].shape[0]
-    added = take(net, variables, "template", [0] * count)
+    added = take(net, variables, "template", [0] * number)
     params = added["params"]
     lowest = variables["params"]["route"].min(axis=-1, keepdims=True)
     params["route"], params["templates"] = jnp.broadcast_to(lowest, params["route"].shape), kernels
@@ -157,11 +162,16 @@ def add_templates(net: ModularNet, variables: Tree, kernels: Tree) -> tuple[Modu
         params["norm"] = tree.map_with_name(
             lambda name, x: jnp.ones_like(x) if name.endswith("scale") else jnp.zeros_like(x), params["norm"]
         )
-    return net.clone(templates=net.templates + count), join(net, "template", variables, added)
+    return net.clone(templates=net.templates + number), join(net, "template", variables, added)
 
 
 def remove_template(net: ModularNet, variables: Tree, template: int) -> tuple[ModularNet, Tree]:
-    """The network without one template; ValueError where a hard route still goes through it."""
+    """The network without one template; ValueError where a hard route still goes through it, it isn't there, or no
+    other is."""
+    if not 0 <= template < net.templates:
+        raise ValueError(f"there is no template {template} to remove: there are {net.templates}, from 0 on")
+    if net.templates == 1:
+        raise ValueError("the only template can't be removed: a network has one at least")
     used = np.argwhere(np.asarray(routes.indices(variables["params"]["route"])) == template)
     if len(used):
         places = ", ".join(f"layer {layer} of task {t}" for t, layer in used[:8].tolist())

@@ -19,6 +19,19 @@ from compo_jax.modular.objective import Prepare, by_task
 Tree = Any
 
 
+def require_tasks(net: ModularNet, splits: Sequence[Split], *, labels: bool = False) -> None:
+    """ValueError where there isn't one split for each task of the network, or labels aren't those of its head."""
+    if len(splits) != len(net.classes):
+        raise ValueError(f"a network of {len(net.classes)} tasks was given images of {len(splits)}")
+    for t, (split, count) in enumerate(zip(splits, net.classes, strict=True)) if labels else ():
+        values = np.unique(split.labels)
+        if values.size and not (np.issubdtype(values.dtype, np.integer) and values[0] >= 0 and values[-1] < count):
+            raise ValueError(
+                f"task {t} has labels from {values[0]} to {values[-1]} and a head of {count} classes: labels are whole "
+                f"numbers from 0 to {count - 1}"
+            )
+
+
 def _with_squared_means(batch_stats: Tree, sign: int) -> Tree:
     """Second moments instead of variances with sign 1, and back with -1."""
     flat = flatten_dict(batch_stats)
@@ -66,8 +79,7 @@ def predictions(
     """`(variables, splits, batch) -> logits` of all images of each task's split, in order."""
 
     def run(variables, splits, batch=64):
-        if len(splits) != len(net.classes):
-            raise ValueError(f"a network of {len(net.classes)} tasks was given images of {len(splits)}")
+        require_tasks(net, splits)
         found, weights = [[] for _ in splits], route(variables["params"]["route"])
         for rows, real in balanced_eval(splits, batch):
             for t, logits in enumerate(np.asarray(_logits(net, prepare, variables, weights, rows["image"]))):
@@ -84,6 +96,7 @@ def accuracies(
     predict = predictions(net, prepare, route)
 
     def run(variables, splits, batch=64):
+        require_tasks(net, splits, labels=True)
         found = predict(variables, splits, batch)
         return np.array(
             [np.mean(logits.argmax(1) == split.labels) for logits, split in zip(found, splits, strict=True)]

@@ -13,7 +13,7 @@ from compo_jax.data.stream import Augmentation
 from compo_jax.files import local_path
 from compo_jax.modular import routes
 from compo_jax.modular.batches import balanced_batches
-from compo_jax.modular.evaluate import Gap, discretisation_gap, statistics
+from compo_jax.modular.evaluate import Gap, discretisation_gap, require_tasks, statistics
 from compo_jax.modular.net import ModularNet
 from compo_jax.modular.objective import Prepare, objective
 from compo_jax.modular.optimizer import optimizer
@@ -63,10 +63,6 @@ def learner(
       trained: path patterns of the parameters that are trained; default all. The others stay as they are to the bit.
       runner: `jit_runner` or `pmap_runner`, under which each device normalises its part by that part's statistics.
     """
-    if settings.steps < 1:
-        raise ValueError(f"a training of {settings.steps} steps learns nothing: steps is 1 or more")
-    if settings.statistics not in ("batch", "stored"):
-        raise ValueError(f"statistics={settings.statistics!r} is not among batch, stored")
     transform = optimizer(settings)
     run = runner(objective(net, prepare, settings, augment), transform)
     temperature = float(phase(settings, settings.freeze).temperature)
@@ -77,8 +73,7 @@ def learner(
         return itertools.islice(balanced_batches(splits, settings.batch, seed)(0), settings.estimate)
 
     def train(variables, splits, seed, folder: Path | None = None, **fit_options) -> Trained:
-        if len(splits) != len(net.classes):
-            raise ValueError(f"a network of {len(net.classes)} tasks was given images of {len(splits)}")
+        require_tasks(net, splits, labels=True)
         params, frozen = tree.partition(variables["params"], trained)
         key = jax.random.fold_in(jax.random.key(seed), 1)
         context = {"frozen": frozen, "statistics": variables["batch_stats"], "key": key}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from compo_jax.models.isometric import Convolution, branch, convolutions, convolve, patchify, residual
+from compo_jax.models.sizes import whole_numbers, whole_patches
 from compo_jax.modular import routes
 from compo_jax.modular.mixing import mix_templates
 
@@ -156,7 +157,11 @@ class ModularNet(nn.Module):
     dtype: Any = None
     unroll: bool = False
 
-    def _check(self, images):
+    def __post_init__(self):
+        whole_numbers(layers=self.layers, templates=self.templates, width=self.width, patch=self.patch)
+        whole_numbers(0, **{f"classes[{t}]": count for t, count in enumerate(self.classes)})
+        if not self.classes:
+            raise ValueError("a modular network needs a task: classes= has the number of classes of each")
         for t, count in enumerate(self.classes):
             if count < 2:
                 raise ValueError(f"task {t} has {count} class and needs two: leave it out, or join it with another")
@@ -165,11 +170,16 @@ class ModularNet(nn.Module):
         for option, known in (("bn", ("task", "layer", "template")), ("mixing", ("weights", "outputs"))):
             if getattr(self, option) not in known:
                 raise ValueError(f"{option}={getattr(self, option)!r} is not among {', '.join(known)}")
+        convolutions(self.block, self.width)
+        super().__post_init__()
+
+    def _check(self, images):
         if images.ndim != 5 or images.shape[0] != len(self.classes):
             raise ValueError(
                 f"{len(self.classes)} tasks need images of shape (tasks, batch, height, width, channels), and these "
                 f"are {images.shape}"
             )
+        whole_patches(images.shape, self.patch)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(
                 f"images of {images.dtype} would have the kernels rounded to it: make floats of them with the tasks' "

@@ -25,9 +25,8 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
 
     Routes learn `route_rate` times faster, and not at all once they are fixed.
     """
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, max(round(settings.warmup * settings.steps), 1), settings.steps
-    )
+    rise = min(max(round(settings.warmup * settings.steps), 1), settings.steps - 1)  # the cosine needs a step
+    rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, rise, settings.steps)
     faster = optax.scale_by_schedule(lambda count: jnp.where(count < settings.freeze, settings.route_rate, 0.0))
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),

@@ -9,17 +9,51 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from compo_jax import tree
+
 Logits = Float[Array, "*layers templates"]
 Weights = Float[Array, "*layers templates"]
 
 
+def require_logits(logits: Logits) -> None:
+    """ValueError for logits that say no route: NaN, infinity, or -infinity at all templates of a layer."""
+    if tree.concrete(logits):
+        values = np.asarray(logits)
+        best = values.max(-1, initial=-np.inf)  # NaN where one is NaN
+        if not np.isfinite(best).all():
+            place = np.argwhere(~np.isfinite(best))[0].tolist()
+            raise ValueError(
+                f"a route's logits are finite, or -inf for a template that a layer can't take, and at {place} they are "
+                f"{values[tuple(place)].tolist()}: the training diverged, say, or no template is left"
+            )
+
+
+def require_weights(weights: Weights | np.ndarray) -> None:
+    """ValueError for what isn't a route's weights: none negative, of sum 1 over the templates."""
+    if tree.concrete(weights):
+        values = np.asarray(weights, np.float64)
+        if not (np.all(values >= 0) and np.allclose(values.sum(-1), 1, atol=1e-2)):
+            raise ValueError(
+                "a route's weights are none negative and of sum 1 over the templates, and these are not: give "
+                "`hard(logits)` or `soft(logits)` where they are logits"
+            )
+
+
+def _require_temperature(temperature: float | Float[Array, ""]) -> None:
+    if tree.concrete(temperature) and not 0 < float(temperature) < np.inf:
+        raise ValueError(f"a route's temperature is a positive number, not {temperature}")
+
+
 def soft(logits: Logits, temperature: float | Float[Array, ""] = 1.0) -> Weights:
     """`softmax(logits / temperature)`."""
+    require_logits(logits)
+    _require_temperature(temperature)
     return jax.nn.softmax(logits / temperature, axis=-1)
 
 
 def hard(logits: Logits) -> Weights:
     """One-hot at the largest logit, the first one of a tie; its gradient is zero."""
+    require_logits(logits)
     return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=logits.dtype)
 
 
@@ -37,17 +71,18 @@ def gumbel(logits: Logits, key: Key[Array, ""], temperature: float | Float[Array
 
 def indices(logits: Logits) -> Int[Array, "*layers"]:
     """The template that a hard route takes at each layer."""
+    require_logits(logits)
     return jnp.argmax(logits, axis=-1)
 
 
 def fixed(templates: Int[Array, "*layers"] | Int[np.ndarray, "*layers"], count: int) -> Logits:
     """Logits whose hard route is `templates`; ValueError for a template that isn't there."""
-    templates = jnp.asarray(templates)
-    if templates.size and (templates.min() < 0 or templates.max() >= count):
+    values = np.asarray(templates) if tree.concrete(templates) else np.zeros(0, int)
+    if values.size and not 0 <= values.min() <= values.max() < count:
         raise ValueError(
-            f"a route was asked for through the templates {templates.tolist()}, and there are {count}, from 0 on"
+            f"a route was asked for through the templates {values.tolist()}, and there are {count}, from 0 on"
         )
-    return jax.nn.one_hot(templates, count)
+    return jax.nn.one_hot(jnp.asarray(templates), count)
 
 
 def random(key: Key[Array, ""], layers: tuple[int, ...], count: int) -> Logits:
@@ -57,14 +92,17 @@ def random(key: Key[Array, ""], layers: tuple[int, ...], count: int) -> Logits:
 
 def to_logits(weights: Weights, smoothing: float = 1e-3) -> Logits:
     """Logits whose soft route is `(1 - smoothing) weights + smoothing / M`; smoothing gives an unused template a
-    gradient."""
+    gradient. ValueError for weights that are no route's, and a smoothing outside [0, 1]."""
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing={smoothing} is no share of a route: it lies in [0, 1]")
+    require_weights(weights)
     return jnp.log((1 - smoothing) * weights + smoothing / weights.shape[-1])
 
 
 def entropy(weights: Weights) -> Float[Array, "*layers"]:
-    """`H = -Σ_m a_m log a_m`, from 0 for a one-hot route to log M for a uniform one, in nats."""
-    positive = weights > 0
-    return -jnp.sum(jnp.where(positive, weights * jnp.log(jnp.where(positive, weights, 1)), 0), axis=-1)
+    """`H = -Σ_m a_m log a_m`, from 0 for a one-hot route to log M for a uniform one, in nats; NaN for a NaN."""
+    absent = weights <= 0
+    return -jnp.sum(jnp.where(absent, 0, weights * jnp.log(jnp.where(absent, 1, weights))), axis=-1)
 
 
 def scaled_entropy(weights: Weights) -> Float[Array, ""]:

@@ -1,13 +1,68 @@
 """The settings of a modular training, and what changes in its course: three phases."""
 
-from typing import Literal, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 
-class Settings(NamedTuple):
-    """How routes, templates and heads are trained together.
+class _Fields(NamedTuple):
+    steps: int
+    batch: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    clip: float = 1.0
+    route: Literal["soft", "straight_through", "gumbel"] = "soft"
+    route_rate: float = 10.0
+    entropy: float = 0.1
+    usage: float = 0.01
+    temperature: tuple[float, float] = (1.0, 0.1)
+    phases: tuple[float, float] = (0.2, 0.7)
+    statistics: Literal["batch", "stored"] = "batch"
+    estimate: int = 20
+
+
+class _Range(NamedTuple):
+    """What a setting has to be, in words and as a test."""
+
+    words: str
+    holds: Any
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool) and bool(x >= 1)
+
+
+def _among(*values: str) -> _Range:
+    return _Range(f"not among {', '.join(values)}", lambda x: x in values)
+
+
+_COUNT = _Range("no whole number from 1 on", _is_count)
+_POSITIVE = _Range("no positive number", lambda x: 0 < x < math.inf)
+_NOT_NEGATIVE = _Range("no number from 0 on", lambda x: 0 <= x < math.inf)
+_RANGES = {
+    "steps": _COUNT,
+    "batch": _COUNT,
+    "learning_rate": _POSITIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "warmup": _Range("no part of the steps, from 0 to below 1", lambda x: 0 <= x < 1),
+    "clip": _Range("no positive number (infinity clips nothing)", lambda x: x > 0),
+    "route": _among("soft", "straight_through", "gumbel"),
+    "route_rate": _NOT_NEGATIVE,
+    "entropy": _NOT_NEGATIVE,
+    "usage": _NOT_NEGATIVE,
+    "temperature": _Range("no two positive numbers", lambda x: len(x) == 2 and all(0 < t < math.inf for t in x)),
+    "phases": _Range("no two parts of the steps in order, 0 to 1", lambda x: len(x) == 2 and 0 <= x[0] <= x[1] <= 1),
+    "statistics": _among("batch", "stored"),
+    "estimate": _COUNT,
+}
+
+
+class Settings(_Fields):
+    """How routes, templates and heads are trained together; ValueError that names all values out of their range.
 
     Attributes:
       steps, batch: of the whole training; images of each task in a step.
@@ -25,20 +80,25 @@ class Settings(NamedTuple):
       estimate: batches that the statistics are taken over when training is done.
     """
 
-    steps: int
-    batch: int = 32
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    clip: float = 1.0
-    route: Literal["soft", "straight_through", "gumbel"] = "soft"
-    route_rate: float = 10.0
-    entropy: float = 0.1
-    usage: float = 0.01
-    temperature: tuple[float, float] = (1.0, 0.1)
-    phases: tuple[float, float] = (0.2, 0.7)
-    statistics: Literal["batch", "stored"] = "batch"
-    estimate: int = 20
+    __slots__ = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        made = super().__new__(cls, *args, **kwargs)
+        problems = []
+        for name, value in zip(cls._fields, made, strict=True):
+            try:
+                sound = _RANGES[name].holds(value)
+            except TypeError:  # another type, which has no order
+                sound = False
+            if not sound:
+                problems.append(f"{name}={value!r} is {_RANGES[name].words}")
+        if problems:
+            raise ValueError(f"a modular training can't have these settings: {'; '.join(problems)}")
+        return made
+
+    @classmethod
+    def _make(cls, values):  # what `_replace` makes is looked at too
+        return cls(*values)
 
     @property
     def freeze(self) -> int:
