@@ -180,7 +180,8 @@ def test_model_stock_is_the_point_nearest_to_the_centre():
             start[layer], models[:, layer] = points[0].reshape(4, 5), points[1:].reshape(3, 4, 5)
             hull = (points[1:] - points[0]).T
             expected[layer] = (points[0] - hull @ np.linalg.lstsq(hull, points[0])[0]).reshape(4, 5)
-        close(model_stock({"w": start}, [{"w": m - start} for m in models]), {"w": expected})
+        found = model_stock({"blocks": {"w": start}}, [{"blocks": {"w": m - start}} for m in models])
+        close(found, {"blocks": {"w": expected}})
         # Orthogonal task vectors agree on nothing: the base. Equal ones: the model.
         frames = [{"w": basis[i].reshape(2, 10)} for i in range(3)]
         close(model_stock({"w": np.ones((2, 10))}, frames), {"w": np.ones((2, 10))})
@@ -202,10 +203,10 @@ def test_tsv_of_one_and_of_orthogonal_tasks():
         first = left[:, :, :2] * [3.0, 2.0] @ right[:, :2]
         second = left[:, :, 2:4] * [5.0, 1.0] @ right[:, 2:]
         zero = {"w": np.zeros((2, 6, 4))}
-        close(tsv(zero, [{"w": first}, {"w": second}], [1.0, 0.5], scale=2.0), {"w": 2 * first + second})
+        close(tsv(zero, [{"w": first}, {"w": second}], [1.0, 0.5], scale=2.0, stacked="w"), {"w": 2 * first + second})
         # A task of rank one leaves the other's directions alone.
         thin = left[:, :, 2:3] * 4.0 @ right[:, 2:3]
-        close(tsv(zero, [{"w": first}, {"w": thin}]), {"w": first + thin})
+        close(tsv(zero, [{"w": first}, {"w": thin}], stacked="w"), {"w": first + thin})
 
 
 def test_tsv_and_iso_are_the_loop_over_layers():
