@@ -1,7 +1,7 @@
 """What an adapter is: a way to say a change of some weights with few numbers."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +14,9 @@ Targets = str | Sequence[str | Sequence]  # patterns, or (pattern, multiple of t
 #: The weights that the paper adapts: every dense kernel of a ViT's blocks, three times the rank for the joint qkv.
 VIT_TARGETS = ((r"qkv/kernel$", 3), (r"(proj|fc1|fc2)/kernel$", 1))
 
-#: Paths of leaves whose axis 0 counts layers: those of our ViT's scanned blocks.
-STACKED = (r"(^|/)blocks/",)
-
-
-def is_stacked(name: str, stacked: str | Sequence[str] = STACKED) -> bool:
-    """Whether axis 0 of the leaf at the path `name` counts layers, by patterns that are searched for in it."""
-    patterns = [stacked] if isinstance(stacked, str) else stacked
-    return any(re.search(p, name) for p in patterns)
+#: Paths of leaves whose axis 0 counts layers: those of our ViT's scanned blocks. Blocks with numbers in their paths
+#: (`blocks/0/...`) are written out one by one.
+STACKED = (r"(^|/)blocks/(?!\d+/)",)
 
 
 class Adapter(NamedTuple):
@@ -42,6 +37,22 @@ class Adapter(NamedTuple):
     dense: Callable[[jax.Array, jax.Array, Tree, jax.Array | None], jax.Array] | None = None
     name: str = ""
     settings: dict[str, Any] = {}
+
+
+def patterns(given: str | Iterable[str]) -> tuple[str, ...]:
+    """One or several regular expressions as a tuple; ValueError for one that is none."""
+    listed = (given,) if isinstance(given, str) else tuple(given)
+    for pattern in listed:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{pattern!r} is no regular expression ({error}): paths are searched with them") from error
+    return listed
+
+
+def is_stacked(name: str, stacked: str | Sequence[str] = STACKED) -> bool:
+    """Whether axis 0 of the leaf at the path `name` counts layers, by patterns that are searched for in it."""
+    return any(re.search(pattern, name) for pattern in patterns(stacked))
 
 
 def rules(targets: Targets) -> tuple[tuple[str, int], ...]:

@@ -8,16 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from compo_jax import tree
-from compo_jax.compose.modules import (
-    Scalar,
-    Weights,
-    fitted,
-    require_floating,
-    require_number,
-    require_sound,
-    weigh,
-    wide_number,
-)
+from compo_jax.compose.leaves import require_sound
+from compo_jax.compose.modules import fitted, require_floating
+from compo_jax.compose.numbers import Scalar, Weights, require_number, weigh, wide_number
 
 Tree = Any
 

@@ -7,17 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from compo_jax import tree
-from compo_jax.compose.modules import (
-    Scalar,
-    Weights,
-    along,
-    leafwise,
-    mean_delta,
-    require_not_negative,
-    rounded,
-    same,
-    weigh,
-)
+from compo_jax.compose.leaves import leafwise, mean_delta, rounded
+from compo_jax.compose.modules import same
+from compo_jax.compose.numbers import Scalar, Weights, along, require_not_negative, weigh
 from compo_jax.curvature import FisherDiagonal
 
 Tree = Any

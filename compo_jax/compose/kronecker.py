@@ -8,18 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from compo_jax import tree
-from compo_jax.compose.modules import (
-    Scalar,
-    Weights,
-    aligned,
-    along,
-    mean_delta,
-    moved,
-    require_not_negative,
-    require_number,
-    require_sound,
-    weigh,
-)
+from compo_jax.compose.leaves import mean_delta, moved, require_sound
+from compo_jax.compose.modules import aligned
+from compo_jax.compose.numbers import Scalar, Weights, along, require_not_negative, require_number, weigh
 from compo_jax.compose.solve import Solved, solve_merge, symmetric_solve
 from compo_jax.curvature import Kronecker, merge_kronecker
 

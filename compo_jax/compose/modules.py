@@ -1,22 +1,16 @@
-"""What the rules take: deltas that fit their base, with the same holes, one weight for each, and numbers in range."""
+"""What the rules take: deltas that fit their base, with the same holes; or trees of one structure."""
 
-import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Num
 
 from compo_jax import tree
-from compo_jax.adapters.adapter import STACKED, is_stacked
 
 Tree = Any
-Scalar = float | int | Array
-Weights = Num[Array, " tasks"] | Num[np.ndarray, " tasks"] | Sequence
-Stacked = str | Sequence[str]
 
 
 def require_floating(trees: Tree, what: str) -> None:
@@ -125,165 +119,3 @@ def same(trees: Sequence[Tree], *, check_finite: bool = False) -> list[Tree]:
         for t, other in enumerate(trees):
             tree.require_finite(other, f"tree {t}")
     return trees
-
-
-def require_number(name: str, value: Any, meaning: str, allowed: Callable[[float], bool] = np.isfinite) -> None:
-    """ValueError where `value`, called `name`, is no single number or, unless it is traced, not an allowed one."""
-    good = np.ndim(value) == 0
-    if good and tree.concrete(value):
-        try:
-            good = bool(np.isfinite(float(value)) and allowed(float(value)))
-        except (TypeError, ValueError):
-            good = False
-    if not good:
-        raise ValueError(f"{name} is {meaning}, not {value}")
-
-
-def require_not_negative(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        require_number(name, value, "a finite number that isn't negative", lambda x: x >= 0)
-
-
-def require_iterations(tolerance: Scalar | None, max_iterations: int) -> None:
-    """ValueError where an iteration can't be stopped by these."""
-    if tolerance is not None:
-        require_not_negative(tolerance=tolerance)
-    require_number("max_iterations", max_iterations, "a whole number from 0 on", lambda x: x >= 0 and x == int(x))
-
-
-def wide_number(x: Scalar) -> float | Array:
-    """A number of Python, or, where it is traced, one in float32 at least: no rule computes with a narrow one."""
-    return float(x) if tree.concrete(x) else jnp.asarray(x, tree.wide_type(x))
-
-
-def weigh(weights: Weights | None, tasks: int, default: Scalar | None = None, *, sign: bool = True) -> list:
-    """One weight a module; without any, `default` for each, 1/T where that is None. Python's numbers, unless traced.
-
-    ValueError for another number of weights, one that isn't finite, and, with `sign=False`, for a negative one or a sum
-    of zero: such rules minimise weighted losses.
-    """
-    if weights is None:
-        return [1 / tasks if default is None else default] * tasks
-    if not np.iterable(weights):
-        raise ValueError(f"weights are one number a module, a list of {tasks}, not {weights}")
-    if len(weights) != tasks:
-        raise ValueError(f"{len(weights)} weights were given for {tasks} modules: one for each")
-    if not tree.concrete(weights):
-        return [wide_number(w) for w in weights]
-    try:
-        values = np.asarray(weights, np.float64)
-    except (TypeError, ValueError):
-        values = np.empty((tasks, 0))
-    if values.ndim != 1:
-        raise ValueError(f"weights are one number a module, a list of {tasks}, not {weights}")
-    if not np.all(np.isfinite(values)):
-        raise ValueError(f"the weights {values} aren't all finite")
-    if not sign and (np.any(values < 0) or values.sum() <= 0):
-        raise ValueError(
-            f"the weights {values} can't be negative, nor all zero, in this rule: to subtract a module, negate its "
-            "delta"
-        )
-    return values.tolist()
-
-
-def along(weights: Sequence, leaves: Num[Array, "tasks ..."]) -> Num[Array, "tasks ..."]:
-    """The weights in the leaves' type, shaped to multiply them."""
-    column = jnp.stack([jnp.asarray(w, leaves.dtype) for w in weights])
-    return column.reshape(-1, *[1] * (leaves.ndim - 1))
-
-
-def mean_delta(deltas: Sequence[Tree], weights: Sequence) -> Tree:
-    """`Σ w_t delta_t / Σ w_t`, unrounded."""
-    total = sum(weights)
-    return tree.weighted_sum(deltas, [w / total for w in weights], wide=True)
-
-
-def leafwise(function: Callable[[str, Array], Array], trees: Sequence[Tree]) -> Tree:
-    """`function(path, leaves (tasks, ...))` for each leaf of trees with the same holes; the leaves in float32 at least.
-
-    A leaf without entries is left as it is.
-    """
-
-    def one(name, *leaves):
-        if leaves[0] is None:
-            return None
-        wide = tree.wide_type(*leaves)
-        stack = jnp.stack([jnp.asarray(x, wide) for x in leaves])
-        return function(name, stack) if stack.size else stack[0]
-
-    return tree.map_with_name(one, *trees)
-
-
-def rounded(wide: Tree, trees: Sequence[Tree]) -> Tree:
-    """`wide` in the common types of `trees`."""
-    return jax.tree.map(lambda x, *like: x.astype(jnp.result_type(*like)), wide, *trees)
-
-
-def layers(like: Tree, stacked: Stacked) -> set[str]:
-    """The paths of the leaves of `like` whose axis 0 counts layers, by the patterns `stacked`.
-
-    ValueError for a pattern that can't be read or, unless it is a default, matches nothing, for a scalar among them,
-    and where leaves of one stack have different numbers of layers: then their axis 0 counts something else.
-    """
-    patterns = [stacked] if isinstance(stacked, str) else list(stacked)
-    shapes = dict(zip(tree.names(like), map(np.shape, jax.tree.leaves(like)), strict=True))
-    depths: dict[str, dict[str, int]] = {}
-    for pattern in patterns:
-        try:
-            there = {name: name[: match.end()] for name in shapes if (match := re.search(pattern, name))}
-        except re.error as error:
-            raise ValueError(f"stacked={pattern!r} is no regular expression: {error}") from None
-        if not there and pattern not in STACKED:
-            raise ValueError(f"stacked={pattern!r} matches no leaf that is merged; these are {', '.join(shapes)}")
-        for name, stack in there.items():
-            if not shapes[name]:
-                raise ValueError(f"{name} is a scalar and has no axis of layers: narrow the patterns {stacked!r}")
-            depths.setdefault(stack, {})[name] = shapes[name][0]
-    for stack, found in depths.items():
-        if len(set(found.values())) > 1:
-            told = ", ".join(f"{name} {depth}" for name, depth in found.items())
-            raise ValueError(
-                f"the leaves under {stack} would be stacks of different numbers of layers ({told}): say which leaves "
-                "have layers on axis 0 by stacked=, patterns of their paths, () for none"
-            )
-    return {name for name in shapes if is_stacked(name, stacked)}
-
-
-def by_layer(function: Callable[[Array], Array], leaves: Num[Array, "tasks ..."], of_layers: bool) -> Array:
-    """`function(leaves (tasks, ...))` of a leaf, or of each of its layers, one after another."""
-    return jax.lax.map(function, jnp.moveaxis(leaves, 1, 0)) if of_layers else function(leaves)
-
-
-def moved(
-    base: Tree, delta: Tree, scale: Scalar = 1.0, *, deltas: Sequence[Tree] = (), check_finite: bool = True
-) -> Tree:
-    """`base + scale * delta` in the base's types, rounded once: a rule's last step. Errors as `require_sound`."""
-    params = tree.add(base, delta, scale)
-    if check_finite:
-        require_sound(params, base, deltas)
-    return params
-
-
-def require_sound(params: Tree, base: Tree, deltas: Sequence[Tree] = ()) -> None:
-    """ValueError where NaN or an infinity is in what was merged, naming the delta or the base that it came from.
-
-    One pass over the leaves that aren't the base's own; nothing is looked at while a function is traced.
-    """
-    pairs = zip(*map(jax.tree.leaves, (params, base)), strict=True)
-    merged = [p for p, b in pairs if p is not b]
-    if not tree.concrete(merged):
-        return
-    # A sum is finite only where all its terms are, and takes a quarter of the time that looking at each does.
-    sums = jax.device_get([jnp.sum(x, dtype=tree.wide_type(x)) for x in merged])
-    if np.all(np.isfinite(sums)):
-        return
-    for t, delta in enumerate(deltas):
-        tree.require_finite(delta, f"delta {t}")
-    tree.require_finite(jax.tree.map(lambda b, p: None if p is b else b, base, params), "the base")
-    triples = zip(tree.names(params), *map(jax.tree.leaves, (params, base)), strict=True)
-    bad = [f"{name} ({p.dtype})" for name, p, b in triples if p is not b and not jnp.all(jnp.isfinite(p))]
-    if bad:
-        raise ValueError(
-            f"numbers too large for their type come out in {', '.join(bad)}, though all that went in are finite: take "
-            "smaller weights or a smaller scale, or a base of a wider type"
-        )

@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Key
 
+from compo_jax import tree
 from compo_jax.compose.arithmetic import compose, task_arithmetic
 from compo_jax.compose.fisher import fisher_merge
 from compo_jax.compose.kronecker import kronecker_merge, regmean
-from compo_jax.compose.modules import Weights, aligned, moved
+from compo_jax.compose.leaves import moved
+from compo_jax.compose.modules import aligned
+from compo_jax.compose.numbers import Weights
 from compo_jax.compose.solve import Solved, solve_merge
 from compo_jax.compose.sparse import dare, ties
 from compo_jax.compose.spectral import iso, tsv
@@ -79,6 +82,7 @@ def _full(base, deltas, weights=None, *, matvecs, fishers=None, **options):
 
 
 def _best_weights(base, deltas, *, landscape, check_finite=True, **options):
+    tree.require_finite({"slope": landscape.slope, "gram": landscape.gram}, "the landscape")
     return compose(base, deltas, landscape.best_weights(**options), check_finite=check_finite)
 
 

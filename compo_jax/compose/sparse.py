@@ -10,18 +10,9 @@ from jaxtyping import Array, Key
 
 from compo_jax import tree
 from compo_jax.compose.arithmetic import compose
-from compo_jax.compose.modules import (
-    Scalar,
-    Weights,
-    aligned,
-    along,
-    leafwise,
-    moved,
-    require_number,
-    same,
-    weigh,
-    wide_number,
-)
+from compo_jax.compose.leaves import leafwise, moved
+from compo_jax.compose.modules import aligned, same
+from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh, wide_number
 
 Tree = Any
 

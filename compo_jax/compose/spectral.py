@@ -15,19 +15,9 @@ from jaxtyping import Array, Float
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.lapack import svd
-from compo_jax.compose.modules import (
-    Scalar,
-    Stacked,
-    Weights,
-    aligned,
-    along,
-    by_layer,
-    layers,
-    leafwise,
-    moved,
-    require_number,
-    weigh,
-)
+from compo_jax.compose.leaves import Stacked, by_layer, layers, leafwise, moved
+from compo_jax.compose.modules import aligned
+from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh
 
 Tree = Any
 Matrices = Float[Array, "tasks in out"]
@@ -48,11 +38,11 @@ def _svd(x: Float[Array, "in out"], eps: float) -> tuple[Array, Array, Array, Ar
 
 
 def _by_matrix(
-    function: Callable[[Matrices, float], Array], deltas: list[Tree], weights: list, stacked: Stacked
+    function: Callable[[Matrices, float], Array], base: Tree, deltas: list[Tree], weights: list, stacked: Stacked
 ) -> Tree:
     roundings = jax.tree.map(lambda *x: max(float(jnp.finfo(jnp.result_type(d)).eps) for d in x), *deltas)
     eps = dict(zip(tree.names(roundings), jax.tree.leaves(roundings), strict=True))
-    of_layers = layers(deltas[0], stacked)
+    of_layers = layers(base, deltas[0], stacked)
 
     def leaf(name, leaves):
         def layer(x):
@@ -102,7 +92,7 @@ def tsv(
         return jnp.matmul(left * s[:, :kept].ravel(), right, precision="highest")
 
     weights = weigh(weights, len(deltas), 1.0)
-    return moved(base, _by_matrix(merged, deltas, weights, stacked), scale, check_finite=check_finite)
+    return moved(base, _by_matrix(merged, base, deltas, weights, stacked), scale, check_finite=check_finite)
 
 
 def iso(
@@ -126,4 +116,4 @@ def iso(
         return jnp.sum(s) / jnp.maximum(jnp.sum(real), 1) * jnp.matmul(u, v, precision="highest")
 
     weights = weigh(weights, len(deltas), 1.0)
-    return moved(base, _by_matrix(merged, deltas, weights, stacked), scale, check_finite=check_finite)
+    return moved(base, _by_matrix(merged, base, deltas, weights, stacked), scale, check_finite=check_finite)

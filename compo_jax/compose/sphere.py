@@ -14,15 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compo_jax import tree
-from compo_jax.compose.modules import (
-    Scalar,
-    Weights,
-    require_iterations,
-    require_number,
-    same,
-    weigh,
-    wide_number,
-)
+from compo_jax.compose.modules import same
+from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_number, weigh, wide_number
 
 Tree = Any
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from compo_jax.adapters.adapter import STACKED
-from compo_jax.compose.modules import Stacked, aligned, by_layer, layers, leafwise, moved
+from compo_jax.compose.leaves import Stacked, by_layer, layers, leafwise, moved
+from compo_jax.compose.modules import aligned
 
 Tree = Any
 
@@ -35,6 +36,6 @@ def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: Stacked = STACKE
         cosine = jnp.clip(pairs / (tasks * (tasks - 1)), 0, 1)
         return tasks * cosine / (1 + (tasks - 1) * cosine) * jnp.mean(x, axis=0)
 
-    of_layers = layers(deltas[0], stacked)
+    of_layers = layers(base, deltas[0], stacked)
     mean = leafwise(lambda name, x: by_layer(merged, x, name in of_layers), deltas)
     return moved(base, mean, check_finite=check_finite)
