@@ -29,19 +29,20 @@ from compo_jax.curvature.layers import Dense
 
 LAYOUT = (("blocks/w", Dense((2,), (0,), (1,), (4, 3), 1)), ("m", Dense((), (0,), (1,), (5, 4), 1)))
 SHAPES = {
-    "blocks/w": (2, 4, 3), "blocks/b": (2, 3), "m": (5, 4), "attention": (3, 2, 4), "conv": (2, 1, 3, 2), "v": (7,),
+    "blocks/w": (2, 4, 3), "blocks/b": (2, 3), "m": (5, 4), "attention": (2, 4, 3), "conv": (2, 1, 4, 3), "v": (3,),
     "s": (), "none": (0, 3),
 }  # fmt: skip
+HOLES = ("attention", "v")
 OPTIONS = {
     "kronecker": {"damping": 0.3},
     "regmean": {"damping": 0.1},
     "ggn": {"damping": 0.3},
     "ties": {"density": 0.6},
 }
+COMPILED = ("kronecker", "ggn")  # whose loops are compiled anew in each call
 TYPES = {
     "float16": ["float16"] * 3,
     "bfloat16": ["bfloat16"] * 3,
-    "float32": ["float32"] * 3,
     "a narrow base": ["bfloat16", "float32", "float32"],
     "unequal modules": ["float32", "float16", "bfloat16"],
 }
@@ -62,10 +63,10 @@ def plain(seed, dtype, scale=1.0):
     return {name: tensor(seed + i, shape, dtype, scale) for i, (name, shape) in enumerate(SHAPES.items())}
 
 
-def trees(dtypes, holes=(), count=2):
+def trees(dtypes, count=2):
     """(base, deltas); all modules but the first have the holes."""
     deltas = [plain(100 * (t + 1), dtypes[t + 1], 0.5) for t in range(count)]
-    holed = [nest({n: None if t and n in holes else x for n, x in d.items()}) for t, d in enumerate(deltas)]
+    holed = [nest({n: None if t and n in HOLES else x for n, x in d.items()}) for t, d in enumerate(deltas)]
     return nest(plain(0, dtypes[0])), holed
 
 
@@ -93,6 +94,7 @@ def gram(seed, *shape):
     return x @ jnp.swapaxes(x, -1, -2)
 
 
+@functools.cache
 def given(count=2):
     """What rules need beside the deltas."""
     return {
@@ -112,18 +114,19 @@ def given(count=2):
 
 
 def run(rule, base, deltas, more=None, **options):
-    return merge(rule, base, deltas, **(given(len(deltas)) if more is None else more), **options)
+    more = given(len(deltas)) if more is None else more
+    return merge(rule, base, deltas, **{key: more[key] for key in RULES[rule].needs}, **options)
 
 
 @functools.cache
-def expected(rule, holes=(), count=2):
+def expected(rule, count=2):
     """In float64, of the same numbers."""
     with jax.enable_x64(True):
         wide = functools.partial(jax.tree.map, lambda x: jnp.asarray(np.asarray(x, np.float64)))
-        more = given(count)
+        more = dict(given(count))
         more["fishers"] = wide(more["fishers"])
         more["factors"] = [Kronecker(wide(f.inputs), wide(f.outputs), f.count, LAYOUT) for f in more["factors"]]
-        params = run(rule, *wide(trees(["float32"] * 4, holes, count)), more, **OPTIONS.get(rule, {}))
+        params = run(rule, *wide(trees(["float32"] * 3, count)), more, **OPTIONS.get(rule, {}))
         return jax.tree.map(np.asarray, params)
 
 
@@ -150,13 +153,15 @@ def told(function, match):
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "dare"])
 def test_a_rule_is_the_one_in_float64_whatever_the_types(rule):
-    cases = [(what, dtypes, (), 2) for what, dtypes in TYPES.items()]
-    cases += [("bfloat16 and holes", ["bfloat16"] * 3, ("m", "v", "attention"), 2)]
-    cases += [] if rule in ("slerp", "model_stock") else [("one module", ["float32"] * 2, (), 1)]
-    for what, dtypes, holes, count in cases:
-        base, deltas = trees(dtypes, holes, count)
-        found = run(rule, base, deltas, **OPTIONS.get(rule, {}))
-        like(found, expected(rule, holes, count), base, f"{rule}, {what}")
+    for what, dtypes in list(TYPES.items())[3 if rule in COMPILED else 0 :]:
+        base, deltas = trees(dtypes)
+        like(run(rule, base, deltas, **OPTIONS.get(rule, {})), expected(rule), base, f"{rule}, {what}")
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("slerp", "model_stock", "dare")])
+def test_one_module_alone(rule):
+    base, deltas = trees(["float32"] * 2, 1)
+    like(run(rule, base, deltas, **OPTIONS.get(rule, {})), expected(rule, 1), base, rule)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -211,18 +216,16 @@ def test_containers_are_kept_and_others_are_told(kind):
     parts = [[tensor(s + t, shape, "float32") for s, shape in ((0, (4, 3)), (9, (5,)))] for t in range(3)]
     base, *deltas = (make(*pair) for pair in parts)
     flat = [{"w": w, "m": m} for w, m in parts] if kind != "leaf" else [{"w": w} for w, _ in parts]
-    for rule in ("average", "ties", "slerp", "model_stock", "iso", "fisher", "ggn"):
+    for rule in ("average", "ties", "slerp", "iso", "fisher"):
         squares = lambda models: [jax.tree.map(jnp.square, d) for d in models]
-        options = OPTIONS.get(rule, {})
-        more = {"matvecs": [functools.partial(scaled, by=2.0)] * 2}
-        found = merge(rule, base, deltas, fishers=squares(deltas), **more, **options)
-        wanted = merge(rule, flat[0], flat[1:], fishers=squares(flat[1:]), **more, **options)
+        found = merge(rule, base, deltas, fishers=squares(deltas))
+        wanted = merge(rule, flat[0], flat[1:], fishers=squares(flat[1:]))
         assert jax.tree.structure(found) == jax.tree.structure(base)
         by_size = lambda models: sorted(jax.tree.leaves(models), key=np.size)
         for x, y in zip(by_size(found), by_size(wanted), strict=True):
             np.testing.assert_allclose(x, y, atol=1e-5)
         if kind != "leaf":
-            told(functools.partial(merge, rule, base, flat[1:], fishers=squares(flat[1:]), **more), "the parameters")
+            told(functools.partial(merge, rule, base, flat[1:], fishers=squares(flat[1:])), "the parameters")
 
 
 BAD = [np.nan, np.inf, -np.inf]
@@ -242,11 +245,13 @@ def test_what_is_not_finite_is_named_wherever_it_is(rule):
         call = functools.partial(run, rule, base, wrong, more, **options)
         told(call, f"delta {i % 2} holds NaN or infinite numbers in {name}:")
         # On purpose it goes through, and no factorisation waits for ever. DARE may drop it.
+        if bad != np.inf:
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             through = call(check_finite=False)
         assert jax.tree.structure(through) == jax.tree.structure(base)
-        if rule not in ("dare",) and not (rule == "ggn" and np.isinf(bad)):
+        if rule != "dare":
             assert not all(np.all(np.isfinite(x)) for x in jax.tree.leaves(through)), (rule, name)
     told(functools.partial(run, rule, spoilt(base, "m", np.nan), deltas, more, **options), "the base holds NaN")
     needs = RULES[rule].needs
@@ -302,10 +307,10 @@ def test_no_modules_empty_ones_and_other_trees_are_told(rule):
     told(call(base, [deltas[0], {}]), "delta 1 doesn't fit the parameters: ")
     told(call(base, [deltas[0], deltas[1] | {"m": jnp.ones((4, 5))}]), "m is (4, 5) and should be (5, 4)")
     told(call(base, [deltas[0], deltas[1] | {"x": jnp.ones(3)}]), "x is unknown")
-    told(call(base, [deltas[0] | {"v": jnp.arange(7)}, deltas[1]]), "delta 0 has a leaf v of type int32")
+    told(call(base, [deltas[0] | {"v": jnp.arange(3)}, deltas[1]]), "delta 0 has a leaf v of type int32")
     told(call(base, [deltas[0] | {"s": "text"}, deltas[1]]), "delta 0 has a leaf s of type str")
-    told(call(base | {"v": jnp.arange(7)}, deltas), "what the deltas are added to has a leaf v of type int32")
-    told(call(base | {"v": jnp.ones(7, jnp.float8_e4m3fn)}, deltas), "leaf v of type float8")
+    told(call(base | {"v": jnp.arange(3)}, deltas), "what the deltas are added to has a leaf v of type int32")
+    told(call(base | {"v": jnp.ones(3, jnp.float8_e4m3fn)}, deltas), "leaf v of type float8")
     if RULES[rule].weighted:
         for weights, text in (([1.0], "1 weights were given for 2"), ([np.nan, 1], "finite"), (["a", 1], "one number"),
                               ([[1.0, 2.0], [3.0, 4.0]], "one number a module")):  # fmt: skip
@@ -344,7 +349,7 @@ def test_the_functions_beside_the_rules_are_right_in_narrow_types_and_tell_what_
             "cg": conjugate_gradients(lambda v: scaled(v, 3.0), wide[0]).x,
         }  # fmt: skip
         wanted = jax.tree.map(np.asarray, wanted)
-    for dtype in ("float16", "bfloat16", "float32"):
+    for dtype in ("float16", "bfloat16"):
         a, b = ({"m": jnp.asarray(x["m"], dtype)} for x in wide)
         found = {
             "slerp": slerp(a, b, 0.3), "karcher": karcher_mean([a, b], [1.0, 2.0]), "trim": trim(a, 0.4),
@@ -353,7 +358,7 @@ def test_the_functions_beside_the_rules_are_right_in_narrow_types_and_tell_what_
         }  # fmt: skip
         for name, x in found.items():
             like(x, wanted[name], a, f"{name}, {dtype}")
-        for bad in BAD:
+        for bad in BAD[:1] if dtype == "float16" else BAD[1:]:
             wrong = {"m": a["m"].at[0, 0].set(bad)}
             key, same = jax.random.key(0), lambda v: v
             calls = [

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from compo_jax import tree
 from compo_jax.compose.leaves import mean_delta, moved, require_sound
 from compo_jax.compose.modules import aligned
-from compo_jax.compose.numbers import Scalar, Weights, along, require_not_negative, require_number, weigh
+from compo_jax.compose.numbers import (
+    Scalar,
+    Weights,
+    along,
+    require_iterations,
+    require_not_negative,
+    require_number,
+    weigh,
+)
 from compo_jax.compose.solve import Solved, solve_merge, symmetric_solve
 from compo_jax.curvature import Kronecker, merge_kronecker
 
@@ -141,7 +149,9 @@ def kronecker_merge(
     """
     deltas = aligned(base, deltas, check_finite=check_finite)
     require_not_negative(damping=damping)
+    require_iterations(tolerance, max_iterations)
     weights = weigh(weights, len(deltas), sign=False)
+    anchor = None if anchor is None else weigh(anchor, len(deltas))
     covered, factors, rest = _split(deltas, factors, weights, ["inputs", "outputs"] if check_finite else [])
     eigen = merge_kronecker(factors, weights).eigen()
     highest = jnp.stack([jnp.max(values) for values in eigen.values.values()]).max()

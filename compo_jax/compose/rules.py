@@ -72,7 +72,7 @@ def _karcher(base, deltas, weights=None, *, check_finite=True, **options):
 
 
 def _fisher(base, deltas, weights=None, *, fishers, check_finite=True, **options):
-    deltas = aligned(base, deltas)
+    deltas = aligned(base, deltas, check_finite=check_finite)
     merged = fisher_merge(deltas, fishers, weights, wide=True, check_finite=check_finite, **options)
     return moved(base, merged, check_finite=check_finite)
 

@@ -134,7 +134,7 @@ def _diagonal(fishers: Sequence, weights: Sequence, damping: Scalar, like: Tree,
     total = tree.weighted_sum(diagonals(fishers, like, check_finite=check_finite), weights, wide=True)
     if missing := sorted(set(tree.names(like)) - set(tree.names(total))):
         raise ValueError(f"the Fishers to precondition with have no entries for {', '.join(missing)}")
-    highest = jnp.stack([jnp.max(x) for x in jax.tree.leaves(total)]).max() + damping
+    highest = jnp.stack([jnp.max(x, initial=0) for x in jax.tree.leaves(total)]).max() + damping
     floor = jnp.where(highest > 0, highest * jnp.finfo(highest.dtype).eps, 1)  # where it is 0, so is the curvature
     return lambda v: jax.tree.map(lambda x, d: x / jnp.maximum(d + damping, floor).astype(x.dtype), v, total)
 

@@ -25,12 +25,11 @@ def gram(trees: Sequence[Tree]) -> Float[Array, "tasks tasks"]:
     return jnp.stack([jnp.stack([tree.dot(a, b) for b in trees]) for a in trees])
 
 
-def _cosines(trees: Sequence[Tree]) -> tuple[Float[Array, "tasks tasks"], Float[Array, " tasks"]]:
+def _cosines(trees: Sequence[Tree], check_finite: bool) -> tuple[Float[Array, "tasks tasks"], Float[Array, " tasks"]]:
     """(cosines of the angles between the trees, their norms)."""
     products = gram(trees)
     norms = jnp.sqrt(jnp.diagonal(products))
-    # not a number where an entry is none, which was let through on purpose
-    if tree.concrete(norms) and (np.any(np.isinf(norms)) or np.any(norms == 0)):
+    if tree.concrete(norms) and (np.any(norms == 0) or (check_finite and not np.all(np.isfinite(norms)))):
         raise ValueError(f"only trees that are neither zero nor infinite have a direction; their norms are {norms}")
     return jnp.clip(products / jnp.outer(norms, norms), -1, 1), norms
 
@@ -50,7 +49,7 @@ def slerp(a: Tree, b: Tree, t: Scalar, *, wide: bool = False, check_finite: bool
     """
     trees = same([a, b], check_finite=check_finite)
     require_number("t", t, "a finite number, 0 at the one tree and 1 at the other")
-    cosines, norms = _cosines(trees)
+    cosines, norms = _cosines(trees, check_finite)
     cosine, t = cosines[0, 1], wide_number(t)
     if tree.concrete(cosine) and 1 + cosine < 10 * jnp.finfo(cosine.dtype).eps:
         raise ValueError("the two trees point in opposite directions: no great circle between them is the shortest")
@@ -84,7 +83,7 @@ def karcher_mean(
     trees = same(trees, check_finite=check_finite)
     require_iterations(tolerance, max_iterations)
     weights = weigh(weights, len(trees), sign=False)
-    cosines, norms = _cosines(trees)
+    cosines, norms = _cosines(trees, check_finite)
     weights = jnp.stack([jnp.asarray(w, norms.dtype) for w in weights])
     weights = weights / weights.sum()
     eps = jnp.finfo(norms.dtype).eps
