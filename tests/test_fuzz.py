@@ -374,3 +374,20 @@ def test_the_functions_beside_the_rules_are_right_in_narrow_types_and_tell_what_
     told(lambda: conjugate_gradients(lambda v: {"m": v["m"][0]}, a), "the curvature product doesn't fit")
     big = {"m": jnp.full(3, 6e4, jnp.float16)}
     told(lambda: merge("task_arithmetic", big, [big], scale=1.0), "numbers too large for their type come out in m")
+
+
+def factorised(jaxpr):
+    """The ranks of all arrays that LAPACK gets."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("svd", "eigh", "lu", "cholesky", "qr", "geqrf", "triangular_solve"):
+            yield equation.invars[0].aval.ndim
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                yield from factorised(inner)
+
+
+@pytest.mark.parametrize("rule", ["tsv", "iso", "regmean", "kronecker", "ggn"])
+def test_factorisations_are_of_one_matrix_at_a_time(rule):
+    options = OPTIONS.get(rule, {}) | ({"coordinates": "modules"} if rule == "ggn" else {})
+    traced = jax.make_jaxpr(functools.partial(run, rule, **options))(*trees(["float32"] * 3, 2, FEW))
+    assert set(factorised(traced.jaxpr)) == {2}
