@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +181,8 @@ def test_model_stock_is_the_point_nearest_to_the_centre():
             start[layer], models[:, layer] = points[0].reshape(4, 5), points[1:].reshape(3, 4, 5)
             hull = (points[1:] - points[0]).T
             expected[layer] = (points[0] - hull @ np.linalg.lstsq(hull, points[0])[0]).reshape(4, 5)
-        close(model_stock({"w": start}, [{"w": m - start} for m in models]), {"w": expected})
+        found = model_stock({"blocks": {"w": start}}, [{"blocks": {"w": m - start}} for m in models])
+        close(found, {"blocks": {"w": expected}})
         # Orthogonal task vectors agree on nothing: the base. Equal ones: the model.
         frames = [{"w": basis[i].reshape(2, 10)} for i in range(3)]
         close(model_stock({"w": np.ones((2, 10))}, frames), {"w": np.ones((2, 10))})
@@ -202,10 +204,10 @@ def test_tsv_of_one_and_of_orthogonal_tasks():
         first = left[:, :, :2] * [3.0, 2.0] @ right[:, :2]
         second = left[:, :, 2:4] * [5.0, 1.0] @ right[:, 2:]
         zero = {"w": np.zeros((2, 6, 4))}
-        close(tsv(zero, [{"w": first}, {"w": second}], [1.0, 0.5], scale=2.0), {"w": 2 * first + second})
+        close(tsv(zero, [{"w": first}, {"w": second}], [1.0, 0.5], scale=2.0, stacked="w"), {"w": 2 * first + second})
         # A task of rank one leaves the other's directions alone.
         thin = left[:, :, 2:3] * 4.0 @ right[:, 2:3]
-        close(tsv(zero, [{"w": first}, {"w": thin}]), {"w": first + thin})
+        close(tsv(zero, [{"w": first}, {"w": thin}], stacked="w"), {"w": first + thin})
 
 
 def test_tsv_and_iso_are_the_loop_over_layers():
@@ -318,6 +320,64 @@ def test_the_rules_may_be_jitted():
         ):
             assert found.dtype == jnp.float32
             np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_what_is_stacked_is_said_by_a_pattern():
+    with X64():
+        deltas = [
+            {"blocks": {"w": normal(s, 3, 4, 2), "b": normal(s + 1, 3, 4)}, "qkv": normal(s + 2, 3, 4, 2)}
+            for s in (1, 4)
+        ]
+        start = jax.tree.map(np.zeros_like, deltas[0])
+        for rule in (tsv, iso, model_stock):
+            merged = rule(start, deltas)
+            for layer in range(3):  # each layer of a stack, biases too, as if it were alone
+                alone = lambda x, at=layer: {"w": x["blocks"]["w"][at], "b": x["blocks"]["b"][at]}
+                close(alone(merged), rule(alone(start), [alone(d) for d in deltas]))
+            # An attention kernel (in, heads, head_dim) is no stack, but one matrix against its last axis.
+            folded = lambda x: {"qkv": x["qkv"].reshape(12, 2)}
+            close(folded(merged), rule(folded(start), [folded(d) for d in deltas]))
+            listed = rule([start["qkv"]], [[d["qkv"]] for d in deltas], stacked="^0$")
+            close(listed[0][1], rule([start["qkv"][1]], [[d["qkv"][1]] for d in deltas])[0])
+            for stacked, told in (("(", "no regular expression"), ("nowhere", "'nowhere' matches no parameter")):
+                with pytest.raises(ValueError, match=told):
+                    rule(start, deltas, stacked=stacked)
+            uneven = {"blocks": {"w": np.ones((4, 2)), "b": np.ones(2)}}
+            with pytest.raises(
+                ValueError, match=r"under blocks/ would be stacks of different numbers of layers \(blocks/b 2"
+            ):
+                rule(uneven, [uneven, uneven])
+
+
+def test_full_parameters_for_a_delta_are_told():
+    start = {"w": jnp.asarray(normal(0, 40, 30)), "b": jnp.zeros(30)}
+    tuned = jax.tree.map(lambda x: x + 0.3 * normal(1, *x.shape).astype(np.float32), start)
+    for rule in (compose, ties, model_stock):
+        with pytest.warns(UserWarning, match=r"delta 1 is as large as the base and points where .*task_vector"):
+            rule(start, [delta_of(5, start), tuned])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for large in (delta_of(2, start, 30.0), jax.tree.map(jnp.negative, start), task_vector(tuned, start)):
+            compose(start, [large])
+        jax.jit(compose)(start, [tuned])
+
+
+def delta_of(seed, like, scale=1.0):
+    return jax.tree.map(lambda x: jnp.asarray(scale * normal(seed, *x.shape), jnp.float32), like)
+
+
+def test_a_lora_delta_in_16_bits_keeps_its_rank():
+    low = normal(0, 48, 3) @ normal(1, 3, 32) / 10
+    rounded = {"w": jnp.asarray(low, jnp.bfloat16)}
+    exact = iso({"w": jnp.zeros((48, 32))}, [{"w": jnp.asarray(low, jnp.float32)}])["w"]
+    found = iso({"w": jnp.zeros((48, 32))}, [rounded])["w"]
+    assert np.linalg.norm(found - exact) < 0.02 * np.linalg.norm(exact)
+
+
+def test_constants_of_a_traced_function_are_looked_at():
+    start, bad = {"w": jnp.ones(3)}, {"w": jnp.array([1.0, np.nan, 0.0])}
+    with pytest.raises(ValueError, match="delta 0 holds NaN or infinite numbers in w"):
+        jax.jit(lambda scale: ties(start, [bad], scale=scale))(1.0)
 
 
 def test_bad_input():

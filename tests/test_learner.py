@@ -565,3 +565,8 @@ def test_a_rule_without_its_curvature_or_its_name_is_told(pool, base):
         incremental.merge_pool("best", pool, base)
     with pytest.raises(ValueError, match="made on another base"):
         incremental.merge_pool("average", pool, jax.tree.map(lambda x: x + 1, base))
+    with pytest.raises(ValueError, match="'ties' has no option densty; its options are density, scale"):
+        incremental.merge_pool("ties", pool, base, densty=0.5)
+    for call in (incremental.merge_pool, lambda _, *args: incremental.pool_head(*args, {})):
+        with pytest.raises(ValueError, match=r"a list of modules' names, \['task0'\] for one, not 'task0'"):
+            call("average", pool, *([base] if call is incremental.merge_pool else []), "task0")

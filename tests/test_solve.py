@@ -302,8 +302,12 @@ def test_bad_input():
     skew = lambda v: {"w": jnp.array([-v["w"][1], v["w"][0], 0.0])}
     with pytest.raises(ValueError, match="the curvature is singular"):
         solve_merge(base, [{"w": jnp.array([1.0, 2.0, 0.0])}], [skew])
-    with pytest.raises(ValueError, match="aren't finite"):
-        solve_merge(base, [one], [lambda v: {"w": v["w"] * jnp.nan}])
+    for coordinates in ("full", "modules"):
+        bad = lambda v: {"w": v["w"] * jnp.nan}
+        with pytest.raises(ValueError, match="the curvature product of module 1 holds NaN .* in w"):
+            solve_merge(base, [one, two], [plain, bad], coordinates=coordinates)
+        through = solve_merge(base, [one, two], [plain, bad], coordinates=coordinates, check_finite=False)
+        assert not through.converged and not np.isfinite(through.residual)
     with pytest.raises(ValueError, match="1 Fishers were given to precondition with, for 2 modules"):
         solve_merge(base, [one, two], [plain, plain], preconditioner=[one])
     wide = {"w": jnp.ones(3), "b": jnp.ones(2)}

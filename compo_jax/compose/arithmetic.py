@@ -4,38 +4,88 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from compo_jax import tree
-from compo_jax.compose.modules import Scalar, Weights, aligned, weigh
+from compo_jax.compose.leaves import require_sound
+from compo_jax.compose.modules import fitted, require_floating
+from compo_jax.compose.numbers import Scalar, Weights, require_number, weigh, wide_number
 
 Tree = Any
 
 
-def task_vector(params: Tree, base: Tree) -> Tree:
+def task_vector(params: Tree, base: Tree, *, check_finite: bool = True) -> Tree:
     """`params - base`, a delta shaped as `base`; None leaves of `params` stay None, no change.
 
-    ValueError where the two don't fit (with all paths), or a leaf is no floating-point array.
+    ValueError where the two don't fit (with all paths), a leaf is no floating-point array, or the trained parameters
+    hold NaN or an infinity (`check_finite`).
     """
-    tree.require_like(params, base, "the trained parameters")
-    tree.require_float(params, "the trained parameters")
-    return jax.tree.map(lambda b, p: None if p is None else p - b, base, tree.spread(params, base))
+    what = "the trained parameters"
+    tree.require_like(params, base, what)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"{what} have no leaves: there is nothing to take a difference of")
+    require_floating(params, what)
+    params = tree.spread(params, base)
+    require_floating(jax.tree.map(lambda b, p: None if p is None else b, base, params), "the base")
+    if check_finite:
+        tree.require_finite(params, what)
+
+    def one(b, p):
+        if p is None:
+            return None
+        p, b = (x if hasattr(x, "astype") else np.asarray(x) for x in (p, b))
+        if p.dtype != b.dtype:
+            p, b = (x.astype(jnp.promote_types(p.dtype, b.dtype)) for x in (p, b))
+        return p - b
+
+    return jax.tree.map(one, base, params)
 
 
-def compose(base: Tree, deltas: Sequence[Tree], weights: Weights | None = None) -> Tree:
+def _composed(base: Tree, deltas: list[Tree], weights: list, check_finite: bool) -> Tree:
+    def one(b, *row):
+        there = [(w, x) for w, x in zip(weights, row, strict=True) if x is not None]
+        if not there:
+            return b
+        own, leaves = zip(*there, strict=True)
+        return tree.add(b, tree.weighted_sum(leaves, own, wide=True))
+
+    # leaf by leaf, so that no second tree stands beside the result
+    params = jax.tree.map(one, base, *deltas)
+    if check_finite:  # a bad number always comes out, so that it is enough to look at the result
+        require_sound(params, base, deltas)
+    return params
+
+
+def compose(base: Tree, deltas: Sequence[Tree], weights: Weights | None = None, *, check_finite: bool = True) -> Tree:
     """`base + Σ w_t delta_t`: the weighted average of the models where the weights, default 1/T, sum to one.
+
+    The sum grows in float32 at least, and is rounded to the base's types once; so it is in all rules.
 
     Args:
       deltas: T >= 1 trees shaped as `base`, None where nothing changes (`adapter.delta`, `task_vector`).
       weights: (tasks,), of any sign.
+      check_finite: ValueError, naming the module and its leaves, where a delta holds NaN or an infinity; False lets
+        them through. Nothing can be looked at under jit.
 
     Leaves that no delta changes are the base's own arrays. ValueError where a delta doesn't fit the base (with all
-    paths), moves an integer leaf, or has no weight; so do all rules that take a base and deltas.
+    paths), moves an integer leaf, or has no weight; so do all rules that take a base and deltas. A UserWarning where a
+    delta looks like a model's parameters, not like their difference from the base.
     """
-    deltas = aligned(base, deltas)
-    return tree.add(base, tree.weighted_sum(deltas, weigh(weights, len(deltas))))
+    deltas = fitted(base, deltas)
+    return _composed(base, deltas, weigh(weights, len(deltas)), check_finite)
 
 
-def task_arithmetic(base: Tree, deltas: Sequence[Tree], weights: Weights | None = None, *, scale: Scalar = 0.3) -> Tree:
+def task_arithmetic(
+    base: Tree,
+    deltas: Sequence[Tree],
+    weights: Weights | None = None,
+    *,
+    scale: Scalar = 0.3,
+    check_finite: bool = True,
+) -> Tree:
     """`base + scale Σ w_t delta_t`, weights default 1 (Ilharco et al., 2023, arXiv 2212.04089)."""
-    deltas = aligned(base, deltas)
-    return tree.add(base, tree.weighted_sum(deltas, [scale * w for w in weigh(weights, len(deltas), 1.0)]))
+    deltas = fitted(base, deltas)
+    require_number("scale", scale, "a finite number")
+    scaled = [wide_number(scale) * w for w in weigh(weights, len(deltas), 1.0)]
+    return _composed(base, deltas, scaled, check_finite)

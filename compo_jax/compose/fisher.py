@@ -7,21 +7,34 @@ import jax
 import jax.numpy as jnp
 
 from compo_jax import tree
-from compo_jax.compose.modules import Scalar, Weights, leafwise, mean_delta, same, weigh
+from compo_jax.compose.leaves import leafwise, mean_delta, rounded
+from compo_jax.compose.modules import same
+from compo_jax.compose.numbers import Scalar, Weights, along, require_not_negative, weigh
 from compo_jax.curvature import FisherDiagonal
 
 Tree = Any
 
 
-def diagonals(fishers: Sequence[FisherDiagonal | Tree], like: Tree) -> list[Tree]:
+def _mean(fisher: FisherDiagonal | Tree) -> Tree:
+    if not isinstance(fisher, FisherDiagonal):
+        return fisher
+
+    def one(total):
+        wide = tree.wide_type(total)
+        return jnp.asarray(total, wide) / jnp.asarray(fisher.count, wide)
+
+    return jax.tree.map(one, fisher.total)
+
+
+def diagonals(fishers: Sequence[FisherDiagonal | Tree], like: Tree, *, check_finite: bool = True) -> list[Tree]:
     """The means of `FisherDiagonal`s (other trees as they are) at the leaves of `like`; None where there is none.
 
     A Fisher may cover more leaves than `like`, or fewer. ValueError where it covers none, or others than the first
-    does, or has another shape, or an entry below zero.
+    does, or has another shape, or an entry that is below zero or, with `check_finite`, not finite.
     """
     found = []
     for t, fisher in enumerate(fishers):
-        mean = fisher.mean if isinstance(fisher, FisherDiagonal) else fisher
+        mean = _mean(fisher)
         entries = dict(zip(tree.names(mean), jax.tree.leaves(mean), strict=True))
         picked = tree.map_with_name(lambda name, x, e=entries: None if x is None else e.get(name), like)
         tree.require_like(picked, like, f"Fisher {t}")
@@ -31,12 +44,12 @@ def diagonals(fishers: Sequence[FisherDiagonal | Tree], like: Tree) -> list[Tree
                 f"Fisher {t} covers {', '.join(covered) or 'none'} of the merged leaves, and all must cover the same: "
                 f"take compo_jax.curvature.fisher_diagonal of the parameters {', '.join(tree.names(like))}"
             )
+        if check_finite:
+            tree.require_finite(picked, f"Fisher {t}")
         for name, x in zip(covered, jax.tree.leaves(picked), strict=True):
-            sound = jnp.all(x >= 0)
-            if tree.concrete(sound) and not sound:
-                raise ValueError(
-                    f"Fisher {t} has an entry in {name} that is negative or not a number: no curvature has"
-                )
+            below = jnp.any(jnp.asarray(x) < 0)
+            if tree.concrete(below) and below:
+                raise ValueError(f"Fisher {t} has an entry in {name} that is negative: no curvature has")
         found.append(picked)
     return found
 
@@ -47,6 +60,8 @@ def fisher_merge(
     weights: Weights | None = None,
     *,
     damping: Scalar = 0.0,
+    wide: bool = False,
+    check_finite: bool = True,
 ) -> Tree:
     """`Σ w_t F_t θ_t / Σ w_t F_t`, entry by entry (Matena and Raffel, 2022, arXiv 2111.09832).
 
@@ -58,16 +73,18 @@ def fisher_merge(
       fishers: one a task, `FisherDiagonal` (its mean is taken) or a tree shaped as the parameters; may have holes.
       weights: (tasks,), of the tasks' mean losses, default 1/T; `counts / sum(counts)` for the mean over all images.
         Not negative.
-      damping: added to every task's diagonal, pulls to the weighted average.
+      damping: added to every task's diagonal, pulls to the weighted average. Not negative.
+      wide: what comes out isn't rounded to the models' types: for a delta that is added to something.
 
     Entries that no task's Fisher sees are averaged with the weights. ValueError where the trees or the numbers of them
-    don't fit, or for a negative weight or Fisher.
+    don't fit, for a negative weight or Fisher, and where a model or a Fisher isn't finite, naming its leaves.
     """
-    params = same(params)
+    params = same(params, check_finite=check_finite)
     if len(fishers) != len(params):
         raise ValueError(f"{len(fishers)} Fishers were given for {len(params)} models: one for each")
+    require_not_negative(damping=damping)
     weights = weigh(weights, len(params), sign=False)
-    covered = diagonals(fishers, params[0])
+    covered = diagonals(fishers, params[0], check_finite=check_finite)
     mean = mean_delta(params, weights)
     together = leafwise(lambda _, x: x, covered)
     curvature = dict(zip(tree.names(together), jax.tree.leaves(together), strict=True))
@@ -75,12 +92,17 @@ def fisher_merge(
     def correction(name, x):
         if name not in curvature:
             return jnp.zeros_like(x[0])
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        w = jnp.stack([jnp.asarray(one, wide) for one in weights]).reshape(-1, *[1] * (x.ndim - 1))
-        pull = w * (curvature[name].astype(wide) + damping)
+        f = curvature[name]
+        f = f.astype(jnp.promote_types(f.dtype, x.dtype)) + damping
+        highest = jnp.max(f, axis=0)
+        w = along(weights, f)
+        pull = (
+            w * f / jnp.where(highest > 0, highest, 1)
+        )  # neither too large nor too small, whatever the Fishers' scale
         total = jnp.sum(pull, axis=0)
         # around the mean, so that where nothing pulls the mean is what is left
-        apart = x.astype(wide) - jnp.sum(w * x.astype(wide), axis=0) / jnp.sum(w, axis=0)
-        return (jnp.sum(pull * apart, axis=0) / jnp.where(total > 0, total, 1)).astype(x.dtype)
+        apart = x - jnp.sum(w * x, axis=0) / jnp.sum(w, axis=0)
+        return jnp.sum(pull * apart, axis=0) / jnp.where(total > 0, total, 1)
 
-    return tree.add(mean, leafwise(correction, params))
+    merged = tree.add(mean, leafwise(correction, params))
+    return merged if wide else rounded(merged, params)

@@ -1,5 +1,6 @@
 """Averages weighted by what goes into each dense layer, and by the curvature that comes back out of it."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,15 +8,30 @@ import jax
 import jax.numpy as jnp
 
 from compo_jax import tree
-from compo_jax.compose.modules import Scalar, Weights, aligned, mean_delta, weigh
+from compo_jax.compose.leaves import mean_delta, moved, require_sound
+from compo_jax.compose.modules import aligned
+from compo_jax.compose.numbers import (
+    Scalar,
+    Weights,
+    along,
+    require_iterations,
+    require_not_negative,
+    require_number,
+    weigh,
+)
 from compo_jax.compose.solve import Solved, solve_merge, symmetric_solve
 from compo_jax.curvature import Kronecker, merge_kronecker
 
 Tree = Any
 
 
-def _split(base: Tree, deltas: list[Tree], factors: Sequence[Kronecker], weights) -> tuple[list[Tree], Tree]:
-    """(the deltas of the layers with factors, the weighted mean of the others)."""
+def _split(
+    deltas: list[Tree], factors: Sequence[Kronecker], weights: list, finite: Sequence[str]
+) -> tuple[list[Tree], list[Kronecker], Tree]:
+    """(the deltas of the layers with factors, the factors in float32 at least, the weighted mean of the others).
+
+    `finite`: the sides of the factors, inputs and outputs, that NaN and infinities are looked for in.
+    """
     if len(factors) != len(deltas):
         raise ValueError(
             f"{len(factors)} tasks' Kronecker factors were given for {len(deltas)} modules: one for each "
@@ -24,14 +40,29 @@ def _split(base: Tree, deltas: list[Tree], factors: Sequence[Kronecker], weights
     if any(other.layout != factors[0].layout for other in factors):
         raise ValueError("the tasks' Kronecker factors are of different layers, and can't be weighed together")
     layers = dict(factors[0].layout)
-    if not set(tree.names(deltas[0])) & set(layers):
+    shapes = dict(zip(tree.names(deltas[0]), map(jnp.shape, jax.tree.leaves(deltas[0])), strict=True))
+    if not set(shapes) & set(layers):
         raise ValueError(
             f"the Kronecker factors are of {', '.join(layers)}, and the modules change none of these but "
-            f"{', '.join(tree.names(deltas[0]))}"
+            f"{', '.join(shapes)}"
         )
+    for name, layer in layers.items():
+        if shapes.get(name, seen := (*layer.stack, *layer.shape)) != seen:
+            raise ValueError(f"{name} is {shapes[name]} in the modules and {seen} in the layer that the factors are of")
+    for t, factor in enumerate(factors):
+        for side in finite:
+            tree.require_finite(getattr(factor, side), f"task {t}'s Kronecker factor of the {side}")
     parts = [tree.partition(delta, lambda name: name in layers) for delta in deltas]
     rest = [other for _, other in parts]
-    return [covered for covered, _ in parts], mean_delta(rest, weights) if jax.tree.leaves(rest) else rest[0]
+    return (
+        [covered for covered, _ in parts],
+        [dataclasses.replace(f, inputs=_wide(f.inputs), outputs=_wide(f.outputs)) for f in factors],
+        mean_delta(rest, weights) if jax.tree.leaves(rest) else rest[0],
+    )
+
+
+def _wide(arrays: Tree) -> Tree:
+    return jax.tree.map(lambda x: jnp.asarray(x, tree.wide_type(x)), arrays)
 
 
 def regmean(
@@ -43,6 +74,7 @@ def regmean(
     scaling: Scalar = 1.0,
     damping: Scalar = 0.0,
     anchor: Weights | None = None,
+    check_finite: bool = True,
 ) -> Tree:
     """RegMean (Jin et al., 2023, arXiv 2212.09849): `(Σ w_t A_t)⁻¹ Σ w_t A_t W_t` in each dense layer.
 
@@ -57,28 +89,30 @@ def regmean(
       damping: added to the summed Gram's diagonal.
       anchor: (tasks,), weights of the composition that damping pulls to; default zeros, the base.
 
-    ValueError where a summed Gram matrix is singular (dead inputs, or more inputs than examples), naming the layer.
+    ValueError where a summed Gram matrix is singular (dead inputs, or more inputs than examples), naming the layer, and
+    where a module or a Gram matrix isn't finite.
     """
-    deltas = aligned(base, deltas)
+    deltas = aligned(base, deltas, check_finite=check_finite)
+    require_number("scaling", scaling, "a part of the off-diagonal entries, from 0 to 1", lambda x: 0 <= x <= 1)
+    require_not_negative(damping=damping)
     weights = weigh(weights, len(deltas), sign=False)
     anchor = weigh([0.0] * len(deltas) if anchor is None else anchor, len(deltas))
-    covered, rest = _split(base, deltas, factors, weights)
+    covered, factors, rest = _split(deltas, factors, weights, ["inputs"] if check_finite else [])
     layers = dict(factors[0].layout)
 
     def layer(name, *changes):
         if changes[0] is None:
             return None
         lay = layers[name]
-        x = jnp.stack([lay.matrix(jnp.asarray(change)) for change in changes])
-        grams = jnp.stack([f.inputs[name] for f in factors])
-        dtype = jnp.promote_types(x.dtype, grams.dtype)
-        w, at = (jnp.stack([jnp.asarray(v, dtype) for v in values]) for values in (weights, anchor))
-        eye = jnp.eye(grams.shape[-1], dtype=dtype)
-        grams = jnp.einsum("t,t...->t...", w, grams.astype(dtype) * (scaling + (1 - scaling) * eye))
-        centre = jnp.einsum("t,t...->...", at, x.astype(dtype))
-        b = jnp.einsum("t...ik,t...kj->...ij", grams, x.astype(dtype) - centre, precision="highest")
+        wide = tree.wide_type(*changes, *[f.inputs[name] for f in factors])
+        x = jnp.stack([lay.matrix(jnp.asarray(change, wide)) for change in changes])
+        grams = jnp.stack([f.inputs[name].astype(wide) for f in factors])
+        eye = jnp.eye(grams.shape[-1], dtype=wide)
+        grams = along(weights, grams) * grams * (scaling + (1 - scaling) * eye)
+        centre = jnp.sum(along(anchor, x) * x, axis=0)
+        b = jnp.einsum("t...ik,t...kj->...ij", grams, x - centre, precision="highest")
         total = jnp.sum(grams, axis=0) + damping * eye
-        # one layer at a time: XLA's batched LAPACK calls can wait for each other for ever on few cores (jax 0.10)
+        # one layer at a time, see lapack.py
         systems = tuple(a.reshape(-1, *a.shape[len(lay.stack) :]) for a in (total, b))
         step, singular = jax.lax.map(lambda system: symmetric_solve(*system), systems)
         step = step.reshape(b.shape)
@@ -87,9 +121,10 @@ def regmean(
                 f"the Gram matrix of the inputs of {name}, summed over the tasks, is singular: some inputs are dead or "
                 "depend on others, or there are too few examples. Give a scaling below 1 (0.9) or a damping above 0"
             )
-        return lay.leaf(centre + step).astype(changes[0].dtype)
+        return lay.leaf(centre + step)
 
-    return tree.add(base, tree.combine(tree.map_with_name(layer, *covered), rest))
+    merged = tree.combine(tree.map_with_name(layer, *covered), rest)
+    return moved(base, merged, check_finite=check_finite)
 
 
 def kronecker_merge(
@@ -102,6 +137,7 @@ def kronecker_merge(
     anchor: Weights | None = None,
     tolerance: Scalar | None = None,
     max_iterations: int = 200,
+    check_finite: bool = True,
 ) -> Solved:
     """`(Σ w_t A_t ⊗ B_t + λ I) x = Σ w_t (A_t ⊗ B_t) delta_t` in each dense layer: `solve_merge` by K-FAC.
 
@@ -111,9 +147,12 @@ def kronecker_merge(
     Args:
       factors: one `curvature.kronecker` a task. The other arguments, warnings and errors are those of `solve_merge`.
     """
-    deltas = aligned(base, deltas)
+    deltas = aligned(base, deltas, check_finite=check_finite)
+    require_not_negative(damping=damping)
+    require_iterations(tolerance, max_iterations)
     weights = weigh(weights, len(deltas), sign=False)
-    covered, rest = _split(base, deltas, factors, weights)
+    anchor = None if anchor is None else weigh(anchor, len(deltas))
+    covered, factors, rest = _split(deltas, factors, weights, ["inputs", "outputs"] if check_finite else [])
     eigen = merge_kronecker(factors, weights).eigen()
     highest = jnp.stack([jnp.max(values) for values in eigen.values.values()]).max()
     # the inverse of the rounding of eigenvalues that are zero would drown the others
@@ -126,6 +165,12 @@ def kronecker_merge(
         weights,
         damping,
         preconditioner=lambda v: eigen.solve(v, floor),
+        check_finite=check_finite,
         **options,
     )
-    return solved._replace(params=tree.add(solved.params, rest))
+    if not jax.tree.leaves(rest):
+        return solved
+    params = tree.add(solved.params, rest)  # whose leaves are others
+    if check_finite:
+        require_sound(params, base)
+    return solved._replace(params=params)

@@ -1,97 +1,121 @@
-"""What the rules take: deltas that fit their base, with the same holes, and one weight for each."""
+"""What the rules take: deltas that fit their base, with the same holes; or trees of one structure."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Num
 
 from compo_jax import tree
 
 Tree = Any
-Scalar = float | int | Array
-Weights = Num[Array, " tasks"] | Num[np.ndarray, " tasks"] | Sequence
 
 
-def aligned(base: Tree, deltas: Sequence[Tree], least: int = 1) -> list[Tree]:
-    """The deltas, shaped as `base`, with None where none of them changes a leaf and zeros where some do.
+def require_floating(trees: Tree, what: str) -> None:
+    """ValueError where a leaf of the tree, called `what` in the message, can't be moved by a fraction."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError:
+            dtype = type(leaf).__name__
+        if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
+            raise ValueError(
+                f"{what} has a leaf {tree.path_name(path)} of type {dtype}: only floating-point leaves of 16 bits or "
+                "more are merged; others stay as they are where every module has None there"
+            )
 
-    ValueError for fewer than `least` deltas, one that doesn't fit the base (with all paths), or one that moves a leaf
-    that is no floating-point array.
+
+def _listed(trees: Sequence[Tree], least: int, what: str) -> list[Tree]:
+    if isinstance(trees, Mapping):
+        raise ValueError(f"one tree was given for a list of {what}: put it in a list, [tree]")
+    trees = list(trees)
+    if len(trees) < least:
+        raise ValueError(f"{len(trees)} {what} were given, and this rule composes {least} or more")
+    return trees
+
+
+def fitted(base: Tree, deltas: Sequence[Tree], least: int = 1, *, check_finite: bool = False) -> list[Tree]:
+    """The deltas, each with None at every leaf of `base` that it doesn't change.
+
+    ValueError for fewer than `least` deltas, one that doesn't fit the base (with all paths) or changes nothing, one
+    that moves a leaf that is no floating-point array, and, with `check_finite`, one with NaN or an infinity. A
+    UserWarning where a delta looks like the parameters themselves.
     """
-    deltas = list(deltas)
-    if len(deltas) < least:
-        raise ValueError(f"{len(deltas)} modules were given, and this rule composes {least} or more")
+    deltas = _listed(deltas, least, "modules")
     for t, delta in enumerate(deltas):
         tree.require_like(delta, base, f"delta {t}")
-        tree.require_float(delta, f"delta {t}")
+        if not jax.tree.leaves(delta):
+            raise ValueError(f"delta {t} changes nothing: it has no leaves but None. Leave the module out")
+        require_floating(delta, f"delta {t}")
     holed = [tree.spread(delta, base) for delta in deltas]
     moved = jax.tree.map(lambda b, *d: None if all(x is None for x in d) else b, base, *holed)
-    tree.require_float(moved, "what the deltas are added to")
+    require_floating(moved, "what the deltas are added to")
+    if check_finite:
+        for t, delta in enumerate(deltas):
+            tree.require_finite(delta, f"delta {t}")
+    for t, delta in enumerate(holed):
+        _warn_of_parameters(base, delta, t)
+    return holed
+
+
+def aligned(base: Tree, deltas: Sequence[Tree], least: int = 1, *, check_finite: bool = False) -> list[Tree]:
+    """The deltas, shaped as `base`, with None where none of them changes a leaf and zeros where some do.
+
+    Errors and warnings as `fitted`.
+    """
+    holed = fitted(base, deltas, least, check_finite=check_finite)
 
     def filled(*leaves):
         like = next((x for x in leaves if x is not None), None)
         return [jnp.zeros_like(like) if x is None and like is not None else x for x in leaves]
 
     lists = jax.tree.map(lambda _, *d: filled(*d), base, *holed)
-    return [jax.tree.map(lambda _, row, t=t: row[t], base, lists) for t in range(len(deltas))]
+    return [jax.tree.map(lambda _, row, t=t: row[t], base, lists) for t in range(len(holed))]
 
 
-def same(trees: Sequence[Tree], least: int = 1) -> list[Tree]:
-    """The trees; ValueError where they are fewer than `least` or differ in structure, holes included, or in shapes."""
-    trees = list(trees)
-    if len(trees) < least:
-        raise ValueError(f"{len(trees)} models were given, and this rule takes {least} or more")
+def _corner(x: Any) -> np.ndarray:
+    return np.asarray(x[(slice(0, 16),) * np.ndim(x)] if np.ndim(x) else x, np.float64).ravel()
+
+
+def _warn_of_parameters(base: Tree, delta: Tree, t: int) -> None:
+    """A UserWarning where a corner of the delta's largest leaf has the base's direction and is about as long.
+
+    A delta, however large, points elsewhere than the base; a corner is enough to tell, and costs nothing.
+    """
+    there = jax.tree.map(lambda b, d: None if d is None else b, base, delta)
+    b, d = max(zip(*map(jax.tree.leaves, (there, delta)), strict=True), key=lambda pair: np.size(pair[1]))
+    if not tree.concrete(b, d) or not all(getattr(x, "is_fully_addressable", True) for x in (b, d)):
+        return
+    with jax.ensure_compile_time_eval():
+        b, d = _corner(b), _corner(d)
+    if b.size < 2 or not np.all(np.isfinite([b, d])) or not (np.any(b) and np.any(d)):
+        return
+    share, cosine = b @ d / (b @ b), b @ d / np.linalg.norm(b) / np.linalg.norm(d)
+    if cosine > 0.9 and 0.5 <= share <= 2:
+        warnings.warn(
+            f"delta {t} is as large as the base and points where the base does, as if it were a model's parameters: "
+            "rules take differences from the base (compo_jax.compose.task_vector(params, base))",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def same(trees: Sequence[Tree], *, check_finite: bool = False) -> list[Tree]:
+    """The trees; ValueError where there are none, or they differ in structure, holes included, or in shapes.
+
+    With `check_finite` also where one has NaN or an infinity.
+    """
+    trees = _listed(trees, 1, "models")
     for t, other in enumerate(trees):
-        tree.require_float(other, f"tree {t}")
+        if not jax.tree.leaves(other):
+            raise ValueError(f"tree {t} has no leaves: there is nothing to merge")
+        require_floating(other, f"tree {t}")
         tree.require_like(other, trees[0], f"tree {t}")
         if jax.tree.structure(other) != jax.tree.structure(trees[0]):
             raise ValueError(f"tree {t} has another structure than tree 0: their None holes or containers differ")
+    if check_finite:
+        for t, other in enumerate(trees):
+            tree.require_finite(other, f"tree {t}")
     return trees
-
-
-def weigh(weights: Weights | None, tasks: int, default: Scalar | None = None, *, sign: bool = True) -> list:
-    """One weight a module; without any, `default` for each, 1/T where that is None.
-
-    ValueError for another number of weights, one that isn't finite, and, with `sign=False`, for a negative one or a sum
-    of zero: such rules minimise weighted losses.
-    """
-    if weights is None:
-        return [1 / tasks if default is None else default] * tasks
-    if len(weights) != tasks:
-        raise ValueError(f"{len(weights)} weights were given for {tasks} modules: one for each")
-    if tree.concrete(weights):
-        values = np.asarray(weights, np.float64)
-        if not np.all(np.isfinite(values)):
-            raise ValueError(f"the weights {values} aren't all finite")
-        if not sign and (np.any(values < 0) or values.sum() <= 0):
-            raise ValueError(
-                f"the weights {values} can't be negative, nor all zero, in this rule: to subtract a module, negate "
-                "its delta"
-            )
-    return list(weights)
-
-
-def mean_delta(deltas: Sequence[Tree], weights: Sequence) -> Tree:
-    """`Σ w_t delta_t / Σ w_t`."""
-    total = sum(weights)
-    return tree.weighted_sum(deltas, [w / total for w in weights])
-
-
-def leafwise(function: Callable[[str, Array], Array], trees: Sequence[Tree]) -> Tree:
-    """`function(path, leaves (tasks, ...))` for each leaf of trees with the same holes."""
-    return tree.map_with_name(lambda name, *x: None if x[0] is None else function(name, jnp.stack(x)), *trees)
-
-
-def by_layer(
-    function: Callable[[Array], Array], name: str, leaves: Num[Array, "tasks ..."], stacked: str | Sequence[str] | None
-) -> Array:
-    """`function(leaves (tasks, ...))` of a leaf, or of each of its layers where axis 0 of the leaf counts layers.
-
-    `stacked`: patterns of the paths of such leaves; None: the leaves of three axes, (layers, in, out).
-    """
-    patterns = [stacked] if isinstance(stacked, str) else stacked
-    of_layers = leaves.ndim == 4 if patterns is None else tree.first_match(name, [(p, True) for p in patterns], False)
-    return jax.lax.map(function, jnp.moveaxis(leaves, 1, 0)) if of_layers else function(leaves)

@@ -1,5 +1,6 @@
 """Every rule by its name."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,9 @@ from compo_jax import tree
 from compo_jax.compose.arithmetic import compose, task_arithmetic
 from compo_jax.compose.fisher import fisher_merge
 from compo_jax.compose.kronecker import kronecker_merge, regmean
-from compo_jax.compose.modules import Weights, aligned
+from compo_jax.compose.leaves import moved
+from compo_jax.compose.modules import aligned
+from compo_jax.compose.numbers import Weights
 from compo_jax.compose.solve import Solved, solve_merge
 from compo_jax.compose.sparse import dare, ties
 from compo_jax.compose.spectral import iso, tsv
@@ -28,12 +31,14 @@ class Rule(NamedTuple):
       needs: names of the keyword arguments that it can't do without, of those that `MADE_BY` lists.
       takes: names of those that it takes where they are given.
       weighted: whether it takes weights.
+      behind: the function that gets the options that `run` has no name for.
     """
 
     run: Callable[..., Tree | Solved]
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     weighted: bool = True
+    behind: Callable[..., Any] | None = None
 
 
 #: What rules need beside the deltas, and how it is made.
@@ -46,34 +51,39 @@ MADE_BY = {
 }
 
 
-def _dare(base, deltas, weights=None, *, key, rate=0.9, rule="average", **options):
-    def merged(base, dropped, weights, **options):
-        return merge(rule, base, dropped, weights=weights, key=key, **options)
+def _dare(base, deltas, weights=None, *, key, rate=0.9, rule="average", check_finite=True, **options):
+    def merged(base, dropped, weights, *, check_finite=True, **options):
+        return merge(rule, base, dropped, weights=weights, key=key, check_finite=check_finite, **options)
 
-    return dare(key, base, deltas, weights, rate=rate, rule=merged, **options)
+    return dare(key, base, deltas, weights, rate=rate, rule=merged, check_finite=check_finite, **options)
 
 
-def _slerp(base, deltas, *, t=0.5):
-    deltas = aligned(base, deltas, least=2)
+def _slerp(base, deltas, *, t=0.5, check_finite=True):
+    deltas = aligned(base, deltas, least=2, check_finite=check_finite)
     if len(deltas) != 2:
         raise ValueError(f"slerp is of two modules, and {len(deltas)} were given: karcher is its mean of many")
-    return tree.add(base, slerp(*deltas, t))
+    return moved(base, slerp(*deltas, t, wide=True, check_finite=False), check_finite=check_finite)
 
 
-def _karcher(base, deltas, weights=None, **options):
-    return tree.add(base, karcher_mean(aligned(base, deltas), weights, **options))
+def _karcher(base, deltas, weights=None, *, check_finite=True, **options):
+    deltas = aligned(base, deltas, check_finite=check_finite)
+    mean = karcher_mean(deltas, weights, wide=True, check_finite=False, **options)
+    return moved(base, mean, check_finite=check_finite)
 
 
-def _fisher(base, deltas, weights=None, *, fishers, **options):
-    return tree.add(base, fisher_merge(aligned(base, deltas), fishers, weights, **options))
+def _fisher(base, deltas, weights=None, *, fishers, check_finite=True, **options):
+    deltas = aligned(base, deltas, check_finite=check_finite)
+    merged = fisher_merge(deltas, fishers, weights, wide=True, check_finite=check_finite, **options)
+    return moved(base, merged, check_finite=check_finite)
 
 
 def _full(base, deltas, weights=None, *, matvecs, fishers=None, **options):
     return solve_merge(base, deltas, matvecs, weights, **({"preconditioner": fishers} | options))
 
 
-def _best_weights(base, deltas, *, landscape, **options):
-    return compose(base, deltas, landscape.best_weights(**options))
+def _best_weights(base, deltas, *, landscape, check_finite=True, **options):
+    tree.require_finite({"slope": landscape.slope, "gram": landscape.gram}, "the landscape")
+    return compose(base, deltas, landscape.best_weights(**options), check_finite=check_finite)
 
 
 RULES = {
@@ -82,15 +92,15 @@ RULES = {
     "ties": Rule(ties),
     "dare": Rule(_dare, needs=("key",), takes=("fishers", "factors", "matvecs", "landscape")),
     "slerp": Rule(_slerp, weighted=False),
-    "karcher": Rule(_karcher),
+    "karcher": Rule(_karcher, behind=karcher_mean),
     "model_stock": Rule(model_stock, weighted=False),
     "tsv": Rule(tsv),
     "iso": Rule(iso),
-    "fisher": Rule(_fisher, needs=("fishers",)),
+    "fisher": Rule(_fisher, needs=("fishers",), behind=fisher_merge),
     "regmean": Rule(regmean, needs=("factors",)),
     "kronecker": Rule(kronecker_merge, needs=("factors",)),
-    "ggn": Rule(_full, needs=("matvecs",), takes=("fishers",)),
-    "best_weights": Rule(_best_weights, needs=("landscape",), weighted=False),
+    "ggn": Rule(_full, needs=("matvecs",), takes=("fishers",), behind=solve_merge),
+    "best_weights": Rule(_best_weights, needs=("landscape",), weighted=False, behind=Landscape.best_weights),
 }
 
 
@@ -99,6 +109,37 @@ def find_rule(name: str) -> Rule:
     if name not in RULES:
         raise ValueError(f"unknown rule {name!r}; known are {', '.join(RULES)}")
     return RULES[name]
+
+
+#: Parameters of rules that `merge` has by these names, or gives.
+_OTHERS = {"base", "deltas", "params", "trees", "self", "weights", "wide", "check_finite", *MADE_BY}
+
+
+def options_of(name: str, behind: str = "average") -> list[str] | None:
+    """The options of the rule of that name, for `merge`; None where it takes any.
+
+    Args:
+      behind: of `dare`, the rule that merges what is left.
+    """
+    rule = find_rule(name)
+    parameters = inspect.signature(rule.run).parameters.values()
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    if name == "dare":
+        further = options_of(behind)
+    elif rule.behind is not None:
+        further = list(inspect.signature(rule.behind).parameters)
+    else:
+        further = None if len(names) < len(parameters) else []
+    return None if further is None else [x for x in dict.fromkeys(names + further) if x not in _OTHERS]
+
+
+def require_options(name: str, options: dict[str, Any]) -> None:
+    """ValueError, listing those that there are, where the rule of that name hasn't one of the options."""
+    known = options_of(name, options.get("rule", "average"))
+    if known is not None and (unknown := [option for option in options if option not in known]):
+        raise ValueError(
+            f"the rule {name!r} has no option {', '.join(unknown)}; its options are {', '.join(known) or 'none'}"
+        )
 
 
 def merge(
@@ -112,6 +153,7 @@ def merge(
     factors: Sequence | None = None,
     matvecs: Sequence | None = None,
     landscape: Landscape | None = None,
+    check_finite: bool = True,
     **options: Any,
 ) -> Tree:
     """The composed parameters by the rule `name` of `RULES`.
@@ -121,14 +163,17 @@ def merge(
       weights: one a module; the default, and what they mean, is the rule's own.
       key, fishers, factors, matvecs, landscape: see `MADE_BY`. What the rule doesn't use is left aside, so that a loop
         over all rules may give everything to each.
+      check_finite: ValueError, naming module and leaf, where a module, or what the rule needs beside them, holds NaN or
+        an infinity; False lets them through.
       options: the rule's own, such as `scale`, `density`, `rate`, `damping`; `slerp` takes `t`, and `dare` the name
         of the `rule` behind it.
 
     The residual of a solve comes with `solve_merge` and `kronecker_merge` themselves. ValueError for an unknown rule
-    (lists the known), for what the rule needs and wasn't given (says what makes it), for weights that the rule doesn't
-    take; what else the rule raises.
+    or option (lists the known), for what the rule needs and wasn't given (says what makes it), for weights that the
+    rule doesn't take; what else the rule raises.
     """
     rule = find_rule(name)
+    require_options(name, options)
     given = {"key": key, "fishers": fishers, "factors": factors, "matvecs": matvecs, "landscape": landscape}
     given = {what: value for what, value in given.items() if value is not None and what in rule.needs + rule.takes}
     if missing := [f"{what} ({MADE_BY[what]})" for what in rule.needs if what not in given]:
@@ -137,5 +182,7 @@ def merge(
         if not rule.weighted:
             raise ValueError(f"the rule {name!r} takes no weights")
         given["weights"] = weights
+    if not check_finite:
+        options["check_finite"] = False
     merged = rule.run(base, deltas, **given, **options)
     return merged.params if isinstance(merged, Solved) else merged

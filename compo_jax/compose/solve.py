@@ -1,5 +1,6 @@
 """The joint minimum of the tasks' quadratics, from products of their curvature with vectors alone."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from compo_jax import tree
 from compo_jax.compose.fisher import diagonals
-from compo_jax.compose.modules import Scalar, Weights, aligned, weigh
+from compo_jax.compose.lapack import eigh
+from compo_jax.compose.leaves import moved, rounded
+from compo_jax.compose.modules import aligned, same
+from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_not_negative, weigh
 from compo_jax.compose.sphere import gram
 from compo_jax.curvature import FisherDiagonal
 
@@ -61,6 +65,7 @@ def conjugate_gradients(
     preconditioner: Matvec | None = None,
     tolerance: Scalar | None = None,
     max_iterations: int = 200,
+    check_finite: bool = True,
 ) -> Solution:
     """Solves `A x = b` from x = 0, A symmetric and positive (Hestenes and Stiefel, 1952). May be jitted.
 
@@ -68,11 +73,17 @@ def conjugate_gradients(
     `jax.scipy.sparse.linalg.cg` tells neither the residual nor the iterations, and forgets the best iterate.
 
     Args:
-      matvec: `A`, tree to tree.
+      matvec: `A`, tree to tree; gets vectors in float32 at least.
       preconditioner: near `A⁻¹`, symmetric and positive.
       tolerance: of the residual; default `eps^0.75`, 6e-6 in float32 and 2e-12 in float64.
+
+    ValueError where b isn't finite (`check_finite`), or the product isn't shaped as b.
     """
-    precondition = preconditioner or (lambda v: v)
+    require_iterations(tolerance, max_iterations)
+    (narrow,) = same([b], check_finite=check_finite)
+    b = jax.tree.map(lambda x: jnp.asarray(x, tree.wide_type(x)), narrow)
+    matvec = functools.partial(_product, matvec, like=b)
+    precondition = functools.partial(_product, preconditioner or (lambda v: v), like=b, what="the preconditioner")
     size = jnp.sqrt(tree.dot(b, b))
     eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(b))
     tolerance = eps**0.75 if tolerance is None else tolerance
@@ -102,17 +113,28 @@ def conjugate_gradients(
     _, _, _, _, count, x, _, extremes, _ = jax.lax.while_loop(more, step, start)
     rest = tree.add(b, matvec(x), -1.0)
     residual = jnp.sqrt(tree.dot(rest, rest)) / jnp.where(size > 0, size, 1)
-    return Solution(x, residual, jnp.asarray(count), residual <= tolerance, jnp.stack(extremes))
+    return Solution(rounded(x, [narrow]), residual, jnp.asarray(count), residual <= tolerance, jnp.stack(extremes))
 
 
-def _diagonal(fishers: Sequence, weights: Sequence, damping: Scalar, like: Tree) -> Matvec:
+def _product(matvec: Matvec, vector: Tree, like: Tree, what: str = "the curvature product") -> Tree:
+    """`matvec(vector)` at the vector's leaves, in its types. ValueError where it isn't shaped as `like`."""
+    image = matvec(vector)
+    tree.require_like(image, like, what)
+
+    def there(_, v, g):
+        return None if v is None else jnp.zeros_like(v) if g is None else jnp.asarray(g, v.dtype)
+
+    return jax.tree.map(there, like, vector, tree.spread(image, like))
+
+
+def _diagonal(fishers: Sequence, weights: Sequence, damping: Scalar, like: Tree, check_finite: bool) -> Matvec:
     """`v / (Σ w_t F_t + damping)`."""
     if len(fishers) != len(weights):
         raise ValueError(f"{len(fishers)} Fishers were given to precondition with, for {len(weights)} modules")
-    total = tree.weighted_sum(diagonals(fishers, like), weights)
+    total = tree.weighted_sum(diagonals(fishers, like, check_finite=check_finite), weights, wide=True)
     if missing := sorted(set(tree.names(like)) - set(tree.names(total))):
         raise ValueError(f"the Fishers to precondition with have no entries for {', '.join(missing)}")
-    highest = jnp.stack([jnp.max(x) for x in jax.tree.leaves(total)]).max() + damping
+    highest = jnp.stack([jnp.max(x, initial=0) for x in jax.tree.leaves(total)]).max() + damping
     floor = jnp.where(highest > 0, highest * jnp.finfo(highest.dtype).eps, 1)  # where it is 0, so is the curvature
     return lambda v: jax.tree.map(lambda x, d: x / jnp.maximum(d + damping, floor).astype(x.dtype), v, total)
 
@@ -129,6 +151,7 @@ def solve_merge(
     preconditioner: Matvec | Sequence[FisherDiagonal | Tree] | None = None,
     tolerance: Scalar | None = None,
     max_iterations: int = 200,
+    check_finite: bool = True,
 ) -> Solved:
     """`base + x`, with `(Σ w_t G_t + λ I) x = Σ w_t G_t delta_t`: the full Gauss-Newton merge, with no matrix formed.
 
@@ -153,59 +176,67 @@ def solve_merge(
 
     A UserWarning names the residual that was left where conjugate gradients didn't converge, and the best iterate is
     returned. ValueError where the system is singular along its way (for dependent modules, say), or not positive, or
-    has numbers that aren't finite; under jit, where values can't be seen, look at `converged`.
+    where a module or a product isn't finite (`check_finite`). Under jit, where values can't be seen, look at
+    `converged`.
     """
     if coordinates not in ("full", "modules"):
         raise ValueError(f"unknown coordinates {coordinates!r}; known are full, modules")
-    deltas = aligned(base, deltas)
+    deltas = aligned(base, deltas, check_finite=check_finite)
     tasks = len(deltas)
     if len(matvecs) != tasks:
         raise ValueError(
             f"{len(matvecs)} curvature products were given for {tasks} modules: one for each "
             "(compo_jax.curvature.ggn at the module's own parameters and data)"
         )
-    if tree.concrete(damping) and not 0 <= damping < np.inf:
-        raise ValueError(f"damping is a finite number that isn't negative, not {damping}")
+    require_not_negative(damping=damping)
+    require_iterations(tolerance, max_iterations)
     weights = weigh(weights, tasks, sign=False)
     anchor = weigh([0.0] * tasks if anchor is None else anchor, tasks)
-    wide = [jax.tree.map(lambda x: jnp.asarray(x) + jnp.zeros((), jnp.float32), d) for d in deltas]  # or wider
+    types = jax.tree.map(lambda *d: tree.wide_type(*d), *deltas)
+    wide = [jax.tree.map(jnp.asarray, delta, types) for delta in deltas]
 
     def product(matvec, vector):
-        image = tree.spread(matvec(vector), base)
-
-        def there(_, v, g):
-            return None if v is None else jnp.zeros_like(v) if g is None else g.astype(v.dtype)
-
-        return jax.tree.map(there, base, vector, image)
+        return _product(matvec, vector, base)
 
     def curvature(vector):
         return tree.weighted_sum((product(matvec, vector) for matvec in matvecs), weights)
 
+    def require_products():
+        for t, (matvec, delta) in enumerate(zip(matvecs, wide, strict=True)):
+            tree.require_finite(product(matvec, delta), f"the curvature product of module {t}")
+        raise ValueError("the solve comes to numbers that aren't finite: the curvature, or the damping, is too large")
+
     if coordinates == "modules":
-        return _in_modules(base, deltas, wide, matvecs, product, curvature, weights, damping, anchor)
+        merged, residual, found = _in_modules(wide, matvecs, product, curvature, weights, damping, anchor)
+        if check_finite and tree.concrete(residual) and not np.isfinite(residual):
+            require_products()
+        params = moved(base, merged, check_finite=check_finite)
+        return Solved(params, residual, jnp.array(0), residual <= jnp.finfo(residual.dtype).eps ** 0.5, found)
 
     centre = tree.weighted_sum(wide, anchor)
     apart = [tree.add(delta, centre, -1.0) for delta in wide]
     b = tree.weighted_sum((product(m, d) for m, d in zip(matvecs, apart, strict=True)), weights)
     if preconditioner is not None and not callable(preconditioner):
-        preconditioner = _diagonal(preconditioner, weights, damping, b)
+        preconditioner = _diagonal(preconditioner, weights, damping, b, check_finite)
     found = conjugate_gradients(
         lambda v: tree.add(curvature(v), v, damping),
         b,
         preconditioner=preconditioner,
         tolerance=tolerance,
         max_iterations=max_iterations,
+        check_finite=False,
     )
     if tree.concrete(found, damping):
-        _judge(found, b, apart, damping)
-    merged = jax.tree.map(lambda x, d: x.astype(d.dtype), tree.add(centre, found.x), deltas[0])
-    return Solved(tree.add(base, merged), found.residual, found.iterations, found.converged)
+        if np.isfinite(found.residual):
+            _judge(found, b, apart, damping)
+        elif check_finite:
+            require_products()
+    params = moved(base, tree.add(centre, found.x), check_finite=check_finite)
+    return Solved(params, found.residual, found.iterations, found.converged)
 
 
 def _judge(found: Solution, b: Tree, apart: list[Tree], damping: Scalar) -> None:
     blind = damping == 0 and tree.dot(b, b) == 0 and any(tree.dot(d, d) > 0 for d in apart)
-    if not np.isfinite(found.residual):
-        raise ValueError("the modules, or the products of their curvature, hold numbers that aren't finite")
     lowest, highest = found.curvature
     if not found.converged and lowest < -(jnp.finfo(lowest.dtype).eps ** 0.5) * abs(highest):
         raise ValueError(
@@ -233,8 +264,8 @@ def symmetric_solve(matrix: Array, b: Array) -> tuple[Array, Bool[Array, ""]]:
     """
     scale = jnp.sqrt(jnp.maximum(jnp.diagonal(matrix), 0))
     scale = jnp.where(scale > 0, scale, 1)
-    values, vectors = jnp.linalg.eigh(matrix / jnp.outer(scale, scale))
-    regular = values > len(scale) * jnp.finfo(values.dtype).eps * values[-1]
+    values, vectors = eigh(matrix / jnp.outer(scale, scale))
+    regular = ~(values <= len(scale) * jnp.finfo(values.dtype).eps * values[-1])  # nan goes through
     columns = b.reshape(len(scale), -1) / scale[:, None]
     rotated = (
         jnp.matmul(vectors.T, columns, precision="highest")
@@ -244,7 +275,10 @@ def symmetric_solve(matrix: Array, b: Array) -> tuple[Array, Bool[Array, ""]]:
     return x.reshape(b.shape), ~jnp.all(regular)
 
 
-def _in_modules(base, deltas, wide, matvecs, product, curvature, weights, damping, anchor):
+def _in_modules(
+    wide, matvecs, product, curvature, weights, damping, anchor
+) -> tuple[Tree, Float[Array, ""], Float[Array, " tasks"]]:
+    """(the merged delta, the relative residual, its weights)."""
     columns, own = [], None
     for matvec, weight, delta in zip(matvecs, weights, wide, strict=True):
         image = curvature(delta)
@@ -258,14 +292,10 @@ def _in_modules(base, deltas, wide, matvecs, product, curvature, weights, dampin
     step, singular = symmetric_solve(matrix, b)
     size = jnp.linalg.norm(b)
     residual = jnp.linalg.norm(b - jnp.matmul(matrix, step, precision="highest")) / jnp.where(size > 0, size, 1)
-    if tree.concrete(residual, damping):
-        if not np.isfinite(residual):
-            raise ValueError("the modules, or the products of their curvature, hold numbers that aren't finite")
-        if singular and damping == 0:  # with damping the composition is one, whatever the weights that make it
-            raise ValueError(
-                "the solve in module coordinates is singular: modules depend on each other, or the curvature doesn't "
-                "see where they went. Give a damping above 0, or leave modules out that others are made of"
-            )
-    found = at + step
-    params = tree.add(base, tree.weighted_sum(deltas, list(found)))
-    return Solved(params, residual, jnp.array(0), residual <= jnp.finfo(seen.dtype).eps ** 0.5, found)
+    # with damping the composition is one, whatever the weights that make it
+    if tree.concrete(residual, damping) and singular and damping == 0:
+        raise ValueError(
+            "the solve in module coordinates is singular: modules depend on each other, or the curvature doesn't "
+            "see where they went. Give a damping above 0, or leave modules out that others are made of"
+        )
+    return tree.weighted_sum(wide, list(at + step), wide=True), residual, at + step

@@ -1,5 +1,6 @@
 """Rules that drop entries of the task vectors, by size (TIES) or by chance (DARE)."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,25 +10,44 @@ from jaxtyping import Array, Key
 
 from compo_jax import tree
 from compo_jax.compose.arithmetic import compose
-from compo_jax.compose.modules import Scalar, Weights, aligned, leafwise, weigh
+from compo_jax.compose.leaves import leafwise, moved
+from compo_jax.compose.modules import aligned, same
+from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh, wide_number
 
 Tree = Any
 
 
-def trim(delta: Tree, density: float) -> Tree:
+def _require_density(density: float) -> None:
+    meaning = "the fraction of entries that is kept, above 0 and at most 1"
+    if not tree.concrete(density):
+        raise ValueError(f"density is {meaning}, and has to be known when the rule is traced: leave it out of jit")
+    require_number("density", density, meaning, lambda x: 0 < x <= 1)
+
+
+def trim(delta: Tree, density: float, *, check_finite: bool = True) -> Tree:
     """The fraction `density` of the delta's entries that are largest in magnitude, over all its leaves; others zero.
 
-    Entries as large as the last one kept are kept, too.
+    Entries as large as the last one kept are kept, too. ValueError where the delta holds NaN or an infinity, which
+    `check_finite=False` counts among the largest.
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"density is the fraction of entries that is kept, above 0 and at most 1, not {density}")
-    sizes = jnp.sort(jnp.concatenate([jnp.abs(x).ravel() for x in jax.tree.leaves(delta)]))
-    least = sizes[sizes.size - max(1, round(density * sizes.size))]
-    return jax.tree.map(lambda x: jnp.where(jnp.abs(x) >= least, x, 0), delta)
+    _require_density(density)
+    (delta,) = same([delta], check_finite=check_finite)
+    sizes = jnp.concatenate([jnp.abs(jnp.asarray(x)).ravel() for x in jax.tree.leaves(delta)])
+    if not sizes.size:
+        return delta
+    sizes = jnp.sort(jnp.where(jnp.isnan(sizes), jnp.inf, sizes))
+    least = sizes[sizes.size - max(1, round(float(density) * sizes.size))]
+    return jax.tree.map(lambda x: jnp.where(jnp.abs(x) < least, 0, x), delta)
 
 
 def ties(
-    base: Tree, deltas: Sequence[Tree], weights: Weights | None = None, *, density: float = 0.2, scale: Scalar = 1.0
+    base: Tree,
+    deltas: Sequence[Tree],
+    weights: Weights | None = None,
+    *,
+    density: float = 0.2,
+    scale: Scalar = 1.0,
+    check_finite: bool = True,
 ) -> Tree:
     """TIES (Yadav et al., 2023, arXiv 2306.01708): trim, elect a sign for each entry, average what agrees with it.
 
@@ -38,28 +58,46 @@ def ties(
 
     An entry that sums to zero has no sign and doesn't change.
     """
-    deltas = [trim(delta, density) for delta in aligned(base, deltas)]
+    _require_density(density)
+    require_number("scale", scale, "a finite number")
+    deltas = aligned(base, deltas, check_finite=check_finite)
     weights = weigh(weights, len(deltas), sign=False)
+    deltas = [trim(delta, density, check_finite=False) for delta in deltas]
 
     def merged(_, x):
-        w = jnp.stack([jnp.asarray(one, x.dtype) for one in weights]).reshape(-1, *[1] * (x.ndim - 1))
+        w = along(weights, x)
         elected = jnp.sign(jnp.sum(w * x, axis=0))
         agreeing = jnp.where((jnp.sign(x) == elected) & (x != 0), w, 0)
         total = jnp.sum(agreeing, axis=0)
         return jnp.sum(agreeing * x, axis=0) / jnp.where(total > 0, total, 1)
 
-    return tree.add(base, leafwise(merged, deltas), scale)
+    return moved(base, leafwise(merged, deltas), scale, check_finite=check_finite)
 
 
-def drop(key: Key[Array, ""], delta: Tree, rate: Scalar) -> Tree:
-    """Each entry zero with the probability `rate`, the others divided by `1 - rate`: `delta` in expectation."""
-    if tree.concrete(rate) and not 0 <= rate < 1:
-        raise ValueError(f"rate is the probability that an entry is dropped, from 0 to below 1, not {rate}")
+def _dropped(key: Key[Array, ""], delta: Tree, rate: Scalar) -> Tree:
+    """`drop`, unrounded."""
+    meaning = "the probability that an entry is dropped, from 0 to below 1"
+    require_number("rate", rate, meaning, lambda x: 0 <= x < 1)
+    rate = wide_number(rate)
     keys = iter(jax.random.split(key, len(jax.tree.leaves(delta))))
-    return jax.tree.map(
-        lambda x: jnp.where(jax.random.bernoulli(next(keys), rate, x.shape), 0, x / (1 - jnp.asarray(rate, x.dtype))),
-        delta,
-    )
+
+    def one(x):
+        x = jnp.asarray(x, tree.wide_type(x))
+        return jnp.where(jax.random.bernoulli(next(keys), rate, x.shape), 0, x / jnp.asarray(1 - rate, x.dtype))
+
+    return jax.tree.map(one, delta)
+
+
+def drop(key: Key[Array, ""], delta: Tree, rate: Scalar, *, check_finite: bool = True) -> Tree:
+    """Each entry zero with the probability `rate`, the others divided by `1 - rate`: `delta` in expectation.
+
+    ValueError where the delta holds NaN or an infinity, or what is divided is too large for its type (`check_finite`).
+    """
+    (delta,) = same([delta], check_finite=check_finite)
+    found = jax.tree.map(lambda y, x: y.astype(jnp.result_type(x)), _dropped(key, delta, rate), delta)
+    if check_finite:
+        tree.require_finite(found, f"the delta divided by 1 - {rate}")
+    return found
 
 
 def dare(
@@ -70,6 +108,7 @@ def dare(
     *,
     rate: Scalar = 0.9,
     rule: Callable[..., Any] = compose,
+    check_finite: bool = True,
     **options: Any,
 ) -> Any:
     """DARE (Yu et al., 2024, arXiv 2311.03099): drop entries by chance, rescale the rest, and merge by another rule.
@@ -77,8 +116,12 @@ def dare(
     Args:
       key: each module's draw is independent of the others'.
       rate: probability that an entry is dropped.
-      rule: `(base, deltas, weights, **options) -> params`, such as `compose`, `task_arithmetic`, `ties`.
+      rule: `(base, deltas, weights, **options) -> params`, such as `compose`, `task_arithmetic`, `ties`; it gets the
+        rescaled deltas unrounded, in float32 at least.
     """
-    keys = jax.random.split(key, max(1, len(deltas)))
-    dropped = [drop(k, delta, rate) for k, delta in zip(keys, aligned(base, deltas), strict=True)]
+    deltas = aligned(base, deltas, check_finite=check_finite)
+    keys = jax.random.split(key, len(deltas))
+    dropped = [_dropped(k, delta, rate) for k, delta in zip(keys, deltas, strict=True)]
+    if not check_finite and "check_finite" in inspect.signature(rule).parameters:
+        options["check_finite"] = False
     return rule(base, dropped, weights, **options)

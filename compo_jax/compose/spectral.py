@@ -8,33 +8,52 @@ error belong to no direction (a LoRA delta has its rank and no more), and are le
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from compo_jax import tree
-from compo_jax.compose.modules import Scalar, Weights, aligned, by_layer, leafwise, weigh
+from compo_jax.adapters.adapter import STACKED
+from compo_jax.compose.lapack import svd
+from compo_jax.compose.leaves import Stacked, by_layer, layers, leafwise, moved
+from compo_jax.compose.modules import aligned
+from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh
 
 Tree = Any
 Matrices = Float[Array, "tasks in out"]
 
 
-def _svd(x: Float[Array, "*tasks in out"]) -> tuple[Array, Array, Array, Array]:
-    """(U, σ, Vᵀ, which singular values are above the rounding error), the directions of the others zero."""
-    u, s, v = jnp.linalg.svd(x, full_matrices=False)
-    real = s > s[..., :1] * max(x.shape[-2:]) * jnp.finfo(x.dtype).eps
-    return u * real[..., None, :], s * real, v * real[..., :, None], real
+def _svd(x: Float[Array, "in out"], eps: float) -> tuple[Array, Array, Array, Array]:
+    """(U, σ, Vᵀ, which singular values are above the rounding error), the directions of the others zero.
+
+    Args:
+      eps: of the type that the entries were rounded to. Their errors, as a matrix, have singular values up to about a
+        third of `eps |x| / sqrt(min(in, out))`.
+    """
+    u, s, v = svd(x)
+    noise = eps * jnp.linalg.norm(s) / min(x.shape) ** 0.5
+    small = s <= jnp.maximum(s[:1] * max(x.shape) * jnp.finfo(x.dtype).eps, noise)
+    real = jnp.where(small, 0, 1).astype(x.dtype)  # 1 for nan, which goes through
+    return u * real, s * real, v * real[:, None], real
 
 
-def _by_matrix(function: Callable[[Matrices], Array], deltas: list[Tree], weights, stacked) -> Tree:
-    def layer(x):
-        w = jnp.stack([jnp.asarray(one, x.dtype) for one in weights]).reshape(-1, *[1] * (x.ndim - 1))
-        if x.ndim < 3:
-            return jnp.mean(w * x, axis=0)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        merged = function((w * wide).reshape(x.shape[0], -1, x.shape[-1]))
-        return merged.reshape(x.shape[1:]).astype(x.dtype)
+def _by_matrix(
+    function: Callable[[Matrices, float], Array], base: Tree, deltas: list[Tree], weights: list, stacked: Stacked
+) -> Tree:
+    roundings = jax.tree.map(lambda *x: max(float(jnp.finfo(jnp.result_type(d)).eps) for d in x), *deltas)
+    eps = dict(zip(tree.names(roundings), jax.tree.leaves(roundings), strict=True))
+    of_layers = layers(base, deltas[0], stacked)
 
-    return leafwise(lambda name, x: by_layer(layer, name, x, stacked), deltas)
+    def leaf(name, leaves):
+        def layer(x):
+            x = along(weights, x) * x
+            if x.ndim < 3:
+                return jnp.mean(x, axis=0)
+            return function(x.reshape(x.shape[0], -1, x.shape[-1]), eps[name]).reshape(x.shape[1:])
+
+        return by_layer(layer, leaves, name in of_layers)
+
+    return leafwise(leaf, deltas)
 
 
 def tsv(
@@ -43,7 +62,8 @@ def tsv(
     weights: Weights | None = None,
     *,
     scale: Scalar = 1.0,
-    stacked: str | Sequence[str] | None = None,
+    stacked: Stacked = STACKED,
+    check_finite: bool = True,
 ) -> Tree:
     """TSV-M (Gargiulo et al., 2025, arXiv 2412.00081): the tasks' leading singular vectors, made orthogonal, summed.
 
@@ -53,23 +73,26 @@ def tsv(
     Args:
       weights: (tasks,), multiply the deltas; default 1.
       scale: of the merged task vector.
-      stacked: patterns of the paths of leaves whose axis 0 counts layers; default: leaves of three axes.
+      stacked: patterns of the paths of leaves whose axis 0 counts layers; default: the scanned blocks of our ViT. `()`
+        where there are none.
     """
-    deltas = aligned(base, deltas)
+    deltas = aligned(base, deltas, check_finite=check_finite)
+    require_number("scale", scale, "a finite number")
 
     def orthonormal(x):
-        p, _, q = jnp.linalg.svd(x, full_matrices=False)
+        p, _, q = svd(x)
         return jnp.matmul(p, q, precision="highest")
 
-    def merged(x):
+    def merged(x, eps):
         tasks, size_in, size_out = x.shape
         kept = max(1, min(size_in, size_out) // tasks)
-        u, s, v, _ = _svd(x)
+        u, s, v, _ = jax.lax.map(lambda one: _svd(one, eps), x)
         left = orthonormal(jnp.moveaxis(u[:, :, :kept], 0, 1).reshape(size_in, -1))
         right = orthonormal(v[:, :kept].reshape(-1, size_out))
         return jnp.matmul(left * s[:, :kept].ravel(), right, precision="highest")
 
-    return tree.add(base, _by_matrix(merged, deltas, weigh(weights, len(deltas), 1.0), stacked), scale)
+    weights = weigh(weights, len(deltas), 1.0)
+    return moved(base, _by_matrix(merged, base, deltas, weights, stacked), scale, check_finite=check_finite)
 
 
 def iso(
@@ -78,16 +101,19 @@ def iso(
     weights: Weights | None = None,
     *,
     scale: Scalar = 1.0,
-    stacked: str | Sequence[str] | None = None,
+    stacked: Stacked = STACKED,
+    check_finite: bool = True,
 ) -> Tree:
     """Iso-C (Marczak et al., 2025, arXiv 2502.04959): the summed task matrix with all singular values at their mean.
 
     `scale σ̄ U Vᵀ` of each layer's `Σ w_t delta_t`; the arguments are those of `tsv`.
     """
-    deltas = aligned(base, deltas)
+    deltas = aligned(base, deltas, check_finite=check_finite)
+    require_number("scale", scale, "a finite number")
 
-    def merged(x):
-        u, s, v, real = _svd(jnp.sum(x, axis=0))
+    def merged(x, eps):
+        u, s, v, real = _svd(jnp.sum(x, axis=0), eps)
         return jnp.sum(s) / jnp.maximum(jnp.sum(real), 1) * jnp.matmul(u, v, precision="highest")
 
-    return tree.add(base, _by_matrix(merged, deltas, weigh(weights, len(deltas), 1.0), stacked), scale)
+    weights = weigh(weights, len(deltas), 1.0)
+    return moved(base, _by_matrix(merged, base, deltas, weights, stacked), scale, check_finite=check_finite)

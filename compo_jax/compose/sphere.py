@@ -4,6 +4,7 @@ All means lie in the span of the vectors, so that everything is computed from th
 weighted sum makes the result.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compo_jax import tree
-from compo_jax.compose.modules import Scalar, Weights, same, weigh
+from compo_jax.compose.modules import same
+from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_number, weigh, wide_number
 
 Tree = Any
 
@@ -23,36 +25,49 @@ def gram(trees: Sequence[Tree]) -> Float[Array, "tasks tasks"]:
     return jnp.stack([jnp.stack([tree.dot(a, b) for b in trees]) for a in trees])
 
 
-def _cosines(trees: Sequence[Tree]) -> tuple[Float[Array, "tasks tasks"], Float[Array, " tasks"]]:
+def _cosines(trees: Sequence[Tree], check_finite: bool) -> tuple[Float[Array, "tasks tasks"], Float[Array, " tasks"]]:
     """(cosines of the angles between the trees, their norms)."""
     products = gram(trees)
     norms = jnp.sqrt(jnp.diagonal(products))
-    if tree.concrete(norms) and not (np.all(np.isfinite(norms)) and np.all(norms > 0)):
+    if tree.concrete(norms) and (np.any(norms == 0) or (check_finite and not np.all(np.isfinite(norms)))):
         raise ValueError(f"only trees that are neither zero nor infinite have a direction; their norms are {norms}")
     return jnp.clip(products / jnp.outer(norms, norms), -1, 1), norms
 
 
-def slerp(a: Tree, b: Tree, t: Scalar) -> Tree:
+def slerp(a: Tree, b: Tree, t: Scalar, *, wide: bool = False, check_finite: bool = True) -> Tree:
     """From `a` (t = 0) to `b` (t = 1) at constant angular speed (Shoemake, 1985).
 
     The direction is `(sin((1-t)ω) a/|a| + sin(tω) b/|b|) / sin ω`, ω the angle between the trees as whole vectors; the
     norm is `(1-t)|a| + t|b|`. For weights, give the weights or, as usual, the deltas of two modules.
 
-    ValueError where the structures differ, a tree is zero, or the two are opposite: then no great circle is shortest.
+    Args:
+      wide: the mean is returned as it was computed, in float32 at least, not rounded to the trees' types: for a mean
+        that is added to something.
+
+    ValueError where the structures differ, a tree is zero or not finite, or the two are opposite: then no great circle
+    is shortest.
     """
-    cosines, norms = _cosines(same([a, b]))
-    cosine = cosines[0, 1]
+    trees = same([a, b], check_finite=check_finite)
+    require_number("t", t, "a finite number, 0 at the one tree and 1 at the other")
+    cosines, norms = _cosines(trees, check_finite)
+    cosine, t = cosines[0, 1], wide_number(t)
     if tree.concrete(cosine) and 1 + cosine < 10 * jnp.finfo(cosine.dtype).eps:
         raise ValueError("the two trees point in opposite directions: no great circle between them is the shortest")
     straight = 1 - cosine < 10 * jnp.finfo(cosine.dtype).eps
     angle = jnp.arccos(jnp.where(straight, 0.0, cosine))
     shares = jnp.stack([jnp.asarray(1 - t, norms.dtype), jnp.asarray(t, norms.dtype)])
     turned = jnp.where(straight, shares, jnp.sin(shares * angle) / jnp.sin(angle))
-    return tree.weighted_sum([a, b], turned * (shares @ norms) / norms)
+    return tree.weighted_sum(trees, turned * (shares @ norms) / norms, wide=wide)
 
 
 def karcher_mean(
-    trees: Sequence[Tree], weights: Weights | None = None, *, tolerance: Scalar | None = None, max_iterations: int = 100
+    trees: Sequence[Tree],
+    weights: Weights | None = None,
+    *,
+    tolerance: Scalar | None = None,
+    max_iterations: int = 100,
+    wide: bool = False,
+    check_finite: bool = True,
 ) -> Tree:
     """The Karcher mean of the directions, with the weighted mean of the norms (Grove and Karcher, 1973).
 
@@ -61,13 +76,16 @@ def karcher_mean(
     Args:
       weights: (tasks,), default 1/T; only their ratios count. Not negative.
       tolerance: angle in radians that the last step may have; default 10 times the rounding error.
+      wide: see `slerp`.
 
-    ValueError as `slerp`, and where the directions cancel.
+    ValueError as `slerp`, and where the directions cancel; a UserWarning where the iterations end far from the mean.
     """
-    trees = same(trees)
-    weights = jnp.stack([jnp.asarray(w) for w in weigh(weights, len(trees), sign=False)])
-    cosines, norms = _cosines(trees)
-    weights = weights.astype(norms.dtype) / weights.sum()
+    trees = same(trees, check_finite=check_finite)
+    require_iterations(tolerance, max_iterations)
+    weights = weigh(weights, len(trees), sign=False)
+    cosines, norms = _cosines(trees, check_finite)
+    weights = jnp.stack([jnp.asarray(w, norms.dtype) for w in weights])
+    weights = weights / weights.sum()
     eps = jnp.finfo(norms.dtype).eps
     tolerance = 10 * eps if tolerance is None else tolerance
 
@@ -88,9 +106,16 @@ def karcher_mean(
     start = length(weights)
     if tree.concrete(start) and start < 10 * eps:
         raise ValueError("the directions of the trees cancel: points spread all around the sphere have no one mean")
-    mean, *_ = jax.lax.while_loop(
+    mean, size, _ = jax.lax.while_loop(
         lambda s: (s[1] > tolerance) & (s[2] < max_iterations),
         step,
         (weights / start, jnp.full((), jnp.inf, norms.dtype), 0),
     )
-    return tree.weighted_sum(trees, mean * jnp.dot(weights, norms) / norms)
+    if tree.concrete(size) and size > jnp.maximum(tolerance, eps**0.5):
+        warnings.warn(
+            f"the Karcher mean was still moving by {float(size):.1e} radians after {max_iterations} iterations: allow "
+            "more, or take fewer trees that point apart",
+            UserWarning,
+            stacklevel=2,
+        )
+    return tree.weighted_sum(trees, mean * jnp.dot(weights, norms) / norms, wide=wide)

@@ -5,13 +5,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from compo_jax import tree
-from compo_jax.compose.modules import aligned, by_layer, leafwise
+from compo_jax.adapters.adapter import STACKED
+from compo_jax.compose.leaves import Stacked, by_layer, layers, leafwise, moved
+from compo_jax.compose.modules import aligned
 
 Tree = Any
 
 
-def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: str | Sequence[str] | None = None) -> Tree:
+def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: Stacked = STACKED, check_finite: bool = True) -> Tree:
     """Model Stock (Jang et al., 2024, arXiv 2403.19522): `base + r mean(delta)`, with r of each layer's own.
 
     `r = T c / (1 + (T - 1) c)`, c the mean cosine between two task vectors of the layer: the point nearest to the
@@ -20,9 +21,10 @@ def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: str | Sequence[s
 
     Args:
       deltas: T >= 2.
-      stacked: patterns of the paths of leaves whose axis 0 counts layers; default: leaves of three axes.
+      stacked: patterns of the paths of leaves whose axis 0 counts layers; default: the scanned blocks of our ViT. `()`
+        where there are none.
     """
-    deltas = aligned(base, deltas, least=2)
+    deltas = aligned(base, deltas, least=2, check_finite=check_finite)
     tasks = len(deltas)
 
     def merged(x):
@@ -34,4 +36,6 @@ def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: str | Sequence[s
         cosine = jnp.clip(pairs / (tasks * (tasks - 1)), 0, 1)
         return tasks * cosine / (1 + (tasks - 1) * cosine) * jnp.mean(x, axis=0)
 
-    return tree.add(base, leafwise(lambda name, x: by_layer(merged, name, x, stacked), deltas))
+    of_layers = layers(base, deltas[0], stacked)
+    mean = leafwise(lambda name, x: by_layer(merged, x, name in of_layers), deltas)
+    return moved(base, mean, check_finite=check_finite)

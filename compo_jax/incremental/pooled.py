@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from compo_jax import compose
+from compo_jax import compose, tree
 from compo_jax.incremental.classifier import Head
 from compo_jax.incremental.evaluate import stream_head
 from compo_jax.pool import ModulePool
@@ -21,7 +21,10 @@ def pool_head(pool: ModulePool, names: Sequence[str], reference: Head, *, withou
 
     ValueError where two modules have a class in common: its logit would stand twice in the head.
     """
-    names, owner = pool.chosen(names), dict[str, str]()
+    names = pool.chosen(names)
+    if missing := [name for name in without if name not in names]:
+        raise ValueError(f"{', '.join(missing)} can't be left out of a head that is made of {', '.join(names)}")
+    owner: dict[str, str] = {}
     for name in names:
         for label in pool.manifest(name).classes:
             if label in owner:
@@ -37,17 +40,27 @@ def pool_head(pool: ModulePool, names: Sequence[str], reference: Head, *, withou
     return stream_head(trained, started, reference)
 
 
-def merge_pool(rule: str, pool: ModulePool, base: Tree, names: Sequence[str] | None = None, **options: Any) -> Tree:
+def merge_pool(
+    rule: str,
+    pool: ModulePool,
+    base: Tree,
+    names: Sequence[str] | None = None,
+    *,
+    check_finite: bool = True,
+    **options: Any,
+) -> Tree:
     """The composed parameters of the modules `names` (default: all) by the rule of that name in `compose.RULES`.
 
     What the rule needs of curvature is taken from `options` (see `compose.merge`), else from what is kept beside the
     modules: Fisher diagonals, Kronecker factors. All deltas are in memory at once; `pool.compose`, a weighted sum,
     holds one module at a time.
 
-    ValueError as of `compose.merge` (an unknown rule lists the known), for modules of another base, and for curvature
-    that a rule needs and a module lacks.
+    ValueError as of `compose.merge` (an unknown rule or option lists the known), for modules of another base, for
+    curvature that a rule needs and a module lacks, and for a module that isn't finite (`check_finite`).
     """
     found = compose.find_rule(rule)
+    given = {"weights", *compose.rules.MADE_BY}
+    compose.rules.require_options(rule, {key: value for key, value in options.items() if key not in given})
     names = pool.chosen(names)
     for what, kind in (("fishers", "diagonal"), ("factors", "kronecker")):
         needed = what in found.needs
@@ -61,4 +74,9 @@ def merge_pool(rule: str, pool: ModulePool, base: Tree, names: Sequence[str] | N
             )
         if not missing:
             options[what] = [pool.curvature(name, kind=kind) for name in names]
-    return compose.merge(rule, base, list(pool.deltas(base, names)), **options)
+    deltas = []
+    for name, delta in zip(names, pool.deltas(base, names), strict=True):
+        if check_finite:
+            tree.require_finite(delta, f"the module {name!r} of {pool.path}")
+        deltas.append(delta)
+    return compose.merge(rule, base, deltas, check_finite=check_finite, **options)

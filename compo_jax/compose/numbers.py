@@ -1,0 +1,78 @@
+"""The numbers that the rules take: one weight for each module, scales, dampings, tolerances."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Num
+
+from compo_jax import tree
+
+Scalar = float | int | Array
+Weights = Num[Array, " tasks"] | Num[np.ndarray, " tasks"] | Sequence
+
+
+def require_number(name: str, value: Any, meaning: str, allowed: Callable[[float], bool] = np.isfinite) -> None:
+    """ValueError where `value`, called `name`, is no single number or, unless it is traced, not an allowed one."""
+    good = np.ndim(value) == 0
+    if good and tree.concrete(value):
+        try:
+            good = bool(np.isfinite(float(value)) and allowed(float(value)))
+        except (TypeError, ValueError):
+            good = False
+    if not good:
+        raise ValueError(f"{name} is {meaning}, not {value}")
+
+
+def require_not_negative(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        require_number(name, value, "a finite number that isn't negative", lambda x: x >= 0)
+
+
+def require_iterations(tolerance: Scalar | None, max_iterations: int) -> None:
+    """ValueError where an iteration can't be stopped by these."""
+    if tolerance is not None:
+        require_not_negative(tolerance=tolerance)
+    require_number("max_iterations", max_iterations, "a whole number from 0 on", lambda x: x >= 0 and x == int(x))
+
+
+def wide_number(x: Scalar) -> float | Array:
+    """A number of Python, or, where it is traced, one in float32 at least: no rule computes with a narrow one."""
+    return float(x) if tree.concrete(x) else jnp.asarray(x, tree.wide_type(x))
+
+
+def weigh(weights: Weights | None, tasks: int, default: Scalar | None = None, *, sign: bool = True) -> list:
+    """One weight a module; without any, `default` for each, 1/T where that is None. Python's numbers, unless traced.
+
+    ValueError for another number of weights, one that isn't finite, and, with `sign=False`, for a negative one or a sum
+    of zero: such rules minimise weighted losses.
+    """
+    if weights is None:
+        return [1 / tasks if default is None else default] * tasks
+    if not np.iterable(weights):
+        raise ValueError(f"weights are one number a module, a list of {tasks}, not {weights}")
+    if len(weights) != tasks:
+        raise ValueError(f"{len(weights)} weights were given for {tasks} modules: one for each")
+    if not tree.concrete(weights):
+        return [wide_number(w) for w in weights]
+    try:
+        values = np.asarray(weights, np.float64)
+    except (TypeError, ValueError):
+        values = np.empty((tasks, 0))
+    if values.ndim != 1:
+        raise ValueError(f"weights are one number a module, a list of {tasks}, not {weights}")
+    if not np.all(np.isfinite(values)):
+        raise ValueError(f"the weights {values} aren't all finite")
+    if not sign and (np.any(values < 0) or values.sum() <= 0):
+        raise ValueError(
+            f"the weights {values} can't be negative, nor all zero, in this rule: to subtract a module, negate its "
+            "delta"
+        )
+    return values.tolist()
+
+
+def along(weights: Sequence, leaves: Num[Array, "tasks ..."]) -> Num[Array, "tasks ..."]:
+    """The weights in the leaves' type, shaped to multiply them."""
+    column = jnp.stack([jnp.asarray(w, leaves.dtype) for w in weights])
+    return column.reshape(-1, *[1] * (leaves.ndim - 1))
