@@ -154,6 +154,17 @@ def require_independent(apply: Callable[[Tree, Any], jax.Array], params: Tree, i
         )
 
 
+def require_scalar(loss: Any) -> jax.Array:
+    """The loss itself; ValueError where it is more than one number, or none that can be differentiated."""
+    loss = jnp.asarray(loss)
+    if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ValueError(
+            f"the loss is an array of shape {loss.shape} and type {loss.dtype}: it must be one floating-point number, "
+            "the mean over the batch"
+        )
+    return loss
+
+
 def require_count(value: Any, message: str) -> None:
     """ValueError with this message where `value` is no integer from 1 on."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:

@@ -22,7 +22,7 @@ class Columns(NamedTuple):
     """
 
     count: int | Int[Array, ""]
-    column: Callable[[Int[Array, ""]], Float[Array, "images *outputs"]]
+    column: Callable[[Int[Array, ""]], Float[Array, "images ..."]]
     captured: Float[Array, " images"]
 
 
@@ -41,7 +41,7 @@ def ranks(
 
 def columns(
     loss: OutputLoss,
-    outputs: Float[Array, "images *outputs"],
+    outputs: Float[Array, "images ..."],
     real: Bool[Array, " images"],
     part: Bool[Array, "images tokens"],
     method: str,

@@ -287,11 +287,9 @@ def merge_kronecker(factors: Sequence[Kronecker], weights: Sequence[float] | Arr
         raise ValueError("Kronecker factors of different layers, or whose tokens were seen differently, don't merge")
     if weights is not None and len(weights) != len(factors):
         raise ValueError(f"{len(factors)} tasks' factors were given {len(weights)} weights")
-    if weights is not None and tree.concrete(weights):
-        if not all(np.isfinite(w) and w >= 0 for w in map(float, weights)):
-            raise ValueError(
-                f"the tasks' weights must be finite and not negative, for a curvature is positive: {weights}"
-            )
+    signless = weights is None or not tree.concrete(weights) or all(np.isfinite(w) and w >= 0 for w in weights)
+    if not signless:
+        raise ValueError(f"the tasks' weights must be finite and not negative, as curvature is, not {weights}")
     total = sum(f.count for f in factors)
     if tree.concrete(total) and not total > 0:
         raise ValueError("Kronecker factors of no images don't merge: there is nothing to share between the tasks")

@@ -207,19 +207,19 @@ def require_outputs(loss: OutputLoss, outputs: Any, images: int | None = None) -
         raise ValueError(f"apply returns an array of shape {shape}: there are no predictions in it")
     if loss.classes and len(shape) == 1:
         raise ValueError(
-            f"apply returns logits of shape {shape}, without an axis of classes; softmax needs (batch, classes). Of one "
-            "logit for each image give output_loss=bernoulli_loss(), of one number squared_loss()"
+            f"apply returns logits of shape {shape}, without an axis of classes; softmax needs (batch, classes). "
+            "Of one logit for each image give output_loss=bernoulli_loss(), of one number squared_loss()"
         )
     if loss.classes and shape[-1] == 1:
         raise ValueError(
-            f"apply returns logits of shape {shape}: the softmax of one logit is 1 whatever it is, and has no curvature. "
-            "Of two classes by one logit give output_loss=bernoulli_loss()"
+            f"apply returns logits of shape {shape}: the softmax of one logit is 1 whatever it is, and has no "
+            "curvature. Of two classes by one logit give output_loss=bernoulli_loss()"
         )
     if loss.outputs is not None and shape[-1] != loss.outputs:
         raise ValueError(f"{loss.outputs} class weights were given, and the logits are of {shape[-1]} classes: {shape}")
 
 
-def predictions(outputs: Float[Array, "batch *tokens"]) -> Float[Array, "batch tokens outputs"]:
+def predictions(outputs: Float[Array, "batch ..."]) -> Float[Array, "batch tokens outputs"]:
     """Every image's predictions, in float32 at least; outputs of shape (batch,) are one number an image."""
     wide = outputs.astype(tree.wide_type(outputs))
     return wide.reshape(wide.shape[0], -1, wide.shape[-1] if wide.ndim > 1 else 1)
@@ -237,11 +237,11 @@ def require_targets(loss: OutputLoss, targets: Any, shape: tuple[int, ...], igno
     expected, what = (shape[:-1], "labels") if loss.classes else (shape, "targets")
     if targets.shape != expected:
         raise ValueError(
-            f"{shape[0]} images have {what} of shape {targets.shape}; they must be {expected}, for outputs of shape {shape}"
+            f"{shape[0]} images have {what} of shape {targets.shape}; they must be {expected}, for outputs {shape}"
         )
     if loss.classes and not jnp.issubdtype(targets.dtype, jnp.integer):
         raise ValueError(f"labels are {targets.dtype}: they must be integers, the index of each image's class")
-    if not loss.classes and not (jnp.issubdtype(targets.dtype, jnp.floating) or _whole(targets.dtype)):
+    if not loss.classes and not (jnp.issubdtype(targets.dtype, jnp.floating) or _whole(targets)):
         raise ValueError(f"targets are {targets.dtype}: they must be real numbers")
     part = np.ones(targets.shape, bool) if ignore is None else targets != ignore
     if tree.concrete(targets):
@@ -254,8 +254,8 @@ def require_targets(loss: OutputLoss, targets: Any, shape: tuple[int, ...], igno
                 ": classes count from 0, and a label that stands for none is skipped by ignore=" if loss.classes else ""
             )
             raise ValueError(
-                f"{what}[{', '.join(map(str, at))}] is {values[at]}, and {len(wrong)} of {values.size} are out of range, "
-                f"which is {low} to {high}{hint}"
+                f"{what}[{', '.join(map(str, at))}] is {values[at]}, and {len(wrong)} of {values.size} are out of "
+                f"range, which is {low} to {high}{hint}"
             )
         if not np.any(part):
             raise ValueError(f"all labels are {ignore}, which ignore= leaves out: no image takes part")
@@ -265,8 +265,8 @@ def require_targets(loss: OutputLoss, targets: Any, shape: tuple[int, ...], igno
     return numbers, jnp.ones(numbers.shape[:-1], bool)
 
 
-def _whole(dtype) -> bool:
-    return jnp.issubdtype(dtype, jnp.integer) or dtype == bool
+def _whole(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.bool)
 
 
 @functools.partial(jax.vmap, in_axes=(None, 0, 0))  # over images

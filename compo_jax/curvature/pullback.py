@@ -65,7 +65,7 @@ class Pooled(NamedTuple):
 
 
 def pull_back(
-    apply: Callable[[Tree, Any], Float[Array, "batch *outputs"]],
+    apply: Callable[[Tree, Any], Float[Array, "batch ..."]],
     params: Tree,
     inputs: Any,
     reduction: Callable[[dict[str, Dense]], Reduction],
