@@ -206,7 +206,8 @@ def require_finite(tree: Tree, what: str) -> None:
     leaves = [(path_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(tree) if _is_float(x)]
     if not concrete([x for _, x in leaves]):
         return
-    sound = jax.device_get([jnp.all(jnp.isfinite(x)) for _, x in leaves])
+    with jax.ensure_compile_time_eval():  # what a traced function closes over is there to be looked at
+        sound = jax.device_get([jnp.all(jnp.isfinite(x)) for _, x in leaves])
     if bad := [name for (name, _), good in zip(leaves, sound, strict=True) if not good]:
         raise ValueError(
             f"{what} holds NaN or infinite numbers in {', '.join(bad)}: a training that diverged, say, or a damaged "

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from compo_jax import tree
@@ -31,7 +32,7 @@ class FisherDiagonal(NamedTuple):
     @property
     def mean(self) -> Tree:
         """`total / count`: the diagonal of the Fisher of the mean loss. ValueError where no image was counted."""
-        if tree.concrete(self.count) and not self.count > 0:
+        if tree.concrete(self.count) and not np.asarray(self.count) > 0:
             raise ValueError(f"the mean of a Fisher over {self.count} images was asked for: add some images' first")
 
         def one(x):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr
 
 Tree = Any
 
@@ -27,8 +28,8 @@ def linearise(function: Callable[[Tree], Tree], at: Tree) -> Linear:
     """J by forward mode or, where a custom derivative rules that out, as the transpose of Jᵀ, which is as exact."""
     try:
         value, push = jax.linearize(function, at)
-        jax.eval_shape(push, jax.tree.map(jnp.zeros_like, at))  # a custom derivative raises only here
-        return Linear(value, push, lambda u: jax.linear_transpose(push, at)(u)[0])
+        if "custom_lin" not in _primitives(jax.make_jaxpr(push)(jax.tree.map(jnp.zeros_like, at)).jaxpr):
+            return Linear(value, push, lambda u: jax.linear_transpose(push, at)(u)[0])
     except TypeError:  # what is wrong with the function itself is raised again below
         pass
     value, pull = jax.vjp(function, at)
@@ -36,10 +37,12 @@ def linearise(function: Callable[[Tree], Tree], at: Tree) -> Linear:
     return Linear(value, lambda v: transpose(v)[0], lambda u: pull(u)[0])
 
 
-def derivative_of_gradient(gradient: Callable[[Tree], Tree], at: Tree, vector: Tree) -> Tree:
-    """`H v` of a gradient: forward over reverse or, where that can't be, reverse over reverse, for H is symmetric."""
-    try:
-        return jax.jvp(gradient, (at,), (vector,))[1]
-    except TypeError:
-        pass
-    return jax.vjp(gradient, at)[1](vector)[0]
+def _primitives(jaxpr: Jaxpr) -> set[str]:
+    """The names of all primitives, in inner jaxprs, too. The tangent of a `jax.custom_vjp` is one that only reverse
+    mode knows, and JAX says so when it is run or compiled, too late to be caught."""
+    found = {equation.primitive.name for equation in jaxpr.eqns}
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            found |= _primitives(inner) if isinstance(inner, Jaxpr) else set()
+    return found

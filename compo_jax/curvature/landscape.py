@@ -147,7 +147,7 @@ class Landscape(NamedTuple):
         w = jnp.asarray(weights, self.gram.dtype)
         if w.shape[-1:] != self.anchor.shape:
             raise ValueError(f"weights of shape {w.shape} were given for {len(self.anchor)} modules: one for each")
-        if tree.concrete(w) and not jnp.all(jnp.isfinite(w)):
+        if tree.concrete(w) and not np.all(np.isfinite(w)):
             raise ValueError(f"weights must be finite, not {w}")
         return w
 
@@ -239,7 +239,7 @@ def landscape(
             f"{tasks} modules need an anchor of shape ({tasks},) and points to check of shape (points, {tasks}), not "
             f"{around.shape} and {points.shape}"
         )
-    if tree.concrete(around, points) and not (jnp.all(jnp.isfinite(around)) and jnp.all(jnp.isfinite(points))):
+    if tree.concrete(around, points) and not all(np.all(np.isfinite(x)) for x in (around, points)):
         raise ValueError(f"the anchor and the points to check must be finite weights, not {around} and {points}")
     if mesh is not None:
         base, deltas = jax.device_put((base, deltas), replicated(mesh))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from matfree import stochtrace
@@ -164,8 +165,10 @@ def top_eigenvalues(
     Raise `order` (default `2 count + 30`, at most n, where all is exact) where `error_bounds` are too large; so many
     vectors are held. `which`: `magnitude`, `largest` (the sharpness first) or `smallest` (the most negative first).
     """
-    apply, zeros, unravel = _operator(matvec, like, key, count=count, **({} if order is None else {"order": order}))
+    apply, zeros, unravel = _operator(matvec, like, key, count=count)
     order = min(zeros.size, 2 * count + 30) if order is None else order
+    if not isinstance(order, int | np.integer):
+        raise ValueError(f"order must be a whole number, not {order}")
     ranks = {"magnitude": lambda x: -jnp.abs(x), "largest": lambda x: -x, "smallest": lambda x: x}
     if which not in ranks:
         raise ValueError(f"unknown which={which!r}; known are {', '.join(ranks)}")
