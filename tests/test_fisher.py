@@ -76,7 +76,7 @@ def test_low_rank_is_exact_without_tolerance_and_bounded_by_its_certificate_with
 
 
 def test_the_closed_form_of_the_cholesky_columns_equals_numpys_pivoted_elimination():
-    from compo_jax.curvature.softmax import cholesky as _cholesky
+    from compo_jax.curvature.output_loss import cholesky as _cholesky
 
     with X64(True):
         p = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (9,), jnp.float64))
@@ -87,7 +87,7 @@ def test_the_closed_form_of_the_cholesky_columns_equals_numpys_pivoted_eliminati
             expected = rest[:, pivot] / np.sqrt(rest[pivot, pivot])
             np.testing.assert_allclose(column(k), expected, atol=1e-12)
             rest = rest - np.outer(expected, expected)
-            np.testing.assert_allclose(left[k], np.trace(rest), atol=1e-12)
+            np.testing.assert_allclose(left[k + 1], np.trace(rest), atol=1e-12)
 
 
 def test_monte_carlo_is_unbiased():

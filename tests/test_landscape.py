@@ -409,11 +409,11 @@ def test_bad_modules():
         r"delta 1 has a leaf b of type int": {**good, "b": np.ones(2, int)},
         r"what delta 1 is added to has a leaf a/count of type int": {"a": {"kernel": None, "count": 1.0}, "b": None},
         r"delta 1 has no leaves": {"a": None, "b": None},
-        r"delta 1 has a number in a/kernel that isn't finite: its training may have diverged": {
+        r"delta 1 holds NaN or infinite numbers in a/kernel: a training that diverged": {
             "a": {"kernel": np.full((2, 3), np.nan), "count": None},
             "b": None,
         },
-        r"delta 1 has a number in b that isn't finite": {**good, "b": np.array([1.0, np.inf])},
+        r"delta 1 holds NaN or infinite numbers in b": {**good, "b": np.array([1.0, np.inf])},
     }
     for message, delta in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -470,3 +470,34 @@ def test_bad_mixtures():
             mix([land, land], [1.0, 1.0, 1.0])
         with pytest.raises(ValueError, match="0 landscapes"):
             mix([], [])
+
+
+def test_numbers_that_are_not_finite_are_refused_unless_let_through():
+    base, deltas = {"w": np.ones(2)}, [{"w": np.array([1.0, 0.0])}, {"w": np.array([0.0, 1.0])}]
+    with pytest.raises(ValueError, match="the landscape at the base holds NaN .* in gram, loss, slope"):
+        landscape(lambda p: jnp.sum(p["w"]) * jnp.nan, base, deltas)
+    assert np.isnan(landscape(lambda p: jnp.sum(p["w"]) * jnp.nan, base, deltas, check_finite=False).loss)
+    with pytest.raises(ValueError, match="base holds NaN .* in w"):
+        landscape(lambda p: jnp.sum(p["w"] ** 2), {"w": np.array([1.0, np.nan])}, deltas)
+    for options in ({"anchor": [np.nan, 0.5]}, {"check": [[np.inf, 0.5]]}):
+        with pytest.raises(ValueError, match="the anchor and the points to check must be finite"):
+            landscape(lambda p: jnp.sum(p["w"] ** 2), base, deltas, **options)
+    land = landscape(lambda p: jnp.sum(p["w"] ** 2), base, deltas)
+    with pytest.raises(ValueError, match="weights must be finite"):
+        land.predict([np.nan, 0.5])
+    with pytest.raises(ValueError, match="weights of landscapes must be finite"):
+        mix([land, land], [np.nan, 1.0])
+    with pytest.raises(ValueError, match=r"the loss is an array of shape \(2,\)"):
+        landscape(lambda p: p["w"] ** 2, base, deltas)
+
+
+def test_a_custom_reverse_derivative_changes_no_landscape():
+    @jax.custom_vjp
+    def sine(x):
+        return jnp.sin(x)
+
+    sine.defvjp(lambda x: (sine(x), x), lambda x, g: (g * jnp.cos(x),))
+    with X64(True):
+        base, deltas = normal(0, 3), [normal(1, 3), normal(2, 3)]
+        custom, plain = (landscape(lambda p, f=f: jnp.sum(f(p) ** 2), base, deltas) for f in (sine, jnp.sin))
+        close(measured(custom), measured(plain))

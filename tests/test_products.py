@@ -168,13 +168,13 @@ def test_an_output_loss_over_a_tree_of_outputs():
         close(found, cross_entropy_ggn(case) + 2 * np.outer(slope, slope))
 
 
-def test_logits_at_many_positions_are_all_averaged_over():
+def test_logits_at_many_positions_are_summed_over_and_images_averaged():
     with X64(True):
         apply = lambda p, x: jnp.tanh(x @ p[0]) @ p[1]  # (batch, positions, classes)
         params = (normal(0, 3, 4), normal(1, 4, 3))
         labels = np.array([[0, 1], [2, 2], [1, 0]])
         case = Case("positions", apply, params, [(normal(2, 2, 2, 3), labels[:2]), (normal(3, 1, 2, 3), labels[2:])])
-        close(matrix(ggn(apply, params, case.batches), params), cross_entropy_ggn(case))
+        close(matrix(ggn(apply, params, case.batches), params), 2 * cross_entropy_ggn(case))  # it takes the mean of 6
 
 
 @pytest.mark.parametrize("hide", ["where", "add"])
@@ -472,3 +472,52 @@ def test_an_operator_can_be_differentiated_in_what_its_loss_closes_over():
         return hessian(lambda p, x: s * jnp.mean(x * p**2), jnp.array(1.0), [(np.full(4, 3.0, np.float32),)])(1.0)
 
     np.testing.assert_allclose(jax.grad(curvature)(2.0), 6.0)
+
+
+@jax.custom_vjp
+def layer(x, w):
+    return jnp.tanh(x @ w)
+
+
+layer.defvjp(lambda x, w: (layer(x, w), (x, w)), lambda xw, g: jax.vjp(lambda x, w: jnp.tanh(x @ w), *xw)[1](g))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit], ids=["plain", "checkpoint", "jit"])
+@kinds
+def test_a_custom_reverse_derivative_changes_no_product(kind, wrap):
+    with X64(True):
+        params = (normal(0, 3, 4), normal(1, 4, 3))
+        data = [(normal(2, 5, 3), np.array([0, 1, 2, 0, 1]))]
+        custom = Case("custom", lambda p, x: wrap(layer)(x, p[0]) @ p[1], params, data)
+        plain = custom._replace(apply=lambda p, x: jnp.tanh(x @ p[0]) @ p[1])
+        vector = random_like(params)
+        expected = PRODUCTS[kind](plain)(vector)
+        close(PRODUCTS[kind](custom, check=False)(vector), expected)  # eager
+        close(jax.jit(PRODUCTS[kind](custom))(vector), expected)
+        close(
+            hvp(cross_entropy(custom.apply), params, vector, *data[0]),
+            hvp(cross_entropy(plain.apply), params, vector, *data[0]),
+        )
+
+
+@pytest.mark.parametrize(
+    "shape, message", [((4, 1), "softmax of one logit is 1"), ((4,), "without an axis of classes")]
+)
+def test_logits_that_softmax_can_not_be_taken_of_are_refused(shape, message):
+    apply = lambda p, x: (x @ p).reshape(shape)
+    p = jnp.ones((3, 1))
+    with pytest.raises(ValueError, match=message):
+        ggnvp(apply, p, p, x)
+    with pytest.raises(ValueError, match=message):
+        ggn(apply, p, [(x, y)])(p)
+
+
+def test_a_loss_that_is_no_single_number_is_refused():
+    p = jnp.ones((3, 2))
+    for product in (
+        lambda: hvp(lambda p, x: (x @ p)[:, 0], p, p, x),
+        lambda: hessian(lambda p, x: (x @ p)[:, 0], p, [(x,)])(p),
+        lambda: ggnvp(lambda p, x: x @ p, p, p, x, output_loss=lambda z: z[:, 0]),
+    ):
+        with pytest.raises(ValueError, match=r"the loss is an array of shape \(4,\) .* the mean over the batch"):
+            product()

@@ -179,3 +179,14 @@ def test_the_rounding_of_a_gram_matrix_in_single_precision_is_no_negative_curvat
     assert time.perf_counter() - began < 5
     gradient = gram @ w + slope
     assert np.all(gradient >= gradient[w > 1e-9].mean() - 1e-4)  # no weight would gain by another's loss
+
+
+def test_bounds_that_are_not_finite_and_shapes_that_do_not_fit():
+    for wrong in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="bounds and sum must be finite"):
+            minimise(np.eye(2), np.zeros(2), np.zeros(2), np.array([1.0, wrong]))
+    with pytest.raises(ValueError, match="bounds and sum must be finite"):
+        minimise(np.eye(2), np.zeros(2), np.zeros(2), np.ones(2), sum_to=np.nan)
+    for gram, slope in ((np.eye(3), np.zeros(2)), (np.ones((2, 1)), np.zeros(2)), (np.zeros((0, 0)), np.zeros(0))):
+        with pytest.raises(ValueError, match="a quadratic of n >= 1 weights has a gram"):
+            minimise(gram, slope, np.zeros(len(slope)), np.ones(len(slope)))

@@ -214,7 +214,7 @@ def test_bad_input():
         spectrum(same, x, KEY, 6)
     with pytest.raises(ValueError, match="count must be at least 1"):
         top_eigenvalues(same, x, KEY, 0)
-    for count, order in ((6, None), (3, 2), (2, 6), (1, 0)):
+    for count, order in ((6, None), (3, 2), (2, 6), (1, 0), (1, -1)):
         with pytest.raises(ValueError, match=f"count={count}, .* and dimension 5: count <= order <= dimension"):
             top_eigenvalues(same, x, KEY, count, order)
     with pytest.raises(ValueError, match="unknown which='LM'; known are magnitude, largest, smallest"):
@@ -233,3 +233,20 @@ def test_bad_input():
             f(lambda v: tuple(v), [jnp.zeros(2), jnp.zeros(2)], KEY)
         with pytest.raises(ValueError, match=r"'w' with shape \(2,\), but it has shape \(3,\) in `like`"):
             f(lambda v: {**v, "w": v["w"][1:]}, x, KEY)
+
+
+def test_more_bad_input():
+    x, same = jnp.zeros(3), lambda v: v
+    for samples in (2.5, np.nan, "2", True):
+        with pytest.raises(ValueError, match="samples must be at least 1, not .*: a whole number"):
+            trace(same, x, KEY, samples)
+    with pytest.raises(ValueError, match="order must be a whole number, not 2.5"):
+        top_eigenvalues(same, x, KEY, 1, 2.5)
+    for key in (0, None, jax.random.split(KEY, 3)):
+        with pytest.raises(ValueError, match="random vectors need a key: key=jax.random.key\\(0\\), not"):
+            trace(same, x, key, 2)
+    with pytest.raises(ValueError, match="matvec returns '' as complex64"):
+        trace(lambda v: v * 1j, x, KEY, 2)
+    for width in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="width of the Gaussians must be positive and finite"):
+            density(spectrum(same, x, KEY, 2), jnp.zeros(2), width)

@@ -10,6 +10,10 @@ from compo_jax.curvature.landscape import Landscape as Landscape
 from compo_jax.curvature.landscape import Remainder as Remainder
 from compo_jax.curvature.landscape import landscape as landscape
 from compo_jax.curvature.landscape import mix as mix
+from compo_jax.curvature.output_loss import OutputLoss as OutputLoss
+from compo_jax.curvature.output_loss import bernoulli_loss as bernoulli_loss
+from compo_jax.curvature.output_loss import softmax_loss as softmax_loss
+from compo_jax.curvature.output_loss import squared_loss as squared_loss
 from compo_jax.curvature.products import ggn as ggn
 from compo_jax.curvature.products import ggnvp as ggnvp
 from compo_jax.curvature.products import hessian as hessian

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from compo_jax import tree
 from compo_jax.mesh import DATA, replicated, split
 
 Tree = Any
@@ -104,7 +105,7 @@ def _length(group: Tree) -> int:
 
 def require_deterministic(function: Callable, *args: Any) -> None:
     """ValueError where `function(*args)` has two values; under a trace, where there are no values, nothing is done."""
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args)):
+    if not tree.concrete(args):
         return
     draws = (
         "the function has two values at the same parameters and the same batch: curvature is taken of a function "
@@ -115,7 +116,64 @@ def require_deterministic(function: Callable, *args: Any) -> None:
         values = [jax.tree.leaves(jax.jit(lambda *a: function(*a))(*args)) for _ in range(2)]
     except jax.errors.UnexpectedTracerError as error:  # the first trace has left a key behind for the second
         raise ValueError(draws) from error
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)):  # something closed over is being traced
+    if not tree.concrete(values):  # something closed over is being traced
         return
     if not all(np.allclose(a, b, rtol=1e-5, equal_nan=True) for a, b in zip(*values, strict=True)):
         raise ValueError(draws)
+
+
+_COMPARED = 32  # rows: enough for a mean over them to be another one
+
+
+def require_independent(apply: Callable[[Tree, Any], jax.Array], params: Tree, inputs: Any) -> None:
+    """ValueError where the first row of `apply(params, inputs)` is another one than alone: each image's own gradient
+    then says nothing of the whole. Some rows, spread over the batch, are looked at; under a trace, nothing is.
+
+    Products are taken at the highest precision, and compared at the fourth root of the coarsest dtype's rounding
+    (1e-4 in float64, 2 % in float32), for what a model rounds to 16 bits inside is not seen from here.
+    """
+    rows = examples(inputs)
+    if rows < 2 or not tree.concrete(params, inputs):
+        return
+    some = np.linspace(0, rows - 1, min(rows, _COMPARED)).astype(int)
+    with jax.default_matmul_precision("highest"):
+        together, alone = (
+            apply(params, jax.tree.map(lambda x, rows=rows: x[rows], inputs)) for rows in (some, some[:1])
+        )
+    if not tree.concrete(together, alone):  # something closed over is being traced
+        return
+    kinds = {jnp.result_type(x) for x in jax.tree.leaves((params, inputs, together))}
+    rounding = max(float(jnp.finfo(kind).eps) for kind in kinds if jnp.issubdtype(kind, jnp.floating)) ** 0.25
+    together, alone = np.asarray(together, np.float64), np.asarray(alone, np.float64)
+    size = np.max(np.abs(together), where=np.isfinite(together), initial=0)
+    if not np.allclose(alone[0], together[0], rtol=0, atol=rounding * size, equal_nan=True):
+        raise ValueError(
+            "the model's outputs for an image depend on the others in the batch, and then an image has no gradient of "
+            "its own. Likely causes: BatchNorm in training mode (use_running_average=True), a mean over the batch, "
+            "dropout (deterministic=True) or another draw"
+        )
+
+
+def require_scalar(loss: Any) -> jax.Array:
+    """The loss itself; ValueError where it is more than one number, or none that can be differentiated."""
+    loss = jnp.asarray(loss)
+    if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ValueError(
+            f"the loss is an array of shape {loss.shape} and type {loss.dtype}: it must be one floating-point number, "
+            "the mean over the batch"
+        )
+    return loss
+
+
+def require_count(value: Any, message: str) -> None:
+    """ValueError with this message where `value` is no integer from 1 on."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(message)
+
+
+def require_key(key: Any, what: str) -> None:
+    """ValueError where `key` isn't one random key; `what` says what it is for."""
+    new = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    old = isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.ndim == 1  # jax.random.PRNGKey
+    if not new and not old:
+        raise ValueError(f"{what}: key=jax.random.key(0), not {key!r}")

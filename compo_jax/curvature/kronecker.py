@@ -1,4 +1,4 @@
-"""Kronecker factors of the Fisher, which is the Gauss-Newton matrix of the cross-entropy, of dense layers (K-FAC)."""
+"""Kronecker factors of the Fisher, which is the Gauss-Newton matrix of the output loss, of dense layers (K-FAC)."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float
 
 from compo_jax import tree
-from compo_jax.curvature.batches import examples
 from compo_jax.curvature.fisher import squares
 from compo_jax.curvature.layers import Dense
 from compo_jax.curvature.pullback import Pulled, Reduction, pull_back
@@ -23,7 +22,8 @@ _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 def _eigh(x: Float[Array, "*stack n n"]) -> tuple[Float[Array, "*stack n"], Float[Array, "*stack n n"]]:
     """Eigenvalues and eigenvectors, one matrix after another: XLA's batched LAPACK calls can wait for each other for
-    ever on few cores (jax 0.10)."""
+    ever on few cores (jax 0.10). In float32 at least: LAPACK has no 16 bits."""
+    x = x.astype(tree.wide_type(x))
     values, vectors = jax.lax.map(jnp.linalg.eigh, x.reshape(-1, *x.shape[-2:]))
     return values.reshape(x.shape[:-1]), vectors.reshape(x.shape)
 
@@ -103,7 +103,7 @@ class Eigen(_Blocks):
         }
 
     def trace(self) -> Array:
-        return sum(jnp.sum(values) for values in self.values.values())
+        return sum(jnp.sum(values, dtype=tree.wide_type(values)) for values in self.values.values())
 
 
 @functools.partial(
@@ -149,23 +149,25 @@ class Kronecker(_Blocks):
         return {name: layer.leaf(outer(self.inputs[name], self.outputs[name])) for name, layer in self.layout}
 
     def trace(self) -> Array:
-        return sum(
-            jnp.sum(jnp.trace(a, axis1=-2, axis2=-1) * jnp.trace(self.outputs[name], axis1=-2, axis2=-1))
-            for name, a in self.inputs.items()
-        )
+        def traces(x):
+            return jnp.trace(x, axis1=-2, axis2=-1, dtype=tree.wide_type(x))
+
+        return sum(jnp.sum(traces(a) * traces(self.outputs[name])) for name, a in self.inputs.items())
 
 
 def kronecker(
-    apply: Callable[[Tree, Any], Float[Array, "batch classes"]],
+    apply: Callable[[Tree, Any], Float[Array, "batch *tokens classes"]],
     params: Tree,
     inputs: Any,
     *,
     tokens: str = "expand",
     method: str = "exact",
     tolerance: float = 1e-3,
-    labels: Int[Array, " batch"] | None = None,
-    key: Key[Array, ""] | None = None,
+    labels: Any = None,
+    key: Any = None,
     chunk: int | None = None,
+    output_loss: Any = None,
+    ignore: int | None = None,
 ) -> Kronecker:
     """Kronecker factors of the Fisher of the mean loss, for every leaf of `params` (Martens and Grosse, 2015).
 
@@ -179,7 +181,8 @@ def kronecker(
         2311.00636): `expand`, each token is an example of its own; `reduce`, inputs are averaged over the tokens and
         gradients summed, which is exact where the model averages them itself.
 
-    The other arguments, and their errors: see `fisher_diagonal`. ValueError also where a leaf is not the weight of
+    The other arguments, and their errors: see `fisher_diagonal`. Images that `ignore` leaves out take no part in A
+    either. ValueError also where a leaf is not the weight of
     exactly one dense layer.
     """
     if tokens not in ("expand", "reduce"):
@@ -205,41 +208,48 @@ def kronecker(
         def zero(layer):
             return tuple(jnp.zeros((*layer.stack, size, size), dtype) for size in layer.sizes)
 
-        def finish(sums):
-            a, b = ({name: pair[i] / batch for name, pair in sums.items()} for i in (0, 1))
-            return Kronecker(a, b, jnp.array(batch), tuple(layers.items()), tokens)
+        def finish(sums, count):
+            a, b = ({name: pair[i] / count.astype(dtype) for name, pair in sums.items()} for i in (0, 1))
+            return Kronecker(a, b, count, tuple(layers.items()), tokens)
 
         return Reduction({name: zero(layer) for name, layer in layers.items()}, column, chunk, finish)
 
-    batch = examples(inputs)
-    dtype = jnp.result_type(*jax.tree.leaves(params), jnp.float32)
+    tree.require_float(params, "params")
+    dtype = tree.wide_type(*jax.tree.leaves(params))
     options = {"method": method, "tolerance": tolerance, "labels": labels, "key": key, "chunk": chunk}
-    return pull_back(apply, params, inputs, grams, **options)[0]
+    return pull_back(apply, params, inputs, grams, **options, output_loss=output_loss, ignore=ignore).result
 
 
 def eigenvalue_corrected(
     factors: Kronecker,
-    apply: Callable[[Tree, Any], Float[Array, "batch classes"]],
+    apply: Callable[[Tree, Any], Float[Array, "batch *tokens classes"]],
     params: Tree,
     inputs: Any,
     *,
     method: str = "exact",
     tolerance: float = 1e-3,
-    labels: Int[Array, " batch"] | None = None,
-    key: Key[Array, ""] | None = None,
+    labels: Any = None,
+    key: Any = None,
     chunk: int | None = None,
+    output_loss: Any = None,
+    ignore: int | None = None,
 ) -> Eigen:
     """The factors' eigenbasis with the images' exact second moments in it (EKFAC; George et al., 2018).
 
     Of all matrices that are diagonal in that basis it is the nearest to the Fisher's block, and it has its trace.
     Arguments as `kronecker`.
     """
-    basis = factors.eigen().basis
+    _require_kronecker([factors])
+    params = jax.tree.map(jnp.asarray, params)
+    basis, own = factors.eigen().basis, dict(factors.layout)
 
     def moments(layers):
         _require_dense(layers, params)
         if set(layers) != set(basis):
             raise ValueError(f"the factors are of {', '.join(basis)}, and params are {', '.join(layers)}")
+        for name, layer in layers.items():
+            if layer._replace(tokens=0) != own[name]._replace(tokens=0):
+                raise ValueError(f"the factors of {name} are of another layer than params: {own[name]} and {layer}")
 
         def column(sums, pulled: Pulled):
             def add(name, sum):
@@ -253,13 +263,12 @@ def eigenvalue_corrected(
         return Reduction(
             {name: jnp.zeros((*layer.stack, *layer.sizes), basis[name][0].dtype) for name, layer in layers.items()},
             column,
-            finish=lambda sums: {name: sum / batch for name, sum in sums.items()},
+            finish=lambda sums, count: {name: sum / count.astype(sum.dtype) for name, sum in sums.items()},
         )
 
-    batch = examples(inputs)
     options = {"method": method, "tolerance": tolerance, "labels": labels, "key": key, "chunk": chunk}
-    values, _ = pull_back(apply, params, inputs, moments, **options)
-    return Eigen(basis, values, factors.layout)
+    found = pull_back(apply, params, inputs, moments, **options, output_loss=output_loss, ignore=ignore)
+    return Eigen(basis, found.result, factors.layout)
 
 
 def merge_kronecker(factors: Sequence[Kronecker], weights: Sequence[float] | Array | None = None) -> Kronecker:
@@ -270,17 +279,30 @@ def merge_kronecker(factors: Sequence[Kronecker], weights: Sequence[float] | Arr
 
     Exact where the tasks' inputs have the same Gram matrix. ValueError where they are of different layers.
     """
+    factors = list(factors)
     if not factors:
         raise ValueError("no Kronecker factors were given to merge")
+    _require_kronecker(factors)
     if any((other.layout, other.tokens) != (factors[0].layout, factors[0].tokens) for other in factors):
         raise ValueError("Kronecker factors of different layers, or whose tokens were seen differently, don't merge")
-    total = sum(f.count for f in factors)
-    share = [f.count / total for f in factors]
     if weights is not None and len(weights) != len(factors):
         raise ValueError(f"{len(factors)} tasks' factors were given {len(weights)} weights")
+    signless = weights is None or not tree.concrete(weights) or all(np.isfinite(w) and w >= 0 for w in weights)
+    if not signless:
+        raise ValueError(f"the tasks' weights must be finite and not negative, as curvature is, not {weights}")
+    total = sum(f.count for f in factors)
+    if tree.concrete(total) and not total > 0:
+        raise ValueError("Kronecker factors of no images don't merge: there is nothing to share between the tasks")
+    share = [f.count / total for f in factors]
     inputs = tree.weighted_sum([f.inputs for f in factors], share)
     outputs = tree.weighted_sum([f.outputs for f in factors], share if weights is None else weights)
     return Kronecker(inputs, outputs, total, factors[0].layout, factors[0].tokens)
+
+
+def _require_kronecker(factors: Sequence) -> None:
+    for t, one in enumerate(factors):
+        if not isinstance(one, Kronecker):
+            raise TypeError(f"factors {t} are {type(one)}, and Kronecker factors are made by curvature.kronecker")
 
 
 def _require_dense(layers: dict[str, Dense], params: Tree) -> None:

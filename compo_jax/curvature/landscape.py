@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Num
 
 from compo_jax import tree
-from compo_jax.curvature.batches import Batches, each, require_deterministic, require_examples, stack
+from compo_jax.curvature.batches import Batches, each, require_deterministic, require_examples, require_scalar, stack
+from compo_jax.curvature.forward import linearise
 from compo_jax.curvature.quadratic import minimise
 from compo_jax.mesh import replicated
 
@@ -146,16 +147,17 @@ class Landscape(NamedTuple):
         w = jnp.asarray(weights, self.gram.dtype)
         if w.shape[-1:] != self.anchor.shape:
             raise ValueError(f"weights of shape {w.shape} were given for {len(self.anchor)} modules: one for each")
+        if tree.concrete(w) and not np.all(np.isfinite(w)):
+            raise ValueError(f"weights must be finite, not {w}")
         return w
 
 
-def _checked_delta(delta: Tree, base: Tree, t: int) -> Tree:
+def _checked_delta(delta: Tree, base: Tree, t: int, check_finite: bool) -> Tree:
     """The delta with None for each leaf of a branch that is None, so that deltas with other holes can be added."""
     tree.require_like(delta, base, f"delta {t}")
     tree.require_float(delta, f"delta {t}")
-    for name, leaf in zip(tree.names(delta), jax.tree.leaves(delta), strict=True):
-        if not isinstance(leaf, jax.core.Tracer) and not np.all(np.isfinite(leaf)):
-            raise ValueError(f"delta {t} has a number in {name} that isn't finite: its training may have diverged")
+    if check_finite:
+        tree.require_finite(delta, f"delta {t}")
     delta = jax.tree.map(jnp.asarray, tree.spread(delta, base))
     moved = jax.tree.map(lambda b, d: None if d is None else b, base, delta)
     tree.require_float(moved, f"what delta {t} is added to")
@@ -182,6 +184,7 @@ def landscape(
     check: Num[Array, "points tasks"] | Num[np.ndarray, "points tasks"] | Sequence | None = None,
     rematerialise: bool = False,
     mesh: Mesh | None = None,
+    check_finite: bool = True,
 ) -> Landscape:
     """The loss of `base + Σ w_t deltas[t]` for all w at once: one linearised gradient and T exact products per batch.
 
@@ -198,15 +201,19 @@ def landscape(
       check: compositions (points, T) at which the true loss and gradient are taken as well, for `remainder`; default:
         the uniform composition and that of the first half of the modules.
       rematerialise, mesh: as for `hessian`.
+      check_finite: ValueError where base, a delta, or what was measured holds a number that isn't finite; False lets it
+        through. Under a trace it does.
 
-    ValueError where a delta doesn't fit the base (with the path), holds a number that isn't finite, or moves an integer
-    leaf; for one module only; for a loss that isn't deterministic.
+    ValueError where a delta doesn't fit the base (with the path) or moves an integer leaf; for one module only; for a
+    loss that isn't deterministic, or more than one number.
     """
     base, deltas = jax.tree.map(jnp.asarray, base), list(deltas)
     tasks = len(deltas)
     if tasks < 2:
         raise ValueError(f"a landscape is of two modules or more, and {tasks} was given: of one, use hvp")
-    deltas = [_checked_delta(delta, base, t) for t, delta in enumerate(deltas)]
+    if check_finite:
+        tree.require_finite(base, "base")
+    deltas = [_checked_delta(delta, base, t, check_finite) for t, delta in enumerate(deltas)]
     # Weights and gram are not for 16 bits, nor is the sum of the deltas.
     dtype = jnp.result_type(*(x.dtype for x in jax.tree.leaves(deltas)), jnp.float32)
     deltas = jax.tree.map(lambda x: x.astype(dtype), deltas)
@@ -232,21 +239,27 @@ def landscape(
             f"{tasks} modules need an anchor of shape ({tasks},) and points to check of shape (points, {tasks}), not "
             f"{around.shape} and {points.shape}"
         )
+    if tree.concrete(around, points) and not all(np.all(np.isfinite(x)) for x in (around, points)):
+        raise ValueError(f"the anchor and the points to check must be finite weights, not {around} and {points}")
     if mesh is not None:
         base, deltas = jax.device_put((base, deltas), replicated(mesh))
     function = jax.checkpoint(loss) if rematerialise else loss
 
     def measure(*batch):
         def composed(w):
-            return function(tree.add(base, tree.weighted_sum(deltas, w)), *batch).astype(dtype)
+            params = tree.add(base, tree.weighted_sum(deltas, w))
+            return require_scalar(function(params, *batch)).astype(dtype)
 
-        (value, slope), push = jax.linearize(jax.value_and_grad(composed), around)
+        (value, slope), push, _ = linearise(jax.value_and_grad(composed), around)
         gram = jax.lax.map(lambda direction: push(direction)[1], jnp.eye(tasks, dtype=dtype))
         return Measured(value, slope, (gram + gram.T) / 2, *jax.lax.map(jax.value_and_grad(composed), points))
 
     measured, fractions = each(measure, data)
     fractions = fractions.astype(dtype)
     mean = jax.tree.map(lambda x: jnp.average(x, axis=0, weights=fractions), measured)
+    if check_finite:
+        where = "at the anchor" if anchor is not None else "at the base"
+        tree.require_finite({"loss": mean.loss, "slope": mean.slope, "gram": mean.gram}, f"the landscape {where}")
     stratum = Stratum(jnp.ones((), dtype), fractions, measured)
     return Landscape(*mean[:3], around, points, *mean[3:], (stratum,))
 
@@ -260,6 +273,8 @@ def mix(landscapes: Sequence[Landscape], weights: Sequence[float | int] | Array)
     """
     if len(landscapes) != len(weights) or not landscapes:
         raise ValueError(f"{len(landscapes)} landscapes were given {len(weights)} weights")
+    if tree.concrete(weights) and not np.all(np.isfinite(np.asarray(weights))):
+        raise ValueError(f"the weights of landscapes must be finite, not {weights}")
     head = landscapes[0]
     for other in landscapes[1:]:
         for name in ("anchor", "checked"):

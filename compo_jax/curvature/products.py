@@ -7,9 +7,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.tree_util import Partial
+from jaxtyping import Array
 
 from compo_jax import tree
-from compo_jax.curvature.batches import mean, require_deterministic, require_examples, stack
+from compo_jax.curvature.batches import mean, require_deterministic, require_examples, require_scalar, stack
+from compo_jax.curvature.forward import linearise
+from compo_jax.curvature.output_loss import (
+    OutputLoss,
+    predictions,
+    require_output_loss,
+    require_outputs,
+    require_targets,
+    weights_of,
+)
 from compo_jax.mesh import replicated
 
 Tree = Any
@@ -27,7 +37,7 @@ def hvp(loss: Callable[..., jax.Array], params: Tree, vector: Tree, *args: Any) 
     """`H v`, with H the Hessian of `loss(params, *args)` in `params`: exact, forward over reverse (Pearlmutter, 1994).
 
     Args:
-      loss: a scalar, twice differentiable.
+      loss: a scalar, twice differentiable, by custom derivatives (`jax.custom_vjp`), too.
       vector: shaped as `params`; None leaves count as zero and cost nothing.
 
     Returns a tree shaped as `params`. Several vectors at once: `jax.vmap` over `vector` takes the gradient once.
@@ -37,9 +47,9 @@ def hvp(loss: Callable[..., jax.Array], params: Tree, vector: Tree, *args: Any) 
     require_examples(args)
 
     def gradient(moved):
-        return jax.grad(lambda p: loss(p, *args))(tree.combine(moved, params))
+        return jax.grad(lambda p: require_scalar(loss(p, *args)))(tree.combine(moved, params))
 
-    return jax.jvp(gradient, (moved,), (tangent,))[1]
+    return linearise(gradient, moved).push(tangent)
 
 
 def ggnvp(
@@ -48,39 +58,53 @@ def ggnvp(
     vector: Tree,
     inputs: Any,
     *targets: Any,
-    output_loss: Callable[..., jax.Array] | None = None,
+    output_loss: OutputLoss | Callable[..., jax.Array] | None = None,
 ) -> Tree:
     """`G v`, with G = `Jᵀ H J` the generalised Gauss-Newton matrix (Schraudolph, 2002): J of `apply`, H of the loss.
 
     Args:
       apply: `(params, inputs) -> outputs`.
       vector: shaped as `params`; None leaves count as zero.
-      output_loss: `(outputs, *targets) -> scalar`, the mean over the batch. Default: the softmax cross-entropy of
-        logits `(..., classes)`, which needs no targets, and then G is the Fisher of the mean loss; a class that is not
-        there yet may have the logit -inf.
+      output_loss: `(outputs, *targets) -> scalar`, the mean over the batch, or `softmax_loss(weights, smoothing)`,
+        `bernoulli_loss()`, `squared_loss()` or another `OutputLoss`, of which a target is needed only where it weighs
+        classes, and then G is the Fisher of the mean loss. Default: softmax, of logits `(batch, *tokens, classes)`; an
+        image's loss is the sum over its tokens, and the mean is over images. A class that is not there yet may have the
+        logit -inf.
 
     Returns a tree shaped as `params`; the forward pass is made once, also for several vectors under `jax.vmap`. Errors
-    as `hvp`.
+    as `hvp`, and, where no function is given, for logits of one class or without an axis of classes.
     """
     _, tangent = _moved(params, vector)
     require_examples((inputs, targets))
-    outputs, push = jax.linearize(lambda p: apply(p, inputs), params)
+    named = not callable(output_loss)
+    loss = require_output_loss(output_loss) if named else None
+    if named:
+        _require_targets(loss, jax.eval_shape(apply, params, inputs), targets)
+    outputs, push, pull = linearise(lambda p: apply(p, inputs), params)
     everywhere = jax.tree.map(jnp.zeros_like, params)
     change = push(tree.combine(tangent, everywhere))
-    if output_loss is None:
-        curved = _cross_entropy_product(outputs, change)
-    else:
-        gradient = jax.grad(lambda z: output_loss(z, *targets))
-        curved = jax.jvp(gradient, (outputs,), (change,))[1]
-    return jax.linear_transpose(push, params)(curved)[0]
+    if named:
+        return pull(_hessian_product(loss, outputs, change, targets))
+    gradient = jax.grad(lambda z: require_scalar(output_loss(z, *targets)))
+    return pull(linearise(gradient, outputs).push(change))
 
 
-def _cross_entropy_product(logits: jax.Array, change: jax.Array) -> jax.Array:
-    """The Hessian of the mean cross-entropy in the logits, `diag(p) - p pᵀ`, times a change of the logits."""
-    p = jax.nn.softmax(logits)
-    change = jnp.where(p > 0, change, 0)  # a change of -inf is nan, and weighs nothing
-    curved = p * change - p * jnp.sum(p * change, axis=-1, keepdims=True)
-    return curved / (logits.size / logits.shape[-1])
+def _require_targets(loss: OutputLoss, outputs: Any, targets: tuple) -> Array | None:
+    """The targets as the loss takes them, None where its Hessian needs none."""
+    require_outputs(loss, outputs)
+    if loss.weight is None:
+        return None
+    if not targets:
+        raise ValueError("the loss weighs examples by their classes: give labels after the inputs")
+    return require_targets(loss, targets[0], outputs.shape)[0]
+
+
+def _hessian_product(loss: OutputLoss, outputs: Array, change: Array, targets: tuple) -> Array:
+    """The Hessian in the outputs, of the sum over an image's predictions and the mean over images, times a change."""
+    z = predictions(outputs)
+    weights = weights_of(loss, z, _require_targets(loss, outputs, targets))
+    curved = weights * loss.product(z, change.astype(z.dtype).reshape(z.shape)) / z.shape[0]
+    return curved.astype(outputs.dtype).reshape(outputs.shape)
 
 
 def hessian(
@@ -113,7 +137,7 @@ def ggn(
     params: Tree,
     batches: Iterable[tuple],
     *,
-    output_loss: Callable[..., jax.Array] | None = None,
+    output_loss: OutputLoss | Callable[..., jax.Array] | None = None,
     rematerialise: bool = False,
     mesh: Mesh | None = None,
     check: bool = True,
@@ -125,7 +149,7 @@ def ggn(
 
     def value(params, inputs, *targets):
         outputs = apply(params, inputs)
-        return outputs if output_loss is None else output_loss(outputs, *targets)
+        return output_loss(outputs, *targets) if callable(output_loss) else outputs
 
     return _operator(apply, product, value, params, batches, rematerialise, mesh, check)
 

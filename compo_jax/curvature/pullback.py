@@ -1,4 +1,4 @@
-"""Each image's own gradient: the columns of the logits' curvature, pulled back to the parameters."""
+"""Each image's own gradient: the columns of the output loss's Hessian, pulled back to the parameters."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,12 +6,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from compo_jax import tree
-from compo_jax.curvature import softmax
-from compo_jax.curvature.batches import examples
+from compo_jax.curvature.batches import examples, require_count, require_independent, require_key
+from compo_jax.curvature.columns import METHODS, columns, ranks
 from compo_jax.curvature.layers import Dense, tap, zeros
+from compo_jax.curvature.output_loss import (
+    predictions,
+    require_output_loss,
+    require_outputs,
+    require_targets,
+)
 
 Tree = Any
 
@@ -25,7 +31,7 @@ class Pulled(NamedTuple):
       inputs: of each dense layer, (images, *stack, tokens, in).
       outputs: the gradients of its outputs, (images, *stack, tokens, out).
       rest: gradients of the leaves that are not the weight of one dense layer, (images, ...), None at those that are.
-      real: (images,), False where an image fills up the last chunk.
+      real: (images,), False where an image fills up the last chunk, or takes no part.
     """
 
     inputs: dict[str, Array]
@@ -41,52 +47,72 @@ class Reduction(NamedTuple):
       start: a tree of arrays.
       column: `(sums, Pulled) -> sums`.
       chunk: `(sums, inputs, real) -> sums`, once for each chunk.
-      finish: `sums -> result`.
+      finish: `(sums, images that took part) -> result`.
     """
 
     start: Tree
     column: Callable[[Tree, Pulled], Tree]
     chunk: Callable[[Tree, dict[str, Array], Array], Tree] = lambda sums, inputs, real: sums
-    finish: Callable[[Tree], Any] = lambda sums: sums
+    finish: Callable[[Tree, Array], Any] = lambda sums, count: sums
+
+
+class Pooled(NamedTuple):
+    """What became of a reduction: its result, the images that took part, the smallest fraction captured of them."""
+
+    result: Any
+    count: Int[Array, ""]
+    captured: Float[Array, ""]
 
 
 def pull_back(
-    apply: Callable[[Tree, Any], Float[Array, "batch classes"]],
+    apply: Callable[[Tree, Any], Float[Array, "batch ..."]],
     params: Tree,
     inputs: Any,
     reduction: Callable[[dict[str, Dense]], Reduction],
     *,
     method: str,
     tolerance: float,
-    labels: Int[Array, " batch"] | None,
-    key: Key[Array, ""] | None,
+    labels: Any,
+    key: Any,
     chunk: int | None,
-) -> tuple[Tree, Float[Array, ""]]:
-    """(result, smallest fraction captured) of the reduction made for the dense layers that are found.
+    output_loss: Any,
+    ignore: int | None,
+) -> Pooled:
+    """The reduction made for the dense layers that are found.
 
     The other arguments, and the errors: see `curvature.fisher_diagonal`.
     """
     tree.require_float(params, "params")
+    loss = require_output_loss(output_loss)
     batch = examples(inputs)
-    if method not in softmax.METHODS:
-        raise ValueError(f"unknown method {method!r}; known are {', '.join(softmax.METHODS)}")
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
     if batch == 0:
         raise ValueError("the curvature of no images was asked for: inputs are empty")
-    if method == "monte_carlo" and key is None:
-        raise ValueError("method='monte_carlo' draws labels and needs a key: key=jax.random.key(0)")
-    if method == "empirical" and labels is None:
+    if method == "monte_carlo":
+        require_key(key, "method='monte_carlo' draws labels and needs a key")
+    if labels is None and method == "empirical":
         raise ValueError("method='empirical' needs the true labels; the Fisher itself (method='exact') needs none")
-    if labels is not None and np.shape(labels) != (batch,):
-        raise ValueError(f"{batch} images have labels of shape {np.shape(labels)}; they must be ({batch},)")
+    if labels is None and loss.weight is not None:
+        raise ValueError("the loss weighs examples by their classes: give labels, whatever the method")
+    if labels is None and ignore is not None:
+        raise ValueError(f"ignore={ignore} says which labels are skipped, and no labels are given")
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance, the fraction of the trace that may be left out, is {tolerance}: 0 <= it < 1")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"a chunk holds at least one image, not {chunk}")
+    if chunk is not None:
+        require_count(chunk, f"a chunk holds at least one image, not {chunk}")
+    shape = jax.eval_shape(apply, params, inputs)
+    require_outputs(loss, shape, batch)
+    tokens = int(np.prod(shape.shape[1:-1]))
+    targets, part = None, jnp.ones((batch, tokens), bool)
+    if labels is not None:
+        targets, part = require_targets(loss, labels, shape.shape, ignore)
+    require_independent(apply, params, inputs)
 
-    def logits_of(params, image):
+    def outputs_of(params, image):
         return apply(params, jax.tree.map(lambda x: x[None], image))[0]
 
-    taps = tap(logits_of, params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs))
+    taps = tap(outputs_of, params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs))
     rest = tree.map_with_name(lambda name, leaf: None if name in taps.layers else leaf, params)
     held = tree.size(rest) + sum(
         int(np.prod(layer.stack)) * layer.tokens * sum(layer.sizes) for layer in taps.layers.values()
@@ -103,9 +129,13 @@ def pull_back(
         return filled.reshape(chunks, chunk, *x.shape[1:])
 
     if method == "low_rank":  # images that need equally many columns go together
-        needed = jax.lax.map(lambda image: softmax.rank(logits_of(params, image), tolerance), inputs, batch_size=chunk)
-        order = jnp.argsort(needed)
-        inputs = jax.tree.map(lambda x: x[order], inputs)
+
+        def columns_of(image):
+            image, part = image
+            return jnp.sum(ranks(loss, predictions(outputs_of(params, image)[None]), part[None], tolerance)[0])
+
+        order = jnp.argsort(jax.lax.map(columns_of, (inputs, part), batch_size=chunk))
+        inputs, targets, part = jax.tree.map(lambda x: x[order], (inputs, targets, part))
 
     def linearise(images):
         # What differs between images is what is differentiated: a copy of the probes and of the small leaves for each
@@ -122,13 +152,14 @@ def pull_back(
 
     def one_chunk(carry, xs):
         sums, captured = carry
-        images, real, labels, keys = xs
-        logits, pull, x = linearise(images)  # once; then pulled back column by column
-        factor = softmax.columns(logits, real, method, tolerance, labels, keys)
+        images, real, part, targets, keys = xs
+        real = real & part.any(axis=1)
+        outputs, pull, x = linearise(images)  # once; then pulled back column by column
+        factor = columns(loss, outputs, real, part, method, tolerance, targets, keys)
 
         def add(k, sums):
-            outputs, others = pull(factor.column(k))
-            return column(sums, Pulled(x, outputs, others, real))
+            gradients, others = pull(factor.column(k))
+            return column(sums, Pulled(x, gradients, others, real))
 
         sums = jax.lax.fori_loop(0, factor.count, add, each_chunk(sums, x, real))
         worst = jnp.min(jnp.where(real, factor.captured, jnp.inf)).astype(captured.dtype)
@@ -137,10 +168,11 @@ def pull_back(
     xs = (
         jax.tree.map(padded, inputs),
         (jnp.arange(chunks * chunk) < batch).reshape(chunks, chunk),
-        padded(jnp.asarray(labels)) if method == "empirical" else None,
+        padded(part),
+        jax.tree.map(padded, targets),
         padded(jax.random.split(key, batch)) if method == "monte_carlo" else None,
     )
-    dtype = jax.eval_shape(apply, params, inputs).dtype
-    first = jnp.array(jnp.inf, jnp.promote_types(dtype, jnp.float32))
+    first = jnp.array(jnp.inf, tree.wide_type(shape.dtype))
     (sums, captured), _ = jax.lax.scan(one_chunk, (start, first), xs)
-    return finish(sums), captured
+    count = jnp.sum(part.any(axis=1))
+    return Pooled(finish(sums, count), count, captured)

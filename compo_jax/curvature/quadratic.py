@@ -10,7 +10,12 @@ Vector = Float[np.ndarray, " n"]
 
 
 def minimise(
-    gram: Float[np.ndarray, "n n"], slope: Vector, lower: Vector, upper: Vector, *, sum_to: float | None = None
+    gram: Float[np.ndarray, "rows columns"],
+    slope: Vector,
+    lower: Float[np.ndarray, " lower"],
+    upper: Float[np.ndarray, " upper"],
+    *,
+    sum_to: float | None = None,
 ) -> Vector:
     """argmin of `slope·w + ½ wᵀ gram w` over `lower <= w <= upper`, and `sum(w) = sum_to` where it is given.
 
@@ -23,12 +28,19 @@ def minimise(
     millionth of the curvature and below can escape HiGHS, and the value then is above the minimum by some 1e-7 of its
     largest term.
 
-    ValueError where the numbers aren't finite, or nothing satisfies the bounds.
+    ValueError where the numbers aren't finite, shapes don't fit, or nothing satisfies the bounds.
     """
     gram, slope = np.asarray(gram, np.float64), np.asarray(slope, np.float64)
     lower, upper = np.asarray(lower, np.float64), np.asarray(upper, np.float64)
     if not (np.all(np.isfinite(gram)) and np.all(np.isfinite(slope))):
         raise ValueError("a quadratic with numbers that aren't finite has no minimum: the loss may have overflowed")
+    if not slope.size or gram.shape != (slope.size, slope.size) or not slope.shape == lower.shape == upper.shape:
+        raise ValueError(
+            f"a quadratic of n >= 1 weights has a gram (n, n) and n slopes and bounds; these are {gram.shape}, "
+            f"{slope.shape}, {lower.shape} and {upper.shape}"
+        )
+    if not (np.all(np.isfinite(lower) & np.isfinite(upper)) and (sum_to is None or np.isfinite(sum_to))):
+        raise ValueError(f"bounds and sum must be finite, not {lower} to {upper} with the sum {sum_to}")
     if sum_to is not None:
         slope = slope - slope.mean()  # what all share changes nothing under the sum, and would set the scale
     total, slack = 0.0 if sum_to is None else sum_to, 1e-12 * (np.abs(lower) + np.abs(upper)).sum()

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 from matfree import stochtrace
 
 from compo_jax import tree
+from compo_jax.curvature.batches import require_count, require_key
 
 Tree = Any
 HIGHEST = jax.lax.Precision.HIGHEST  # products in TF32 or bfloat16 would cost Lanczos its orthogonality
@@ -47,11 +49,11 @@ class Spectrum(NamedTuple):
     weights: Float[Array, "samples order"]
 
 
-def _operator(matvec: Callable, like: Tree, **at_least_one: int) -> tuple[Callable, Array, Callable]:
+def _operator(matvec: Callable, like: Tree, key: Any, **at_least_one: Any) -> tuple[Callable, Array, Callable]:
     """(matvec of flat vectors, a flat vector of zeros, flat vector -> tree), after the checks that all share."""
+    require_key(key, "random vectors need a key")
     for name, value in at_least_one.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+        require_count(value, f"{name} must be at least 1, not {value}: a whole number")
     like = jax.eval_shape(lambda t: t, like)
     if tree.size(like) == 0:
         raise ValueError("the operator acts on an empty tree: `like` must be shaped as a vector, e.g. the parameters")
@@ -65,7 +67,9 @@ def _operator(matvec: Callable, like: Tree, **at_least_one: int) -> tuple[Callab
     for name, a, b in zip(tree.names(like), jax.tree.leaves(like), jax.tree.leaves(out), strict=True):
         if a.shape != b.shape:
             raise ValueError(f"matvec returns {name!r} with shape {b.shape}, but it has shape {a.shape} in `like`")
-    wide = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), like)
+        if not jnp.issubdtype(b.dtype, jnp.floating):
+            raise ValueError(f"matvec returns {name!r} as {b.dtype}; a symmetric operator's products are real floats")
+    wide = jax.tree.map(lambda x: jnp.zeros(x.shape, tree.wide_type(x)), like)
     zeros, unravel = ravel_pytree(wide)
 
     def apply(v):
@@ -92,31 +96,31 @@ def _mean(integrand: Callable, operator: tuple, key: Array, samples: int) -> tup
     return mean, jnp.sqrt(squares / (samples * (samples - 1)))
 
 
-def trace(matvec: Callable, like: Tree, key: Key[Array, ""], samples: int) -> Estimate:
+def trace(matvec: Callable, like: Tree, key: Any, samples: int) -> Estimate:
     """The trace from `samples` matvecs with random signs (Hutchinson, 1989): unbiased, exact for a diagonal operator.
 
     Variance: `2 (‖A‖_F² - ‖diag A‖²) / samples`. XTrace (Epperly, Tropp & Webber, 2024; in matfree) has much less where
     eigenvalues decay fast, but holds all samples at once, and its leave-one-out error is too small.
     """
-    return Estimate(*_mean(stochtrace.monte_carlo_trace(), _operator(matvec, like, samples=samples), key, samples))
+    return Estimate(*_mean(stochtrace.monte_carlo_trace(), _operator(matvec, like, key, samples=samples), key, samples))
 
 
-def diagonal(matvec: Callable, like: Tree, key: Key[Array, ""], samples: int) -> Estimate:
+def diagonal(matvec: Callable, like: Tree, key: Any, samples: int) -> Estimate:
     """The diagonal, two trees shaped as `like`: the mean of `v * (A v)` over sign vectors v (Bekas et al., 2007).
 
     Unbiased; the variance of entry i is `(‖A[i]‖² - A[i, i]²) / samples`.
     """
-    operator = _operator(matvec, like, samples=samples)
+    operator = _operator(matvec, like, key, samples=samples)
     return Estimate(*map(operator[2], _mean(stochtrace.monte_carlo_diagonal(), operator, key, samples)))
 
 
-def frobenius_norm(matvec: Callable, like: Tree, key: Key[Array, ""], samples: int) -> Estimate:
+def frobenius_norm(matvec: Callable, like: Tree, key: Any, samples: int) -> Estimate:
     """`‖A‖_F`, the root of the mean of `‖A v‖²` over sign vectors v, its standard error by the delta method.
 
     The square is unbiased; the root is low by about `standard_error² / (2 ‖A‖_F)`.
     """
     integrand = stochtrace.monte_carlo_frobeniusnorm_squared()
-    square, error = _mean(integrand, _operator(matvec, like, samples=samples), key, samples)
+    square, error = _mean(integrand, _operator(matvec, like, key, samples=samples), key, samples)
     norm = jnp.sqrt(square)
     return Estimate(norm, error / (2 * jnp.where(norm > 0, norm, 1)))
 
@@ -154,15 +158,17 @@ def _lanczos(apply: Callable, draw: Callable, key: Array, order: int) -> tuple[A
 
 
 def top_eigenvalues(
-    matvec: Callable, like: Tree, key: Key[Array, ""], count: int, order: int | None = None, which: str = "magnitude"
+    matvec: Callable, like: Tree, key: Any, count: int, order: int | None = None, which: str = "magnitude"
 ) -> TopEigenvalues:
     """`count` extreme eigenvalues by `order` steps of Lanczos, one matvec each, from a Gaussian vector.
 
     Raise `order` (default `2 count + 30`, at most n, where all is exact) where `error_bounds` are too large; so many
     vectors are held. `which`: `magnitude`, `largest` (the sharpness first) or `smallest` (the most negative first).
     """
-    apply, zeros, unravel = _operator(matvec, like, count=count)
+    apply, zeros, unravel = _operator(matvec, like, key, count=count)
     order = min(zeros.size, 2 * count + 30) if order is None else order
+    if not isinstance(order, int | np.integer):
+        raise ValueError(f"order must be a whole number, not {order}")
     ranks = {"magnitude": lambda x: -jnp.abs(x), "largest": lambda x: -x, "smallest": lambda x: x}
     if which not in ranks:
         raise ValueError(f"unknown which={which!r}; known are {', '.join(ranks)}")
@@ -175,13 +181,13 @@ def top_eigenvalues(
     return TopEigenvalues(values[chosen], lifted, beta * jnp.abs(vectors[-1, chosen]) + rounding)
 
 
-def spectrum(matvec: Callable, like: Tree, key: Key[Array, ""], order: int, samples: int = 1) -> Spectrum:
+def spectrum(matvec: Callable, like: Tree, key: Any, order: int, samples: int = 1) -> Spectrum:
     """The density of the eigenvalues by stochastic Lanczos quadrature (Golub & Meurant, 2010; Ghorbani et al., 2019).
 
     Each sample is the Gauss quadrature of a random sign vector v, exact for `vᵀ A^k v / n` up to k = 2 order - 1, from
     `order` matvecs, holding `order` vectors. With order = n the nodes are the eigenvalues, each of weight 1/n.
     """
-    apply, zeros, _ = _operator(matvec, like, order=order, samples=samples)
+    apply, zeros, _ = _operator(matvec, like, key, order=order, samples=samples)
     if order > (n := zeros.size):
         raise ValueError(f"order {order} exceeds the dimension: order={n} already gives all {n} eigenvalues")
     draw = stochtrace.sampler_signs(zeros, num=1)
@@ -196,4 +202,6 @@ def spectrum(matvec: Callable, like: Tree, key: Key[Array, ""], order: int, samp
 
 def density(spectrum: Spectrum, grid: Float[Array, " points"], width: float | Array) -> Float[Array, " points"]:
     """The spectrum smoothed by Gaussians of standard deviation `width`, at the points of `grid`; its integral is 1."""
+    if tree.concrete(width) and not 0 < width < jnp.inf:
+        raise ValueError(f"the width of the Gaussians must be positive and finite, not {width}")
     return jax.scipy.stats.norm.pdf(grid[:, None], spectrum.nodes.ravel(), width) @ spectrum.weights.ravel()
