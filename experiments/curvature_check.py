@@ -10,7 +10,6 @@ regulariser, and Theorem 1 of Porrello et al. (2025) as the modules move away fr
 the base is positive. Under 4 minutes on 2 CPU cores with no arguments, the run included. Expected numbers: README.md.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -19,9 +18,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import job
 import numpy as np
 import optax
-from job import closing, console, small_run
+from job import closing, console
 
 from compo_jax import adapters, curvature, incremental, report, tree
 from compo_jax.train import write_json
@@ -30,16 +30,20 @@ Tree = Any
 SMALL = ["ita-lora", "none-lora"]
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--run", type=Path, help="folder of a finished run of incremental.py; default: make a small one")
-parser.add_argument("--runs", type=Path, default=Path("runs"), help="where a small run is made")
-parser.add_argument("--data-dir", type=Path, help="where the run's TFDS set is now; default: where it was")
-parser.add_argument("--images", type=int, default=160, help="test images that losses are means over")
-parser.add_argument("--fisher-images", type=int, default=128)
-parser.add_argument("--fisher-batches", type=int, nargs="+", default=[1, 8, 32, 128], help="tried where they divide it")
-parser.add_argument("--weightings", type=int, default=100, help="random compositions to forecast")
-parser.add_argument("--order", type=int, default=20, help="Lanczos steps")
-parser.add_argument("--seed", type=int, default=0)
+parser = job.Parser(__doc__)
+parser.add_argument(
+    "--run", type=job.path, help="folder of a finished run of incremental.py; default: make a small one"
+)
+parser.add_argument("--runs", type=job.path, default=Path("runs"), help="where a small run is made")
+parser.add_argument("--data-dir", type=job.path, help="where the run's TFDS set is now; default: where it was")
+parser.add_argument("--images", type=job.count, default=160, help="test images that losses are means over")
+parser.add_argument("--fisher-images", type=job.count, default=128, help="a multiple of 8 of them for Fisher estimates")
+parser.add_argument(
+    "--fisher-batches", type=job.count, nargs="+", default=[1, 8, 32, 128], help="tried where they divide it"
+)
+parser.add_argument("--weightings", type=job.number(int, 2), default=100, help="random compositions to forecast")
+parser.add_argument("--order", type=job.count, default=20, help="Lanczos steps")
+parser.add_argument("--seed", type=job.seed, default=0)
 
 
 class Problem(NamedTuple):
@@ -331,24 +335,29 @@ def check_spectrum(model, given: Problem, count: int, order: int, seed: int) -> 
 def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     began = time.perf_counter()
-    folder = options.run or options.runs / "curvature-pools"
-    if options.run is None:
-        small_run(folder, SMALL)
-    if options.weightings < 2:
-        raise ValueError(f"a correlation needs --weightings of two at least, not {options.weightings}")
+    if options.fisher_images % 8 or options.fisher_images > options.images:
+        raise ValueError(
+            f"--fisher-images {options.fisher_images} must be a multiple of 8, at most the {options.images} of --images"
+        )
+    sizes = [b for b in options.fisher_batches if options.fisher_images % b == 0]
+    if not sizes or ("fisher_batches" in parser.given and len(sizes) < len(options.fisher_batches)):
+        wrong = [b for b in options.fisher_batches if b not in sizes]
+        raise ValueError(
+            f"--fisher-batches {' '.join(map(str, wrong))}: not divisors of {options.fisher_images} images"
+        )
+    (folder,) = job.finished_runs(parser, options, "curvature-pools", SMALL)
     run = incremental.open_finished(folder, options.data_dir)
     if not run.pools:
         raise ValueError(f"{folder} has no pool of modules trained alone: give the run a method such as ita-lora")
     if len(run.stream.tasks) < 2:
         raise ValueError(f"{folder} has one task only: compositions need two")
+    if options.images < (tasks := len(run.stream.tasks)):
+        raise ValueError(f"--images {options.images}: {folder} has {tasks} tasks, and each needs a test image at least")
     kind = {name: problem(run, name, options.images, options.seed) for name in run.pools}
     first = kind[next(iter(kind))]
     labels = len(first.labels)
-    if not (0 < options.fisher_images <= labels and options.fisher_images % 8 == 0):
+    if options.fisher_images > labels:
         raise ValueError(f"--fisher-images must be a multiple of 8, at most the {labels} images that there are")
-    sizes = [b for b in options.fisher_batches if b > 0 and options.fisher_images % b == 0]
-    if not sizes:
-        raise ValueError(f"none of --fisher-batches {options.fisher_batches} divides {options.fisher_images} images")
     console.print(f"{run.backbone}; {run.stream.name}: {len(first.deltas)} modules, {labels} images; {', '.join(kind)}")
 
     _, loss = functions(run.model)
@@ -375,4 +384,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    closing(main)
+    closing(main, "the same command begins again with the run, which is kept")

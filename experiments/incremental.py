@@ -18,20 +18,20 @@ under Slurm or on a Cloud TPU with `--hosts auto`. Where one dies all end, and t
 import argparse
 import functools
 import itertools
-import json
 import re
 import shutil
 import time
 from pathlib import Path
 
 import jax
+import job
 import numpy as np
 from job import closing, console
 
 from compo_jax import adapters, data, incremental, mesh, models, report, tree
 from compo_jax.incremental import Method, Settings
 from compo_jax.pool import ModulePool
-from compo_jax.train import Checkpoints, jit_runner, open_run, pmap_runner, progress_bar, write_json
+from compo_jax.train import Checkpoints, jit_runner, open_run, pmap_runner, progress_bar, read_json, write_json
 
 
 def class_means(z, labels, seed):
@@ -46,7 +46,7 @@ def projected(z, labels, seed):
 
 # What a data set wants where the command line says nothing.
 PRESETS = {
-    "glyphs": {"tasks": 10, "epochs": 8, "batch": 64},
+    "glyphs": {"tasks": 10, "epochs": 8, "batch": 64, "images": 100},
     "omniglot": {"tasks": 10, "epochs": 6, "batch": 64, "by": "alphabet", "train_split": "test"},
     "mnist": {"tasks": 5, "epochs": 1, "batch": 128},
 }
@@ -64,6 +64,25 @@ COMPARED = [
 ]  # fmt: skip
 
 
+# The methods that an option belongs to; where none of them is asked for, it is refused.
+BELONGS = {
+    "rank": r".+-lora",
+    "learning_rate": r".+-lora",
+    "ia3_learning_rate": r".+-ia3",
+    "full_learning_rate": r"(?!tmc).+-full",
+    "tmc_learning_rate": r"tmc-.+",
+    "alpha": r"ita-.+",
+    "tak_alpha": r"tak-.+",
+    "beta": r"iel-.+",
+    "ewc": r"ewc-.+",
+    "units": r"(ita|tak|iel|ewc)-.+",
+    "lwf": r"lwf-.+",
+    "pull": r"(ita|tak|pull|tmc|iel|iel_pull)-.+",
+    "penalty": r"(ita|tak|pull|tmc|iel|iel_pull|ewc)-.+",
+    "parallel": r"(ita|tak|pull|none|tmc)-.+",
+}
+
+
 def hosts(text: str) -> tuple:
     """What `mesh.start_distributed` takes."""
     found = re.fullmatch(r"([^,\s]+:\d+),(\d+),(\d+)", text)
@@ -73,43 +92,47 @@ def hosts(text: str) -> tuple:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = job.Parser(__doc__)
     add = parser.add_argument
     add("--data", default="glyphs", help="glyphs, or the name of a TFDS image classification set")
-    add("--data-dir", type=Path, help="where TFDS has prepared the set")
-    add("--tasks", type=int, help="number of tasks")
+    add("--data-dir", type=job.path, help="where TFDS has prepared the set")
+    add("--tasks", type=job.count, help="number of tasks")
     add("--by", help="label feature that divides the set into tasks; default: equal groups of classes")
     add("--train-split", help="TFDS split to train on; without --test-split a part of it is held out")
     add("--test-split", help="TFDS split to test on")
-    add("--classes", type=int, default=16, help="characters of a script (glyphs)")
-    add("--images", type=int, default=100, help="training images of a class (glyphs)")
-    add("--backbone", type=Path, help="timm ViT checkpoint (.safetensors); default: the embedded one")
-    add("--heads", type=int, help="attention heads of the checkpoint; default: width / 64")
-    add("--image-size", type=int, help="side of the images; default: the checkpoint's")
+    add("--classes", type=job.number(int, 2), default=16, help="characters of a script (glyphs)")
+    add("--images", type=job.count, help="training images of a class, drawn by the seed; default: 100 glyphs, else all")
+    add("--backbone", type=job.path, help="timm ViT checkpoint (.safetensors); default: the embedded one")
+    add("--heads", type=job.count, help="attention heads of the checkpoint; default: width / 64")
+    add("--image-size", type=job.count, help="side of the images; default: the checkpoint's")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute dtype")
     add("--runner", choices=["jit", "pmap"], default="jit")
-    add("--epochs", type=int)
-    add("--batch", type=int)
-    add("--rank", type=int, default=8)
-    add("--learning-rate", type=float, default=3e-3, help="of LoRA modules")
-    add("--ia3-learning-rate", type=float, default=1e-2, help="of (IA)³ modules")
-    add("--tmc-learning-rate", type=float, default=2e-5, help="of the tangent model")
-    add("--full-learning-rate", type=float, default=1e-3, help="of full deltas")
-    add("--alpha", type=float, default=300.0, help="weight of ITA's penalty")
-    add("--tak-alpha", type=float, default=10.0, help="weight of ITA's penalty by Kronecker factors")
-    add("--beta", type=float, default=300.0, help="weight of IEL's penalty")
-    add("--ewc", type=float, default=300.0, help="weight of elastic weight consolidation")
-    add("--lwf", type=float, default=10.0, help="weight of learning without forgetting's distillation")
+    add("--epochs", type=job.count)
+    add("--batch", type=job.count)
+    add("--rank", type=job.count, default=8, help="of LoRA modules")
+    add("--learning-rate", type=job.rate, default=3e-3, help="of LoRA modules")
+    add("--ia3-learning-rate", type=job.rate, default=1e-2, help="of (IA)³ modules")
+    add("--tmc-learning-rate", type=job.rate, default=2e-5, help="of the tangent model")
+    add("--full-learning-rate", type=job.rate, default=1e-3, help="of full deltas")
+    add("--alpha", type=job.weight, default=0.1, help="weight of ITA's penalty")
+    add("--tak-alpha", type=job.weight, default=0.004, help="weight of ITA's penalty by Kronecker factors")
+    add("--beta", type=job.weight, default=0.1, help="weight of IEL's penalty")
+    add("--ewc", type=job.weight, default=0.1, help="weight of elastic weight consolidation")
+    add("--lwf", type=job.weight, default=10.0, help="weight of learning without forgetting's distillation")
+    add(
+        "--units", choices=["relative", "paper"], default="relative",
+        help="of the weights of ITA, IEL and EWC: relative to the curvature's mean, or the curvature as it is",
+    )  # fmt: skip
     add("--penalty", choices=["coupled", "decoupled"], help="default: coupled for full deltas and TAK")
-    add("--pull", type=float, nargs=2, default=(0.1, 0.05), metavar=("F", "I"), help="pull of the heads")
+    add("--pull", type=job.weight, nargs=2, default=(0.1, 0.05), metavar=("F", "I"), help="pull of the heads")
     add("--fisher", default="monte_carlo", choices=["exact", "low_rank", "monte_carlo"])
-    add("--fisher-images", type=int, default=256, help="images of a task for its Fisher; 0 for all")
+    add("--fisher-images", type=job.number(int, 0), default=256, help="images of a task for its Fisher; 0 for all")
     add("--methods", nargs="+", default=["ita-lora"], choices=METHODS, metavar="NAME", help=", ".join(METHODS))
-    add("--compare", action="store_const", dest="methods", const=COMPARED, help="those that are usually compared")
+    add("--compare", action="store_true", default=None, help="the methods that are usually compared")
     add("--parallel", action="store_true", help="train the independent methods' tasks at once")
-    add("--seed", type=int, default=0)
-    add("--name", help="name of the run; default: made from the data and the seed")
-    add("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    add("--seed", type=job.seed, default=0)
+    add("--name", type=job.name, help="name of the run; default: made from the data and the seed")
+    add("--runs", type=job.path, default=Path("runs"), help="folder of the runs")
     add("--tensorboard", action="store_true")
     add(
         "--hosts",
@@ -118,18 +141,41 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="host 0's address, how many hosts, which is this; or auto",
     )
     options = parser.parse_args(arguments)
+    refuse_what_plays_no_part(parser, options)
     if (place := vars(options).pop("hosts")) is not None:  # before anything touches a device
         mesh.start_distributed(*place)
     for key, value in (PRESET | PRESETS.get(options.data, {})).items():
         if getattr(options, key, None) is None:
             setattr(options, key, value)
-    options.methods = sorted(dict.fromkeys(options.methods), key=lambda name: name in FROZEN)  # in order, those last
+    if options.compare:
+        options.methods = COMPARED
+    del options.compare
+    options.methods = sorted(options.methods, key=lambda name: name in FROZEN)  # in order, those last
     if set(options.methods) <= set(FROZEN):
-        parser.error(f"{', '.join(options.methods)} train nothing: name a method before them, ita-lora say")
+        raise ValueError(f"{', '.join(options.methods)} train nothing: name a method before them, ita-lora say")
+    if not options.parallel or not all(re.fullmatch(BELONGS["parallel"], name) for name in options.methods):
+        job.divisible(options.batch, "--batch")
     tried = "compare" if options.methods == COMPARED else "-".join(options.methods)
     suffix = "" if tried == "ita-lora" else f"-{tried}"
-    options.name = options.name or f"incremental-{options.data}-{options.seed}{suffix}"
+    options.name = options.name or job.plain(f"incremental-{options.data}-{options.seed}{suffix}")
     return options
+
+
+def refuse_what_plays_no_part(parser: job.Parser, options: argparse.Namespace) -> None:
+    if options.compare:
+        parser.refuse("with --compare, which names its own", "methods")
+    if options.data == "glyphs":
+        parser.refuse("with glyphs, which are rendered", "data_dir", "by", "train_split", "test_split")
+    else:
+        parser.refuse(f"with {options.data}, for they are the characters of a script of glyphs", "classes")
+    if options.backbone is None:
+        parser.refuse("without --backbone, for the embedded one has its own", "heads", "image_size")
+    if options.parallel and options.runner == "pmap":
+        raise ValueError("--parallel divides the tasks among the devices and pmap the batch: name one of the two")
+    asked = COMPARED if options.compare else options.methods
+    for key, pattern in BELONGS.items():
+        if not any(re.fullmatch(pattern, name) for name in asked):
+            parser.refuse(f"with {', '.join(asked)}", key)
 
 
 def methods(options) -> list[Method]:
@@ -156,7 +202,7 @@ def methods(options) -> list[Method]:
     }
     named = [(name, *name.split("-")) for name in options.methods if name not in FROZEN]
     asked = {"coupled": options.penalty == "coupled"} if options.penalty else {}
-    return [Method(name, **(kinds[kind] | more[way] | asked)) for name, way, kind in named]
+    return [Method(name, units=options.units, **(kinds[kind] | more[way] | asked)) for name, way, kind in named]
 
 
 def members(method: Method, names: list[str], t: int) -> tuple[list[str], list[str]]:
@@ -177,20 +223,25 @@ def main(arguments: list[str] | None = None) -> None:
         model = model.copy(kernel="cudnn")
     source = ("data_dir", "tasks", "seed", "by", "train_split", "test_split", "classes", "images")
     stream = data.open_stream(options.data, model.image_size, **{key: getattr(options, key) for key in source})
+    job.tell_images(stream, options.images)
     tasks, total = len(stream.tasks), len(stream.classes)
     images = sum(len(task.train) for task in stream.tasks)
     console.print(f"{backbone}; {stream.name}: {tasks} tasks, {total} classes, {images} images")
+    if options.batch > images:
+        raise ValueError(f"--batch {options.batch} is more than all the {images} training images: name a smaller one")
     tried = methods(options)
     for method in tried:  # a wrong rank or pattern is said before there is a run folder
         jax.eval_shape(method.adapter.init, jax.random.key(0), base)
     chosen = {k: v for k, v in vars(options).items() if k not in ("runs", "tensorboard")}
+    if options.data != "glyphs":  # under another name than in older runs, whose `images` held for glyphs alone
+        chosen["train_images"] = chosen.pop("images")
     config = {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items()}
     with (
         open_run(options.runs / options.name, config, tensorboard=options.tensorboard) as run,
         progress_bar(console=console) as progress,
     ):
         if (run.folder / "metrics.json").exists():
-            console.print(report.table(json.loads((run.folder / "metrics.json").read_text())))
+            console.print(report.table(read_json(run.folder / "metrics.json")))
             console.print(f"{run.folder} is finished: see its report.html. Remove the folder to start over.")
             return
 

@@ -12,7 +12,6 @@ but for those in OPTIONS. Writes report.html and metrics.json to RUN/merging of 
 cores with no arguments, the run included. Expected numbers: README.md.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,9 +20,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import job
 import numpy as np
 import optax
-from job import closing, console, small_run
+from job import closing, console
 
 from compo_jax import adapters, compose, curvature, incremental, report, tree
 from compo_jax.incremental.fisher import task_fisher
@@ -39,14 +39,16 @@ OPTIONS = {
     "ggn": {"damping": 1e-3, "max_iterations": 30, "tolerance": 1e-2},
 }
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--run", type=Path, nargs="+", help="finished runs of incremental.py; default: make a small one")
-parser.add_argument("--runs", type=Path, default=Path("runs"), help="where a small run is made")
-parser.add_argument("--data-dir", type=Path, help="where the runs' TFDS set is now; default: where it was")
-parser.add_argument("--images", type=int, default=64, help="training images of a task for its curvature")
+parser = job.Parser(__doc__)
+parser.add_argument(
+    "--run", type=job.path, nargs="+", help="finished runs of incremental.py; default: make a small one"
+)
+parser.add_argument("--runs", type=job.path, default=Path("runs"), help="where a small run is made")
+parser.add_argument("--data-dir", type=job.path, help="where the runs' TFDS set is now; default: where it was")
+parser.add_argument("--images", type=job.count, default=64, help="training images of a task for its curvature")
 parser.add_argument("--methods", nargs="+", help="pools of the runs; default: all that all runs have")
 parser.add_argument("--rules", nargs="+", choices=list(compose.RULES), help="default: all that take this many modules")
-parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--seed", type=job.seed, default=0)
 
 
 def with_curvature(run: incremental.FinishedRun, name: str, images: int, seed: int) -> tuple[ModulePool, dict]:
@@ -156,19 +158,18 @@ def timed(call: Callable) -> tuple:
 def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     began = time.perf_counter()
-    folders = options.run or [options.runs / "merging-pools"]
-    if options.run is None:
-        small_run(folders[0], SMALL)
-    runs = [incremental.open_finished(folder, options.data_dir) for folder in folders]
+    folders = job.finished_runs(parser, options, "merging-pools", SMALL)
+    runs = incremental.open_several(folders, options.data_dir)
     pools = incremental.common_methods(runs, options.methods)
     tasks = len(runs[0].stream.tasks)
     if any(len(run.stream.tasks) != tasks for run in runs) or tasks < 2:
         told = ", ".join(f"{run.folder.name} has {len(run.stream.tasks)}" for run in runs)
         raise ValueError(f"merging wants runs of equally many tasks, two at least: {told}")
-    if len({tree.fingerprint(run.base) for run in runs}) > 1:
-        raise ValueError("the runs are of different backbones: give runs that differ in their seed")
-    if options.images < 1:
-        raise ValueError(f"curvature is taken over one image of a task or more, not {options.images}")
+    if "slerp" in (options.rules or []) and tasks != 2:
+        raise ValueError(f"slerp goes from one module to another, and there are {tasks}: leave it out of --rules")
+    fewest = min(len(task.train) for run in runs for task in run.stream.tasks)
+    if options.images > fewest:
+        raise ValueError(f"--images {options.images}: a task has {fewest} training images; ask for that many at most")
     rules = options.rules or [rule for rule in compose.RULES if rule != "slerp" or tasks == 2]
     found: dict = {name: {"individual": [], "base": [], "curvature_seconds": [], "rules": {}} for name in pools}
     programs: dict[tuple[str, str], Program] = {}
@@ -229,4 +230,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    closing(main)
+    closing(main, "the same command begins again with the run, which is kept")

@@ -32,12 +32,13 @@ PRESETS = {
         "batch": 16,
         "adapt_steps": 40,
         "adapt_batch": 32,
+        "images": 50,
     },
-    "digits": {"steps": 500, "width": 16, "images": 500},
+    "digits": {"steps": 500, "width": 16},
     "pacs64": {"size": 64, "patch": 8, "steps": 700},
 }
 PRESET = {
-    "size": 32, "patch": 4, "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "images": 50,
+    "size": 32, "patch": 4, "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32,
     "adapt_steps": 100, "adapt_batch": 64,
 }  # fmt: skip
 BASELINE = "best source (by objective)"
@@ -61,15 +62,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = job.modular_parser(__doc__)
     add = parser.add_argument
     add("--data", default="rendered", help="rendered; digits; or a TFDS set whose splits are domains")
-    add("--templates", type=int, help="modules")
+    add("--templates", type=job.count, help="modules")
     add("--targets", nargs="+", help="domains left out in turn; default all")
-    add("--adapt-steps", type=int, help="steps of an adaptation")
-    add("--adapt-batch", type=int)
-    add("--adapt-learning-rate", type=float, default=1e-3)
-    add("--route-rate", type=float, default=100.0, help="of a route, in multiples of that rate")
+    add("--adapt-steps", type=job.count, help="steps of an adaptation")
+    add("--adapt-batch", type=job.count)
+    add("--adapt-learning-rate", type=job.rate, default=1e-3)
+    add("--route-rate", type=job.rate, default=100.0, help="of a route, in multiples of that rate")
     add("--methods", nargs="*", choices=ADAPTED, default=list(ADAPTED), metavar="NAME", help="; ".join(ADAPTED))
     parser.set_defaults(patch=None)
-    return job.with_presets(parser.parse_args(arguments), PRESETS, PRESET)
+    options = job.parsed(parser, arguments, PRESETS, PRESET)
+    methods, told = [ADAPTED[name] for name in options.methods], "with these --methods"
+    if not methods:
+        parser.refuse(told, "adapt_batch")
+    if not any(route != "fixed" or bn == "affine" for _, route, bn, _ in methods):
+        parser.refuse(told, "adapt_steps", "adapt_learning_rate")
+    if not any(route != "fixed" for _, route, _, _ in methods):
+        parser.refuse(told, "route_rate")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -77,6 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # -- domains and network -------------------------------------------------------------------------------------------
     stream = data.open_domains(options.data, options.size, data_dir=options.data_dir, images=options.images)
+    job.tell_images(stream, options.images)
     domains = {task.name: task for task in stream.tasks}
     targets, prepare, classes = options.targets or list(domains), stream.prepare, stream.tasks[0].classes
     if unknown := sorted(set(targets) - set(domains)):
@@ -100,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     def adaptation(route, bn):
         return modular.adaptation(one, prepare, adapting, classes, route=route, bn=bn, runner=runner)
 
-    with job.opened(options) as (run, progress):
+    with job.opened(options, net) as (run, progress):
 
         def pool(seed, target):
             return run.folder / "pools" / f"{seed}-{target}"

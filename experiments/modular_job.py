@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import json
 import shutil
 import sys
 import time
@@ -12,7 +11,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from job import console
+import job
+from job import Parser, console
+from job import count as count
+from job import number as number
+from job import rate as rate
+from job import seed as seed
+from job import tell_images as tell_images
 from rich.progress import Progress
 from rich.table import Table
 
@@ -20,72 +25,69 @@ from compo_jax import modular
 from compo_jax.data import Task
 from compo_jax.modular import ModularNet, Settings, routes
 from compo_jax.pool import ModulePool
-from compo_jax.train import Run, jit_runner, once, open_run, pmap_runner, progress_bar, write_json
+from compo_jax.train import Run, jit_runner, once, open_run, pmap_runner, progress_bar, read_json, write_json
 
 FIXED = (0.0, 0.0)  # phases of a training on a fixed route
 PHASES = "parts of the steps after which routes begin to harden, and are fixed"
 
 
-def modular_parser(documentation: str | None) -> argparse.ArgumentParser:
+def modular_parser(documentation: str | None) -> Parser:
     """Options of all experiments on modular networks; those without a default have one for each data set."""
-    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(documentation)
     add = parser.add_argument
-    add("--data-dir", type=Path, help="where TFDS has prepared the set")
-    add("--images", type=int, help="training images of a class (rendered characters)")
-    add("--size", type=int, help="side of the images, in pixels")
-    add("--layers", type=int, help="layers of the network")
-    add("--width", type=int, help="channels")
-    add("--patch", type=int, default=4, help="side of the stem's patches, in pixels")
+    add("--data-dir", type=job.path, help="where TFDS has prepared the set")
+    add("--images", type=count, help="training images of a class; default: all of a real set")
+    add("--size", type=count, help="side of the images, in pixels")
+    add("--layers", type=count, help="layers of the network")
+    add("--width", type=count, help="channels")
+    add("--patch", type=count, default=4, help="side of the stem's patches, in pixels")
     add("--block", choices=["basic", "bottleneck", "inverted"], default="basic")
     add("--route", choices=["soft", "straight_through", "gumbel"], default="soft", help="how routes are learned")
-    add("--phases", type=float, nargs=2, default=(0.1, 0.4), metavar=("A", "B"), help=PHASES)
-    add("--steps", type=int, help="steps of a training")
-    add("--batch", type=int, help="images of each task in a step")
-    add("--learning-rate", type=float, default=3e-3)
+    add("--phases", type=number(float, 0, 1), nargs=2, default=(0.1, 0.4), metavar=("A", "B"), help=PHASES)
+    add("--steps", type=count, help="steps of a training")
+    add("--batch", type=count, help="images of each task in a step")
+    add("--learning-rate", type=rate, default=3e-3)
     add("--runner", choices=["jit", "pmap"], default="jit")
     add(
         "--seeds",
-        type=int,
+        type=seed,
         nargs="+",
         default=[0, 1, 2],
         help="a finished run may be given more: name the old ones too",
     )
-    add("--name", help="name of the run; default: made from the experiment and the data")
-    add("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    add("--name", type=job.name, help="name of the run; default: made from the experiment and the data")
+    add("--runs", type=job.path, default=Path("runs"), help="folder of the runs")
     add("--tensorboard", action="store_true")
     return parser
 
 
-def with_presets(options: argparse.Namespace, presets: dict, default: dict) -> argparse.Namespace:
-    """The options, each that the command line leaves open as this data set wants it."""
-    name = "+".join(options.data) if isinstance(options.data, list) else options.data
+def parsed(parser: Parser, arguments: list[str] | None, presets: dict, default: dict) -> argparse.Namespace:
+    """The options, each that the command line leaves open as this data set wants it; ValueError for what can't be."""
+    options = parser.parse_args(arguments)
+    sets = [options.data] if isinstance(options.data, str) else options.data
+    name = "+".join(sets)
+    if set(sets) <= {"glyphs", "rendered"}:
+        parser.refuse(f"with {name}, whose images are rendered", "data_dir")
     for key, value in (default | presets.get(name, {})).items():
         if getattr(options, key) is None:
             setattr(options, key, value)
-    options.name = options.name or f"{Path(sys.argv[0]).stem.replace('_', '-')}-{name}"
-    _check(options)
+    options.name = options.name or job.plain(f"{Path(sys.argv[0]).stem.replace('_', '-')}-{name}")
+    if options.size % options.patch:
+        raise ValueError(f"images of {options.size} pixels can't be cut into patches of {options.patch}")
+    if options.phases[0] > options.phases[1]:
+        raise ValueError(f"--phases begin one after the other, the first not after the second: not {options.phases}")
+    for key in ("batch", "new_batch", "adapt_batch"):
+        if hasattr(options, key):
+            job.divisible(getattr(options, key), f"--{key.replace('_', '-')}")
     return options
 
 
-def _check(options: argparse.Namespace) -> None:
-    """What would fail later, when there is a run folder with these settings, or work to lose."""
-    for key in ("size", "patch", "layers", "width", "steps", "batch", "images"):
-        if getattr(options, key) < 1:
-            raise ValueError(f"--{key} is 1 or more, not {getattr(options, key)}")
-    if options.size % options.patch:
-        raise ValueError(f"images of {options.size} pixels can't be cut into patches of {options.patch}")
-    begin, end = options.phases
-    if not 0 <= begin <= end <= 1:
-        raise ValueError(f"--phases are parts of the steps, 0 to 1, the first not after the second: not {begin} {end}")
-    for key in ("seeds", "targets", "budgets", "templates"):
-        values = getattr(options, key, None)
-        if isinstance(values, list) and len(set(values)) < len(values):
-            raise ValueError(f"--{key} has one of its values twice: {' '.join(map(str, values))}")
-
-
 @contextlib.contextmanager
-def opened(options: argparse.Namespace) -> Iterator[tuple[Run, Progress]]:
-    """The run's folder and a progress bar. What a run may be started again with is no part of its settings."""
+def opened(options: argparse.Namespace, net: ModularNet) -> Iterator[tuple[Run, Progress]]:
+    """The run's folder and a progress bar, once this network is seen to be possible. What a run may be started again
+    with is no part of its settings."""
+    images = jax.ShapeDtypeStruct((len(net.classes), 2, options.size, options.size, 3), jnp.float32)
+    jax.eval_shape(net.init, jax.random.key(0), images)
     free = ("runs", "tensorboard", "seeds", "data_dir", "analysis_images")
     config = {k: v for k, v in vars(options).items() if k not in free}
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
@@ -106,7 +108,7 @@ def part(run: Run, name: str, make: Callable[[Path], dict]) -> dict:
     def timed():
         began.parent.mkdir(exist_ok=True)
         if began.exists():
-            run.log.position = json.loads(began.read_text())
+            run.log.position = read_json(began)
         else:
             write_json(began, run.log.position)
         clock = time.perf_counter()
@@ -123,7 +125,7 @@ def finish(run: Run, metrics: dict, page: Callable[[Path, dict], Path], table: C
 
     Adds its seconds: the wall time of all parts; of one that was killed, since it was taken up again.
     """
-    seconds = sum(json.loads(path.read_text())["seconds"] for path in (run.folder / "parts").iterdir())
+    seconds = sum(read_json(path)["seconds"] for path in (run.folder / "parts").iterdir())
     metrics = metrics | {"seconds": seconds}
     write_json(run.folder / "metrics.json", metrics)
     path = page(run.folder, metrics)

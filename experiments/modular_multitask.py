@@ -26,10 +26,10 @@ from compo_jax.modular import ModularNet, routes
 
 BASELINES = ("single-task", "hard-sharing", "hard-sharing-bn", "random")
 PRESETS = {
-    "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": [4], "steps": 250, "batch": 16},
+    "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": [4], "steps": 250, "batch": 16, "images": 50},
     "cifar100": {"steps": 750, "batch": 16, "width": 16},
 }
-PRESET = {"size": 32, "layers": 8, "width": 32, "templates": [8], "steps": 1000, "batch": 32, "images": 50}
+PRESET = {"size": 32, "layers": 8, "width": 32, "templates": [8], "steps": 1000, "batch": 32}
 AMOUNTS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of a re-routing
 
 
@@ -37,12 +37,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = job.modular_parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=["glyphs"], help="glyphs, or names of TFDS image classification sets")
-    add("--tasks", type=int, help="tasks that a divided set gives; default all")
-    add("--templates", type=int, nargs="+", help="modules; several numbers make several networks")
+    add("--tasks", type=job.count, help="tasks that a divided set gives; default all")
+    add("--templates", type=job.count, nargs="+", help="modules; several numbers make several networks")
     add("--bn", choices=["task", "layer", "template"], default="task", help="of learned orders and random routes")
     add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
-    add("--analysis-images", type=int, default=50, help="test images of a task that modules are removed on")
-    return job.with_presets(parser.parse_args(arguments), PRESETS, PRESET)
+    add("--analysis-images", type=job.count, default=50, help="test images of a task that modules are removed on")
+    options = job.parsed(parser, arguments, PRESETS, PRESET)
+    if options.templates[0] == 1:
+        parser.refuse("with one template, which can't be removed", "analysis_images")
+    return options
 
 
 def some(split: data.Split, count: int) -> data.ArraySplit:
@@ -88,6 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     stream = data.open_tasks(
         options.data, options.size, data_dir=options.data_dir, tasks=options.tasks, images=options.images
     )
+    job.tell_images(stream, options.images)
     names, prepare = [task.name for task in stream.tasks], stream.prepare
     train, test = [task.train for task in stream.tasks], [task.test for task in stream.tasks]
     classes, layers = tuple(len(task.classes) for task in stream.tasks), options.layers
@@ -109,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     def learner(net, settings):
         return modular.learner(net, prepare, settings, stream.augment, runner=runner)
 
-    with job.opened(options) as (run, progress):
+    with job.opened(options, first) as (run, progress):
 
         def fitted(net, settings, splits, seed, order, label, folder):
             """(trained network, seconds)."""

@@ -23,19 +23,19 @@ from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, routes
 
 PRESETS = {
-    "glyphs": {"layers": 2, "width": 16, "steps": 400, "batch": 64, "tasks": 4},
+    "glyphs": {"layers": 2, "width": 16, "steps": 400, "batch": 64, "tasks": 4, "images": 50},
     "cifar100": {"layers": 3, "steps": 1600},
 }
-PRESET = {"tasks": None, "size": 32, "layers": 4, "width": 32, "steps": 2000, "batch": 128, "images": 50}
+PRESET = {"tasks": None, "size": 32, "layers": 4, "width": 32, "steps": 2000, "batch": 128}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = job.modular_parser(__doc__)
     add = parser.add_argument
     add("--data", default="glyphs", help="glyphs, or the name of a TFDS image classification set")
-    add("--tasks", type=int, help="scripts whose characters are the classes (rendered characters); default all")
+    add("--tasks", type=job.count, help="scripts whose characters are the classes (rendered characters); default all")
     add("--bn", choices=["template", "task"], default="template", help="whose scale and bias: the block's, the layer's")
-    return job.with_presets(parser.parse_args(arguments), PRESETS, PRESET)
+    return job.parsed(parser, arguments, PRESETS, PRESET)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = data.open_tasks(
         [options.data], options.size, data_dir=options.data_dir, tasks=options.tasks, images=options.images
     )
+    job.tell_images(found, options.images)
     task, prepare, blocks = data.pooled(found), found.prepare, options.layers
     classes, double = len(task.classes), 2 * options.layers
     console.print(f"{found.name}: {classes} classes, {len(task.train)} images")
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     def learner(net, settings):
         return modular.learner(net, prepare, settings, found.augment, runner=runner)
 
-    with job.opened(options) as (run, progress):
+    with job.opened(options, deep) as (run, progress):
         # -- an order and a seed ---------------------------------------------------------------------------------------
         def measured(name, seed, folder):
             clock, (net, order) = time.perf_counter(), orders[name]

@@ -35,11 +35,12 @@ PRESETS = {
         "batch": 16,
         "budgets": [5, 0],
         "new_steps": 80,
+        "images": 50,
     },
     "cifar100": {"width": 16, "steps": 750, "batch": 16},
 }
 PRESET = {
-    "size": 32, "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "images": 50,
+    "size": 32, "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32,
     "budgets": [10, 100, 0], "new_steps": 150,
 }  # fmt: skip
 PARTS = tuple(modular.PARTS)
@@ -51,19 +52,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = job.modular_parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=["glyphs"], help="glyphs, or names of TFDS image classification sets")
-    add("--tasks", type=int, help="tasks that a divided set gives; default all")
-    add("--templates", type=int, help="modules")
-    add("--held-out", type=int, default=1, help="tasks left out, drawn by the seed")
-    add("--budgets", type=int, nargs="+", help="labelled images of each class of a new task; 0 for all")
-    add("--new-steps", type=int, help="steps of a new task's training")
-    add("--new-batch", type=int, default=32)
-    add("--new-learning-rate", type=float, default=1e-2)
-    add("--smoothing", type=float, default=0.3, help="of the source's route, where a new one starts from it")
+    add("--tasks", type=job.count, help="tasks that a divided set gives; default all")
+    add("--templates", type=job.count, help="modules")
+    add("--held-out", type=job.count, default=1, help="tasks left out, drawn by the seed")
+    add("--budgets", type=job.number(int, 0), nargs="+", help="labelled images of each class of a new task; 0 for all")
+    add("--new-steps", type=job.count, help="steps of a new task's training")
+    add("--new-batch", type=job.count, default=32)
+    add("--new-learning-rate", type=job.rate, default=1e-2)
+    add(
+        "--smoothing",
+        type=job.number(float, above=0, below=1),
+        default=0.3,
+        help="of the source's route, where a new one starts from it",
+    )
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="; ".join(METHODS))
-    options = job.with_presets(parser.parse_args(arguments), PRESETS, PRESET)
+    options = job.parsed(parser, arguments, PRESETS, PRESET)
     if "head" not in options.methods:
         raise ValueError("the other methods are held against head: name it among --methods, too")
-    if min(options.budgets) < 0 or 1 in options.budgets:
+    if not {"head+route", "head+bn+route", "all"} & set(options.methods):
+        parser.refuse("where no method learns the source's route", "smoothing")
+    if 1 in options.budgets:
         raise ValueError(
             "--budgets are 2 or more, for the nearest source is told by two images of each class; 0 for all"
         )
@@ -101,6 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     stream = data.open_tasks(
         options.data, options.size, data_dir=options.data_dir, tasks=options.tasks, images=options.images
     )
+    job.tell_images(stream, options.images)
     total, prepare = len(stream.tasks), stream.prepare
     if not 1 <= options.held_out <= total - 1:
         raise ValueError(f"{options.held_out} of {total} tasks can't be left out: one must stay at least")
@@ -113,6 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
     console.print(f"{stream.name}: {total} tasks, {options.held_out} of them left out")
     shape = {key: getattr(options, key) for key in ("layers", "templates", "width", "patch", "block")}
+    first = ModularNet((len(stream.tasks[0].classes),), **shape)
     settings = job.settings_of(options)
     new = settings._replace(steps=options.new_steps, batch=options.new_batch, learning_rate=options.new_learning_rate)
     runner = job.runner_of(options)
@@ -126,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         out = np.sort(np.random.default_rng(seed).permutation(total)[: options.held_out]).tolist()
         return [stream.tasks[t] for t in out], [stream.tasks[t] for t in range(total) if t not in out]
 
-    with job.opened(options) as (run, progress):
+    with job.opened(options, first) as (run, progress):
 
         def pool(seed):
             return run.folder / "pools" / str(seed)

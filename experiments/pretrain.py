@@ -4,12 +4,12 @@
 
 338 classes (Latin letters and their extensions, the phonetic alphabet, Old Italic, Lisu), images rendered afresh for
 every batch, cross-entropy with smoothed labels, AdamW. About 10 minutes on 2 CPU cores. Expected: accuracy on 4,096
-held-out images about 0.895. Writes `compo_jax/models/embedded.safetensors` (float16, timm's names, 1 MB) and the
-sidecar `embedded.json` with the command, the seed and that accuracy. A killed run goes on where it was.
+held-out images about 0.895. Writes `runs/pretrain/embedded.safetensors` (float16, timm's names, 1 MB) and the sidecar
+`embedded.json` with the command, the seed and that accuracy, or both where `--out` says; never over a file of another
+run. A killed run goes on where it was.
 """
 
-import argparse
-import json
+import os
 import shlex
 import sys
 import time
@@ -17,24 +17,26 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import job
 import numpy as np
 import optax
+from job import closing, console
 
 from compo_jax import models
 from compo_jax.data import glyphs
 from compo_jax.models import ViT
-from compo_jax.train import Checkpoints, fit, init_state, jit_runner, open_run, progress_bar
+from compo_jax.train import Checkpoints, fit, init_state, jit_runner, open_run, progress_bar, read_json, write_json
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--steps", type=int, default=4000)
-parser.add_argument("--batch", type=int, default=128)
-parser.add_argument("--learning-rate", type=float, default=2e-3)
-parser.add_argument("--width", type=int, default=96)
-parser.add_argument("--depth", type=int, default=4)
-parser.add_argument("--heads", type=int, default=3)
-parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder for the log and the checkpoints")
-parser.add_argument("--out", type=Path, default=Path(models.__file__).parent / "embedded.safetensors")
+parser = job.Parser(__doc__)
+parser.add_argument("--steps", type=job.count, default=4000)
+parser.add_argument("--batch", type=job.count, default=128)
+parser.add_argument("--learning-rate", type=job.rate, default=2e-3)
+parser.add_argument("--width", type=job.count, default=96)
+parser.add_argument("--depth", type=job.count, default=4)
+parser.add_argument("--heads", type=job.count, default=3)
+parser.add_argument("--seed", type=job.seed, default=0)
+parser.add_argument("--run", type=job.path, default=Path("runs/pretrain"), help="folder for log and checkpoints")
+parser.add_argument("--out", type=job.path, help="the .safetensors file; default: embedded.safetensors in that folder")
 
 
 def prepare(images):
@@ -58,8 +60,32 @@ def held_out_accuracy(model, params, images: int = 4096, seed: int = 1) -> float
     )
 
 
+def is_written(out: Path, sidecar: Path, config: dict) -> bool:
+    """Whether a run with these settings has written both; ValueError where what is there isn't its own."""
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise ValueError(f"--out {out}: name a file that ends in .safetensors")
+    if not (out.exists() or sidecar.exists()):
+        return False
+    made = read_json(sidecar, "take it away with the file beside it") if sidecar.exists() else {}
+    if differing := [key for key in config if made.get(key) != config[key]]:
+        told = ", ".join(f"{key}: {made.get(key)!r} there, {config[key]!r} now" for key in differing)
+        raise ValueError(
+            f"{out} or {sidecar.name} beside it is of another run ({told}) and stays: name another file with --out, "
+            "or take those away"
+        )
+    return out.exists()
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
+    job.divisible(options.batch, "--batch")
+    if options.width % options.heads:
+        raise ValueError(f"--heads {options.heads} don't divide --width {options.width}")
+    out = options.out or options.run / "embedded.safetensors"
+    sidecar, config = out.with_suffix(".json"), {k: v for k, v in vars(options).items() if k not in ("run", "out")}
+    if is_written(out, sidecar, config):
+        console.print(f"{out} is finished, by a run with these settings: take it away to start over")
+        return
 
     # -- model and data ------------------------------------------------------------------------------------------------
     shapes = jnp.asarray(glyphs.masters("".join(glyphs.PRETRAINING.values())))
@@ -81,7 +107,6 @@ def main(arguments: list[str] | None = None) -> None:
             yield {"label": random.integers(len(shapes), size=options.batch, dtype=np.int32)}
 
     # -- training ------------------------------------------------------------------------------------------------------
-    config = {k: v for k, v in vars(options).items() if k not in ("run", "out")}
     started = time.perf_counter()
     with open_run(options.run, config) as run, progress_bar() as progress:
         context = {"shapes": shapes, "key": jax.random.key(options.seed + 1)}
@@ -99,10 +124,11 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
     # -- the shipped file and its sidecar ------------------------------------------------------------------------------
-    models.save(options.out, state.params, {"heads": options.heads})
-    model, params = models.load(options.out)
-    accuracy = held_out_accuracy(model, params)
-    sidecar = {
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{os.getpid()}-{out.name}")  # a file is there with its sidecar, or not at all
+    models.save(aside, state.params, {"heads": options.heads})
+    accuracy = held_out_accuracy(*models.load(aside))
+    made = {
         "command": shlex.join(["python", "experiments/pretrain.py", *(arguments or sys.argv[1:])]),
         **config,
         "characters": {name: len(characters) for name, characters in glyphs.PRETRAINING.items()},
@@ -111,9 +137,10 @@ def main(arguments: list[str] | None = None) -> None:
         "seconds": round(time.perf_counter() - started),
         "jax": jax.__version__,
     }
-    options.out.with_suffix(".json").write_text(json.dumps(sidecar, indent=2) + "\n")
-    print(f"held-out accuracy {accuracy:.4f}; wrote {options.out} and {options.out.with_suffix('.json').name}")
+    write_json(sidecar, made)
+    os.replace(aside, out)
+    console.print(f"held-out accuracy {accuracy:.4f}; wrote {out} and {sidecar.name}")
 
 
 if __name__ == "__main__":
-    main()
+    closing(main)

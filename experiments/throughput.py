@@ -9,14 +9,15 @@ Takes a minute or two. FLOPs are those of the unrolled model (XLA counts the bod
 median of the steps of the scanned one. Expected numbers: the table in README.md.
 """
 
-import argparse
 import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import job
 import numpy as np
 import optax
+from job import closing
 
 from compo_jax import adapters, curvature
 from compo_jax.data import glyphs
@@ -29,14 +30,14 @@ MODELS = {
     "b16": ViT(224, 16, 768, 12, 12),
 }
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = job.Parser(__doc__)
 parser.add_argument("--model", choices=MODELS, default="embedded")
-parser.add_argument("--batch", type=int, default=64)
-parser.add_argument("--rank", type=int, default=16)
+parser.add_argument("--batch", type=job.count, default=64)
+parser.add_argument("--rank", type=job.count, default=16)
 parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-parser.add_argument("--steps", type=int, default=10)
+parser.add_argument("--steps", type=job.count, default=10, help="timed, after the first")
 parser.add_argument("--curvature", action="store_true", help="the embedded model with a head of 100 trained classes")
-parser.add_argument("--peak", type=float, help="the device's matrix peak in TFLOP/s, for the fraction reached")
+parser.add_argument("--peak", type=job.rate, help="the device's matrix peak in TFLOP/s, for the fraction reached")
 
 
 def curvature_speed(images: int, repeats: int) -> None:
@@ -84,10 +85,14 @@ def curvature_speed(images: int, repeats: int) -> None:
         print(f"{name:32s} {1e3 * median / images:8.2f} ms an image {median / medians['gradient']:7.2f} gradients")
 
 
-def main() -> None:
-    options = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    options = parser.parse_args(arguments)
     if options.curvature:
+        parser.refuse(
+            "with --curvature, which is of all the embedded model's weights", "model", "rank", "dtype", "peak"
+        )
         return curvature_speed(options.batch, options.steps)
+    job.divisible(options.batch, "--batch")
     half = options.dtype == "bfloat16"
     model = MODELS[options.model].copy(
         dtype=jnp.bfloat16 if half else None, kernel="cudnn" if half and jax.default_backend() == "gpu" else "xla"
@@ -143,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    closing(main, "nothing is kept")

@@ -9,22 +9,24 @@ all tasks each time, and writes report.html and metrics.json to RUN/unlearning o
 CPU cores with no arguments, the run included. Expected numbers: README.md.
 """
 
-import argparse
 import time
 from pathlib import Path
 
-from job import closing, console, small_run
+import job
+from job import closing, console
 
 from compo_jax import incremental, report
 from compo_jax.train import write_json
 
 SMALL = ["ita-lora", "iel-lora", "ita-ia3", "iel-ia3", "ita-full", "iel-full"]
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--run", type=Path, nargs="+", help="finished runs of incremental.py; default: make a small one")
+parser = job.Parser(__doc__)
+parser.add_argument(
+    "--run", type=job.path, nargs="+", help="finished runs of incremental.py; default: make a small one"
+)
 parser.add_argument("--methods", nargs="+", help="pools of the runs; default: all that all runs have")
-parser.add_argument("--runs", type=Path, default=Path("runs"), help="where a small run is made")
-parser.add_argument("--data-dir", type=Path, help="where the runs' TFDS set is now; default: where it was")
+parser.add_argument("--runs", type=job.path, default=Path("runs"), help="where a small run is made")
+parser.add_argument("--data-dir", type=job.path, help="where the runs' TFDS set is now; default: where it was")
 
 
 def measure(run: incremental.FinishedRun, name: str) -> dict:
@@ -59,10 +61,8 @@ def measure(run: incremental.FinishedRun, name: str) -> dict:
 def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     began = time.perf_counter()
-    folders = options.run or [options.runs / "unlearning-pools"]
-    if options.run is None:
-        small_run(folders[0], SMALL)
-    runs = [incremental.open_finished(folder, options.data_dir) for folder in folders]
+    folders = job.finished_runs(parser, options, "unlearning-pools", SMALL)
+    runs = incremental.open_several(folders, options.data_dir)
     methods = incremental.common_methods(runs, options.methods)
     if any(len(run.stream.tasks) < 2 for run in runs):
         raise ValueError("a run of one task has nothing to unlearn it from: give runs of two tasks or more")
@@ -89,4 +89,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    closing(main)
+    closing(main, "the same command begins again with the run, which is kept")

@@ -118,7 +118,7 @@ def test_groups_of_classes_can_be_given_or_be_uneven():
 def test_grey_images_get_three_equal_channels():
     pixels, labels = arrays()
     for grey in (pixels[..., 0], pixels[..., :1]):
-        stream = data.array_stream(grey, labels, grey, labels, tasks=[[0, 1, 2, 3, 4, 5]])
+        stream = data.array_stream(grey, labels, grey, labels, tasks=[[0, 1, 2, 3, 4, 5]], overlap=True)
         assert (stream.tasks[0].train.images(np.arange(24)) == pixels[..., :1]).all()
 
 
@@ -291,7 +291,8 @@ def test_domains_share_their_classes(data_dir):
 
 
 def test_classes_absent_from_both_splits_are_left_out(data_dir):
-    stream = data.tfds_stream("toy", data_dir, size=4, tasks=1, train_split="half", test_split="half", seed=None)
+    half = {"train_split": "half", "test_split": "half", "overlap": True}
+    stream = data.tfds_stream("toy", data_dir, size=4, tasks=1, seed=None, **half)
     assert stream.classes == tuple("abc")
 
 

@@ -78,7 +78,7 @@ def test_a_killed_run_ends_bit_identical(finished, tmp_path):
         (["--data", "mnist"], "mnist needs data_dir (--data-dir)"),
         (["--data", "mnist", "--data-dir", "{tmp}/nowhere"], "there is no folder"),
         (["--data", "mnist", "--data-dir", "{tmp}"], "no prepared set 'mnist'"),
-        (["--classes", "1"], "needs two"),
+        (["--data", "mnist", "--data-dir", "gs://x"], "gs://x is an address"),
         (["--classes", "40"], "has only 20 characters"),
         (["--rank", "200"], "rank 200 is larger than the 96x96 matrix"),
         (["--backbone", "{tmp}/nothing.safetensors"], "nothing.safetensors"),
@@ -88,15 +88,16 @@ def test_a_killed_run_ends_bit_identical(finished, tmp_path):
 def test_bad_input_is_told_and_leaves_nothing(arguments, told, tmp_path):
     (tmp_path / "file").write_text("in the way")
     filled = [a.format(tmp=tmp_path) for a in arguments]
+    of_data = [] if "--data" in filled else SMALL
     with pytest.raises((ValueError, OSError), match=re.escape(told)):
-        main(*SMALL, *([] if "--runs" in filled else ["--runs", tmp_path / "runs"]), *filled)
+        main(*of_data, *([] if "--runs" in filled else ["--runs", tmp_path / "runs"]), *filled)
     assert not (tmp_path / "runs").exists()  # nothing that a rerun would trip on
 
 
 def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(tmp_path):
-    result = run(*SMALL, "--classes", "1", "--runs", tmp_path / "runs")
+    result = run(*SMALL, "--classes", "40", "--runs", tmp_path / "runs")
     assert result.returncode == 2, result.stdout + result.stderr
-    assert "error: task 'arabic' has 1 class and needs two" in result.stdout
+    assert "error: 40 classes were asked for and arabic has only 20 characters" in result.stdout
     assert "Traceback" not in result.stderr
 
 
@@ -123,7 +124,12 @@ def test_the_curvature_of_a_finished_run_is_checked(finished):
     ("arguments", "told"),
     [
         (["--run", "{tmp}"], "holds no finished run"),
-        (["--run", "{run}", "--images", "9"], "must be a multiple of 8, at most the 8 images"),
+        (["--run", "{run}", "--images", "9"], "must be a multiple of 8, at most the 9 of --images"),
+        (
+            ["--run", "{run}", "--fisher-images", "128"],
+            "must be a multiple of 8, at most the 120 images that there are",
+        ),
+        (["--run", "{run}", "--images", "1", "--fisher-images", "8"], "at most the 1 of --images"),
     ],
 )
 def test_the_curvature_check_says_what_it_lacks(finished, tmp_path, arguments, told):
@@ -212,3 +218,12 @@ def test_rules_are_compared_on_every_pool(several):
 def test_a_folder_without_a_run_is_told(tmp_path):
     with pytest.raises((ValueError, OSError), match="holds no finished run"):
         main("--run", tmp_path, script="merging.py")
+
+
+def test_what_the_pools_of_a_run_do_not_have_is_told_before_a_curvature_is_taken(several):
+    for arguments, told in (
+        (["--images", 73], "--images 73: a task has 72 training images"),
+        (["--methods", "foo"], "not every run has a pool of foo"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            main("--run", several, *arguments, script="merging.py")

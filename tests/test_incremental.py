@@ -286,19 +286,23 @@ def test_the_decoupled_step_by_hand():
         pull = {"w": 1e3 * first["w"], "b": first["b"] + 1, "hole": None}  # one above the clip, one below
         norm = np.linalg.norm(pull["w"])
         assert norm > 100 > np.linalg.norm(pull["b"])
+
+        def down(rate, pull=pull):  # of a penalty whose gradient is `pull` everywhere
+            return incremental.penalty_step(lambda params: tree.dot(pull, params), first, rate)[0]
+
         optimizer = incremental.decoupled_adamw(3e-4)
         state = optimizer.init(first)
-        one, state = optimizer.update(first, state, first, rate=1.0, regulariser=pull)
-        two, state = optimizer.update(second, state, first, rate=0.5, regulariser=pull)
+        one, state = optimizer.update(first, state, first, rate=1.0, penalty_step=down(1.0))
+        two, state = optimizer.update(second, state, first, rate=0.5, penalty_step=down(0.5))
         for name, clipped in (("w", pull["w"] * 100 / norm), ("b", pull["b"])):
             by_hand = adam([np.asarray(first[name]), np.asarray(second[name])], [3e-4, 1.5e-4])
             np.testing.assert_allclose(one[name], next(by_hand) - clipped, rtol=1e-10)
             np.testing.assert_allclose(two[name], next(by_hand) - 0.5 * clipped, rtol=1e-10)
         still = incremental.decoupled_adamw(0.0)
-        alone, _ = still.update(first, still.init(first), first, rate=0.5, regulariser=pull)
+        alone, _ = still.update(first, still.init(first), first, rate=0.5, penalty_step=down(0.5))
         np.testing.assert_allclose(alone["b"], -0.5 * pull["b"], rtol=1e-12)
-        zero = jax.tree.map(jnp.zeros_like, pull)
-        none, _ = still.update(first, still.init(first), first, rate=0.5, regulariser=zero)
+        zero = down(0.5, jax.tree.map(jnp.zeros_like, pull))
+        none, _ = still.update(first, still.init(first), first, rate=0.5, penalty_step=zero)
         assert not any(np.any(x) for x in jax.tree.leaves(none))
 
 
@@ -347,3 +351,26 @@ def test_predictions_among_all_classes_and_among_the_tasks_own():
     every, own = incremental.predictions(z, head, 2, 2)
     assert every.tolist() == [0, 3, 2]
     assert own.tolist() == [0, 1, 0]
+
+
+# -- what can't be classified ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "classify", [incremental.nearest_class_mean, partial(incremental.random_projection, jax.random.key(0), width=8)]
+)
+@pytest.mark.parametrize(
+    ("labels", "bad", "message"),
+    [
+        ([0, 1, 3, 3], None, "the classes 2 of 4 have no image"),
+        ([1, 1, 2, 2], None, "the classes 0 of 3 have no image"),
+        ([0, 1, 1, -1], None, "labels from -1 on"),
+        ([0, 1, 1, 0], 2, "features of 1 images hold NaN or infinite numbers, image 2 the first"),
+    ],
+)
+def test_classes_without_images_and_features_that_are_not_finite_are_named(classify, labels, bad, message):
+    features = np.random.default_rng(0).normal(size=(4, 3))
+    if bad is not None:
+        features[bad, 1] = np.inf
+    with pytest.raises(ValueError, match=message):
+        classify(features, np.array(labels))

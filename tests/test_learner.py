@@ -180,8 +180,7 @@ def size(adapter, module, base):
 
 def test_the_decoupled_penalty_holds_a_module_near_zero_and_a_head_at_its_reference(stream, base, references, plain):
     adapter = adapters.lora(1)
-    # The first task knows ε = 1e-5 of the others: alpha times it must stay below 2 / |AᵀA| or the step overshoots.
-    held = trainer(stream, base, adapter, alpha=1e5, pull=(0.0, 0.2))
+    held = trainer(stream, base, adapter, alpha=1e5, units="paper", pull=(0.0, 0.2))
     module, head = held(stream.tasks[0], 0, references[1])
     assert size(adapter, module, base) < 0.5 * size(adapter, plain[1][0], base)
     started = np.asarray(references[1].head["kernel"])[:, :2]
@@ -190,8 +189,41 @@ def test_the_decoupled_penalty_holds_a_module_near_zero_and_a_head_at_its_refere
 
 def test_the_coupled_penalty_holds_a_full_delta_near_zero(stream, base, references):
     adapter = adapters.full()
-    free, held = (trainer(stream, base, adapter, alpha=a)(stream.tasks[1], 2, references[2])[0] for a in (0.0, 1e6))
+    free, held = (
+        trainer(stream, base, adapter, alpha=a, units="paper")(stream.tasks[1], 2, references[2])[0] for a in (0.0, 1e6)
+    )
     assert size(adapter, held, base) < 0.3 * size(adapter, free, base)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("independent", "lora"), ("ensemble", "ia3"), ("independent", "full"), ("ewc", "full")]
+)
+def test_no_weight_of_a_penalty_makes_a_training_end_above_its_start(stream, base, features, references, mode, kind):
+    """Neither in its own units nor on Fishers of any scale."""
+    adapter, (task, first) = KINDS[kind], (stream.tasks[1], 2)
+    images, labels = all_of(task.train)
+    started = incremental.task_columns(references[2].head, first, 3, 3)
+    logits = lambda params, head: features(params, images) @ head["kernel"] + head["bias"]
+    before = cross_entropy(logits(base, started), labels)
+    names = iter(range(100))
+    shared = partial(shared_runner, f"{mode}-{kind}")
+    for units, scale in [("relative", 1e-6), ("relative", 1e6), ("paper", 1e-6), ("paper", 1.0), ("paper", 1e6)]:
+        scaled = {
+            part: getattr(references[2], part)._replace(
+                weights=jax.tree.map(lambda f, s=scale: s * f, getattr(references[2], part).weights)
+            )
+            for part in ("others", "every")
+        }
+        for alpha in (1e-4, 1.0, 1e4, 1e8):
+            method = Method(f"m{next(names)}", adapter, 1e-2, alpha=alpha, mode=mode, units=units)
+            memory, train = incremental.task_trainer(
+                MODEL, base, stream, SETTINGS, method, 0, width=WIDTH, runner=shared
+            )
+            if mode == "ewc":
+                memory = memory | {"fisher": scaled["others"].weights["diagonal"], "tasks": jnp.ones(())}
+            learned = train(task, first, references[2]._replace(**scaled), memory)
+            trained = tree.add(base, adapter.delta(learned.module, base))
+            assert cross_entropy(logits(trained, learned.head), labels) < before, (units, scale, alpha)
 
 
 def test_the_evaluator_counts_right_answers(stream, base, features, references):
@@ -230,7 +262,7 @@ def some_module(adapter, base, seed):
     ],
 )
 def test_a_penalty_gets_the_curvature_of_the_right_tasks(stream, base, references, mode, curvature, known):
-    p = plan(stream, base, mode, KINDS["lora"], alpha=0.7, pull=(0.1, 0.2), curvature=curvature)
+    p = plan(stream, base, mode, KINDS["lora"], alpha=0.7, pull=(0.1, 0.2), curvature=curvature, units="paper")
     reference = references[2]
     _, context = p.start(stream.tasks[1], 2, reference, p.mode.memory)
     assert context["curvature"] is getattr(reference, known).weights[curvature]

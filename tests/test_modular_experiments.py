@@ -105,16 +105,24 @@ def test_blocks_are_used_twice_at_equal_parameters(tmp_path):
         ("multitask", ["--data", "mnist"], "mnist needs data_dir"),
         ("transfer", ["--tasks", 2, "--held-out", 2], "one must stay at least"),
         ("transfer", ["--tasks", 2, "--budgets", 7], "7 images of each class were asked for"),
-        ("transfer", ["--tasks", 2, "--budgets", 1], "two images of each class"),
         ("transfer", ["--methods", "scratch"], "held against head"),
-        ("multitask", ["--phases", 10, 40], "--phases are parts of the steps"),
-        ("multitask", ["--seeds", 1, 1], "--seeds has one of its values twice: 1 1"),
-        ("reuse", ["--batch", 0], "--batch is 1 or more, not 0"),
         ("adaptation", ["--targets", "snow"], "no domain is called snow"),
         ("reuse", ["--patch", 3], "can't be cut into patches of 3"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_trained(script, arguments, told, tmp_path):
     with pytest.raises(ValueError, match=told):
-        main(*TINY, "--seeds", 0, *arguments, "--name", "bad", "--runs", tmp_path, script=f"modular_{script}.py")
+        main(
+            *TINY,
+            "--batch",
+            8,
+            "--seeds",
+            0,
+            *arguments,
+            "--name",
+            "bad",
+            "--runs",
+            tmp_path,
+            script=f"modular_{script}.py",
+        )
     assert not (tmp_path / "bad").exists()

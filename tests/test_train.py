@@ -188,7 +188,7 @@ def test_a_nan_stops_the_run_and_the_last_good_state_is_kept(tmp_path, every):
     identical(kept.params, good.params)
     identical(kept.optimizer.inner_state, good.optimizer.inner_state)
     assert kept.optimizer.total_notfinite == 1
-    assert [r["step"] for r in log.records()] == ([1, 2, 3] if every == 1 else [])
+    assert [r["step"] for r in log.records()] == ([1, 2, 3] if every == 1 else [1])
 
 
 def test_an_extra_argument_that_is_not_finite_is_not_taken_either():
@@ -201,7 +201,7 @@ def test_an_extra_argument_that_is_not_finite_is_not_taken_either():
     state = init_state({"w": jnp.ones(2)}, plain)
     runner = jit_runner(
         lambda params, context, batch, step: (jnp.sum(params["w"] ** 2), {}), plain, mesh=data_mesh(1),
-        extras=lambda params, context, step: {"pull": {"w": jnp.where(step == 1, jnp.inf, 0.05 * params["w"])}},
+        extras=lambda params, context, step: ({"pull": {"w": jnp.where(step == 1, jnp.inf, 0.05 * params["w"])}}, {}),
     )  # fmt: skip
     for _ in range(2):
         state, metrics = runner.step(state, None, np.zeros(1))
@@ -383,6 +383,29 @@ def test_the_progress_bar_needs_no_terminal():
         seen = []
         progress.update = lambda bar, **fields: seen.append(fields)
         fit(one_device(), start(), context(), batches, 6, every=4, progress=progress, record={"task": "greek"})
-    assert [s["completed"] for s in seen] == [4, 6]
+    assert [s["completed"] for s in seen] == [1, 4, 6]
     assert all(np.isfinite(s["loss"]) and s["rate"] > 0 for s in seen)
     assert "\x1b" not in written.getvalue()
+
+
+@pytest.mark.parametrize("end", [3.1, 4.5])
+def test_a_training_that_ends_far_above_its_start_is_no_result(tmp_path, end):
+    """Told at the end, before it is kept, and after a resume as well."""
+    losses = jnp.linspace(1.0, end, 6)
+
+    def loss(params, context, batch, step):
+        return losses[step] + 0 * params["w"].sum() + 0 * batch["x"].sum(), {}
+
+    runner = jit_runner(loss, optax.sgd(0.1), mesh=data_mesh(1))
+    state = init_state({"w": jnp.ones(2)}, optax.sgd(0.1))
+    batches = lambda start: iter([{"x": jnp.ones((1, 1))}] * 6)
+    log, checkpoints = Log(tmp_path / "log.jsonl"), Checkpoints(tmp_path / "checkpoints")
+    options = {"log": log, "record": {"run": "m"}, "checkpoints": checkpoints, "every": 1}
+    log.write(run="other", step=1, loss=100.0)
+    fit(runner, state, {}, batches, 4, **options)
+    if np.mean(losses[-3:]) <= 3:
+        assert int(fit(runner, state, {}, batches, 6, **options).step) == 6
+    else:
+        with pytest.raises(FloatingPointError, match="the loss of m rose from 1 at its start to 3"):
+            fit(runner, state, {}, batches, 6, **options)
+        assert checkpoints.latest < 6

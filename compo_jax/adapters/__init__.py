@@ -3,8 +3,10 @@ modules, and PEFT's folders."""
 
 from typing import Any
 
+from compo_jax.adapters.adapter import STACKED as STACKED
 from compo_jax.adapters.adapter import VIT_TARGETS as VIT_TARGETS
 from compo_jax.adapters.adapter import Adapter as Adapter
+from compo_jax.adapters.adapter import is_stacked as is_stacked
 from compo_jax.adapters.algebra import Recompressed as Recompressed
 from compo_jax.adapters.algebra import fuse as fuse
 from compo_jax.adapters.algebra import recompress as recompress

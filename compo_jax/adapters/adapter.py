@@ -14,6 +14,15 @@ Targets = str | Sequence[str | Sequence]  # patterns, or (pattern, multiple of t
 #: The weights that the paper adapts: every dense kernel of a ViT's blocks, three times the rank for the joint qkv.
 VIT_TARGETS = ((r"qkv/kernel$", 3), (r"(proj|fc1|fc2)/kernel$", 1))
 
+#: Paths of leaves whose axis 0 counts layers: those of our ViT's scanned blocks, and no list's (blocks/0/...).
+STACKED = (r"(^|/)blocks/(?!\d)",)
+
+
+def is_stacked(name: str, stacked: str | Sequence[str] = STACKED) -> bool:
+    """Whether axis 0 of the leaf at the path `name` counts layers, by patterns that are searched for in it."""
+    patterns = [stacked] if isinstance(stacked, str) else stacked
+    return any(re.search(pattern, name) for pattern in patterns)
+
 
 class Adapter(NamedTuple):
     """Two pure functions, and what it takes to make them again.

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from compo_jax.data import augment, glyphs
-from compo_jax.data.sources import CHARACTERS, split_names, tfds_stream
-from compo_jax.data.stream import TaskStream, glyph_stream, glyph_task
+from compo_jax.data.records import split_names
+from compo_jax.data.sources import of_characters, tfds_stream
+from compo_jax.data.stream import TaskStream, checked, glyph_stream, glyph_task
 
 _DIVIDED = {"cifar100": {"by": "coarse_label"}, "omniglot": {"by": "alphabet", "train_split": "test"}}
 _DIGITS = "0123456789"
@@ -28,27 +29,46 @@ def open_stream(
     tasks: int = 10,
     seed: int = 0,
     classes: int = 16,
-    images: int = 100,
+    images: int | None = None,
     **tfds_options: Any,
 ) -> TaskStream:
     """The stream called `name`: `glyphs`, scanned characters of one script a task, or a prepared TFDS set.
 
     Args:
       data_dir: of a TFDS set; ValueError without it.
-      classes, images: characters of a script and training images of each (glyphs only).
+      tasks: of glyphs the first scripts.
+      classes: characters of a script (glyphs only).
+      images: training images of a class, drawn by the seed, all where there are fewer; None for 100 glyphs, or all.
       tfds_options: see `tfds_stream`.
     """
     if name == "glyphs":
-        scripts = list(glyphs.TASKS)[:tasks]
         return glyph_stream(
-            scripts, classes=classes, train=images, test=20, size=size, seed=seed, distortion=glyphs.SCAN
+            _scripts(tasks),
+            classes=classes,
+            train=100 if images is None else images,
+            test=20,
+            size=size,
+            seed=seed,
+            distortion=glyphs.SCAN,
         )
-    return tfds_stream(name, _needs_folder(name, data_dir), size=size, tasks=tasks, seed=seed, **tfds_options)
+    folder = _needs_folder(name, data_dir, "glyphs")
+    return tfds_stream(name, folder, size=size, tasks=tasks, seed=seed, images=images, **tfds_options)
 
 
-def _needs_folder(name: str, data_dir: str | Path | None) -> str | Path:
+def _scripts(tasks: int | None) -> list[str]:
+    """The first scripts of `glyphs`."""
+    known = list(glyphs.TASKS)
+    if tasks is not None and not 1 <= tasks <= len(known):
+        raise ValueError(f"{tasks} tasks were asked for and glyphs has {len(known)} scripts: {', '.join(known)}")
+    return known[:tasks]
+
+
+def _needs_folder(name: str, data_dir: str | Path | None, rendered: str) -> str | Path:
     if data_dir is None:
-        raise ValueError(f"{name} needs data_dir (--data-dir): the folder where TFDS has prepared the set")
+        raise ValueError(
+            f"{name} needs data_dir (--data-dir): the folder where TFDS has prepared the set; rendered without one: "
+            f"{rendered}"
+        )
     return data_dir
 
 
@@ -60,7 +80,7 @@ def open_tasks(
     tasks: int | None = None,
     seed: int | None = 0,
     classes: int | None = 8,
-    images: int = 50,
+    images: int | None = None,
 ) -> TaskStream:
     """Tasks of one set or several side by side, at one size: for networks that learn them at once.
 
@@ -70,21 +90,30 @@ def open_tasks(
 
     Args:
       tasks: how many a divided set gives, drawn by the seed, of `glyphs` the first ones; default all.
-      classes, images: characters of a script and training images of each (glyphs only).
+      classes: characters of a script (glyphs only).
+      images: training images of a class, drawn by the seed, all where there are fewer; None for 50 glyphs, or all.
     """
     streams = []
+    if tasks is not None and names and not any(name == "glyphs" or _base(name) in _DIVIDED for name in names):
+        raise ValueError(
+            f"tasks={tasks} plays no part with {', '.join(names)}, a task each; divided into tasks are glyphs, "
+            f"{', '.join(_DIVIDED)}"
+        )
     for name in names:
         if name == "glyphs":
-            scripts = list(glyphs.TASKS)[:tasks]
-            found = glyph_stream(scripts, classes=classes, train=images, test=20, size=size, seed=seed or 0)
+            found = glyph_stream(
+                _scripts(tasks), classes=classes, train=50 if images is None else images, test=20, size=size,
+                seed=seed or 0,
+            )  # fmt: skip
         else:
-            base = name.split(":")[0].split("/")[0]
-            flip = None if base in CHARACTERS else augment.random_flip
+            base = _base(name)
+            flip = None if of_characters(name) else augment.random_flip
             divided = _DIVIDED.get(base)
             options = {"tasks": tasks, **divided} if divided else {"tasks": 1}
             found = tfds_stream(
-                name, _needs_folder(name, data_dir), size=size, seed=seed, augment=flip, crop=1.0, **options
-            )
+                name, _needs_folder(name, data_dir, "glyphs"), size=size, seed=seed, augment=flip, crop=1.0,
+                images=images, **options,
+            )  # fmt: skip
             if not divided:
                 found = found._replace(tasks=(found.tasks[0]._replace(name=base),))
         streams.append(found)
@@ -98,13 +127,17 @@ def open_tasks(
     )
 
 
+def _base(name: str) -> str:
+    return name.split(":")[0].split("/")[0]
+
+
 def open_domains(
     name: str,
     size: int,
     *,
     data_dir: str | Path | None = None,
     seed: int = 0,
-    images: int = 50,
+    images: int | None = None,
 ) -> TaskStream:
     """Domains of one set of classes, as tasks whose classes are the same (so that `classes` and `offsets` of the stream
     mean nothing): a split of each domain's images is its test.
@@ -112,29 +145,32 @@ def open_domains(
     Args:
       name: `rendered`, digits that are rendered in four ways; `digits`: MNIST, USPS and rendered digits; or a TFDS set
         whose splits are domains, of each of which a fifth is held out (PACS).
-      images: rendered training images of each digit, a fifth as many for the test.
+      images: training images of a class, drawn by the seed, all where there are fewer; None for all, but 50 where all
+        are rendered and 500 for rendered ones beside MNIST's. For the test a fifth as many are rendered.
     """
 
-    def rendered(domain, distortion, number):
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        return glyph_task(key, domain, _DIGITS, images, max(images // 5, 1), size, distortion)
+    def rendered(domain, distortion, number, default=50):
+        key, train = jax.random.fold_in(jax.random.key(seed), number), default if images is None else images
+        return glyph_task(key, domain, _DIGITS, train, max(train // 5, 1), size, distortion)
 
     if name == "rendered":
         made = [rendered(domain, distortion, i) for i, (domain, distortion) in enumerate(_RENDERED.items())]
-        return TaskStream(name, tuple(made), size)
-    folder = _needs_folder(name, data_dir)
+        return checked(TaskStream(name, tuple(made), size))
+    folder = _needs_folder(name, data_dir, "rendered")
     if name == "digits":
         real = [
-            tfds_stream(each, folder, size=size, tasks=1, seed=None).tasks[0]._replace(name=each)
+            tfds_stream(each, folder, size=size, tasks=1, seed=None, images=images).tasks[0]._replace(name=each)
             for each in ("mnist", "usps")
         ]
-        return _of_one_set(TaskStream(name, (*real, rendered("rendered", glyphs.Distortion(), 0)), size))
-    whole = {"size": size, "tasks": 1, "seed": None, "crop": 1.0}
+        return _of_one_set(TaskStream(name, (*real, rendered("rendered", glyphs.Distortion(), 0, 500)), size))
+    whole = {"size": size, "tasks": 1, "seed": None, "crop": 1.0, "images": images}
     domains = [
         tfds_stream(name, folder, train_split=split, test_fraction=0.2, **whole).tasks[0]._replace(name=split)
         for split in split_names(name, folder)
     ]
-    return _of_one_set(TaskStream(name, tuple(domains), size, augment=augment.random_flip))
+    return _of_one_set(
+        TaskStream(name, tuple(domains), size, augment=None if of_characters(name) else augment.random_flip)
+    )
 
 
 def _of_one_set(stream: TaskStream) -> TaskStream:

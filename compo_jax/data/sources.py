@@ -6,7 +6,6 @@ of CIFAR-100). Only files that are already prepared are opened, since a missing 
 
 import io
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,14 +17,24 @@ from jaxtyping import Int, Integer, UInt8
 from PIL import Image
 
 from compo_jax.data import augment as augmentation
+from compo_jax.data import records
+from compo_jax.data.records import Records, open_builder
 from compo_jax.data.stream import ArraySplit, Augmentation, Split, Task, TaskStream, checked, group_classes, relabel
-from compo_jax.files import local_path
 
-# a mirror image is another character
-CHARACTERS = {"mnist", "kmnist", "emnist", "usps", "omniglot", "svhn_cropped", "quickdraw_bitmap"}
+# characters and signs, whose mirror images are others
+CHARACTERS = {
+    "mnist", "kmnist", "kmnist28", "emnist", "usps", "omniglot", "svhn", "svhn_cropped", "quickdraw_bitmap",
+    "letters64", "gtsrb", "gtsrb32",
+}  # fmt: skip
+_NUMBERED = {"mnist", "kmnist", "emnist", "usps", "svhn_cropped"}  # stored without names of classes, by their makers
 _INVERTED = {"omniglot"}  # black strokes on white
 _SPLITS = {"omniglot": ("train", None), "imagenet_r": ("test", None)}  # sets that don't divide a class's images
-_CHUNK = 512  # records read at a time
+_CHUNK = 512  # images decoded at a time
+
+
+def of_characters(name: str) -> bool:
+    """Whether the set of this name is one whose images must not be mirrored."""
+    return not CHARACTERS.isdisjoint(name.split(":")[0].split("/"))
 
 
 class Decoding(NamedTuple):
@@ -55,9 +64,12 @@ class Decoding(NamedTuple):
 
 
 class SourceSplit:
-    """A split that reads and decodes the asked images; `rows` are their places in `source`."""
+    """A split that reads and decodes the asked images; `rows` are their places in `source`.
 
-    def __init__(self, source, rows: Integer[np.ndarray, " images"], labels, decoding: Decoding):
+    ValueError for one that can't be, with its set, split and place.
+    """
+
+    def __init__(self, source: Records, rows: Integer[np.ndarray, " images"], labels, decoding: Decoding):
         self.source, self.rows, self.decoding = source, rows, decoding
         self.labels = np.asarray(labels, np.int32)
 
@@ -65,49 +77,24 @@ class SourceSplit:
         return len(self.labels)
 
     def images(self, indices: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n size size 3"]:
-        records = self.source.__getitems__(self.rows[indices].tolist())
-        pixels = [self.decoding(record["image"]) for record in records]
+        rows = self.rows[indices].tolist()
+        pixels = [self._decoded(row, record["image"]) for row, record in zip(rows, self.source[rows], strict=True)]
         return np.array(pixels, np.uint8).reshape(-1, self.decoding.size, self.decoding.size, 3)
+
+    def _decoded(self, row: int, stored: bytes) -> UInt8[np.ndarray, "size size 3"]:
+        try:
+            return self.decoding(stored)
+        except Exception as error:  # Pillow raises a dozen types, SyntaxError among them
+            raise ValueError(
+                f"{self.source.where}: image {row} can't be decoded ({error}): its {len(stored)} bytes are damaged or "
+                "of a format that Pillow lacks; copy the set again from where it was prepared"
+            ) from error
 
     def load(self) -> ArraySplit:
         """The same split in memory, decoded by threads."""
         pieces = np.array_split(np.arange(len(self)), -(-len(self) // _CHUNK) or 1)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return ArraySplit(np.concatenate(list(pool.map(self.images, pieces))), self.labels)
-
-
-def _prepared(name: str, data_dir: str | Path) -> Path:
-    """The folder of the set's newest version (or the one in `name`, as `mnist:3.0.1`), as TFDS lays it out."""
-    root = local_path(data_dir)
-    advice = (
-        f'prepare the set where there is a network: python -c "import tensorflow_datasets as tfds; tfds.builder('
-        f"'{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
-    )
-    if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}; give TFDS's data_dir, or {advice}")
-    path, _, version = name.partition(":")
-    found = [p.parent for p in (root / path).glob(f"{version or '*'}/features.json")]
-    if not found:
-        files = [*root.glob("*/*/features.json"), *root.glob("*/*/*/features.json")]  # the latter with a config
-        sets = ", ".join(sorted({str(p.parent.parent.relative_to(root)) for p in files})) or "none at all"
-        raise FileNotFoundError(f"{root} has no prepared set {name!r}; it has {sets}; {advice}")
-    return max(found, key=lambda folder: tfds.core.Version(folder.name))
-
-
-def split_names(name: str, data_dir: str | Path) -> list[str]:
-    """The splits of a prepared set."""
-    return list(tfds.builder_from_directory(str(_prepared(name, data_dir))).info.splits)
-
-
-def _read(builder, split: str, features: Sequence[str]):
-    """The records of a split with their images left as bytes, and the integer features of all of them."""
-    source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-    values = [
-        [record[feature] for feature in features]
-        for start in range(0, len(source), _CHUNK)
-        for record in source.__getitems__(list(range(start, min(start + _CHUNK, len(source)))))
-    ]
-    return source, np.array(values, np.int64).reshape(-1, len(features)).T
 
 
 def _divide(labels: Integer[np.ndarray, " images"], fraction: float, seed: int | None):
@@ -118,6 +105,35 @@ def _divide(labels: Integer[np.ndarray, " images"], fraction: float, seed: int |
         rows = rows if seed is None else np.random.default_rng([seed, c]).permutation(rows)
         test[rows[len(rows) - round(fraction * len(rows)) :]] = True
     return np.flatnonzero(~test), np.flatnonzero(test)
+
+
+def _drawn(labels: Integer[np.ndarray, " images"], rows: Integer[np.ndarray, " n"], images: int, seed: int | None):
+    """`images` of the rows of each class, drawn by the seed (0 for None), in their order; all where there are fewer."""
+    of_class = [rows[labels[rows] == c] for c in np.unique(labels[rows])]
+    chosen = [np.random.default_rng([seed or 0, int(labels[r[0]])]).permutation(r)[:images] for r in of_class]
+    return np.sort(np.concatenate(chosen))
+
+
+def _named(builder, name: str, label: str, by: str | None, numbered: bool) -> dict[str, list[str]]:
+    """The names of the values of all label features, once the set is seen to have those that are wanted."""
+    features = dict(builder.info.features)
+    named = {key: feature.names for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)}
+    if label not in named or not isinstance(features.get("image"), tfds.features.Image):
+        there = ", ".join(sorted(features))
+        raise ValueError(f"{name} needs a feature `image` and class labels {label!r}, and has {there}")
+    if by is not None and (by not in named or by == label):
+        others = ", ".join(sorted(set(named) - {label})) or "none"
+        raise ValueError(f"{name} can't be divided into tasks by {by!r}; its other label features are: {others}")
+    for feature in [] if numbered else filter(None, (label, by)):
+        file = builder.data_path / f"{feature}.labels.txt"
+        if file.exists() and len(set(named[feature])) < len(named[feature]):
+            raise ValueError(f"{file} has a name twice: it is of another version, or was changed; copy the set again")
+        if not file.exists():
+            raise FileNotFoundError(
+                f"{builder.data_path} lacks {feature}.labels.txt, the names of its {len(named[feature])} classes: copy "
+                "it from where the set was prepared, or take their numbers with numbered=True"
+            )
+    return named
 
 
 def tfds_stream(
@@ -137,6 +153,9 @@ def tfds_stream(
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
     std: tuple[float, float, float] = (0.5, 0.5, 0.5),
     augment: Augmentation | Literal["default"] | None = "default",
+    images: int | None = None,
+    overlap: bool = False,
+    numbered: bool | None = None,
     memory: int = 2 * 2**30,
 ) -> TaskStream:
     """A stream from the TFDS image classification set `name`, prepared in `data_dir` as array_record files.
@@ -154,33 +173,48 @@ def tfds_stream(
       crop: fraction of a test image's shorter side that is kept. Default: 0.875 where the images' sizes differ
         (photographs: resize to 256 and crop 224), else 1; train images are always kept whole.
       augment: default: random resized crop and flip; for characters a small affine map.
+      images: training images of a class, drawn by the seed; None for all, as where a class has fewer.
+      overlap: lets an image be in both splits.
+      numbered: lets classes without names (the file LABEL.labels.txt) have their numbers for names. Default: for MNIST
+        and other digits and characters, which their makers store so.
       memory: bytes up to which the decoded images are held in memory; beyond it they are decoded when asked for.
+
+    Raises FileNotFoundError or ValueError with the file, the split and the place for what is missing or damaged.
     """
-    builder = tfds.builder_from_directory(str(_prepared(name, data_dir)))
+    for what, value, least in (("size", size, 1), ("images", images, 1), ("seed", seed, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{what} is {value} and must be {least} or more")
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction={test_fraction} is a part of each class's images, between 0 and 1")
+    if not (augment is None or augment == "default" or callable(augment)):
+        raise ValueError(f"augment={augment!r} is no augmentation: give None, 'default' or a function (key, images)")
+    builder = open_builder(name, data_dir)
     base = name.split("/")[0].split(":")[0]
-    features = dict(builder.info.features)
-    named = {key: feature.names for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)}
-    if label not in named or not isinstance(features.get("image"), tfds.features.Image):
-        there = ", ".join(sorted(features))
-        raise ValueError(f"{name} needs a feature `image` and class labels {label!r}, and has {there}")
-    if by is not None and (by not in named or by == label):
-        others = ", ".join(sorted(set(named) - {label})) or "none"
-        raise ValueError(f"{name} can't be divided into tasks by {by!r}; its other label features are: {others}")
+    named = _named(builder, name, label, by, base in _NUMBERED if numbered is None else numbered)
 
     if train_split is None:
         train_split, default_test = _SPLITS.get(base, ("train", "test"))
         test_split = test_split or default_test
     wanted = [label] if by is None else [label, by]
-    sources, values = zip(*(_read(builder, s, wanted) for s in (train_split, test_split) if s), strict=True)
+    counts = {feature: len(named[feature]) for feature in wanted}
+    sources = tuple(Records(builder, split) for split in (train_split, test_split) if split)
+    if test_split and not overlap and (shared := records.overlap(builder, train_split, test_split)):
+        raise ValueError(
+            f"{shared} of {len(sources[1])} test images of {base} are training images too, for its splits "
+            f"{train_split!r} and {test_split!r} overlap: a test would tell nothing; name others, or pass overlap=True"
+        )
+    values = tuple(source.integers(counts) for source in sources)
     if test_split:
         rows = [np.arange(len(v[0])) for v in values]
     else:
         sources, values, rows = sources * 2, values * 2, _divide(values[0][0], test_fraction, seed)
+    if images is not None:
+        rows = (_drawn(values[0][0], rows[0], images, seed), rows[1])
     every = np.concatenate(values, axis=1)
     names, groups = _groups(every, named[label], by and named[by], tasks, seed, base)
 
-    photographs = None in features["image"].shape
-    characters = base in CHARACTERS
+    photographs = None in builder.info.features["image"].shape
+    characters = of_characters(name)
     method = Image.Resampling.BOX if characters else Image.Resampling.BICUBIC
     crops = (1.0, (0.875 if photographs else 1.0) if crop is None else crop)
     decodings = [Decoding(size, c, base in _INVERTED if invert is None else invert, method) for c in crops]
@@ -198,8 +232,8 @@ def tfds_stream(
         crop_flip = augmentation.chain(partial(augmentation.random_resized_crop, size=size), augmentation.random_flip)
         augment = augmentation.random_affine if characters else crop_flip
     stream = checked(TaskStream(base, tuple(made), size, mean, std, augment))
-    images = sum(len(t.train) + len(t.test) for t in stream.tasks)
-    if images * size * size * 3 > memory:
+    count = sum(len(t.train) + len(t.test) for t in stream.tasks)
+    if count * size * size * 3 > memory:
         return stream
     return stream._replace(tasks=tuple(t._replace(train=t.train.load(), test=t.test.load()) for t in stream.tasks))
 

@@ -30,12 +30,24 @@ class Split(Protocol):
     def images(self, indices: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n size size 3"]: ...
 
 
-class ArraySplit:
-    """A split held in memory."""
+def _whole(labels) -> Int32[np.ndarray, " images"]:
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels are whole numbers, one for each image, and these are {labels.dtype} of shape {labels.shape}: cast "
+            "them to int, with argmax where they are one-hot"
+        )
+    return labels.astype(np.int32)
 
-    def __init__(self, pixels: UInt8[np.ndarray, "images size size 3"], labels: Integer[np.ndarray, " images"]):
+
+class ArraySplit:
+    """A split held in memory: an image for each label, which are whole numbers."""
+
+    def __init__(self, pixels: UInt8[np.ndarray, "images size size 3"], labels: np.ndarray):
         self.pixels = pixels
-        self.labels = np.asarray(labels, np.int32)
+        self.labels = _whole(labels)
+        if len(self.labels) != len(pixels):
+            raise ValueError(f"{len(pixels)} images need as many labels, not {len(self.labels)}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -122,16 +134,42 @@ def group_classes(classes: int, tasks: int | Iterable[Iterable[int]], seed: int 
         return groups
     if not 1 <= tasks <= classes:
         raise ValueError(f"{tasks} tasks were asked for and there are {classes} classes; ask for 1 to {classes // 2}")
+    if seed is not None and seed < 0:
+        raise ValueError(f"a seed is 0 or more, not {seed}")
     order = np.arange(classes) if seed is None else np.random.default_rng(seed).permutation(classes)
     return [group.tolist() for group in np.array_split(order, tasks)]
 
 
 def checked(stream: TaskStream) -> TaskStream:
-    """The stream, once every task is seen to have two classes or more and every class train and test images."""
+    """The stream, once it is seen that its images can be prepared and that every task has two classes or more, each
+    with a name of its own and with train and test images."""
+    if stream.size < 1:
+        raise ValueError(f"images of {stream.name} have {stream.size} pixels a side and need one at least")
+    mean, std = np.asarray(stream.mean, float), np.asarray(stream.std, float)
+    if (
+        mean.shape != (3,)
+        or std.shape != (3,)
+        or not np.isfinite(mean).all()
+        or not (std > 0).all()
+        or np.isinf(std).any()
+    ):
+        raise ValueError(
+            f"mean={stream.mean} and std={stream.std} of {stream.name}: each is three finite numbers, one a channel, "
+            "for pixels from 0 to 1, and images are divided by std, which must be above 0"
+        )
+    if not (stream.augment is None or callable(stream.augment)):
+        raise ValueError(f"augment={stream.augment!r} is no augmentation: give None or a function (key, images)")
     for task in stream.tasks:
         if len(task.classes) < 2:
             raise ValueError(f"task {task.name!r} has {len(task.classes)} class and needs two: ask for fewer tasks")
+        if twice := sorted({name for name in task.classes if task.classes.count(name) > 1}):
+            raise ValueError(f"task {task.name!r} has classes of one name: {', '.join(twice[:8])}; join or rename them")
         for kind, split in (("train", task.train), ("test", task.test)):
+            if len(wrong := np.flatnonzero((split.labels < 0) | (split.labels >= len(task.classes)))):
+                raise ValueError(
+                    f"task {task.name!r} has {len(task.classes)} classes and {kind} image {wrong[0]} the label "
+                    f"{split.labels[wrong[0]]}: labels of a task go from 0 to {len(task.classes) - 1}"
+                )
             counts = np.bincount(split.labels, minlength=len(task.classes))
             empty = [name for name, count in zip(task.classes, counts, strict=True) if not count]
             if empty:
@@ -168,15 +206,22 @@ def array_stream(
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
     std: tuple[float, float, float] = (0.5, 0.5, 0.5),
     augment: Augmentation | None = None,
+    overlap: bool = False,
 ) -> TaskStream:
     """A stream of uint8 images in memory: (images, size, size), or with 1 or 3 channels after it; integer labels.
 
-    `tasks` is a number of equal groups of the classes (in an order drawn from `seed`; kept if None) or the groups.
+    `tasks` is a number of equal groups of the classes (in an order drawn from `seed`; kept if None) or the groups;
+    `overlap` lets an image be in both splits.
     """
+    same = np.shares_memory(images, test_images) or np.array_equal(images, test_images)
     images, test_images = _pixels(images), _pixels(test_images)
     if images.shape[1:] != test_images.shape[1:]:
         raise ValueError(f"train images are {images.shape[1:]}, test images {test_images.shape[1:]}: resize one")
-    labels, test_labels = np.asarray(labels), np.asarray(test_labels)
+    labels, test_labels = _whole(labels), _whole(test_labels)
+    if same and not overlap:
+        raise ValueError(
+            "train and test images are the same: a test would tell nothing; divide them, or pass overlap=True"
+        )
     if (len(labels), len(test_labels)) != (len(images), len(test_images)):
         raise ValueError(
             f"{len(images)} train and {len(test_images)} test images need as many labels, not {len(labels)} and "
@@ -228,6 +273,10 @@ def glyph_stream(
     scripts are asked for, and no test image shares a key with a train image.
     """
     scripts = list(glyphs.TASKS)[:10] if scripts is None else list(scripts)
+    if len(set(scripts)) < len(scripts):
+        raise ValueError(f"a script is named twice: {', '.join(scripts)}")
+    if size < 1 or (classes is not None and classes < 1):
+        raise ValueError(f"{classes} classes of {size} pixels a side: both must be at least 1")
     unknown = [s for s in scripts if s not in glyphs.SCRIPTS]
     if unknown or not scripts:
         raise ValueError(f"no script is called {', '.join(unknown) or 'that'}; there are {', '.join(glyphs.SCRIPTS)}")

@@ -7,6 +7,7 @@ from compo_jax.incremental.classifier import head_fisher as head_fisher
 from compo_jax.incremental.classifier import new_head as new_head
 from compo_jax.incremental.classifier import probe as probe
 from compo_jax.incremental.classifier import task_columns as task_columns
+from compo_jax.incremental.descent import penalty_step as penalty_step
 from compo_jax.incremental.evaluate import Accuracies as Accuracies
 from compo_jax.incremental.evaluate import evaluator as evaluator
 from compo_jax.incremental.evaluate import predictions as predictions
@@ -16,6 +17,7 @@ from compo_jax.incremental.features import tangent_features as tangent_features
 from compo_jax.incremental.finished import FinishedRun as FinishedRun
 from compo_jax.incremental.finished import common_methods as common_methods
 from compo_jax.incremental.finished import open_finished as open_finished
+from compo_jax.incremental.finished import open_several as open_several
 from compo_jax.incremental.learner import Learned as Learned
 from compo_jax.incremental.learner import task_trainer as task_trainer
 from compo_jax.incremental.metrics import accuracy_so_far as accuracy_so_far

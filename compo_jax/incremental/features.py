@@ -20,6 +20,8 @@ def features(
 ) -> Callable[[Tree, Split], Float[np.ndarray, "images features"]]:
     """`(params, split) -> features` of all images of the split, in order, `batch` at a time; compiled once.
 
+    The call raises ValueError where a feature isn't finite: no accuracy could be told from it.
+
     Args:
       around: parameters that the model is linearised at; None: the model itself.
     """
@@ -34,7 +36,13 @@ def features(
 
     def run(params, split):
         parts = eval_batches(split, batch)
-        return np.concatenate([np.asarray(forward(params, around, p["image"]), np.float32)[:real] for p, real in parts])
+        z = np.concatenate([np.asarray(forward(params, around, p["image"]), np.float32)[:real] for p, real in parts])
+        if bad := np.flatnonzero(~np.all(np.isfinite(z), axis=1)).tolist():
+            raise ValueError(
+                f"the features of {len(bad)} of {len(z)} images are NaN or infinite, image {bad[0]} the first: the "
+                "parameters may hold such numbers (a training that diverged), or overflow in a 16-bit compute dtype"
+            )
+        return z
 
     return run
 

@@ -1,17 +1,19 @@
 """A run of the main job, opened again: the model, the stream of tasks and the pools that it left."""
 
-import json
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from compo_jax import data, models
+from compo_jax import data, models, tree
 from compo_jax.data import TaskStream
 from compo_jax.files import local_path
 from compo_jax.incremental.classifier import Head
 from compo_jax.pool import ModulePool
+from compo_jax.train import read_json
 
 Tree = Any
 _COMPOSED = ("ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none")  # ways that average modules in weight space
@@ -39,6 +41,14 @@ class FinishedRun(NamedTuple):
     head: Head
 
 
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object that a run wrote to this file."""
+    found = read_json(path, "bring it back from a copy, or remove the run's folder and make it again")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__} and must hold an object: it is not what a run wrote")
+    return found
+
+
 def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> FinishedRun:
     """Opens the folder of a finished run of experiments/incremental.py.
 
@@ -50,17 +60,26 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
     folder = local_path(folder)
     if not (folder / "metrics.json").exists():
         raise ValueError(f"{folder} holds no finished run: make one with experiments/incremental.py")
+    _object(folder / "metrics.json")
     if not (folder / "reference.npz").exists():
         raise ValueError(f"{folder} was made by another version: it lacks the reference head, reference.npz")
-    config = json.loads((folder / "config.json").read_text())
-    options = ("tasks", "seed", "by", "train_split", "test_split", "classes", "images")
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} lacks config.json, the settings of its run: bring it back from a copy")
+    config = _object(folder / "config.json")
+    options = ("tasks", "seed", "by", "train_split", "test_split", "classes")
     if missing := {*options, "data", "data_dir", "backbone", "heads", "image_size", "dtype", "methods"} - set(config):
         raise ValueError(f"{folder} was made by another version, its settings lack {', '.join(sorted(missing))}")
+    rendered = config["data"] == "glyphs"
+    if rendered and data_dir is not None:
+        raise ValueError(
+            f"{folder} is of glyphs, which are rendered: data_dir (--data-dir) plays no part, leave it out"
+        )
     model, base, described = models.backbone(config["backbone"], config["heads"], config["image_size"], config["dtype"])
     stream = data.open_stream(
         config["data"],
         model.image_size,
         data_dir=config["data_dir"] if data_dir is None else data_dir,
+        images=config["images"] if rendered else config.get("train_images"),  # of older runs all
         **{key: config[key] for key in options},
     )
     pools = {
@@ -68,9 +87,42 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
         for i, name in enumerate(config["methods"])
         if name.partition("-")[0] in _COMPOSED
     }
-    with np.load(folder / "reference.npz") as kept:
-        head = dict(kept)
-    return FinishedRun(folder, config, model, base, described, stream, pools, head)
+    return FinishedRun(
+        folder, config, model, base, described, stream, pools, _head(folder / "reference.npz", base, stream)
+    )
+
+
+def _head(path: Path, base: Tree, stream: TaskStream) -> Head:
+    """The head in the file; ValueError where it is damaged or has other classes than the stream."""
+    try:
+        with np.load(path) as kept:
+            head = dict(kept)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path}, the run's reference head, is damaged ({error}): bring it back from a copy"
+        ) from error
+    shapes = {name: x.shape for name, x in head.items()}
+    width, classes = base["norm"]["scale"].shape[-1], len(stream.classes)
+    if shapes != {"kernel": (width, classes), "bias": (classes,)}:
+        raise ValueError(
+            f"{path} holds {shapes} and the run's backbone has {width} features, its data {classes} classes: the file "
+            "or the data are of another run"
+        )
+    return head
+
+
+def open_several(folders: Sequence[str | Path], data_dir: str | Path | None = None) -> list[FinishedRun]:
+    """`open_finished` of each; ValueError where a run is named twice, or they are of different data or backbones."""
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"a run is named twice: {', '.join(map(str, folders))}")
+    runs = [open_finished(folder, data_dir) for folder in folders]
+    if len(sets := {run.stream.name for run in runs}) > 1:
+        raise ValueError(
+            f"the runs are of different data ({', '.join(sorted(sets))}): give runs that differ in their seed"
+        )
+    if len({tree.fingerprint(run.base) for run in runs}) > 1:
+        raise ValueError("the runs are of different backbones: give runs that differ in their seed")
+    return runs
 
 
 def common_methods(runs: Sequence[FinishedRun], chosen: Sequence[str] | None = None) -> list[str]:

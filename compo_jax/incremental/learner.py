@@ -10,6 +10,7 @@ import optax
 
 from compo_jax.data import Task, TaskStream, steps_per_epoch, train_batches
 from compo_jax.incremental.classifier import Head, logits, masked, task_columns
+from compo_jax.incremental.descent import penalty_step
 from compo_jax.incremental.modes import MODES, Memory, Mode
 from compo_jax.incremental.optimizer import coupled_adamw, decoupled_adamw, rates
 from compo_jax.incremental.reference import Reference
@@ -74,14 +75,20 @@ def training(
         z = mode.features(context["held"], params["module"], images)
         values = masked(logits(params["head"], z), context["mask"])
         total = optax.softmax_cross_entropy_with_integer_labels(values, batch["label"]).mean()
-        accuracy = jnp.mean(values.argmax(-1) == batch["label"])
+        metrics = {"accuracy": jnp.mean(values.argmax(-1) == batch["label"])}
         if mode.distil is not None:
             total = total + mode.distil(context["held"], z, images, context["alpha"])
-        return total + penalty(params, context) if coupled else total, {"accuracy": accuracy}
+        if coupled:
+            metrics["penalty"] = penalty(params, context)
+            total = total + metrics["penalty"]
+        return total, metrics
 
     def extras(params, context, step):
-        more = {"rate": context["rates"][step // context["steps_per_epoch"]]}
-        return more if coupled else more | {"regulariser": jax.grad(penalty)(params, context)}
+        rate, of_params = context["rates"][step // context["steps_per_epoch"]], lambda params: penalty(params, context)
+        if coupled:
+            return {"rate": rate, "penalty": of_params}, {}
+        update, metrics = penalty_step(of_params, params, rate)
+        return {"rate": rate, "penalty_step": update}, metrics
 
     def start(task, first, reference, memory):
         key_module, key_augment, _ = keys(first)
@@ -93,10 +100,11 @@ def training(
                 f"method {method.name!r} wants {method.curvature} curvature, and the reference has "
                 f"{', '.join(known.weights)}: make it with reference_stage(..., kinds=[{method.curvature!r}])"
             )
+        scale = mode.scale(memory, reference.every.weights[method.curvature]) if method.units == "relative" else 1.0
         context = {
             "held": mode.hold(memory),
             "curvature": known.weights[method.curvature],
-            "alpha": jnp.float32(method.alpha),
+            "alpha": jnp.float32(method.alpha / scale),
             "head": head,
             "head_fisher": task_columns(known.head, first, classes, width),
             "pull": jnp.array(method.pull, jnp.float32),

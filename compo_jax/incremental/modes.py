@@ -11,7 +11,7 @@ from compo_jax.data import Task, TaskStream
 from compo_jax.incremental.classifier import Head, logits, masked, task_columns
 from compo_jax.incremental.features import feature_width, tangent_features
 from compo_jax.incremental.fisher import task_fisher
-from compo_jax.incremental.regularisers import Curvature, iel_penalty, ita_penalty
+from compo_jax.incremental.regularisers import Curvature, iel_penalty, ita_penalty, mean_entry
 from compo_jax.incremental.settings import Method, Settings
 
 Tree = Any
@@ -28,6 +28,8 @@ class Mode(NamedTuple):
       hold: `memory -> held`, what stays fixed while a task is trained; made once a task.
       features: `(held, module, images) -> (images, features)`, the model in training.
       penalty: `(held, module, curvature, alpha) -> scalar`.
+      scale: `(memory, curvature) -> scalar`, what alpha is divided by in relative units: the mean entry of the diagonal
+        that the penalty is taken in; `curvature` is that of the tasks so far.
       distil: `(held, features, images, alpha) -> scalar` added to the cross-entropy; None for nothing.
       remember: `(memory, task, first, module, head, key) -> memory` after a task whose first class is number `first`.
     """
@@ -37,6 +39,7 @@ class Mode(NamedTuple):
     hold: Callable[[Memory], Tree]
     features: Callable[[Tree, Tree, jax.Array], jax.Array]
     penalty: Callable[[Tree, Tree, Curvature, jax.Array], jax.Array]
+    scale: Callable[[Memory, Curvature], jax.Array]
     distil: Callable[[Tree, jax.Array, jax.Array, jax.Array], jax.Array] | None
     remember: Callable[[Memory, Task, int, Tree, Head, jax.Array], Memory]
 
@@ -51,6 +54,7 @@ def independent(model, base: Tree, method: Method, *_) -> Mode:
         hold=lambda memory: {"base": base},
         features=lambda held, module, images: forward(held["base"], module, images, method="features"),
         penalty=lambda held, module, f, alpha: ita_penalty(adapter.delta(module, held["base"]), f, alpha),
+        scale=lambda memory, curvature: mean_entry(curvature),
         distil=None,
         remember=lambda memory, *_: memory,
     )
@@ -134,14 +138,17 @@ def ewc(model, base: Tree, method: Method, stream: TaskStream, settings: Setting
         params, classes = tree.add(base, adapter.delta(module, base)), len(task.classes)
         wide = task_columns(head, 0, classes, len(stream.classes))  # one shape, one compilation
         found = fisher.of(params, task.train, wide, 0, classes, key, seed=[first])["diagonal"].mean
-        return {"module": module, "fisher": tree.weighted_sum([memory["fisher"], found], [0.95, 1.0])}
+        total = tree.weighted_sum([memory["fisher"], found], [0.95, 1.0])
+        return {"module": module, "fisher": total, "tasks": 0.95 * memory["tasks"] + 1}
 
     return plain._replace(
-        memory=plain.memory | {"fisher": jax.tree.map(jnp.zeros_like, adapter.delta(start, base))},
+        memory=plain.memory
+        | {"fisher": jax.tree.map(jnp.zeros_like, adapter.delta(start, base)), "tasks": jnp.zeros(())},
         hold=lambda memory: {"base": base, "before": adapter.delta(memory["module"], base), "fisher": memory["fisher"]},
         penalty=lambda held, module, _, alpha: ita_penalty(
             tree.weighted_sum([adapter.delta(module, held["base"]), held["before"]], [1.0, -1.0]), held["fisher"], alpha
         ),
+        scale=lambda memory, _: mean_entry(memory["fisher"]) / jnp.maximum(memory["tasks"], 1),  # of one task
         remember=remember,
     )
 
@@ -175,6 +182,7 @@ def lwf(model, base: Tree, method: Method, stream: TaskStream, settings: Setting
         memory=plain.memory | {"head": head, "seen": jnp.int32(0)},
         hold=lambda memory: {"base": base, **memory},
         penalty=lambda *_: jnp.zeros(()),
+        scale=lambda *_: jnp.ones(()),
         distil=distil,
         remember=remember,
     )

@@ -1,10 +1,12 @@
-"""AdamW with the decoupled step of the regulariser, and the learning-rate schedule of the reference."""
+"""AdamW with a step of its own down the penalty, and the learning-rate schedule of the reference."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from compo_jax.incremental.descent import limit_update
 
 
 class _Empty(NamedTuple):
@@ -26,32 +28,35 @@ def scale_by_rate() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: _Empty(), update)
 
 
-def add_decoupled(clip: float) -> optax.GradientTransformationExtraArgs:
-    """Adds `-rate · regulariser` to the updates, every tensor of the `regulariser` clipped to the L2 norm `clip`.
+def add_penalty_step() -> optax.GradientTransformationExtraArgs:
+    """Adds the extra argument `penalty_step`, an update of its own, to the updates: see `descent.penalty_step`.
 
-    `rate` and `regulariser` (the gradient of the penalty) are extra arguments. As with decoupled weight decay
-    (Loshchilov and Hutter, 2019) neither the moments nor the base learning rate enter.
+    As with decoupled weight decay (Loshchilov and Hutter, 2019) neither the moments nor the base learning rate enter.
     """
 
-    def update(updates, state, params=None, *, rate, regulariser, **_):
+    def update(updates, state, params=None, *, penalty_step, **_):
         del params
-
-        def one(u, g):
-            norm = jnp.sqrt(jnp.sum(g**2))
-            return u - jnp.asarray(rate, u.dtype) * g * jnp.minimum(1, clip / jnp.maximum(norm, 1e-12))
-
-        return jax.tree.map(one, updates, regulariser), state
+        return jax.tree.map(jnp.add, updates, penalty_step), state
 
     return optax.GradientTransformationExtraArgs(lambda params: _Empty(), update)
 
 
-def decoupled_adamw(learning_rate: float, clip: float = 100.0) -> optax.GradientTransformationExtraArgs:
-    """AdamW without weight decay whose update wants `rate` and `regulariser`: see `add_decoupled`."""
-    return optax.chain(optax.scale_by_adam(), optax.scale(-learning_rate), scale_by_rate(), add_decoupled(clip))
+def decoupled_adamw(learning_rate: float) -> optax.GradientTransformationExtraArgs:
+    """AdamW without weight decay whose update wants `rate`, and `penalty_step` for a step outside it."""
+    return optax.chain(optax.scale_by_adam(), optax.scale(-learning_rate), scale_by_rate(), add_penalty_step())
 
 
 def coupled_adamw(learning_rate: float, clip: float = 100.0) -> optax.GradientTransformationExtraArgs:
-    """The same for a loss that holds its penalty already: the gradient of the sum is clipped; wants `rate`."""
-    return optax.chain(
+    """The same for a loss that holds its penalty already: the gradient of the sum is clipped; wants `rate`.
+
+    With `penalty`, the function of the parameters that the loss holds, the update is shortened: `descent.limit_update`.
+    """
+    adam = optax.chain(
         optax.clip_by_global_norm(clip), optax.scale_by_adam(), optax.scale(-learning_rate), scale_by_rate()
     )
+
+    def update(gradient, state, params=None, *, penalty=None, **extra):
+        updates, state = adam.update(gradient, state, params, **extra)
+        return updates if penalty is None else limit_update(penalty, params, updates, gradient), state
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)

@@ -7,12 +7,30 @@ from jaxtyping import Array, Float, Int, Key
 from compo_jax.incremental.classifier import Head
 
 
+def _counts(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Images of each class, 0 … the largest label; ValueError where a class has none, or a feature isn't finite."""
+    if len(features) != len(labels) or not len(labels) or np.min(labels) < 0:
+        raise ValueError(
+            f"{len(features)} features and {len(labels)} labels from {min(labels, default=None)} on were given: each "
+            "image has a feature vector and a label, and labels count from 0"
+        )
+    counts = np.bincount(labels)
+    if empty := np.flatnonzero(counts == 0).tolist():
+        raise ValueError(
+            f"the classes {', '.join(map(str, empty))} of {len(counts)} have no image: give labels without gaps, or "
+            "leave these classes out"
+        )
+    if bad := np.flatnonzero(~np.all(np.isfinite(features), axis=1)).tolist():
+        raise ValueError(f"the features of {len(bad)} images hold NaN or infinite numbers, image {bad[0]} the first")
+    return counts
+
+
 def nearest_class_mean(features: Float[np.ndarray, "images features"], labels: Int[np.ndarray, " images"]) -> Head:
     """The linear head whose largest logit is the class of the nearest mean: kernel `μ_k`, bias `-‖μ_k‖²/2`.
 
-    Classes are 0 … the largest label; each needs an image.
+    Classes are 0 … the largest label. ValueError where one of them has no image, or a feature isn't finite.
     """
-    counts = np.bincount(labels)
+    counts = _counts(features, labels)
     sums = np.zeros((len(counts), features.shape[1]))
     np.add.at(sums, labels, features)
     means = sums / counts[:, None]
@@ -31,8 +49,10 @@ def random_projection(
 
     The head is the ridge regression of one-hot labels on `relu(features @ projection)`. Its sums over images grow task
     by task in the paper; all images at once, as here, give the same head. The ridge is the one of `ridges` with the
-    least squared error on a fifth of the images after fitting to the others, and then all are fitted.
+    least squared error on a fifth of the images after fitting to the others, and then all are fitted. ValueError as of
+    `nearest_class_mean`.
     """
+    _counts(features, labels)
     projection = np.asarray(jax.random.normal(key, (features.shape[1], width)), np.float64)
     h = np.maximum(features @ projection, 0)
     y = np.eye(labels.max() + 1)[labels]

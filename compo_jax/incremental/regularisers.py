@@ -1,5 +1,6 @@
 """The penalties of incremental task arithmetic and of incremental ensemble learning, as scalars."""
 
+import math
 from typing import Any
 
 import jax
@@ -22,6 +23,15 @@ def _quadratic(curvature: Curvature, a: Tree, b: Tree) -> jax.Array:
 
     products = jax.tree.map(one, curvature, a, b, is_leaf=lambda x: x is None)
     return sum((jnp.sum(x) for x in jax.tree.leaves(products)), start=jnp.zeros(()))
+
+
+def mean_entry(curvature: Curvature) -> jax.Array:
+    """The mean of the curvature's diagonal; 1 where all of it is zero, so that it can be divided by."""
+    if isinstance(curvature, Kronecker):
+        total, count = curvature.trace(), sum(math.prod((*layer.stack, *layer.shape)) for _, layer in curvature.layout)
+    else:
+        total, count = sum((jnp.sum(x) for x in jax.tree.leaves(curvature)), start=jnp.zeros(())), tree.size(curvature)
+    return jnp.where(total > 0, total / count, 1.0)
 
 
 def ita_penalty(delta: Tree, fisher_mean: Curvature, alpha: float | jax.Array) -> jax.Array:

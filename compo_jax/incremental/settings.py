@@ -42,6 +42,9 @@ class Method(NamedTuple):
       learning_rate: of AdamW at the first epoch.
       alpha: weight of the penalty: α of incremental task arithmetic, β of incremental ensemble learning, λ of elastic
         weight consolidation, the weight of the distillation of learning without forgetting; 0 for none.
+      units: of `alpha` where it weighs a curvature. `relative`: the curvature is divided by its mean over the adapted
+        weights and the tasks so far, so that one value serves backbones whose Fishers differ by orders of magnitude;
+        `paper`: the curvature as it is.
       pull: (λ_F, λ_I), the pull of a task's head to its aligned reference.
       mode: how the tasks meet in training, a name in `modes.MODES`.
       curvature: that the penalty is taken in. `kronecker` is TAK's penalty (arXiv 2602.17385) in the Fisher's factors,
@@ -58,3 +61,4 @@ class Method(NamedTuple):
     mode: Literal["independent", "ensemble", "tangent", "sequential", "ewc", "lwf", "joint"] = "independent"
     curvature: Literal["diagonal", "kronecker"] = "diagonal"
     coupled: bool | None = None
+    units: Literal["relative", "paper"] = "relative"

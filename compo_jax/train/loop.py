@@ -2,7 +2,7 @@
 
 import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -56,13 +56,14 @@ def fit(
       context: what stays the same; see `make_step`.
       batches: `start -> iterator` over the batches from step `start` on, so that a resumed run sees the very batches
         that an uninterrupted one sees.
-      log, record: a line every `every` steps and at the last one: `record`, step, metrics, images_per_second.
+      log, record: a line at the first step, every `every` steps and at the last one: `record`, step, metrics,
+        images_per_second.
       checkpoints: saved every `checkpoint_seconds` and at the end; where one is there, training goes on from it.
       progress: see `progress_bar`.
 
     Raises ValueError for options out of range, for a state that is past `steps`, and for batches that end early or
     can't be divided among the devices; FloatingPointError after an update that was not finite: it was not made, and the
-    finite state is saved.
+    finite state is saved; and where the loss ends far above its start (`_require_progress`): nothing is made of that.
     """
     if operator.index(steps) < 0 or operator.index(every) < 1 or not checkpoint_seconds >= 0:
         raise ValueError(
@@ -93,13 +94,15 @@ def fit(
     placed, context = runner.place(state), runner.place(context)
     last_save = since = time.perf_counter()
     images, k = 0, first
+    earlier = log.records() if first and log is not None else []
+    losses = [line["loss"] for line in earlier if "loss" in line and record.items() <= line.items()]
     for k, batch in zip(range(first + 1, steps + 1), batches(first), strict=False):
         divided = runner.shard(batch)
         if k == first + 1:  # the log's position, for a run that is killed before its first checkpoint
             save(state)
         images += jax.tree.leaves(batch)[0].shape[0]
         placed, metrics = runner.step(placed, context, divided)
-        if k % every and k != steps:
+        if k % every and k not in (1, steps):
             continue
         values = {name: float(value) for name, value in runner.fetch(metrics).items()}
         now = time.perf_counter()
@@ -111,6 +114,9 @@ def fit(
                 f"{values['loss']}): the learning rate or the regulariser may be too large, or an image may hold NaN. "
                 "The last good state was kept" + ("." if checkpoints is None else f" in {checkpoints.path}.")
             )
+        losses.append(values["loss"])
+        if k == steps:
+            _require_progress(losses, label)
         if log is not None:
             log.write(**record, step=k, **values, images_per_second=round(rate, 1))
         if progress is not None:
@@ -124,3 +130,13 @@ def fit(
     if progress is not None:
         progress.remove_task(bar)
     return jax.tree.map(jax.numpy.asarray, runner.fetch(placed))
+
+
+def _require_progress(losses: Sequence[float], label: str) -> None:
+    """FloatingPointError where the last of the logged losses are above twice the first one and 1."""
+    start, end = (float(value) for value in mesh.agreed((losses[0], np.mean(losses[-3:]))))
+    if end > 2 * start + 1:
+        raise FloatingPointError(
+            f"the loss of {label or 'training'} rose from {start:.3g} at its start to {end:.3g} at its end: the "
+            "learning rate or the weight of a regulariser is too large. Nothing was made of this training"
+        )

@@ -38,7 +38,7 @@ def make_step(
     loss: Callable[[Tree, Tree, Tree, jax.Array], tuple[jax.Array, Metrics]],
     optimizer: optax.GradientTransformation,
     *,
-    extras: Callable[[Tree, Tree, jax.Array], dict[str, Any]] | None = None,
+    extras: Callable[[Tree, Tree, jax.Array], tuple[dict[str, Any], Metrics]] | None = None,
     axis: str | None = None,
 ) -> Callable[[TrainState, Tree, Tree], tuple[TrainState, Metrics]]:
     """`(state, context, batch) -> (state, metrics)`, pure.
@@ -47,8 +47,8 @@ def make_step(
       loss: `(params, context, batch, step) -> (mean over the batch, metrics)`; only `params` is differentiated.
         `context` is what stays the same through a run: frozen weights, masks, keys.
       optimizer: any optax transformation.
-      extras: `(params, context, step) -> keyword arguments` of the optimizer's update, for a transformation that wants
-        more than gradients (`optax.GradientTransformationExtraArgs`).
+      extras: `(params, context, step) -> (keyword arguments, metrics)`, the arguments (arrays, functions) of the
+        optimizer's update, for one that wants more than gradients (`optax.GradientTransformationExtraArgs`).
       axis: name of the mapped axis to average gradients and metrics over (pmap); None under jit.
 
     An update that is not finite is not made, and counted in the metric `not_finite`: the state stays good.
@@ -60,8 +60,10 @@ def make_step(
         metrics = {"loss": value, **metrics}
         if axis is not None:
             gradients, metrics = jax.lax.pmean((gradients, metrics), axis)
-        more = {} if extras is None else extras(state.params, context, state.step)
-        finite = jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(more)]).all()
+        more, of_extras = ({}, {}) if extras is None else extras(state.params, context, state.step)
+        metrics |= of_extras
+        arrays = [x for x in jax.tree.leaves(more) if not callable(x)]
+        finite = jnp.array([jnp.all(jnp.isfinite(x)) for x in arrays]).all()
         gradients = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), gradients)  # the guard looks at them alone
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params, **more)
         params = optax.apply_updates(state.params, updates)

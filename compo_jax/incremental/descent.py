@@ -1,0 +1,103 @@
+"""Steps that a penalty can't make overshoot, whatever its weight and the scale of its curvature.
+
+Each adapted weight, and each layer of a stacked one, is looked at by itself: one stiff layer doesn't hold the others.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compo_jax import adapters, tree
+
+Tree = Any
+Penalty = Callable[[Tree], jax.Array]
+
+
+def penalty_step(
+    penalty: Penalty, params: Tree, rate: float | jax.Array, clip: float = 100.0
+) -> tuple[Tree, dict[str, jax.Array]]:
+    """(the update of one step down the penalty, metrics); the penalty after it is not larger than before.
+
+    The update is `-rate` times the gradient g, every tensor of it clipped to the L2 norm `clip` (Porrello et al.,
+    2025). An update u is shortened where it would go beyond the lowest point on its way, `-gᵀu / uᵀHu` of it with the
+    Hessian H. That point is exact where the penalty is quadratic in the parameters; where it is not (LoRA), the whole
+    update is halved until the penalty doesn't grow.
+
+    Metrics: `penalty`, its value before the step; `penalty_step`, the part of the step that was taken, the smallest of
+    all weights and layers: 1 where none was shortened.
+    """
+    value, gradient = jax.value_and_grad(penalty)(params)
+    update = jax.tree.map(lambda g: -rate * g * jnp.minimum(1, clip / jnp.maximum(jnp.linalg.norm(g), 1e-12)), gradient)
+    parts = _parts(penalty, params, update, {k: -x for k, x in _products(gradient, update).items()})
+    update, share = _halved(penalty, params, _times(parts, update), value, jnp.zeros_like(value))
+    return update, {"penalty": value, "penalty_step": share * jnp.min(jnp.stack([jnp.min(x) for x in parts.values()]))}
+
+
+def limit_update(penalty: Penalty, params: Tree, update: Tree, gradient: Tree) -> Tree:
+    """The update, shortened where the penalty would gain more by it than the rest of the loss can lose.
+
+    For a penalty that is a part of the loss, whose optimiser (Adam) takes steps of a fixed length and so swings around
+    the bottom of a steep one. With r the change of the rest of the loss to first order, taken as a gain, the update u
+    is shortened to the lowest point of `r t + penalty(params + t u)`.
+
+    Args:
+      update: of the optimiser, to be added to the parameters.
+      gradient: of the whole loss, the penalty's included.
+    """
+    value, pull = jax.value_and_grad(penalty)(params)
+    rest = {k: jnp.abs(x) for k, x in _products(jax.tree.map(jnp.subtract, gradient, pull), update).items()}
+    falls = {k: rest[k] - x for k, x in _products(pull, update).items()}
+    parts = _parts(penalty, params, update, falls)
+    gain = sum((jnp.sum(rest[k] * parts[k]) for k in parts), start=jnp.zeros_like(value))
+    return _halved(penalty, params, _times(parts, update), value, gain)[0]
+
+
+def _parts(penalty: Penalty, params: Tree, update: Tree, falls: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The part of the update at which `-falls t + ½ uᵀHu t²` is lowest, at most 1 and at least 0, for each weight."""
+    bends = _products(jax.jvp(jax.grad(penalty), (params,), (update,))[1], update)
+    return {
+        k: jnp.where(bends[k] > falls[k], jnp.maximum(falls[k], 0) / jnp.where(bends[k] > 0, bends[k], 1), 1.0)
+        for k in falls
+    }
+
+
+def _halved(penalty: Penalty, params: Tree, update: Tree, value: jax.Array, gain: jax.Array) -> tuple[Tree, jax.Array]:
+    """(the update times a share, the share), halved until the penalty is at most `value + share * gain`."""
+
+    def excess(share):
+        after = penalty(jax.tree.map(lambda p, u: p + share * u, params, update))
+        return after - value - share * gain - 1e-5 * jnp.abs(value)  # which sums may differ by in rounding
+
+    share, over = jax.lax.while_loop(
+        lambda s: (s[1] > 0) & (s[0] > 1e-9),
+        lambda s: (s[0] / 2, excess(s[0] / 2)),
+        (jnp.ones_like(value), excess(jnp.ones_like(value))),
+    )
+    share = jnp.where(over > 0, 0, share)
+    return jax.tree.map(lambda u: share * u, update), share
+
+
+def _weight(name: str) -> str:
+    """The path of the adapted weight that a leaf of a module belongs to; a head is one."""
+    return name.rpartition("/")[0]
+
+
+def _products(a: Tree, b: Tree) -> dict[str, jax.Array]:
+    """Inner products over the leaves of each weight: a number, or (layers,) where axis 0 counts layers."""
+    sums: dict[str, Any] = {}
+    for name, x, y in zip(tree.names(a), jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        axes = tuple(range(1 if adapters.is_stacked(name) else 0, x.ndim))
+        sums[_weight(name)] = sums.get(_weight(name), 0) + jnp.sum(x * y, axes)
+    return sums
+
+
+def _times(parts: dict[str, jax.Array], update: Tree) -> Tree:
+    def one(name, u):
+        if u is None:
+            return None
+        part = parts[_weight(name)]
+        return u * part.reshape(*part.shape, *[1] * (u.ndim - part.ndim))
+
+    return tree.map_with_name(one, update)

@@ -1,0 +1,289 @@
+"""What a command line may not say, in all experiments alike: told in a line, before anything is computed or written."""
+
+import errno
+import importlib
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from jobs import ROOT, main
+
+from compo_jax import incremental
+from compo_jax.data import ArraySplit, Task, TaskStream
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import job
+
+SCRIPTS = [
+    "incremental", "merging", "unlearning", "curvature_check", "throughput", "pretrain", "modular_multitask",
+    "modular_transfer", "modular_adaptation", "modular_reuse",
+]  # fmt: skip
+COUNT = ["0", "-1", "2.5", "nan", "inf", "x", "99999999999"]
+RATE, WEIGHT, SEED = ["0", "-1", "nan", "inf"], ["-300", "nan", "inf"], ["-1", "x", "99999999999"]
+
+
+def each(values, *options):
+    return dict.fromkeys(options, values)
+
+
+RANGES = {
+    "incremental": {
+        **each(COUNT, "tasks", "images", "heads", "image-size", "epochs", "batch", "rank", "classes"),
+        **each(RATE, "learning-rate", "ia3-learning-rate", "tmc-learning-rate", "full-learning-rate"),
+        **each(WEIGHT, "alpha", "tak-alpha", "beta", "ewc", "lwf"),
+        "fisher-images": ["-5", "x"], "seed": SEED, "name": ["../x", "..", "", "/x"], "runs": [""],
+    },
+    "merging": {"images": COUNT, "seed": SEED},
+    "unlearning": {"runs": [""]},
+    "curvature_check": {
+        **each(COUNT, "images", "fisher-images", "fisher-batches", "order"), "weightings": ["1", *COUNT], "seed": SEED
+    },
+    "throughput": {**each(COUNT, "batch", "rank", "steps"), "peak": RATE},
+    "pretrain": {**each(COUNT, "steps", "batch", "width", "depth", "heads"), "learning-rate": RATE, "seed": SEED},
+}  # fmt: skip
+OF_ALL_MODULAR = {
+    **each(COUNT, "images", "size", "layers", "width", "patch", "steps", "batch"), "learning-rate": RATE,
+    "seeds": SEED, "name": ["../x", "a/b"], "phases": ["-0.1", "2", "nan"],
+}  # fmt: skip
+ALSO = {
+    "modular_multitask": {**each(COUNT, "tasks", "templates", "analysis-images")},
+    "modular_transfer": {
+        **each(COUNT, "tasks", "templates", "held-out", "new-steps", "new-batch"), "budgets": ["-1", "x"],
+        "new-learning-rate": RATE, "smoothing": ["0", "1", "2", "nan"],
+    },
+    "modular_adaptation": {
+        **each(COUNT, "templates", "adapt-steps", "adapt-batch"),
+        **each(RATE, "adapt-learning-rate", "route-rate"),
+    },
+    "modular_reuse": {"tasks": COUNT},
+}  # fmt: skip
+
+
+def load(script):
+    return importlib.import_module(script)
+
+
+def refused(script, *arguments):
+    """What the parser says, nothing else having been done."""
+    module = load(script)
+    with pytest.raises(ValueError) as caught:
+        module.parse(list(arguments)) if hasattr(module, "parse") else module.parser.parse_args(list(arguments))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_values_out_of_range_are_refused_with_option_value_and_range(script):
+    for option, values in (RANGES.get(script, OF_ALL_MODULAR) | ALSO.get(script, {})).items():
+        for value in values:
+            first = [value, "1"] if option == "phases" else [value]
+            told = refused(script, f"--{option}", *first)
+            assert told.startswith(f"--{option}: ") and value in told and "\n" not in told, (option, value, told)
+            assert re.search("whole number|a number|name of a folder|no path|more than 2147483647", told), told
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_has_a_range_which_the_help_shows(script):
+    module = load(script)
+    kept = []
+    original, job.Parser.parse_args = job.Parser.parse_args, lambda self, *_: kept.append(self) or sys.exit()
+    try:
+        with pytest.raises(SystemExit):
+            module.parse([]) if hasattr(module, "parse") else module.parser.parse_args([])
+    finally:
+        job.Parser.parse_args = original
+    for action in kept[0]._actions:
+        assert action.type not in (int, float), action.dest
+        if isinstance(action.type, job.number):
+            assert str(action.type) in action.help
+            defaults = action.default if isinstance(action.default, list | tuple) else [action.default]
+            assert all(default is None or action.type(str(default)) == default for default in defaults)
+
+
+GLYPHS = "with glyphs, which are rendered"
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "told"),
+    [
+        *(("incremental", f"--{key} x", f"--{key} plays no part {GLYPHS}") for key in ("data-dir", "by", "test-split")),
+        ("incremental", "--by x --train-split y", f"--by and --train-split play no part {GLYPHS}"),
+        ("incremental", "--data mnist --classes 3", "--classes plays no part with mnist"),
+        ("incremental", "--heads 3 --image-size 32", "--heads and --image-size play no part without --backbone"),
+        ("incremental", "--compare --methods ita-lora", "--methods plays no part with --compare"),
+        ("incremental", "--parallel --runner pmap", "name one of the two"),
+        ("incremental", "--parallel --methods iel-lora", "--parallel plays no part with iel-lora"),
+        ("incremental", "--methods ita-ia3 --rank 3", "--rank plays no part with ita-ia3"),
+        ("incremental", "--methods tmc-full --full-learning-rate 1", "--full-learning-rate plays no part"),
+        ("incremental", "--beta 3", "--beta plays no part with ita-lora"),
+        ("incremental", "--methods none-lora --penalty coupled", "--penalty plays no part"),
+        ("incremental", "--methods none-lora --pull 1 1", "--pull plays no part"),
+        ("incremental", "--methods ita-lora ita-lora", "--methods has one of its values twice"),
+        ("incremental", "--methods ncm", "train nothing"),
+        ("incremental", "--batch 12", "--batch 12 can't be divided among 8 devices: choose a multiple of 8"),
+        ("incremental", "bogus", "unrecognized arguments: bogus"),
+        ("merging", "--rules ties ties", "twice"),
+        ("modular_multitask", "--data-dir x", "--data-dir plays no part with glyphs"),
+        ("modular_multitask", "--templates 1 --analysis-images 3", "--analysis-images plays no part with one template"),
+        ("modular_multitask", "--seeds 1 1", "--seeds has one of its values twice: 1 1"),
+        ("modular_multitask", "--phases 0.9 0.1", "the first not after the second"),
+        ("modular_reuse", "--batch 12", "--batch 12 can't be divided among 8 devices"),
+        ("modular_transfer", "--new-batch 12", "--new-batch 12 can't be divided among 8 devices"),
+        ("modular_transfer", "--methods head --smoothing 0.1", "--smoothing plays no part"),
+        ("modular_transfer", "--budgets 5 1", "two images of each class"),
+        ("modular_adaptation", "--data-dir x", "--data-dir plays no part with rendered"),
+        ("modular_adaptation", "--methods --adapt-batch 8", "--adapt-batch plays no part with these --methods"),
+        ("modular_adaptation", "--size 30", "can't be cut into patches of 4"),
+    ],
+)  # fmt: skip
+def test_what_plays_no_part_or_does_not_go_together_is_refused(script, line, told):
+    assert told in refused(script, *line.split())
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "told"),
+    [
+        ("throughput", "--curvature --rank 3 --peak 9", "--rank and --peak play no part with --curvature"),
+        ("throughput", "--batch 12", "--batch 12 can't be divided among 8 devices"),
+        ("merging", "--methods foo", "the small run has no pool of foo; it has none-lora, none-full"),
+        ("merging", "--data-dir x", "--data-dir plays no part without --run"),
+        ("merging", "--run x --runs y", "--runs plays no part with --run"),
+        ("merging", "--run x", "x holds no finished run"),
+        ("unlearning", "--methods foo", "the small run has no pool of foo"),
+        ("curvature_check", "--fisher-images 9", "must be a multiple of 8"),
+        ("curvature_check", "--fisher-batches 8 7", "--fisher-batches 7: not divisors of 128 images"),
+        ("pretrain", "--heads 5", "--heads 5 don't divide --width 96"),
+        ("pretrain", "--out x.json", "name a file that ends in .safetensors"),
+        ("incremental", "--tasks 12", "12 tasks were asked for and glyphs has 11 scripts: arabic, "),
+        ("incremental", "--tasks 2 --classes 2 --images 8 --batch 64", "--batch 64 is more than all the 32"),
+        ("modular_multitask", "--data rendered", "rendered without one: glyphs"),
+        ("modular_multitask", "--data mnist --data-dir x --tasks 3", "tasks=3 plays no part with mnist"),
+        ("modular_adaptation", "--data glyphs", "rendered without one: rendered"),
+    ],
+)  # fmt: skip
+def test_it_is_told_before_anything_is_computed_or_written(script, line, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, OSError), match=re.escape(told)):
+        main(*line.split(), script=f"{script}.py")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backbone_of_another_run_is_not_written_over(tmp_path):
+    pretrain = load("pretrain")
+    out, sidecar, config = tmp_path / "a.safetensors", tmp_path / "a.json", {"steps": 4000, "seed": 0}
+    assert not pretrain.is_written(out, sidecar, config)
+    out.write_bytes(b"theirs")
+    with pytest.raises(ValueError, match="is of another run .steps: None there, 4000 now"):
+        pretrain.is_written(out, sidecar, config)
+    sidecar.write_text(json.dumps(config | {"seed": 1}))
+    with pytest.raises(ValueError, match="seed: 1 there, 0 now. and stays"):
+        pretrain.is_written(out, sidecar, config)
+    sidecar.write_text("{")
+    with pytest.raises(ValueError, match="a.json is damaged"):
+        pretrain.is_written(out, sidecar, config)
+    sidecar.write_text(json.dumps(config | {"jax": "x"}))
+    assert pretrain.is_written(out, sidecar, config)
+    assert out.read_bytes() == b"theirs"
+    packaged = ROOT / "compo_jax" / "models" / "embedded.safetensors"
+    before = packaged.read_bytes()
+    with pytest.raises(ValueError, match="steps: 4000 there, 8 now"):
+        main("--out", packaged, "--steps", 8, "--run", tmp_path / "run", script="pretrain.py")
+    assert packaged.read_bytes() == before and not (tmp_path / "run").exists()
+    assert pretrain.parser.parse_args([]).out is None  # beside the run's log
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ValueError("[/b] is\nnot [bold]"), 2, "error: [/b] is not [bold]"),
+        (KeyError("the metrics lack it"), 2, "error: the metrics lack it"),
+        (OSError(errno.ENOENT, "gone", "a"), 2, "gone: 'a'"),
+        (OSError(errno.ENOSPC, "No space left on device", "a"), 2, "error: the disk is full ("),
+        (ValueError("RESOURCE_EXHAUSTED: ...: No space left on device"), 2, "error: the disk is full ("),
+        (MemoryError("286 GiB"), 2, "memory ran out (286 GiB)"),
+        (KeyboardInterrupt(), 130, "stopped: the same command goes on where it was"),
+    ],
+)
+def test_every_end_is_one_line(error, code, told, capsys, monkeypatch):
+    monkeypatch.setattr(job.signal, "signal", lambda *_: None)
+
+    def fails():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        job.closing(fails)
+    printed = capsys.readouterr()
+    assert caught.value.code == code
+    assert told in printed.out and printed.out.count("\n") == 1 and not printed.err
+
+
+def test_an_error_of_ours_keeps_its_traceback(capsys):
+    with pytest.raises(SystemExit) as caught:
+        job.closing(lambda: {}["x"])
+    assert caught.value.code == 1
+    assert "KeyError: 'x'" in capsys.readouterr().err
+
+
+def test_fewer_images_than_asked_for_are_told(capsys):
+    pixels = np.arange(7 * 12, dtype=np.uint8).reshape(7, 2, 2, 3)
+    stream = TaskStream("few", (), 2)
+    split = ArraySplit(pixels, np.array([0, 0, 0, 1, 1, 1, 1]))
+    job.tell_images(stream._replace(tasks=(Task("t", ("a", "b"), split, split),)), 4)
+    assert "1 of 2 classes have fewer than --images 4 training images (3 at least)" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+# Runs that were damaged
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The files of a finished run that are read when it is opened, without a pool."""
+    folder = tmp_path_factory.mktemp("runs") / "made"
+    folder.mkdir()
+    config = {
+        "data": "glyphs", "data_dir": None, "tasks": 2, "seed": 0, "by": None, "train_split": None, "test_split": None,
+        "classes": 2, "images": 2, "backbone": None, "heads": None, "image_size": None, "dtype": "float32",
+        "methods": ["ita-lora"],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.json").write_text("{}")
+    np.savez(folder / "reference.npz", kernel=np.zeros((96, 4), np.float32), bias=np.zeros(4, np.float32))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda f: cut(f / "config.json"), "config.json is damaged"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json holds list and must hold an object"),
+        (lambda f: (f / "config.json").unlink(), "lacks config.json"),
+        (lambda f: (f / "config.json").write_text("{}"), "its settings lack backbone, by"),
+        (lambda f: (f / "metrics.json").write_text(""), "metrics.json is damaged"),
+        (lambda f: (f / "metrics.json").unlink(), "holds no finished run"),
+        (lambda f: cut(f / "reference.npz"), "reference.npz, the run's reference head, is damaged"),
+        (lambda f: (f / "reference.npz").write_bytes(b""), "reference.npz, the run's reference head, is damaged"),
+        (lambda f: np.savez(f / "reference.npz", kernel=np.zeros((96, 3)), bias=np.zeros(3)), "of another run"),
+    ],
+)
+def test_a_damaged_run_is_told_with_its_file(made, tmp_path, damage, told):
+    folder = shutil.copytree(made, tmp_path / "run")
+    damage(folder)
+    with pytest.raises(ValueError, match=told):
+        incremental.open_finished(folder)
+
+
+def test_runs_that_do_not_belong_together_are_refused(made, tmp_path):
+    run = incremental.open_finished(made)
+    assert (len(run.stream.tasks[0].train), run.stream.name) == (4, "glyphs")
+    with pytest.raises(ValueError, match="a run is named twice"):
+        incremental.open_several([made, made.parent / "." / "made"])
+    with pytest.raises(ValueError, match="is of glyphs, which are rendered"):
+        incremental.open_finished(made, tmp_path)
