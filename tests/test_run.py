@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,25 @@ def test_on_a_full_disk_files_stay_whole(tmp_path, monkeypatch, where):
         with pytest.raises(TypeError):  # refused before the file is touched
             run.log.write(step=np.float32(3))
         assert [r["step"] for r in run.log.records()] == [1, 2]
+
+
+def test_tensorboard_events_hold_the_numbers_of_the_log(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    with open_run(tmp_path, {}, tensorboard=True) as run:
+        run.log.write(run="ita", task=2, step=7, loss=0.25, note="text")
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, values = path.read_bytes(), []
+    while data:  # records: length (8 bytes), its checksum (4), an event, its checksum (4)
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        values += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+        data = data[16 + length :]
+    assert values == [("ita/2/loss", 7, 0.25)]
+
+
+def test_tensorboard_that_is_not_installed_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ValueError, match="TensorBoard events need tensorboardX: pip install tensorboardX"):
+        open_run(tmp_path, {}, tensorboard=True).__enter__()

@@ -374,7 +374,7 @@ def test_checkpoints_keep_two_and_say_what_does_not_fit(tmp_path):
     assert again.latest == 1
 
 
-# -- progress and TensorBoard ------------------------------------------------------------------------------------------
+# -- progress ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_progress_bar_needs_no_terminal():
@@ -386,28 +386,6 @@ def test_the_progress_bar_needs_no_terminal():
     assert [s["completed"] for s in seen] == [1, 4, 6]
     assert all(np.isfinite(s["loss"]) and s["rate"] > 0 for s in seen)
     assert "\x1b" not in written.getvalue()
-
-
-def test_tensorboard_events_hold_the_numbers_of_the_log(tmp_path):
-    pytest.importorskip("tensorboardX")
-    from tensorboardX.proto.event_pb2 import Event
-
-    with open_run(tmp_path, {}, tensorboard=True) as run:
-        run.log.write(run="ita", task=2, step=7, loss=0.25, note="text")
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    data, values = path.read_bytes(), []
-    while data:  # records: length (8 bytes), its checksum (4), an event, its checksum (4)
-        length = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + length])
-        values += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
-        data = data[16 + length :]
-    assert values == [("ita/2/loss", 7, 0.25)]
-
-
-def test_tensorboard_that_is_not_installed_is_said_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ValueError, match="TensorBoard events need tensorboardX: pip install tensorboardX"):
-        open_run(tmp_path, {}, tensorboard=True).__enter__()
 
 
 @pytest.mark.parametrize("end", [3.1, 4.5])

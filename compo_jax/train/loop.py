@@ -134,7 +134,7 @@ def fit(
 
 def _require_progress(losses: Sequence[float], label: str) -> None:
     """FloatingPointError where the last of the logged losses are above twice the first one and 1."""
-    start, end = losses[0], float(np.mean(losses[-3:]))
+    start, end = (float(value) for value in mesh.agreed((losses[0], np.mean(losses[-3:]))))
     if end > 2 * start + 1:
         raise FloatingPointError(
             f"the loss of {label or 'training'} rose from {start:.3g} at its start to {end:.3g} at its end: the "
