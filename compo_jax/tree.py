@@ -207,7 +207,9 @@ def require_finite(tree: Tree, what: str) -> None:
     if not concrete([x for _, x in leaves]):
         return
     with jax.ensure_compile_time_eval():  # arrays that a traced function closes over are there to be looked at
-        sound = jax.device_get([jnp.all(jnp.isfinite(x)) for _, x in leaves])
+        # NumPy's by NumPy: with 64 bits switched off jnp makes infinities of large numbers
+        finite = [(np if isinstance(x, np.ndarray) else jnp).isfinite(x).all() for _, x in leaves]
+        sound = jax.device_get(finite)
     if bad := [name for (name, _), good in zip(leaves, sound, strict=True) if not good]:
         raise ValueError(
             f"{what} holds NaN or infinite numbers in {', '.join(bad)}: a training that diverged, say, or a damaged "

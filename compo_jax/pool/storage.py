@@ -70,8 +70,7 @@ def stored(
     for part, own in found.items():
         _require_apart(part, own)
         if check_finite:
-            with jax.enable_x64(True):  # else large 64-bit numbers would be infinite
-                tree.require_finite(curvatures.measured(part, own), f"part {part!r} of module {name!r}")
+            tree.require_finite(curvatures.measured(part, own), f"part {part!r} of module {name!r}")
     return found, kinds
 
 
