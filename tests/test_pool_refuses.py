@@ -59,7 +59,7 @@ REFUSED = {
     "impossible setting": (dict(adapter="lora", settings={"rank": 0}), "is not built: the rank of a LoRA module"),
     "another base": (dict(base=OTHER), "module 'm'.* this base|delta of module 'm' doesn't fit"),
     "another adapter": (dict(adapter=adapters.ia3("kernel$")), "module 'm' is none of the adapter 'ia3' for this base"),
-    "lora for full": (dict(adapter=FULL), "the delta of module 'm' doesn't fit.*fc1/kernel/a is unknown"),
+    "lora for full": (dict(adapter=FULL), "module 'm' is none of the adapter 'full' .*fc1/kernel/a is unknown"),
     "full for lora": (dict(module=DELTA), "module 'm' is none of the adapter 'lora' for this base"),
     "other shapes": (dict(module=OTHER, adapter=FULL), r"fc1/kernel is \(7, 5\) and should be \(6, 5\)"),
     "part of a tree": (dict(module={"fc1": MODULE["fc1"]}), "module 'm' is none of the adapter 'lora' for this base"),

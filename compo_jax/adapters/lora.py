@@ -81,6 +81,8 @@ def lora(
 
     def delta(module, base):
         found = entries(module, base, ("lora", "full"))
+        if "lora" not in map(kind, found.values()):
+            entries(module, base, ("lora",))  # full deltas alone are another adapter's
         return tree.map_with_name(lambda name, _: _product(found.get(name)), base)
 
     def dense(x, y, entry, bias):
