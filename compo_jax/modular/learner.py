@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from compo_jax import tree
 from compo_jax.data.stream import Augmentation
@@ -79,6 +80,9 @@ def learner(
     def train(variables, splits, seed, folder: Path | None = None, **fit_options) -> Trained:
         if len(splits) != len(net.classes):
             raise ValueError(f"a network of {len(net.classes)} tasks was given images of {len(splits)}")
+        for t, (split, count) in enumerate(zip(splits, net.classes, strict=True)):
+            if (most := int(np.max(split.labels, initial=0))) >= count:
+                raise ValueError(f"task {t} has a label {most} and its head {count} classes: give the net as many")
         params, frozen = tree.partition(variables["params"], trained)
         key = jax.random.fold_in(jax.random.key(seed), 1)
         context = {"frozen": frozen, "statistics": variables["batch_stats"], "key": key}
