@@ -540,6 +540,14 @@ def test_a_pools_head_is_put_together_and_a_module_unlearned_in_it(pool):
     np.testing.assert_allclose(without["kernel"][:, :2], whole["kernel"][:, :2])
 
 
+def test_a_task_of_more_classes_than_its_head_is_told(stream, base, references):
+    method = incremental.Method("none-lora", adapters.lora(2), 1e-3)
+    settings = incremental.Settings(1, 8, fisher_method="exact")
+    memory, train = incremental.task_trainer(MODEL, base, stream, settings, method, 0, width=2)
+    with pytest.raises(ValueError, match="has 3 classes and its head 2 columns: make the trainer with a width of 3"):
+        train(stream.tasks[1], 2, references[1], memory)
+
+
 def test_overlapping_classes_are_named(pool, base):
     pool.add("again", pool.load("task0"), base=base, adapter=KINDS["lora"], classes=["0.1", "new"])
     with pytest.raises(ValueError, match=r"'task0' and 'again' .* both have the class '0.1'"):

@@ -93,6 +93,11 @@ def training(
     def start(task, first, reference, memory):
         key_module, key_augment, _ = keys(first)
         classes = len(task.classes)
+        if classes > width:
+            raise ValueError(
+                f"task {task.name!r} has {classes} classes and its head {width} columns: make the trainer with a width "
+                f"of {classes} at least"
+            )
         head = task_columns(reference.head, first, classes, width)
         known = reference.every if method.mode == "ensemble" else reference.others
         if method.curvature not in known.weights:
