@@ -474,7 +474,7 @@ def test_bad_mixtures():
 
 def test_numbers_that_are_not_finite_are_refused_unless_let_through():
     base, deltas = {"w": np.ones(2)}, [{"w": np.array([1.0, 0.0])}, {"w": np.array([0.0, 1.0])}]
-    with pytest.raises(ValueError, match="the landscape at the base holds NaN .* in gram, loss, slope"):
+    with pytest.raises(ValueError, match="the landscape at its anchor holds NaN .* in loss, slope"):
         landscape(lambda p: jnp.sum(p["w"]) * jnp.nan, base, deltas)
     assert np.isnan(landscape(lambda p: jnp.sum(p["w"]) * jnp.nan, base, deltas, check_finite=False).loss)
     with pytest.raises(ValueError, match="base holds NaN .* in w"):

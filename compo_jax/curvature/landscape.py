@@ -258,8 +258,7 @@ def landscape(
     fractions = fractions.astype(dtype)
     mean = jax.tree.map(lambda x: jnp.average(x, axis=0, weights=fractions), measured)
     if check_finite:
-        where = "at the anchor" if anchor is not None else "at the base"
-        tree.require_finite({"loss": mean.loss, "slope": mean.slope, "gram": mean.gram}, f"the landscape {where}")
+        tree.require_finite({"loss": mean.loss, "slope": mean.slope, "gram": mean.gram}, "the landscape at its anchor")
     stratum = Stratum(jnp.ones((), dtype), fractions, measured)
     return Landscape(*mean[:3], around, points, *mean[3:], (stratum,))
 
