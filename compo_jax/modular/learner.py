@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from compo_jax import tree
 from compo_jax.data.stream import Augmentation
