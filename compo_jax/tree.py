@@ -82,6 +82,11 @@ def _is_float(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
+def _is_whole(x: Any) -> bool:
+    """Whether a number is known to be whole: by its type or, unless it is traced, by its value."""
+    return not _is_float(x) or (concrete(x) and float(x).is_integer())
+
+
 def add(base: Tree, delta: Tree, scale: float | int | jax.Array = 1.0) -> Tree:
     """`base + scale * delta` in the base's types, rounded once.
 
@@ -97,7 +102,7 @@ def add(base: Tree, delta: Tree, scale: float | int | jax.Array = 1.0) -> Tree:
         b, d = jnp.asarray(b), jnp.asarray(d)
         if _is_float(b):
             wide = wide_type(b, d)
-        elif not _is_float(d) and concrete(scale) and scale == int(scale):
+        elif not _is_float(d) and _is_whole(scale):
             wide = jnp.result_type(b, d)
         else:
             raise ValueError(
@@ -207,8 +212,8 @@ def require_finite(tree: Tree, what: str) -> None:
     if not concrete([x for _, x in leaves]):
         return
     with jax.ensure_compile_time_eval():  # arrays that a traced function closes over are there to be looked at
-        # NumPy's by NumPy: with 64 bits switched off jnp makes infinities of large numbers
-        finite = [(np if isinstance(x, np.ndarray) else jnp).isfinite(x).all() for _, x in leaves]
+        # by NumPy what isn't JAX's: with 64 bits switched off jnp makes infinities of large numbers
+        finite = [(jnp if isinstance(x, jax.Array) else np).isfinite(x).all() for _, x in leaves]
         sound = jax.device_get(finite)
     if bad := [name for (name, _), good in zip(leaves, sound, strict=True) if not good]:
         raise ValueError(

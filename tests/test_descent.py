@@ -8,6 +8,7 @@ import pytest
 from compo_jax import adapters, incremental
 from compo_jax.incremental import penalty_step
 from compo_jax.incremental.descent import limit_update
+from compo_jax.train import init_state, make_step
 
 X64 = jax.enable_x64
 KINDS = {
@@ -134,3 +135,36 @@ def test_a_coupled_update_is_shortened_to_the_lowest_point_of_the_sum():
         np.testing.assert_allclose(limited, part * update, rtol=1e-12)
         assert 0 < part < 1
         np.testing.assert_allclose(jax.grad(along)(part), 0, atol=1e-9 * float(update @ h @ update))
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_of_16_bits_are_trained_in_their_own_type(kind, coupled):
+    adapter, base, module, fisher = problem(kind)
+    module = jax.tree.map(lambda x: x.astype(jnp.bfloat16), module)
+    penalty = lambda m: incremental.ita_penalty(adapter.delta(m, base), fisher, 10.0)
+
+    def extras(params, context, step):
+        if coupled:
+            return {"rate": 1.0, "penalty": penalty}, {}
+        update, metrics = penalty_step(penalty, params, 1.0)
+        return {"rate": 1.0, "penalty_step": update}, metrics
+
+    def loss(params, context, batch, step):
+        return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(params)), {}
+
+    optimizer = (incremental.coupled_adamw if coupled else incremental.decoupled_adamw)(1e-2)
+    state, metrics = jax.jit(make_step(loss, optimizer, extras=extras))(init_state(module, optimizer), {}, {})
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert metrics["not_finite"] == 0
+    assert float(penalty(state.params)) < float(penalty(module))
+
+
+def test_a_weight_that_is_no_stack_under_a_stacks_name_is_one_weight():
+    adapter = adapters.lora(2, r"kernel$", stacked=())
+    base = {"blocks": {"qkv": {"kernel": jnp.ones((6, 8))}}}
+    module = jax.tree.map(lambda x: x + 1, adapter.init(jax.random.key(0), base))
+    step, metrics = penalty_step(lambda m: incremental.ita_penalty(adapter.delta(m, base), base, 1e3), module, 1.0)
+    assert 0 < metrics["penalty_step"] < 1
+    parts = [np.ravel(s) for s in jax.tree.leaves(step)]
+    assert all(np.all(part < 0) for part in parts)

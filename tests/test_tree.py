@@ -144,3 +144,16 @@ def test_what_is_not_finite_is_named(bad):
     with pytest.raises(ValueError, match="module x holds NaN or infinite numbers in b/c: .*check_finite=False"):
         tree.require_finite({**good, "b": {"c": jnp.array([1, bad], jnp.bfloat16), "count": jnp.int32(3)}}, "module x")
     jax.jit(lambda x: [tree.require_finite({"x": x}, "traced"), x][1])(jnp.float32(bad))
+
+
+@pytest.mark.parametrize("large", [1e300, np.float64(1e300), np.array([1e300])])
+def test_large_numbers_of_64_bits_are_finite(large):
+    tree.require_finite({"x": large}, "module x")
+
+
+def test_integers_move_by_whole_traced_scales_and_by_no_nan():
+    counts = {"n": jnp.int32(3)}
+    assert int(jax.jit(lambda s: tree.add(counts, counts, s))(2)["n"]) == 9
+    for scale in (np.nan, np.inf, 0.5, jnp.float32(0.5)):
+        with pytest.raises(ValueError, match="n is of type int32 and can't move by a fraction"):
+            tree.add(counts, counts, scale)

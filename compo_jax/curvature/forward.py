@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr
+from jax.extend.core import Jaxpr, jaxpr_as_fun
 
 Tree = Any
 
@@ -22,6 +22,18 @@ class Linear(NamedTuple):
     value: Tree
     push: Callable[[Tree], Tree]
     pull: Callable[[Tree], Tree]
+
+
+def derivative(function: Callable[[Tree], Tree], at: Tree, tangent: Tree) -> Tree:
+    """`J tangent` alone: by forward mode nothing is stored for further products, which `linearise` does."""
+    try:
+        traced, shape = jax.make_jaxpr(lambda x, v: jax.jvp(function, (x,), (v,))[1], return_shape=True)(at, tangent)
+        possible = "custom_lin" not in _primitives(traced.jaxpr)
+    except TypeError:  # what is wrong with the function itself is raised again below
+        possible = False
+    if not possible:
+        return linearise(function, at).push(tangent)
+    return jax.tree.unflatten(jax.tree.structure(shape), jaxpr_as_fun(traced)(*jax.tree.leaves((at, tangent))))
 
 
 def linearise(function: Callable[[Tree], Tree], at: Tree) -> Linear:

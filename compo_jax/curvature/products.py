@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from compo_jax import tree
 from compo_jax.curvature.batches import mean, require_deterministic, require_examples, require_scalar, stack
-from compo_jax.curvature.forward import linearise
+from compo_jax.curvature.forward import derivative, linearise
 from compo_jax.curvature.output_loss import (
     OutputLoss,
     predictions,
@@ -49,7 +49,7 @@ def hvp(loss: Callable[..., jax.Array], params: Tree, vector: Tree, *args: Any) 
     def gradient(moved):
         return jax.grad(lambda p: require_scalar(loss(p, *args)))(tree.combine(moved, params))
 
-    return linearise(gradient, moved).push(tangent)
+    return derivative(gradient, moved, tangent)
 
 
 def ggnvp(
@@ -86,7 +86,7 @@ def ggnvp(
     if named:
         return pull(_hessian_product(loss, outputs, change, targets))
     gradient = jax.grad(lambda z: require_scalar(output_loss(z, *targets)))
-    return pull(linearise(gradient, outputs).push(change))
+    return pull(derivative(gradient, outputs, change))
 
 
 def _require_targets(loss: OutputLoss, outputs: Any, targets: tuple) -> Array | None:

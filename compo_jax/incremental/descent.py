@@ -29,7 +29,9 @@ def penalty_step(
     all weights and layers: 1 where none was shortened.
     """
     value, gradient = jax.value_and_grad(penalty)(params)
-    update = jax.tree.map(lambda g: -rate * g * jnp.minimum(1, clip / jnp.maximum(jnp.linalg.norm(g), 1e-12)), gradient)
+    update = jax.tree.map(
+        lambda g: _clipped(-rate * g.astype(tree.wide_type(g)), rate * clip).astype(g.dtype), gradient
+    )
     parts = _parts(penalty, params, update, {k: -x for k, x in _products(gradient, update).items()})
     update, share = _halved(penalty, params, _times(parts, update), value, jnp.zeros_like(value))
     return update, {"penalty": value, "penalty_step": share * jnp.min(jnp.stack([jnp.min(x) for x in parts.values()]))}
@@ -67,7 +69,7 @@ def _halved(penalty: Penalty, params: Tree, update: Tree, value: jax.Array, gain
     """(the update times a share, the share), halved until the penalty is at most `value + share * gain`."""
 
     def excess(share):
-        after = penalty(jax.tree.map(lambda p, u: p + share * u, params, update))
+        after = penalty(jax.tree.map(lambda p, u: p + (share * u).astype(p.dtype), params, update))
         return after - value - share * gain - 1e-5 * jnp.abs(value)  # which sums may differ by in rounding
 
     share, over = jax.lax.while_loop(
@@ -76,7 +78,11 @@ def _halved(penalty: Penalty, params: Tree, update: Tree, value: jax.Array, gain
         (jnp.ones_like(value), excess(jnp.ones_like(value))),
     )
     share = jnp.where(over > 0, 0, share)
-    return jax.tree.map(lambda u: share * u, update), share
+    return jax.tree.map(lambda u: (share * u).astype(u.dtype), update), share
+
+
+def _clipped(update: jax.Array, norm: float | jax.Array) -> jax.Array:
+    return update * jnp.minimum(1, norm / jnp.maximum(jnp.linalg.norm(update), 1e-12))
 
 
 def _weight(name: str) -> str:
@@ -85,12 +91,18 @@ def _weight(name: str) -> str:
 
 
 def _products(a: Tree, b: Tree) -> dict[str, jax.Array]:
-    """Inner products over the leaves of each weight: a number, or (layers,) where axis 0 counts layers."""
-    sums: dict[str, Any] = {}
+    """Inner products over the leaves of each weight: a number, or (layers,) where axis 0 of all counts layers."""
+    parts: dict[str, list[jax.Array]] = {}
     for name, x, y in zip(tree.names(a), jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        axes = tuple(range(1 if adapters.is_stacked(name) else 0, x.ndim))
-        sums[_weight(name)] = sums.get(_weight(name), 0) + jnp.sum(x * y, axes)
-    return sums
+        wide = tree.wide_type(x, y)
+        parts.setdefault(_weight(name), []).append(x.astype(wide) * y.astype(wide))
+
+    def total(name, products):
+        layers = {x.shape[:1] for x in products} if adapters.is_stacked(f"{name}/") else set()
+        kept = 1 if len(layers) == 1 and () not in layers else 0
+        return sum(jnp.sum(x, tuple(range(kept, x.ndim))) for x in products)
+
+    return {name: total(name, products) for name, products in parts.items()}
 
 
 def _times(parts: dict[str, jax.Array], update: Tree) -> Tree:
@@ -98,6 +110,6 @@ def _times(parts: dict[str, jax.Array], update: Tree) -> Tree:
         if u is None:
             return None
         part = parts[_weight(name)]
-        return u * part.reshape(*part.shape, *[1] * (u.ndim - part.ndim))
+        return (u * part.reshape(*part.shape, *[1] * (u.ndim - part.ndim))).astype(u.dtype)
 
     return tree.map_with_name(one, update)

@@ -53,7 +53,9 @@ def parallel_trainer(
     def every(state, context, batch):
         state, (running, metrics) = jax.vmap(one, in_axes=(0, axes, 0))(state, context, batch)
         mean = {name: jnp.mean(value, where=running) for name, value in metrics.items()}
-        return state, mean | {"not_finite": jnp.sum(metrics["not_finite"])}
+        # each by itself, too: the mean would hide one that diverges
+        each = {f"loss_{t}": loss for t, loss in enumerate(metrics["loss"])}
+        return state, mean | each | {"not_finite": jnp.sum(metrics["not_finite"])}
 
     def train(
         tasks: Sequence[Task], firsts: Sequence[int], references: Sequence[Reference], **fit_options

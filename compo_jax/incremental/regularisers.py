@@ -19,10 +19,13 @@ def _quadratic(curvature: Curvature, a: Tree, b: Tree) -> jax.Array:
         return tree.dot(a, curvature.matvec(b))
 
     def one(f, x, y):
-        return None if x is None or y is None or f is None else f * x * y
+        if x is None or y is None or f is None:
+            return None
+        wide = tree.wide_type(f, x, y)
+        return jnp.sum(jnp.asarray(f, wide) * jnp.asarray(x, wide) * jnp.asarray(y, wide))
 
     products = jax.tree.map(one, curvature, a, b, is_leaf=lambda x: x is None)
-    return sum((jnp.sum(x) for x in jax.tree.leaves(products)), start=jnp.zeros(()))
+    return sum(jax.tree.leaves(products), start=jnp.zeros(()))
 
 
 def mean_entry(curvature: Curvature) -> jax.Array:

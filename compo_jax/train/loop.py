@@ -2,7 +2,7 @@
 
 import operator
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,7 +63,8 @@ def fit(
 
     Raises ValueError for options out of range, for a state that is past `steps`, and for batches that end early or
     can't be divided among the devices; FloatingPointError after an update that was not finite: it was not made, and the
-    finite state is saved; and where the loss ends far above its start (`_require_progress`): nothing is made of that.
+    finite state is saved; and where the loss, or that of one of several tasks (a metric `loss_...`), ends far above its
+    start: above twice the start and 1. Nothing is made of that.
     """
     if operator.index(steps) < 0 or operator.index(every) < 1 or not checkpoint_seconds >= 0:
         raise ValueError(
@@ -95,7 +96,7 @@ def fit(
     last_save = since = time.perf_counter()
     images, k = 0, first
     earlier = log.records() if first and log is not None else []
-    losses = [line["loss"] for line in earlier if "loss" in line and record.items() <= line.items()]
+    history = [_losses(line) for line in earlier if "loss" in line and record.items() <= line.items()]
     for k, batch in zip(range(first + 1, steps + 1), batches(first), strict=False):
         divided = runner.shard(batch)
         if k == first + 1:  # the log's position, for a run that is killed before its first checkpoint
@@ -114,9 +115,9 @@ def fit(
                 f"{values['loss']}): the learning rate or the regulariser may be too large, or an image may hold NaN. "
                 "The last good state was kept" + ("." if checkpoints is None else f" in {checkpoints.path}.")
             )
-        losses.append(values["loss"])
+        history.append(_losses(values))
         if k == steps:
-            _require_progress(losses, label)
+            _require_progress(history, label)
         if log is not None:
             log.write(**record, step=k, **values, images_per_second=round(rate, 1))
         if progress is not None:
@@ -132,11 +133,17 @@ def fit(
     return jax.tree.map(jax.numpy.asarray, runner.fetch(placed))
 
 
-def _require_progress(losses: Sequence[float], label: str) -> None:
-    """FloatingPointError where the last of the logged losses are above twice the first one and 1."""
-    start, end = (float(value) for value in mesh.agreed((losses[0], np.mean(losses[-3:]))))
-    if end > 2 * start + 1:
-        raise FloatingPointError(
-            f"the loss of {label or 'training'} rose from {start:.3g} at its start to {end:.3g} at its end: the "
-            "learning rate or the weight of a regulariser is too large. Nothing was made of this training"
-        )
+def _losses(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if name == "loss" or name.startswith("loss_")}
+
+
+def _require_progress(history: Sequence[Mapping[str, float]], label: str) -> None:
+    """FloatingPointError where a loss ends above its start by more than the start's size and 1."""
+    for name in history[0]:
+        start, end = history[0][name], float(np.mean([losses[name] for losses in history[-3:]]))
+        start, end = (float(value) for value in mesh.agreed((start, end)))
+        if end - start > abs(start) + 1:
+            raise FloatingPointError(
+                f"the {name} of {label or 'training'} rose from {start:.3g} at its start to {end:.3g} at its end: the "
+                "learning rate or the weight of a regulariser is too large. Nothing was made of this training"
+            )
