@@ -28,11 +28,11 @@ def penalty_step(
     Metrics: `penalty`, its value before the step; `penalty_step`, the part of the step that was taken, the smallest of
     all weights and layers: 1 where none was shortened.
     """
-    value, gradient = jax.value_and_grad(penalty)(params)
+    (value, gradient), push = jax.linearize(jax.value_and_grad(penalty), params)
     update = jax.tree.map(
         lambda g: _clipped(-rate * g.astype(tree.wide_type(g)), rate * clip).astype(g.dtype), gradient
     )
-    parts = _parts(penalty, params, update, {k: -x for k, x in _products(gradient, update).items()})
+    parts = _parts({k: -x for k, x in _products(gradient, update).items()}, _products(push(update)[1], update))
     update, share = _halved(penalty, params, _times(parts, update), value, jnp.zeros_like(value))
     return update, {"penalty": value, "penalty_step": share * jnp.min(jnp.stack([jnp.min(x) for x in parts.values()]))}
 
@@ -48,17 +48,16 @@ def limit_update(penalty: Penalty, params: Tree, update: Tree, gradient: Tree) -
       update: of the optimiser, to be added to the parameters.
       gradient: of the whole loss, the penalty's included.
     """
-    value, pull = jax.value_and_grad(penalty)(params)
+    (value, pull), push = jax.linearize(jax.value_and_grad(penalty), params)
     rest = {k: jnp.abs(x) for k, x in _products(jax.tree.map(jnp.subtract, gradient, pull), update).items()}
     falls = {k: rest[k] - x for k, x in _products(pull, update).items()}
-    parts = _parts(penalty, params, update, falls)
+    parts = _parts(falls, _products(push(update)[1], update))
     gain = sum((jnp.sum(rest[k] * parts[k]) for k in parts), start=jnp.zeros_like(value))
     return _halved(penalty, params, _times(parts, update), value, gain)[0]
 
 
-def _parts(penalty: Penalty, params: Tree, update: Tree, falls: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The part of the update at which `-falls t + ½ uᵀHu t²` is lowest, at most 1 and at least 0, for each weight."""
-    bends = _products(jax.jvp(jax.grad(penalty), (params,), (update,))[1], update)
+def _parts(falls: dict[str, jax.Array], bends: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The t from 0 to 1 at which `-falls t + ½ bends t²` is lowest, for each weight; 1 where it bends down."""
     return {
         k: jnp.where(bends[k] > falls[k], jnp.maximum(falls[k], 0) / jnp.where(bends[k] > 0, bends[k], 1), 1.0)
         for k in falls
@@ -75,7 +74,7 @@ def _halved(penalty: Penalty, params: Tree, update: Tree, value: jax.Array, gain
     share, over = jax.lax.while_loop(
         lambda s: (s[1] > 0) & (s[0] > 1e-9),
         lambda s: (s[0] / 2, excess(s[0] / 2)),
-        (jnp.ones_like(value), excess(jnp.ones_like(value))),
+        (jnp.full_like(value, 2), jnp.full_like(value, jnp.inf)),
     )
     share = jnp.where(over > 0, 0, share)
     return jax.tree.map(lambda u: (share * u).astype(u.dtype), update), share
