@@ -23,6 +23,7 @@ from compo_jax.adapters.adapter import (
     rules,
     whole_number,
 )
+from compo_jax.lapack import svd
 
 Tree = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -137,19 +138,13 @@ def weighted_sum(
     return _shaped({name: _total(*parts) for name, parts in sums.items()}, base)
 
 
-def _svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    sound = jnp.all(jnp.isfinite(matrix))  # LAPACK may not come back from an infinity
-    u, s, vt = jnp.linalg.svd(jnp.where(sound, matrix, 0), full_matrices=False)
-    return u, jnp.where(sound, s, jnp.nan), vt
-
-
 def _singular(entry: Tree) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The thin singular value decomposition of one matrix, or of a product of factors, which is never formed."""
     if kind(entry) == "full":
-        return _svd(entry)
+        return svd(entry)
     left, a = jnp.linalg.qr(entry["a"])
     right, b = jnp.linalg.qr(entry["b"].T)
-    u, s, vt = _svd(jnp.matmul(a, b.T, precision=_HIGHEST))
+    u, s, vt = svd(jnp.matmul(a, b.T, precision=_HIGHEST))
     return jnp.matmul(left, u, precision=_HIGHEST), s, jnp.matmul(vt, right.T, precision=_HIGHEST)
 
 
