@@ -179,7 +179,8 @@ def recompress(
         doesn't; `drop` leaves them out.
       stacked: patterns of the paths whose axis 0 counts layers, as of `lora`.
 
-    Raises ValueError for an (IA)³ module, a rank below 1, and NaN or infinities, unless `check_finite` is False.
+    Raises ValueError for an (IA)³ module, one that changes no matrices, a rank below 1, and NaN or infinities, unless
+    `check_finite` is False.
     """
     whole_number("the rank of a LoRA module", rank)
     if others not in ("keep", "drop"):
@@ -204,6 +205,12 @@ def recompress(
         factors = {"a": left[..., :width] * root[..., None, :], "b": root[..., :, None] * right[..., :width, :]}
         found[name] = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), factors)
         lost[name], total[name] = jnp.sum(s[..., width:] ** 2), jnp.sum(s**2)
+
+    if found and "lora" not in map(kind, found.values()):
+        raise ValueError(
+            f"the module changes no matrices but {', '.join(found)} alone, and no LoRA comes of these: keep it as the "
+            "full delta that it is (adapters.full)"
+        )
 
     def ratio(lost, total):
         return jnp.sqrt(lost / jnp.where(total > 0, total, 1))
