@@ -22,8 +22,8 @@ _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def _eigh(x: Float[Array, "*stack n n"]) -> tuple[Float[Array, "*stack n"], Float[Array, "*stack n n"]]:
-    """Eigenvalues and eigenvectors, one matrix after another (see `lapack`), in float32 at least: LAPACK has no 16 bits.
-    NaN where an entry isn't finite."""
+    """Eigenvalues and eigenvectors, one matrix after another (see `lapack`), in float32 at least: LAPACK has no 16
+    bits. NaN where an entry isn't finite."""
     x = x.astype(tree.wide_type(x))
     values, vectors = jax.lax.map(eigh, x.reshape(-1, *x.shape[-2:]))
     return values.reshape(x.shape[:-1]), vectors.reshape(x.shape)
