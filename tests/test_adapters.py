@@ -263,6 +263,26 @@ def test_ia3_that_may_miss_a_bias_says_so_and_takes_explicit_names():
         adapters.ia3("kernel", bias=True).init(jax.random.key(0), {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(3)})
 
 
+@pytest.mark.parametrize("entry", [lambda s: s, lambda s: (s, s), lambda s: [s], lambda s: {"a": s}])
+def test_an_adapter_of_ones_own_has_entries_of_any_kind(entry):
+    scaled = lambda e: jax.tree.leaves(e)[0] - 1
+
+    def init(key, base):
+        return tree.map_with_name(lambda n, x: entry(jnp.ones(x.shape[-1:])) if n.endswith("kernel") else None, base)
+
+    def delta(module, base):
+        return jax.tree.map(lambda x, e: None if e is None else x * scaled(e), base, module)
+
+    def dense(x, y, e, bias):
+        return y + (y - bias) * scaled(e)
+
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+    base = MLP().init(jax.random.key(1), x)["params"]
+    module = jax.tree.map(lambda s: s * jnp.linspace(0.5, 2, s.size), init(None, base))
+    own, summed = (adapters.adapted(MLP(), adapters.Adapter(init, delta, d)) for d in (dense, None))
+    np.testing.assert_allclose(own(base, module, x), summed(base, module, x), atol=1e-5)
+
+
 # Other containers, types and bases
 
 

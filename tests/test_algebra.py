@@ -331,6 +331,9 @@ def test_bad_input():
         adapters.recompress(lora(1, 1), base, 0)
     with pytest.raises(ValueError, match=r"is \(IA\)³'s, which has no rank"):
         adapters.recompress(module("ia3", 1), base, 1)
+    vectors = tree.map_with_name(lambda name, x: x if x.ndim == 1 else None, base)
+    with pytest.raises(ValueError, match="changes no matrices but .* alone.*adapters.full"):
+        adapters.recompress(vectors, base, 1)
     other = {"qkv": {"kernel": jnp.ones((3, 8, 9))}, "fc1": {"kernel": None, "bias": None}}
     for act in (adapters.fuse, adapters.unfuse):
         with pytest.raises(

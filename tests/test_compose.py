@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import close
+from flax.core import freeze
 from jax.flatten_util import ravel_pytree
 
 from compo_jax import adapters, tree
@@ -360,6 +361,7 @@ def test_full_parameters_for_a_delta_are_told():
         for large in (delta_of(2, start, 30.0), jax.tree.map(jnp.negative, start), task_vector(tuned, start)):
             compose(start, [large])
         jax.jit(compose)(start, [tuned])
+        compose({"w": jnp.ones(2)}, [{"w": 0.6 * jnp.ones(2)}])  # too few numbers to tell
 
 
 def delta_of(seed, like, scale=1.0):
@@ -448,3 +450,53 @@ def test_composing_moves_each_module_once_and_the_base_twice(tasks):
 
     if tasks > 2:  # the product of the factors is written once and read once, whatever their number
         assert moved(summed, modules) <= tasks + 2
+
+
+@pytest.mark.parametrize("frozen_base", [True, False])
+def test_frozen_and_plain_dictionaries_are_one(frozen_base):
+    start = {"a": {"w": jnp.asarray(normal(0, 4, 3), jnp.float32)}}
+    deltas = [delta_of(seed, start) for seed in (1, 2)]
+    fishers = [jax.tree.map(jnp.square, d) for d in deltas]
+    mixed, others = (freeze(start), deltas) if frozen_base else (start, [freeze(deltas[0]), deltas[1]])
+    for rule in ("average", "ties", "karcher", "slerp", "tsv", "fisher"):
+        found = merge(rule, mixed, others, fishers=fishers)
+        assert type(found) is type(mixed)
+        close(found["a"]["w"], merge(rule, start, deltas, fishers=fishers)["a"]["w"])
+    vector = task_vector(others[1], mixed)
+    assert type(vector) is type(mixed)
+    close(vector["a"]["w"], deltas[1]["a"]["w"] - start["a"]["w"])
+    assert type(slerp(mixed, others[1], 0.5)) is type(mixed)
+
+
+def test_an_infinity_of_the_base_that_stays_is_no_fault_of_the_merge():
+    start = {"w": jnp.ones((3, 2)), "b": jnp.array([1.0, -jnp.inf])}
+    deltas = [{"w": jnp.full((3, 2), 0.1 * t), "b": jnp.array([0.2, 0.0])} for t in (1, 2)]
+    for rule in ("average", "ties", "tsv", "model_stock"):
+        merged = merge(rule, start, deltas)
+        assert merged["b"][1] == -jnp.inf and np.isfinite(merged["b"][0]) and np.all(np.isfinite(merged["w"]))
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), start)
+    large = {"w": None, "b": jnp.array([6e4, 0.0])}
+    with pytest.raises(ValueError, match=r"numbers too large for their type come out in b \(float16\)"):
+        task_arithmetic(half, [large], scale=2.0)
+    with pytest.raises(ValueError, match="the base holds NaN or infinite numbers in w:"):
+        compose(start | {"w": start["w"].at[0, 0].set(jnp.nan)}, deltas)
+
+
+def test_weights_may_come_from_a_generator():
+    start = {"w": jnp.zeros(3)}
+    deltas = [{"w": jnp.full(3, float(t))} for t in (1, 2)]
+    for rule in (compose, task_arithmetic, ties, fisher_of(deltas)):
+        close(rule(start, deltas, (w for w in (0.25, 0.75)))["w"], rule(start, deltas, [0.25, 0.75])["w"])
+    with pytest.raises(ValueError, match="1 weights were given for 2"):
+        compose(start, deltas, iter([1.0]))
+
+
+def fisher_of(deltas):
+    fishers = [FisherDiagonal(d, jnp.array(2), jnp.array(1.0)) for d in deltas]
+    return lambda start, deltas, weights: merge("fisher", start, deltas, weights=weights, fishers=fishers)
+
+
+def test_a_fisher_of_no_images_is_told():
+    models = [{"w": jnp.ones(3)}] * 2
+    with pytest.raises(ValueError, match="the mean of a Fisher over 0 images"):
+        fisher_merge(models, [FisherDiagonal({"w": jnp.ones(3)}, jnp.array(0), jnp.array(1.0))] * 2)

@@ -1,5 +1,7 @@
 """Kronecker factors against dense matrices: where they are exact, and by their definitions where they are not."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -246,3 +248,13 @@ def test_bad_input():
     other = kronecker(lambda p, x: x @ p["v"], {"v": params["w"]}, x)
     with pytest.raises(ValueError, match="of different layers"):
         merge_kronecker([found, other])
+
+
+def test_factors_that_are_not_finite_have_an_eigenbasis_of_nan_and_no_wait_for_ever():
+    with X64(True):
+        apply, params, inputs = mlp()
+        factors = kronecker(apply, params, inputs)
+        spoilt = {name: x.at[0, 1].set(jnp.inf) for name, x in factors.inputs.items()}
+        eigen = dataclasses.replace(factors, inputs=spoilt).eigen()
+    for name in params:
+        assert np.all(np.isnan(eigen.values[name])) and np.all(np.isfinite(eigen.basis[name][1]))

@@ -576,5 +576,5 @@ def test_a_rule_without_its_curvature_or_its_name_is_told(pool, base):
     with pytest.raises(ValueError, match="'ties' has no option densty; its options are density, scale"):
         incremental.merge_pool("ties", pool, base, densty=0.5)
     for call in (incremental.merge_pool, lambda _, *args: incremental.pool_head(*args, {})):
-        with pytest.raises(ValueError, match=r"a list of modules' names, \['task0'\] for one, not 'task0'"):
+        with pytest.raises(TypeError, match=r"names is the text 'task0' and should be a list: \['task0'\]"):
             call("average", pool, *([base] if call is incremental.merge_pool else []), "task0")

@@ -309,3 +309,11 @@ def test_losses_that_make_no_sense_are_refused():
     for smoothing in (-0.1, 1.0, np.nan):
         with pytest.raises(ValueError, match="smoothing"):
             softmax_loss(smoothing=smoothing)
+
+
+def test_traced_class_weights_weigh_as_others():
+    z, label, weights = jnp.array([0.5, -1.0, 2.0]), jnp.array(1), jnp.array([1.0, 2.0, 3.0])
+    traced = jax.jit(lambda w: softmax_loss(w).value(z, label))(weights)
+    np.testing.assert_allclose(traced, softmax_loss(weights).value(z, label), rtol=1e-6)
+    with pytest.raises(ValueError, match="class weights are one number for each class"):
+        jax.jit(lambda w: softmax_loss(w).value(z, label))(weights[:, None])

@@ -33,6 +33,7 @@ class Adapter(NamedTuple):
         `bias` (None where it has none; `y` includes it), adapted by the module's `entry` for its kernel, without ever
         forming the delta; None where there is no such short cut.
       name, settings: `adapters.build(name, settings)` returns this adapter.
+      mixed: whether `delta` takes full deltas, arrays of the leaves' shapes, among its own entries.
     """
 
     init: Callable[[jax.Array, Tree], Tree]
@@ -40,6 +41,7 @@ class Adapter(NamedTuple):
     dense: Callable[[jax.Array, jax.Array, Tree, jax.Array | None], jax.Array] | None = None
     name: str = ""
     settings: dict[str, Any] = {}
+    mixed: bool = False
 
 
 def patterns(given: str | Iterable[str]) -> tuple[str, ...]:

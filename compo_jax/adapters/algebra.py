@@ -23,6 +23,7 @@ from compo_jax.adapters.adapter import (
     rules,
     whole_number,
 )
+from compo_jax.lapack import svd
 
 Tree = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -137,19 +138,13 @@ def weighted_sum(
     return _shaped({name: _total(*parts) for name, parts in sums.items()}, base)
 
 
-def _svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    sound = jnp.all(jnp.isfinite(matrix))  # LAPACK may not come back from an infinity
-    u, s, vt = jnp.linalg.svd(jnp.where(sound, matrix, 0), full_matrices=False)
-    return u, jnp.where(sound, s, jnp.nan), vt
-
-
 def _singular(entry: Tree) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The thin singular value decomposition of one matrix, or of a product of factors, which is never formed."""
     if kind(entry) == "full":
-        return _svd(entry)
+        return svd(entry)
     left, a = jnp.linalg.qr(entry["a"])
     right, b = jnp.linalg.qr(entry["b"].T)
-    u, s, vt = _svd(jnp.matmul(a, b.T, precision=_HIGHEST))
+    u, s, vt = svd(jnp.matmul(a, b.T, precision=_HIGHEST))
     return jnp.matmul(left, u, precision=_HIGHEST), s, jnp.matmul(vt, right.T, precision=_HIGHEST)
 
 
@@ -184,7 +179,8 @@ def recompress(
         doesn't; `drop` leaves them out.
       stacked: patterns of the paths whose axis 0 counts layers, as of `lora`.
 
-    Raises ValueError for an (IA)³ module, a rank below 1, and NaN or infinities, unless `check_finite` is False.
+    Raises ValueError for an (IA)³ module, one that changes no matrices, a rank below 1, and NaN or infinities, unless
+    `check_finite` is False.
     """
     whole_number("the rank of a LoRA module", rank)
     if others not in ("keep", "drop"):
@@ -209,6 +205,12 @@ def recompress(
         factors = {"a": left[..., :width] * root[..., None, :], "b": root[..., :, None] * right[..., :width, :]}
         found[name] = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), factors)
         lost[name], total[name] = jnp.sum(s[..., width:] ** 2), jnp.sum(s**2)
+
+    if found and "lora" not in map(kind, found.values()):
+        raise ValueError(
+            f"the module changes no matrices but {', '.join(found)} alone, and no LoRA comes of these: keep it as the "
+            "full delta that it is (adapters.full)"
+        )
 
     def ratio(lost, total):
         return jnp.sqrt(lost / jnp.where(total > 0, total, 1))

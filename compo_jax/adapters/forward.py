@@ -17,8 +17,8 @@ def adapted(model: nn.Module, adapter: Adapter) -> Callable:
     With an adapter that has `dense` the sum is never formed: the module travels as a variable collection `adapter` and
     each `nn.Dense` that has an entry adds its term, so that with `base` frozen no gradient of its size exists. Any
     model of Dense layers will do; one that scans over layers must carry the collection: `nn.scan(variable_axes={...,
-    "adapter": 0})`. Full deltas among the entries (see `recompress`) are added to the base. ValueError where the module
-    doesn't fit the base, and where an entry of it was not reached.
+    "adapter": 0})`. Full deltas among a `mixed` adapter's entries (see `recompress`) are added to the base. ValueError
+    where the module doesn't fit the base, and where an entry of it was not reached.
     """
 
     def merged(base, module, *args, **kwargs):
@@ -27,9 +27,10 @@ def adapted(model: nn.Module, adapter: Adapter) -> Callable:
     def factored(base, module, *args, **kwargs):
         reached, module = set(), alike(module, base)
         jax.eval_shape(adapter.delta, module, base)  # which tells a module of another base or adapter
-        is_entry = lambda at: lambda _, entry: entry if (kind(entry) == "full") is at else None
-        base = tree.add(base, jax.tree.map(is_entry(True), base, module))
-        module = jax.tree.map(is_entry(False), base, module)
+        if adapter.mixed:
+            is_entry = lambda at: lambda _, entry: entry if (kind(entry) == "full") is at else None
+            base = tree.add(base, jax.tree.map(is_entry(True), base, module))
+            module = jax.tree.map(is_entry(False), base, module)
 
         def intercept(call, args, kwargs, context):
             y = call(*args, **kwargs)

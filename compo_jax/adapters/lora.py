@@ -90,4 +90,4 @@ def lora(
         rows = x.reshape(-1, x.shape[-1])  # XLA's thin matrix products on a CPU are faster in two dimensions
         return y + ((rows @ entry["a"]) @ entry["b"]).reshape(y.shape)
 
-    return Adapter(init, delta, dense, "lora", settings)
+    return Adapter(init, delta, dense, "lora", settings, mixed=True)

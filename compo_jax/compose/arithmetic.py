@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compo_jax import tree
+from compo_jax.adapters.adapter import alike
 from compo_jax.compose.leaves import require_sound
 from compo_jax.compose.modules import fitted, require_floating
 from compo_jax.compose.numbers import Scalar, Weights, require_number, weigh, wide_number
@@ -16,12 +17,13 @@ Tree = Any
 
 
 def task_vector(params: Tree, base: Tree, *, check_finite: bool = True) -> Tree:
-    """`params - base`, a delta shaped as `base`; None leaves of `params` stay None, no change.
+    """`params - base`, a delta in the base's container (dict or FrozenDict); None leaves of `params` stay None, no
+    change.
 
     ValueError where the two don't fit (with all paths), a leaf is no floating-point array, or the trained parameters
     hold NaN or an infinity (`check_finite`).
     """
-    what = "the trained parameters"
+    what, params = "the trained parameters", alike(params, base)
     tree.require_like(params, base, what)
     if not jax.tree.leaves(params):
         raise ValueError(f"{what} have no leaves: there is nothing to take a difference of")

@@ -18,12 +18,8 @@ Tree = Any
 def _mean(fisher: FisherDiagonal | Tree) -> Tree:
     if not isinstance(fisher, FisherDiagonal):
         return fisher
-
-    def one(total):
-        wide = tree.wide_type(total)
-        return jnp.asarray(total, wide) / jnp.asarray(fisher.count, wide)
-
-    return jax.tree.map(one, fisher.total)
+    wide = jax.tree.map(lambda x: jnp.asarray(x, tree.wide_type(x)), fisher.total)
+    return fisher._replace(total=wide).mean
 
 
 def diagonals(fishers: Sequence[FisherDiagonal | Tree], like: Tree, *, check_finite: bool = True) -> list[Tree]:

@@ -86,9 +86,10 @@ def moved(base: Tree, delta: Tree, scale: Scalar = 1.0, *, check_finite: bool = 
 def require_sound(params: Tree, base: Tree, deltas: Sequence[Tree] = ()) -> None:
     """ValueError where NaN or an infinity is in what was merged, naming the delta or the base that it came from.
 
-    One pass over the leaves that aren't the base's own; nothing is looked at while a function is traced.
+    An infinity that is the base's own and still there is none of the merge's: biases of masked classes are -inf. One
+    pass over the leaves that aren't the base's own; nothing is looked at while a function is traced.
     """
-    pairs = zip(*map(jax.tree.leaves, (params, base)), strict=True)
+    pairs = list(zip(*map(jax.tree.leaves, (params, base)), strict=True))
     merged = [p for p, b in pairs if p is not b]
     if not tree.concrete(merged):
         return
@@ -98,11 +99,11 @@ def require_sound(params: Tree, base: Tree, deltas: Sequence[Tree] = ()) -> None
         return
     for t, delta in enumerate(deltas):
         tree.require_finite(delta, f"delta {t}")
-    tree.require_finite(jax.tree.map(lambda b, p: None if p is b else b, base, params), "the base")
-    triples = zip(tree.names(params), *map(jax.tree.leaves, (params, base)), strict=True)
-    bad = [f"{name} ({p.dtype})" for name, p, b in triples if p is not b and not jnp.all(jnp.isfinite(p))]
+    kept = {name: jnp.isfinite(p) | (p == b) for name, (p, b) in zip(tree.names(params), pairs, strict=True)}
+    bad = {n: leaves for n, leaves in zip(kept, pairs, strict=True) if leaves[0] is not leaves[1] and not kept[n].all()}
+    tree.require_finite({name: jnp.where(kept[name], 0, b) for name, (_, b) in bad.items()}, "the base")
     if bad:
         raise ValueError(
-            f"numbers too large for their type come out in {', '.join(bad)}, though all that went in are finite: take "
-            "smaller weights or a smaller scale, or a base of a wider type"
+            f"numbers too large for their type come out in {', '.join(f'{n} ({p.dtype})' for n, (p, _) in bad.items())}"
+            ", though all that went in are finite: take smaller weights, a smaller scale or rate, or a wider type"
         )

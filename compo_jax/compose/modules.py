@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compo_jax import tree
+from compo_jax.adapters.adapter import alike
 
 Tree = Any
 
@@ -37,13 +38,13 @@ def _listed(trees: Sequence[Tree], least: int, what: str) -> list[Tree]:
 
 
 def fitted(base: Tree, deltas: Sequence[Tree], least: int = 1, *, check_finite: bool = False) -> list[Tree]:
-    """The deltas, each with None at every leaf of `base` that it doesn't change.
+    """The deltas in the base's container (dict or FrozenDict), with None at every leaf that they don't change.
 
     ValueError for fewer than `least` deltas, one that doesn't fit the base (with all paths) or changes nothing, one
     that moves a leaf that is no floating-point array, and, with `check_finite`, one with NaN or an infinity. A
     UserWarning where a delta looks like the parameters themselves.
     """
-    deltas = _listed(deltas, least, "modules")
+    deltas = [alike(delta, base) for delta in _listed(deltas, least, "modules")]
     for t, delta in enumerate(deltas):
         tree.require_like(delta, base, f"delta {t}")
         if not jax.tree.leaves(delta):
@@ -75,6 +76,9 @@ def aligned(base: Tree, deltas: Sequence[Tree], least: int = 1, *, check_finite:
     return [jax.tree.map(lambda _, row, t=t: row[t], base, lists) for t in range(len(holed))]
 
 
+_TELLING = 32  # entries: of fewer, some task vector points where the base does by chance
+
+
 def _corner(x: Any) -> np.ndarray:
     return np.asarray(x[(slice(0, 16),) * np.ndim(x)] if np.ndim(x) else x, np.float64).ravel()
 
@@ -90,7 +94,7 @@ def _warn_of_parameters(base: Tree, delta: Tree, t: int) -> None:
         return
     with jax.ensure_compile_time_eval():
         b, d = _corner(b), _corner(d)
-    if b.size < 2 or not np.all(np.isfinite([b, d])) or not (np.any(b) and np.any(d)):
+    if b.size < _TELLING or not np.all(np.isfinite([b, d])) or not (np.any(b) and np.any(d)):
         return
     share, cosine = b @ d / (b @ b), b @ d / np.linalg.norm(b) / np.linalg.norm(d)
     if cosine > 0.9 and 0.5 <= share <= 2:
@@ -103,11 +107,13 @@ def _warn_of_parameters(base: Tree, delta: Tree, t: int) -> None:
 
 
 def same(trees: Sequence[Tree], *, check_finite: bool = False) -> list[Tree]:
-    """The trees; ValueError where there are none, or they differ in structure, holes included, or in shapes.
+    """The trees, in the first one's container; ValueError where there are none, or they differ in structure, holes
+    included, or in shapes.
 
     With `check_finite` also where one has NaN or an infinity.
     """
     trees = _listed(trees, 1, "models")
+    trees = [alike(other, trees[0]) for other in trees]
     for t, other in enumerate(trees):
         if not jax.tree.leaves(other):
             raise ValueError(f"tree {t} has no leaves: there is nothing to merge")

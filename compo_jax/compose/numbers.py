@@ -1,6 +1,6 @@
 """The numbers that the rules take: one weight for each module, scales, dampings, tolerances."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Num
 from compo_jax import tree
 
 Scalar = float | int | Array
-Weights = Num[Array, " tasks"] | Num[np.ndarray, " tasks"] | Sequence
+Weights = Num[Array, " tasks"] | Num[np.ndarray, " tasks"] | Iterable
 
 
 def require_number(name: str, value: Any, meaning: str, allowed: Callable[[float], bool] = np.isfinite) -> None:
@@ -52,6 +52,7 @@ def weigh(weights: Weights | None, tasks: int, default: Scalar | None = None, *,
         return [1 / tasks if default is None else default] * tasks
     if not np.iterable(weights):
         raise ValueError(f"weights are one number a module, a list of {tasks}, not {weights}")
+    weights = weights if hasattr(weights, "__len__") else list(weights)
     if len(weights) != tasks:
         raise ValueError(f"{len(weights)} weights were given for {tasks} modules: one for each")
     if not tree.concrete(weights):

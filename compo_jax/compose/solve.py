@@ -12,12 +12,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from compo_jax import tree
 from compo_jax.compose.fisher import diagonals
-from compo_jax.compose.lapack import eigh
 from compo_jax.compose.leaves import moved, rounded
 from compo_jax.compose.modules import aligned, same
 from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_not_negative, weigh
 from compo_jax.compose.sphere import gram
 from compo_jax.curvature import FisherDiagonal
+from compo_jax.lapack import eigh
 
 Tree = Any
 Matvec = Callable[[Tree], Tree]

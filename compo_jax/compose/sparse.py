@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 
 from compo_jax import tree
 from compo_jax.compose.arithmetic import compose
-from compo_jax.compose.leaves import leafwise, moved
+from compo_jax.compose.leaves import leafwise, moved, require_sound
 from compo_jax.compose.modules import aligned, same
 from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh, wide_number
 
@@ -96,7 +96,7 @@ def drop(key: Key[Array, ""], delta: Tree, rate: Scalar, *, check_finite: bool =
     (delta,) = same([delta], check_finite=check_finite)
     found = jax.tree.map(lambda y, x: y.astype(jnp.result_type(x)), _dropped(key, delta, rate), delta)
     if check_finite:
-        tree.require_finite(found, f"the delta divided by 1 - {rate}")
+        require_sound(found, delta)
     return found
 
 

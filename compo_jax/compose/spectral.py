@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
-from compo_jax.compose.lapack import svd
 from compo_jax.compose.leaves import Stacked, by_layer, layers, leafwise, moved
 from compo_jax.compose.modules import aligned
 from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh
+from compo_jax.lapack import svd
 
 Tree = Any
 Matrices = Float[Array, "tasks in out"]

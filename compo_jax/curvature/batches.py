@@ -1,5 +1,6 @@
 """A data set as the operators see it: batches on the device, scanned over, with means weighted by examples."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -136,17 +137,22 @@ def require_independent(apply: Callable[[Tree, Any], jax.Array], params: Tree, i
     if rows < 2 or not tree.concrete(params, inputs):
         return
     some = np.linspace(0, rows - 1, min(rows, _COMPARED)).astype(int)
-    with jax.default_matmul_precision("highest"):
-        together, alone = (
-            apply(params, jax.tree.map(lambda x, rows=rows: x[rows], inputs)) for rows in (some, some[:1])
-        )
-    if not tree.concrete(together, alone):  # something closed over is being traced
-        return
-    kinds = {jnp.result_type(x) for x in jax.tree.leaves((params, inputs, together))}
-    rounding = max(float(jnp.finfo(kind).eps) for kind in kinds if jnp.issubdtype(kind, jnp.floating)) ** 0.25
-    together, alone = np.asarray(together, np.float64), np.asarray(alone, np.float64)
-    size = np.max(np.abs(together), where=np.isfinite(together), initial=0)
-    if not np.allclose(alone[0], together[0], rtol=0, atol=rounding * size, equal_nan=True):
+
+    def agree(function):
+        with jax.default_matmul_precision("highest"):
+            together, alone = (
+                function(params, jax.tree.map(lambda x, rows=rows: x[rows], inputs)) for rows in (some, some[:1])
+            )
+        if not tree.concrete(together, alone):  # something closed over is being traced
+            return True
+        kinds = {jnp.result_type(x) for x in jax.tree.leaves((params, inputs, together))}
+        rounding = max(float(jnp.finfo(kind).eps) for kind in kinds if jnp.issubdtype(kind, jnp.floating)) ** 0.25
+        together, alone = np.asarray(together, np.float64), np.asarray(alone, np.float64)
+        size = np.max(np.abs(together), where=np.isfinite(together), initial=0)
+        return np.allclose(alone[0], together[0], rtol=0, atol=rounding * size, equal_nan=True)
+
+    # Compiled once for the batches of one shape. What `apply` reads may have changed since: no error comes of the old.
+    if not agree(jax.jit(functools.partial(apply) if apply.__hash__ is None else apply)) and not agree(apply):
         raise ValueError(
             "the model's outputs for an image depend on the others in the batch, and then an image has no gradient of "
             "its own. Likely causes: BatchNorm in training mode (use_running_average=True), a mean over the batch, "

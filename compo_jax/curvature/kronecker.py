@@ -14,6 +14,7 @@ from compo_jax import tree
 from compo_jax.curvature.fisher import squares
 from compo_jax.curvature.layers import Dense
 from compo_jax.curvature.pullback import Pulled, Reduction, pull_back
+from compo_jax.lapack import eigh
 
 Tree = Any
 Layout = tuple[tuple[str, Dense], ...]
@@ -21,10 +22,10 @@ _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def _eigh(x: Float[Array, "*stack n n"]) -> tuple[Float[Array, "*stack n"], Float[Array, "*stack n n"]]:
-    """Eigenvalues and eigenvectors, one matrix after another: XLA's batched LAPACK calls can wait for each other for
-    ever on few cores (jax 0.10). In float32 at least: LAPACK has no 16 bits."""
+    """Eigenvalues and eigenvectors, one matrix after another (see `lapack`), in float32 at least: LAPACK has no 16
+    bits. NaN where an entry isn't finite."""
     x = x.astype(tree.wide_type(x))
-    values, vectors = jax.lax.map(jnp.linalg.eigh, x.reshape(-1, *x.shape[-2:]))
+    values, vectors = jax.lax.map(eigh, x.reshape(-1, *x.shape[-2:]))
     return values.reshape(x.shape[:-1]), vectors.reshape(x.shape)
 
 
@@ -182,8 +183,7 @@ def kronecker(
         gradients summed, which is exact where the model averages them itself.
 
     The other arguments, and their errors: see `fisher_diagonal`. Images that `ignore` leaves out take no part in A
-    either. ValueError also where a leaf is not the weight of
-    exactly one dense layer.
+    either. ValueError also where a leaf is not the weight of exactly one dense layer.
     """
     if tokens not in ("expand", "reduce"):
         raise ValueError(f"unknown tokens={tokens!r}; known are expand, reduce")

@@ -81,8 +81,8 @@ def softmax_loss(weights: Sequence[float] | Array | np.ndarray | None = None, sm
     H is `(1 - smoothing) weights[label] + smoothing mean(weights)` times this, and labels are needed.
 
     Args:
-      weights: (classes,), of the examples of each class, not negative. Means are over the images: they aren't divided
-        by the sum of the labels' weights, as PyTorch does.
+      weights: (classes,), of the examples of each class, finite and not negative, which isn't looked at where they
+        are traced. Means are over the images: they aren't divided by the sum of the labels' weights, as PyTorch does.
       smoothing: the fraction of a label that is spread evenly over the classes that are there, 0 <= it < 1.
     """
     if not 0 <= smoothing < 1:
@@ -90,8 +90,9 @@ def softmax_loss(weights: Sequence[float] | Array | np.ndarray | None = None, sm
             f"smoothing, the fraction of a label that is spread over the classes, is {smoothing}: 0 <= it < 1"
         )
     if weights is not None:
-        weights = np.asarray(weights)
-        if weights.ndim != 1 or not np.all(np.isfinite(weights) & (weights >= 0)):
+        visible = tree.concrete(weights)
+        weights = np.asarray(weights) if visible else jnp.asarray(weights)
+        if weights.ndim != 1 or (visible and not np.all(np.isfinite(weights) & (weights >= 0))):
             raise ValueError(f"class weights are one number for each class, finite and not negative, not {weights}")
 
     def target_of(z, label):  # the gradient is this, less its sum times p

@@ -74,9 +74,10 @@ def merge_pool(
             )
         if not missing:
             options[what] = [pool.curvature(name, kind=kind) for name in names]
-    deltas = []
-    for name, delta in zip(names, pool.deltas(base, names), strict=True):
-        if check_finite:
+    deltas = list(pool.deltas(base, names))
+    try:
+        return compose.merge(rule, base, deltas, check_finite=check_finite, **options)
+    except ValueError:
+        for name, delta in zip(names, deltas if check_finite else [], strict=check_finite):
             tree.require_finite(delta, f"the module {name!r} of {pool.path}")
-        deltas.append(delta)
-    return compose.merge(rule, base, deltas, check_finite=check_finite, **options)
+        raise
