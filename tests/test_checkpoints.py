@@ -53,7 +53,8 @@ def flip(file):
 
 
 def replace(file, old, new):
-    assert old in (data := file.read_bytes())
+    data = file.read_bytes()
+    assert old in data
     file.write_bytes(data.replace(old, new))
 
 

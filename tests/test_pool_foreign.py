@@ -28,6 +28,17 @@ def folder(path):
     (path / "thesis.txt").write_text("years of work")
 
 
+def another_programs_arrays(path):
+    folder(path)
+    (path / "arrays").mkdir()
+    (path / "arrays" / "_CHECKPOINT_METADATA").write_text("{}")
+
+
+def module_without_manifest(path):
+    shutil.copytree(path.with_name("a"), path)
+    (path / "manifest.json").unlink()
+
+
 def with_manifest(text):
     def make(path):
         folder(path)
@@ -46,6 +57,8 @@ FOREIGN = {
     "folder": folder,
     "empty folder": lambda path: path.mkdir(),
     "file": lambda path: path.write_text("years of work"),
+    "another program's arrays": another_programs_arrays,
+    "a module that lost its manifest": module_without_manifest,
     "another program's manifest": with_manifest('{"name": "app", "version": "1"}'),
     "a manifest that is no JSON": with_manifest("{"),
     "an empty manifest": with_manifest(""),

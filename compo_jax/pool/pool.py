@@ -43,8 +43,8 @@ class ModulePool:
     def names(self) -> list[str]:
         """The names of all modules, sorted.
 
-        A damaged one, with the arrays that a pool wrote but no manifest that can be read, is among them, so that it is
-        not passed over silently.
+        A damaged one, with the arrays that a pool wrote but a manifest that can't be read, is among them, so that it is
+        not passed over silently; what has no manifest is none.
         """
         return search.names(self.path)
 
@@ -112,7 +112,9 @@ class ModulePool:
                 if names is not None:
                     raise
                 if os.path.lexists(self.path / name):  # else it was removed just now
-                    wrong[name] = f"{self.path / name} is no module, and no pool makes it: it is not touched"
+                    wrong[name] = (
+                        f"{self.path / name} is no module: no pool wrote a manifest into it. It is not touched"
+                    )
         return wrong
 
     # -- changes -------------------------------------------------------------------------------------------------------
