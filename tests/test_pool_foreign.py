@@ -174,13 +174,19 @@ def test_links_are_neither_followed_nor_is_what_they_lead_to_removed(pool):
 def test_another_programs_hidden_folder_is_not_cleaned_away(pool):
     hidden = pool.path / ".cache.abcdefgh"
     folder(hidden)
-    os.utime(hidden, (time.time() - 4000,) * 2)
+    settings = pool.path / ".vscode.settings"
+    for inside in ("old", "new"):
+        (settings / inside).mkdir(parents=True)
+        (settings / inside / "thesis.txt").touch()
+    for path in (hidden, settings):
+        os.utime(path, (time.time() - 4000,) * 2)
     (pool.path / ".cache.12345678").mkdir()
     (pool.path / ".cache.12345678" / ".lock").touch()
     (pool.path / ".cache.12345678" / "thesis.txt").touch()
     assert pool.clean() == []
     assert (hidden / "thesis.txt").read_text() == "years of work"
     assert (pool.path / ".cache.12345678" / "thesis.txt").exists()
+    assert (settings / "old" / "thesis.txt").exists() and (settings / "new" / "thesis.txt").exists()
 
 
 def test_an_empty_folder_that_is_made_meanwhile_is_no_module_either(pool, monkeypatch):

@@ -4,7 +4,6 @@ checkpoint.
 COMPO_JAX_KILLS=200 kills as many writers at random moments.
 """
 
-import contextlib
 import itertools
 import os
 import random
@@ -340,8 +339,9 @@ def test_clean_takes_nothing_from_a_writer_that_lives(tmp_path):
     assert pool.clean() == []
     pool.add("m", value(1), base=BASE, adapter="full")
     with changes.hidden(pool.path, "n") as living:
-        for name in (".old.abcdefgh", ".young.abcdefgh", ".other", ".dead.abcdefgh"):
-            (pool.path / name / "new").mkdir(parents=True)
+        for name in (".old.abcdefgh", ".young.abcdefgh", ".other"):
+            (pool.path / name).mkdir()
+        (pool.path / ".dead.abcdefgh" / "new").mkdir(parents=True)
         (pool.path / ".dead.abcdefgh" / ".lock").touch()
         os.utime(pool.path / ".old.abcdefgh", (time.time() - 4000,) * 2)
         (pool.path / "m" / "head.01234567").mkdir()
@@ -364,7 +364,6 @@ def test_a_hidden_folder_that_is_cleaned_before_it_is_locked_is_made_again(tmp_p
 
     monkeypatch.setattr(files, "lock", late)
     pool = ModulePool(tmp_path / "pool")
-    with contextlib.suppress(ResourceWarning):
-        pool.add("m", value(1), base=BASE, adapter="full")
+    pool.add("m", value(1), base=BASE, adapter="full")
     same(pool.load("m"), value(1))
     assert os.listdir(pool.path) == ["m"]

@@ -246,7 +246,7 @@ class ModulePool:
         """Removes what killed writers left, and returns what it was.
 
         A writer locks its hidden folder while it lives, on whatever host, so that nothing of a living one is touched;
-        hidden folders that were never locked go after an hour.
+        hidden folders that were never locked, and are empty, go after an hour.
         """
         return changes.clean(self.path) if self.path.is_dir() else []
 
