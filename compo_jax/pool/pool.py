@@ -95,7 +95,8 @@ class ModulePool:
     def check(self, names: Sequence[str] | None = None) -> dict[str, str]:
         """What is damaged and why, by name: every byte of the modules `names` is read; {} when all is well.
 
-        By default all modules, and then what lies in the pool and is no module is named too; hidden files are not.
+        Whatever else lies in a module's folder, hidden files too, is named: `remove` would take it away. By default all
+        modules, and then what lies in the pool and is no module is named too, but hidden files are not.
         KeyError for unknown names.
         """
         wrong = {}

@@ -294,5 +294,5 @@ def load(folder: Path, manifest: Manifest, part: str, sharding: Sharding | Calla
 
 def known(folder: Path, manifest: Manifest) -> None:
     """Damage where something lies in a module's folder that is none of it."""
-    if more := [entry for entry in foreign(folder, manifest) if not entry.startswith(".")]:
+    if more := foreign(folder, manifest):
         raise Damage(f"{more[0]!r} was put into its folder and is none of it: move it elsewhere")
