@@ -114,7 +114,9 @@ def test_foreign_things_stay_and_the_rest_works(pool, kind):
     assert sorted(os.listdir(pool.path)) == ["a", "b", "foreign"]
 
 
-@pytest.mark.parametrize("where", ["a/notes.txt", "a/.notes", "a/.DS_Store", "a/backup.20260101/x", "a/module/tree/notes.txt"])
+@pytest.mark.parametrize(
+    "where", ["a/notes.txt", "a/.notes", "a/.DS_Store", "a/backup.20260101/x", "a/module/tree/notes.txt"]
+)
 def test_what_lies_in_a_modules_folder_is_removed_on_purpose_only(pool, where):
     module = next((pool.path / "a").glob("module.*"))
     file = pool.path / where.replace("module", module.name)

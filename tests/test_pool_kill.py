@@ -7,6 +7,7 @@ COMPO_JAX_KILLS=200 kills as many writers at random moments.
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 from test_pool import same
 
 from compo_jax import files
-from compo_jax.pool import ModulePool, changes
+from compo_jax.pool import ModulePool, changes, manifest, storage
 from compo_jax.train import Checkpoints
 
 KILLS = int(os.environ.get("COMPO_JAX_KILLS", "15"))
@@ -332,6 +333,42 @@ def test_writers_at_once(writers):
         for who in "xyz":
             same(pool.load(f"{who}{i}"), value(i))
     assert (hidden(pool), leftovers(pool)) == ([], [])
+
+
+def test_what_a_writer_takes_away_while_check_looks_is_no_damage(tmp_path, monkeypatch):
+    pool = ModulePool(tmp_path / "pool")
+    pool.add("m", value(1), base=BASE, adapter="full", head=value(2))
+    stale = pool.path / "m" / "module.4edfded5"
+    for part, takes_away in (("head", shutil.rmtree), ("module", lambda path: path.rename(tmp_path / "old"))):
+        shutil.copytree(next((pool.path / "m").glob(f"{part}.*")), stale)
+        made_by_orbax = manifest.made_by_orbax
+
+        def late(folder, takes_away=takes_away, made_by_orbax=made_by_orbax):
+            if folder == stale and stale.exists():
+                takes_away(folder)
+            return made_by_orbax(folder)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(manifest, "made_by_orbax", late)
+            assert pool.check(["m"]) == {}
+        assert not stale.exists()
+
+
+def test_a_module_that_is_replaced_by_one_with_fewer_parts_is_no_damage(tmp_path, monkeypatch):
+    pool = ModulePool(tmp_path / "pool")
+    pool.add("m", value(1), base=BASE, adapter="full", head=value(2))
+    check = storage.check
+
+    def late(*at):
+        check(*at)
+        monkeypatch.setattr(storage, "check", check)
+        pool.add("m", value(3), base=BASE, adapter="full", overwrite=True)
+
+    for names in (None, ["m"]):
+        monkeypatch.setattr(storage, "check", late)
+        assert pool.check(names) == {}
+        assert list(pool.manifest("m").parts) == ["module"]
+        pool.attach("m", head=value(2))
 
 
 def test_clean_takes_nothing_from_a_writer_that_lives(tmp_path):

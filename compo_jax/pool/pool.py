@@ -104,7 +104,8 @@ class ModulePool:
         for name in every:
             try:
                 for part in self.manifest(name).parts:
-                    self._reading(name, part, storage.check)
+                    with contextlib.suppress(KeyError):  # replaced just now by one without this part
+                        self._reading(name, part, storage.check)
                 self._reading(name, "module", lambda folder, manifest, _: storage.known(folder, manifest))
             except (ValueError, OSError) as error:
                 if os.path.lexists(self.path / name):  # else it was removed just now

@@ -180,6 +180,7 @@ def foreign(folder: Path, manifest: Manifest, parts: Iterable[str] | None = None
     if parts is None:
         own = {manifests.FILE, manifests.LOCK, *folders(manifest)}
         found = [e for e in os.listdir(folder) if e not in own and not leftover(folder, e, manifest)]
+        found = [e for e in found if os.path.lexists(folder / e)]  # else a writer has just taken it away
         parts = manifest.parts
     for part in parts:
         if part in manifest.files:
