@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,10 @@ def test_home_is_expanded_and_addresses_refused_by_all_that_take_a_path(tmp_path
 
 
 def test_what_is_written_lies_under_home_and_at_no_address(tmp_path, monkeypatch):
+    events = []
+    writer = types.SimpleNamespace(add_scalar=lambda *scalar: None, close=lambda: None)
+    fake = types.SimpleNamespace(SummaryWriter=lambda folder, flush_secs: events.append(folder) or writer)
+    monkeypatch.setitem(sys.modules, "tensorboardX", fake)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     for write in (Log, lambda path: Log("log.jsonl", tensorboard=path), lambda path: write_json(path, 1)):
@@ -63,7 +68,8 @@ def test_what_is_written_lies_under_home_and_at_no_address(tmp_path, monkeypatch
     log.write(step=1, loss=2.0)
     log.close()
     assert read_json("~/x.json") == [1]
-    assert sorted(os.listdir(tmp_path / "home")) == ["events", "x.json", "x.jsonl"]
+    assert sorted(os.listdir(tmp_path / "home")) == ["x.json", "x.jsonl"]
+    assert events == [str(tmp_path / "home" / "events")]
     assert os.listdir(tmp_path) == ["home"]
 
 
