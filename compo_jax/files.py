@@ -82,14 +82,22 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def one_error() -> Iterator[None]:
-    """Keeps from the log what each of orbax's threads says of an error that is raised to the caller as well."""
-    logger, drop = logging.getLogger("absl"), lambda record: record.levelno < logging.ERROR or not record.exc_info
-    logger.addFilter(drop)
+def one_error(everything: bool = False) -> Iterator[None]:
+    """Keeps from the log what each of orbax's threads says of an error that is raised to the caller as well.
+
+    Args:
+      everything: keeps all else from the log too, where the caller finds out itself what it would be about.
+    """
+
+    def kept(record):
+        return not everything and (record.levelno < logging.ERROR or not record.exc_info)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(kept)
     try:
         yield
     finally:
-        logger.removeFilter(drop)
+        logger.removeFilter(kept)
 
 
 def write_error(error: Exception) -> OSError:

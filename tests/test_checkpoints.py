@@ -52,11 +52,19 @@ def flip(file):
     file.write_bytes(data)
 
 
+def replace(file, old, new):
+    data = file.read_bytes()
+    assert old in data
+    file.write_bytes(data.replace(old, new))
+
+
 DAMAGE = {
     "a byte": lambda folder: flip(largest(folder)),
     "half a file": lambda folder: os.truncate(largest(folder), 100),
     "no metadata": lambda folder: (folder / "_CHECKPOINT_METADATA").unlink(),
     "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+    "description of the arrays": lambda folder: flip(folder / "state" / "_METADATA"),
+    "another name": lambda folder: replace(folder / "state" / "_METADATA", b'"w"', b'"v"'),
     "no arrays": lambda folder: shutil.rmtree(folder / "state"),
     "another checkpoint": lambda folder: (shutil.rmtree(folder), shutil.copytree(folder.with_name("5"), folder)),
     "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
@@ -68,7 +76,8 @@ def test_the_older_checkpoint_is_used_and_the_damaged_one_named(checkpoints, kin
     DAMAGE[kind](checkpoints.path / "9")
     again = Checkpoints(checkpoints.path)
     with pytest.warns(
-        UserWarning, match=r"checkpoint 9 in .*checkpoints is not used \(.*\); going on from checkpoint 5"
+        UserWarning,
+        match=r"checkpoint 9 in .*checkpoints is not used \(it is damaged: .*\); going on from checkpoint 5",
     ):
         is_state(again.load(LIKE), 5)
     assert again.latest == 5
@@ -79,6 +88,17 @@ def test_the_older_checkpoint_is_used_and_the_damaged_one_named(checkpoints, kin
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         is_state(Checkpoints(checkpoints.path).load(LIKE), 9)
+
+
+@pytest.mark.parametrize("old, new", [(b"{", b"["), (b'"w"', b'"v"')])
+def test_a_damaged_description_of_the_arrays_is_no_misfit_and_not_logged(checkpoints, caplog, old, new):
+    for number in ("5", "9"):
+        replace(checkpoints.path / number / "state" / "_METADATA", old, new)
+    with pytest.raises(
+        ValueError, match=r"is whole \(9: it is damaged: what describes its arrays .*; 5: it is damaged"
+    ):
+        checkpoints.load(LIKE)
+    assert not caplog.records
 
 
 def test_none_whole_is_an_error_that_names_all(checkpoints):

@@ -280,10 +280,13 @@ def test_a_damaged_run_is_told_with_its_file(made, tmp_path, damage, told):
         incremental.open_finished(folder)
 
 
-def test_runs_that_do_not_belong_together_are_refused(made, tmp_path):
+def test_runs_that_do_not_belong_together_are_refused(made, tmp_path, monkeypatch):
     run = incremental.open_finished(made)
     assert (len(run.stream.tasks[0].train), run.stream.name) == (4, "glyphs")
     with pytest.raises(ValueError, match="a run is named twice"):
         incremental.open_several([made, made.parent / "." / "made"])
+    monkeypatch.setenv("HOME", str(made.parent))
+    with pytest.raises(ValueError, match="a run is named twice"):
+        incremental.open_several([made, "~/made"])
     with pytest.raises(ValueError, match="is of glyphs, which are rendered"):
         incremental.open_finished(made, tmp_path)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ import pytest
 
 from compo_jax import adapters, data, files, models
 from compo_jax.pool import ModulePool
-from compo_jax.train import Checkpoints
+from compo_jax.train import Checkpoints, Log, read_json, write_json
 
 ADDRESSES = ["gs://bucket/x", "s3://bucket", "file:///tmp/x", "hdfs:/x", "gs:/bucket", Path("gs://bucket/x")]
 TAKERS = {
     "pool": ModulePool,
     "checkpoints": Checkpoints,
     "load": models.load,
+    "read_json": read_json,
     "load_peft": lambda path: adapters.load_peft(path, {"w": np.ones((2, 2))}),
     "data": lambda path: data.open_stream("mnist", 8, data_dir=path, tasks=2),
 }
@@ -47,6 +49,28 @@ def test_home_is_expanded_and_addresses_refused_by_all_that_take_a_path(tmp_path
         with pytest.raises(FileNotFoundError, match=f"{tmp_path}/none"):
             TAKERS[taker]("~/none")
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_written_lies_under_home_and_at_no_address(tmp_path, monkeypatch):
+    events = []
+    writer = types.SimpleNamespace(add_scalar=lambda *scalar: None, close=lambda: None)
+    fake = types.SimpleNamespace(SummaryWriter=lambda folder, flush_secs: events.append(folder) or writer)
+    monkeypatch.setitem(sys.modules, "tensorboardX", fake)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for write in (Log, lambda path: Log("log.jsonl", tensorboard=path), lambda path: write_json(path, 1)):
+        with pytest.raises(ValueError, match="is an address"):
+            write("gs://bucket/x")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "home").mkdir()
+    write_json("~/x.json", [1])
+    log = Log("~/x.jsonl", tensorboard="~/events")
+    log.write(step=1, loss=2.0)
+    log.close()
+    assert read_json("~/x.json") == [1]
+    assert sorted(os.listdir(tmp_path / "home")) == ["x.json", "x.jsonl"]
+    assert events == [str(tmp_path / "home" / "events")]
+    assert os.listdir(tmp_path) == ["home"]
 
 
 def test_paths_that_are_fine(tmp_path, monkeypatch):

@@ -297,7 +297,6 @@ DAMAGE = {
     "truncated arrays": truncate,
     "another's arrays": swap,
     "other shapes": lambda f: edit(f, lambda fields: fields["parts"]["module"].update(leaves={})),
-    "no manifest": lambda f: (f / "manifest.json").unlink(),
     "a link for the manifest": lambda f: link(f / "manifest.json"),
     "a link for the arrays": lambda f: link(arrays(f)),
     "a link for a file": lambda f: link(next(f.rglob("d/*"))),

@@ -72,6 +72,9 @@ def test_damage_of_every_file_in_turn_is_found_and_named(pool, kind):
             continue
         DAMAGE[kind](file)
         inside = file.relative_to(pool.path / "m").as_posix()
+        if (kind, inside) == ("deleted", "manifest.json"):  # then it is no module
+            file.write_bytes(data)
+            continue
         assert list(pool.check()) == ["m"], file
         assert inside in pool.check()["m"]
         with pytest.raises(ValueError, match=r"pool.*other modules are unaffected") as caught:
@@ -134,7 +137,7 @@ def test_check_names_what_is_foreign(pool):
     wrong = pool.check()
     assert sorted(wrong) == ["dangling", "empty", "good", "m", "my module", "notes.txt"]
     for name in ("notes.txt", "my module", "dangling", "empty"):
-        assert re.search("is no module, and no pool makes it: it is not touched", wrong[name])
+        assert "is no module: no pool wrote a manifest into it. It is not touched" in wrong[name]
     assert "'more' was put into its folder" in wrong["good"]
     assert re.search("head.*tree/more was put there", wrong["m"])
     same(pool.load("m", "head"), HEAD)

@@ -28,6 +28,17 @@ def folder(path):
     (path / "thesis.txt").write_text("years of work")
 
 
+def another_programs_arrays(path):
+    folder(path)
+    (path / "arrays").mkdir()
+    (path / "arrays" / "_CHECKPOINT_METADATA").write_text("{}")
+
+
+def module_without_manifest(path):
+    shutil.copytree(path.with_name("a"), path)
+    (path / "manifest.json").unlink()
+
+
 def with_manifest(text):
     def make(path):
         folder(path)
@@ -46,6 +57,8 @@ FOREIGN = {
     "folder": folder,
     "empty folder": lambda path: path.mkdir(),
     "file": lambda path: path.write_text("years of work"),
+    "another program's arrays": another_programs_arrays,
+    "a module that lost its manifest": module_without_manifest,
     "another program's manifest": with_manifest('{"name": "app", "version": "1"}'),
     "a manifest that is no JSON": with_manifest("{"),
     "an empty manifest": with_manifest(""),
@@ -101,7 +114,9 @@ def test_foreign_things_stay_and_the_rest_works(pool, kind):
     assert sorted(os.listdir(pool.path)) == ["a", "b", "foreign"]
 
 
-@pytest.mark.parametrize("where", ["a/notes.txt", "a/.notes", "a/backup.20260101/x", "a/module/tree/notes.txt"])
+@pytest.mark.parametrize(
+    "where", ["a/notes.txt", "a/.notes", "a/.DS_Store", "a/backup.20260101/x", "a/module/tree/notes.txt"]
+)
 def test_what_lies_in_a_modules_folder_is_removed_on_purpose_only(pool, where):
     module = next((pool.path / "a").glob("module.*"))
     file = pool.path / where.replace("module", module.name)
@@ -109,6 +124,7 @@ def test_what_lies_in_a_modules_folder_is_removed_on_purpose_only(pool, where):
     file.write_text("years of work")
     same(pool.load("a"), MODULE)
     same(pool.compose(BASE), MODULE)
+    assert list(pool.check()) == ["a"]
     for change in (
         lambda: pool.remove("a"),
         lambda: pool.add("a", MODULE, base=BASE, adapter="full", overwrite=True),
@@ -161,13 +177,19 @@ def test_links_are_neither_followed_nor_is_what_they_lead_to_removed(pool):
 def test_another_programs_hidden_folder_is_not_cleaned_away(pool):
     hidden = pool.path / ".cache.abcdefgh"
     folder(hidden)
-    os.utime(hidden, (time.time() - 4000,) * 2)
+    settings = pool.path / ".vscode.settings"
+    for inside in ("old", "new"):
+        (settings / inside).mkdir(parents=True)
+        (settings / inside / "thesis.txt").touch()
+    for path in (hidden, settings):
+        os.utime(path, (time.time() - 4000,) * 2)
     (pool.path / ".cache.12345678").mkdir()
     (pool.path / ".cache.12345678" / ".lock").touch()
     (pool.path / ".cache.12345678" / "thesis.txt").touch()
     assert pool.clean() == []
     assert (hidden / "thesis.txt").read_text() == "years of work"
     assert (pool.path / ".cache.12345678" / "thesis.txt").exists()
+    assert (settings / "old" / "thesis.txt").exists() and (settings / "new" / "thesis.txt").exists()
 
 
 def test_an_empty_folder_that_is_made_meanwhile_is_no_module_either(pool, monkeypatch):

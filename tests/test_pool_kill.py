@@ -4,10 +4,10 @@ checkpoint.
 COMPO_JAX_KILLS=200 kills as many writers at random moments.
 """
 
-import contextlib
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +20,7 @@ import pytest
 from test_pool import same
 
 from compo_jax import files
-from compo_jax.pool import ModulePool, changes
+from compo_jax.pool import ModulePool, changes, manifest, storage
 from compo_jax.train import Checkpoints
 
 KILLS = int(os.environ.get("COMPO_JAX_KILLS", "15"))
@@ -335,13 +335,50 @@ def test_writers_at_once(writers):
     assert (hidden(pool), leftovers(pool)) == ([], [])
 
 
+def test_what_a_writer_takes_away_while_check_looks_is_no_damage(tmp_path, monkeypatch):
+    pool = ModulePool(tmp_path / "pool")
+    pool.add("m", value(1), base=BASE, adapter="full", head=value(2))
+    stale = pool.path / "m" / "module.4edfded5"
+    for part, takes_away in (("head", shutil.rmtree), ("module", lambda path: path.rename(tmp_path / "old"))):
+        shutil.copytree(next((pool.path / "m").glob(f"{part}.*")), stale)
+        made_by_orbax = manifest.made_by_orbax
+
+        def late(folder, takes_away=takes_away, made_by_orbax=made_by_orbax):
+            if folder == stale and stale.exists():
+                takes_away(folder)
+            return made_by_orbax(folder)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(manifest, "made_by_orbax", late)
+            assert pool.check(["m"]) == {}
+        assert not stale.exists()
+
+
+def test_a_module_that_is_replaced_by_one_with_fewer_parts_is_no_damage(tmp_path, monkeypatch):
+    pool = ModulePool(tmp_path / "pool")
+    pool.add("m", value(1), base=BASE, adapter="full", head=value(2))
+    check = storage.check
+
+    def late(*at):
+        check(*at)
+        monkeypatch.setattr(storage, "check", check)
+        pool.add("m", value(3), base=BASE, adapter="full", overwrite=True)
+
+    for names in (None, ["m"]):
+        monkeypatch.setattr(storage, "check", late)
+        assert pool.check(names) == {}
+        assert list(pool.manifest("m").parts) == ["module"]
+        pool.attach("m", head=value(2))
+
+
 def test_clean_takes_nothing_from_a_writer_that_lives(tmp_path):
     pool = ModulePool(tmp_path / "pool")
     assert pool.clean() == []
     pool.add("m", value(1), base=BASE, adapter="full")
     with changes.hidden(pool.path, "n") as living:
-        for name in (".old.abcdefgh", ".young.abcdefgh", ".other", ".dead.abcdefgh"):
-            (pool.path / name / "new").mkdir(parents=True)
+        for name in (".old.abcdefgh", ".young.abcdefgh", ".other"):
+            (pool.path / name).mkdir()
+        (pool.path / ".dead.abcdefgh" / "new").mkdir(parents=True)
         (pool.path / ".dead.abcdefgh" / ".lock").touch()
         os.utime(pool.path / ".old.abcdefgh", (time.time() - 4000,) * 2)
         (pool.path / "m" / "head.01234567").mkdir()
@@ -364,7 +401,6 @@ def test_a_hidden_folder_that_is_cleaned_before_it_is_locked_is_made_again(tmp_p
 
     monkeypatch.setattr(files, "lock", late)
     pool = ModulePool(tmp_path / "pool")
-    with contextlib.suppress(ResourceWarning):
-        pool.add("m", value(1), base=BASE, adapter="full")
+    pool.add("m", value(1), base=BASE, adapter="full")
     same(pool.load("m"), value(1))
     assert os.listdir(pool.path) == ["m"]

@@ -69,14 +69,14 @@ def test_manifests_are_what_each_module_says(pool):
 
 def test_damaged_modules_are_named_and_the_rest_found(pool):
     (pool.path / "b" / "manifest.json").write_text("{")
-    (pool.path / "c" / "manifest.json").unlink()
+    (pool.path / "c" / "manifest.json").write_text("[]")
     (pool.path / "empty").mkdir()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert pool.find(base=BASE) == ["a"]
     assert [w.category for w in caught] == [UserWarning] * 2
-    assert "manifest.json of" in str(caught[0].message) and "pool/b is damaged" in str(caught[0].message)
-    assert "pool/c holds no manifest.json" in str(caught[1].message)
+    for name, warning in zip("bc", caught, strict=True):
+        assert re.search(f"manifest.json of .*pool/{name} is damaged", str(warning.message))
     assert pool.names() == ["a", "b", "c"]
 
 

@@ -145,7 +145,6 @@ def save_peft(
 
 
 def _write(folder: Path, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    folder = folder.expanduser()
     if folder.exists():
         raise FileExistsError(f"there is something at {folder}: remove it, or choose another folder")
     hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")

@@ -113,7 +113,7 @@ def _head(path: Path, base: Tree, stream: TaskStream) -> Head:
 
 def open_several(folders: Sequence[str | Path], data_dir: str | Path | None = None) -> list[FinishedRun]:
     """`open_finished` of each; ValueError where a run is named twice, or they are of different data or backbones."""
-    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+    if len({local_path(folder).resolve() for folder in folders}) < len(folders):
         raise ValueError(f"a run is named twice: {', '.join(map(str, folders))}")
     runs = [open_finished(folder, data_dir) for folder in folders]
     if len(sets := {run.stream.name for run in runs}) > 1:

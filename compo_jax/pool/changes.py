@@ -41,16 +41,12 @@ def hidden(pool: Path, name: str) -> Iterator[Path]:
     """A hidden folder in the pool to write to, on the same file system; it goes with all that is left in it."""
     try:
         pool.mkdir(parents=True, exist_ok=True)
-        descriptor = None
-        while descriptor is None:
-            made = tempfile.TemporaryDirectory(prefix=f".{name}.", dir=pool, ignore_cleanup_errors=True)
-            with contextlib.suppress(FileNotFoundError):  # cleaned away before it was locked
-                descriptor = files.lock(Path(made.name) / manifests.LOCK)
-        with made as folder:
-            try:
-                yield Path(folder)
-            finally:
-                files.unlock(descriptor)
+        folder, descriptor = _made(pool, name)
+        try:
+            yield folder
+        finally:
+            _discard(folder)
+            files.unlock(descriptor)
     except FileExistsError:
         raise
     except OSError as error:
@@ -59,6 +55,29 @@ def hidden(pool: Path, name: str) -> Iterator[Path]:
             f"module {name!r} of the pool {pool} could not be changed ({error.strerror or error}) and is as "
             "it was: check that the folder is writable and its disk not full",
         ) from error
+
+
+def _made(pool: Path, name: str) -> tuple[Path, int]:
+    """A new hidden folder and its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=pool))
+        try:
+            return folder, files.lock(folder / manifests.LOCK)
+        except FileNotFoundError:  # cleaned away before it was locked
+            continue
+        except BaseException:
+            _discard(folder)
+            raise
+
+
+def _discard(folder: Path) -> None:
+    """Removes a hidden folder, its lock last, by which `clean` knows that it is a pool's."""
+    for entry in _CONTENTS - {manifests.LOCK}:
+        shutil.rmtree(folder / entry, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        if os.listdir(folder) == [manifests.LOCK]:
+            (folder / manifests.LOCK).unlink()
+        folder.rmdir()
 
 
 def require_replaceable(target: Path, overwrite: bool) -> None:
@@ -135,16 +154,16 @@ def clean(pool: Path) -> list[str]:
 
 def _clean_hidden(folder: Path) -> bool:
     try:
-        if not set(os.listdir(folder)) <= _CONTENTS:  # another program's
+        found = set(os.listdir(folder))
+        if not found and time.time() - folder.stat().st_mtime > _UNLOCKED:  # killed before it was locked
+            folder.rmdir()
+            return True
+        if manifests.LOCK not in found or not found <= _CONTENTS:  # another program's
             return False
         descriptor = files.lock(folder / manifests.LOCK, wait=False, create=False)
-    except (BlockingIOError, PermissionError):  # its writer lives, or is another user's
+    except OSError:  # its writer lives, or is another user's; or removed just now
         return False
-    except FileNotFoundError:  # killed before it was locked, or removed just now
-        if not folder.exists() or time.time() - folder.stat().st_mtime < _UNLOCKED:
-            return False
-        descriptor = -1
-    shutil.rmtree(folder, ignore_errors=True)
+    _discard(folder)
     files.unlock(descriptor)
     return not folder.exists()
 

@@ -108,7 +108,7 @@ def made_by_orbax(folder: Path) -> bool:
 
 
 def ours(folder: Path) -> bool:
-    """Whether `folder` is a module: it has a manifest of ours, or the arrays beside a damaged one say that it had."""
+    """Whether `folder` is a module: it has a manifest of ours, or the arrays beside a damaged one say it is."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     try:
@@ -119,10 +119,11 @@ def ours(folder: Path) -> bool:
     except ValueError:
         pass
     try:
-        parts = [entry for entry in os.listdir(folder) if entry == ARRAYS or PART.fullmatch(entry)]
+        entries = os.listdir(folder)
     except OSError:  # removed just now, or another user's
         return False
-    return any(made_by_orbax(folder / entry) for entry in parts)
+    parts = [entry for entry in entries if entry == ARRAYS or PART.fullmatch(entry)]
+    return FILE in entries and any(made_by_orbax(folder / entry) for entry in parts)
 
 
 def _regular(file: str, flags: int) -> int:
@@ -154,7 +155,7 @@ def read(folder: Path) -> Manifest:
         require_types(manifest)
         return manifest
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds no {FILE}: {advice}") from error
+        raise ValueError(f"{folder} holds no {FILE} and so is no module") from error
     except PermissionError:
         raise
     except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:

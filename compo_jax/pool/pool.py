@@ -43,8 +43,8 @@ class ModulePool:
     def names(self) -> list[str]:
         """The names of all modules, sorted.
 
-        A damaged one, with the arrays that a pool wrote but no manifest that can be read, is among them, so that it is
-        not passed over silently.
+        A damaged one, with the arrays that a pool wrote but a manifest that can't be read, is among them, so that it is
+        not passed over silently; what has no manifest is none.
         """
         return search.names(self.path)
 
@@ -95,7 +95,8 @@ class ModulePool:
     def check(self, names: Sequence[str] | None = None) -> dict[str, str]:
         """What is damaged and why, by name: every byte of the modules `names` is read; {} when all is well.
 
-        By default all modules, and then what lies in the pool and is no module is named too; hidden files are not.
+        Whatever else lies in a module's folder, hidden files too, is named: `remove` would take it away. By default all
+        modules, and then what lies in the pool and is no module is named too, but hidden files are not.
         KeyError for unknown names.
         """
         wrong = {}
@@ -103,7 +104,8 @@ class ModulePool:
         for name in every:
             try:
                 for part in self.manifest(name).parts:
-                    self._reading(name, part, storage.check)
+                    with contextlib.suppress(KeyError):  # replaced just now by one without this part
+                        self._reading(name, part, storage.check)
                 self._reading(name, "module", lambda folder, manifest, _: storage.known(folder, manifest))
             except (ValueError, OSError) as error:
                 if os.path.lexists(self.path / name):  # else it was removed just now
@@ -112,7 +114,9 @@ class ModulePool:
                 if names is not None:
                     raise
                 if os.path.lexists(self.path / name):  # else it was removed just now
-                    wrong[name] = f"{self.path / name} is no module, and no pool makes it: it is not touched"
+                    wrong[name] = (
+                        f"{self.path / name} is no module: no pool wrote a manifest into it. It is not touched"
+                    )
         return wrong
 
     # -- changes -------------------------------------------------------------------------------------------------------
@@ -244,7 +248,7 @@ class ModulePool:
         """Removes what killed writers left, and returns what it was.
 
         A writer locks its hidden folder while it lives, on whatever host, so that nothing of a living one is touched;
-        hidden folders that were never locked go after an hour.
+        hidden folders that were never locked, and are empty, go after an hour.
         """
         return changes.clean(self.path) if self.path.is_dir() else []
 

@@ -180,6 +180,7 @@ def foreign(folder: Path, manifest: Manifest, parts: Iterable[str] | None = None
     if parts is None:
         own = {manifests.FILE, manifests.LOCK, *folders(manifest)}
         found = [e for e in os.listdir(folder) if e not in own and not leftover(folder, e, manifest)]
+        found = [e for e in found if os.path.lexists(folder / e)]  # else a writer has just taken it away
         parts = manifest.parts
     for part in parts:
         if part in manifest.files:
@@ -294,5 +295,5 @@ def load(folder: Path, manifest: Manifest, part: str, sharding: Sharding | Calla
 
 def known(folder: Path, manifest: Manifest) -> None:
     """Damage where something lies in a module's folder that is none of it."""
-    if more := [entry for entry in foreign(folder, manifest) if not entry.startswith(".")]:
+    if more := foreign(folder, manifest):
         raise Damage(f"{more[0]!r} was put into its folder and is none of it: move it elsewhere")

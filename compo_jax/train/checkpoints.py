@@ -133,10 +133,12 @@ class Checkpoints:
         """_Refused where the checkpoint is damaged, or isn't of the structure of `like`."""
         folder = self.path / str(number)
         try:
-            described = ocp.metadata(folder)
+            with files.one_error(everything=True):
+                described = ocp.metadata(folder)
             # Compared here, since orbax casts another dtype in silence and reports other names without naming them.
             made, saved, wanted = described.custom_metadata or {}, _leaves(described.metadata), _leaves(like)
-            why = None
+            whole = saved and saved.keys() == made.get("sha256", saved).keys()
+            why = None if whole else _Refused("it is damaged: what describes its arrays is not as it was saved")
         except Exception as error:  # orbax and TensorStore raise many types for a damaged file
             why = _damage(error)
         if not _everywhere(why is None):

@@ -2,10 +2,9 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
-from compo_jax import mesh
+from compo_jax import files, mesh
 
 
 def _whole(data: bytes) -> int:
@@ -21,18 +20,19 @@ class Log:
     """
 
     def __init__(self, path: str | os.PathLike, tensorboard: str | os.PathLike | None = None):
-        self.path = Path(path)
+        self.path = files.local_path(path)
+        events = None if tensorboard is None else files.local_path(tensorboard)
         self._writes = mesh.is_writer()
         self._writer = None
         if self._writes:
             self.path.touch()
         self.position = _whole(self.path.read_bytes()) if self.path.exists() else 0
-        if tensorboard is not None and self._writes:
+        if events is not None and self._writes:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError as error:
                 raise ValueError("TensorBoard events need tensorboardX: pip install tensorboardX") from error
-            self._writer = SummaryWriter(os.fspath(tensorboard), flush_secs=10)
+            self._writer = SummaryWriter(os.fspath(events), flush_secs=10)
 
     def write(self, **record: Any) -> None:
         """Adds one line; numbers also go to TensorBoard, at the record's `step`, under its `run` and `task`.

@@ -22,12 +22,12 @@ class Run(NamedTuple):
     resumed: bool
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as JSON, whole or not at all; of several processes, process 0 does.
 
     OSError where it can't be written; then the file is as it was.
     """
-    text = json.dumps(value, indent=2) + "\n"
+    path, text = files.local_path(path), json.dumps(value, indent=2) + "\n"
     if not mesh.is_writer():
         return
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -42,8 +42,9 @@ def write_json(path: Path, value: Any) -> None:
         ) from error
 
 
-def read_json(path: Path, mend: str = "remove it, and start again") -> Any:
+def read_json(path: str | os.PathLike, mend: str = "remove it, and start again") -> Any:
     """The value in a JSON file; ValueError, with what mends it, for one that is damaged."""
+    path = files.local_path(path)
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
