@@ -279,8 +279,10 @@ def test_what_is_not_finite_is_named_wherever_it_is(rule):
             functools.partial(run, rule, base, deltas, more | {"landscape": quadratic(np.nan, 2)}),
             "the landscape holds NaN",
         )
-        through = run(rule, base, deltas, more | {"landscape": quadratic(np.nan, 2)}, check_finite=False)
-        assert np.all(np.isnan(through["m"]))
+        told(  # let through, it comes to the solver, which has no weights to give
+            functools.partial(run, rule, base, deltas, more | {"landscape": quadratic(np.nan, 2)}, check_finite=False),
+            "a quadratic with numbers that aren't finite has no minimum",
+        )
 
 
 @pytest.mark.parametrize("rule", ["tsv", "iso", "karcher", "regmean"])
