@@ -58,6 +58,12 @@ def files(folder, pattern):
 def load_module(folder, kept):
     """Whether damage was found; AssertionError where something else than what was stored is loaded."""
     pool, found = ModulePool(folder / "pool"), False
+    if not (pool.path / "m" / "manifest.json").exists():  # then it is no module, and told so
+        assert pool.names() == ["other"]
+        with pytest.raises(KeyError):
+            pool.load("m")
+        assert "m" in pool.check()
+        return True
     assert pool.names() == ["m", "other"]
     for name, value in kept.items():
         try:
