@@ -26,6 +26,7 @@ def require_number(name: str, value: Any, meaning: str, allowed: Callable[[float
 
 
 def require_not_negative(**numbers: Any) -> None:
+    """ValueError where a number, named by its keyword, isn't finite or is below zero (`require_number`)."""
     for name, value in numbers.items():
         require_number(name, value, "a finite number that isn't negative", lambda x: x >= 0)
 
