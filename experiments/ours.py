@@ -28,8 +28,8 @@ class Network(NamedTuple):
 
     model: ViT
     params: Tree
-    images: np.ndarray
-    labels: np.ndarray
+    images: jax.Array
+    labels: jax.Array
 
     def apply(self, params, images):
         return self.model.apply({"params": params}, images)
@@ -48,7 +48,7 @@ def vit(sizes: Sizes, images: int | None = None, large: bool = False, classes: i
     shape = (images, model.image_size, model.image_size, 3)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *shape[1:])))["params"]
     return Network(
-        model, params, rng.normal(size=shape).astype(np.float32), np.arange(images, dtype=np.int32) % max(classes, 1)
+        model, params, jnp.asarray(rng.normal(size=shape), jnp.float32), jnp.arange(images) % max(classes, 1)
     )
 
 

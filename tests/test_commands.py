@@ -41,7 +41,7 @@ RANGES = {
     "curvature_check": {
         **each(COUNT, "images", "fisher-images", "fisher-batches", "order"), "weightings": ["1", *COUNT], "seed": SEED
     },
-    "throughput": {**each(COUNT, "batch", "rank", "steps"), "peak": RATE},
+    "throughput": {**each(COUNT, "batch", "rank", "steps", "threads"), **each(RATE, "peak", "minutes")},
     "pretrain": {**each(COUNT, "steps", "batch", "width", "depth", "heads"), "learning-rate": RATE, "seed": SEED},
 }  # fmt: skip
 OF_ALL_MODULAR = {
@@ -147,6 +147,14 @@ def test_what_plays_no_part_or_does_not_go_together_is_refused(script, line, tol
     [
         ("throughput", "--curvature --rank 3 --peak 9", "--rank and --peak play no part with --curvature"),
         ("throughput", "--batch 12", "--batch 12 can't be divided among 8 devices"),
+        ("throughput", "--device --batch 12", "--batch 12 can't be divided among 8 devices"),
+        ("throughput", "--peers --model s16", "--model plays no part with --peers"),
+        ("throughput", "--minutes 3", "--minutes plays no part without --device"),
+        ("throughput", "--threads 2", "--threads plays no part without --peers"),
+        ("throughput", "--only hvp", "--only plays no part without --peers or --device"),
+        ("throughput", "--peers --only merging", "--only merging: the rows of --peers are forward, gradient"),
+        ("throughput", "--peers --threads 9999", "--threads 9999 is more than the"),
+        ("throughput", "--peers --device", "not allowed with argument --peers"),
         ("merging", "--methods foo", "the small run has no pool of foo; it has none-lora, none-full"),
         ("merging", "--data-dir x", "--data-dir plays no part without --run"),
         ("merging", "--run x --runs y", "--runs plays no part with --run"),
