@@ -13,7 +13,7 @@ from timing import Sizes, Work, serve
 
 from compo_jax import adapters, curvature, modular, tree
 from compo_jax.data import ArraySplit, Task, TaskStream
-from compo_jax.incremental import Known, Method, Reference, Settings
+from compo_jax.incremental import Known, Method, Reference, Settings, empty_mixtures
 from compo_jax.incremental.learner import training
 from compo_jax.models import ViT
 from compo_jax.train import TrainState, init_state, jit_runner
@@ -157,10 +157,10 @@ def random_stream(net: Network, tasks: int, images: int) -> Stream:
     head = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), head)
     known = Known({"diagonal": jax.tree.map(like, tree.partition(net.params, TARGETS)[0])}, jax.tree.map(like, head))
     stream = TaskStream("random", tuple(map(task, range(tasks))), side)
-    return Stream(stream, Reference(None, head, {}, {}, known, known))
+    return Stream(stream, Reference(empty_mixtures(1, 1, 1), head, {}, {}, known, known))
 
 
-def method(adapter: adapters.Adapter, mode: str = "independent") -> Method:
+def method(adapter: adapters.Adapter, mode: Any = "independent") -> Method:
     weight = 20.0 if mode == "ensemble" else 0.02
     return Method(mode, adapter, 3e-4, weight, (0.025, 0.001), mode, units="paper")
 
@@ -246,6 +246,7 @@ ROWS = {
     "iel-1": partial(iel, tasks=1),
     "iel-5": partial(iel, tasks=5),
     "iel-20": partial(iel, tasks=20),
+    "iel-20-summed": partial(iel, tasks=20),
     "evaluation": evaluation,
     "composed": composed,
     "fisher": fisher,

@@ -1,6 +1,7 @@
 """The work of ours.py in PyTorch, written as its users write it, and by curvlinops. Run by timing.py in a process of
 its own; neither package is needed by anything else here."""
 
+# pyright: reportMissingImports=false
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -182,10 +183,13 @@ class Change(nn.Module):
 
 class Adapted(nn.Module):
     """A frozen dense layer with modules: `W x + share Σ_s Δ_s x`, each a term of its own in every pass, as the
-    reference has it. The last one is trained, and is added to the weight."""
+    reference has it, or all summed into the weight first. The last one is trained, and always is in the weight."""
 
-    def __init__(self, layer: nn.Linear, kind: str, rank: int, modules: int, ensemble: bool):
+    def __init__(
+        self, layer: nn.Linear, kind: str, rank: int, modules: int = 1, ensemble: bool = False, summed: bool = False
+    ):
         super().__init__()
+        self.summed = summed
         self.layer, self.ensemble, self.share = layer.requires_grad_(False), ensemble, 1 / modules if ensemble else 1.0
         self.past = nn.ModuleList(Change(kind, layer, rank).requires_grad_(False) for _ in range(modules - 1))
         self.own = Change(kind, layer, rank)
@@ -193,9 +197,12 @@ class Adapted(nn.Module):
         self.past_sum = sum((change().detach() for change in self.past), torch.zeros_like(layer.weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.layer.weight + self.share * self.own(), self.layer.bias)
+        weight = self.layer.weight + self.share * self.own()
+        if self.summed:
+            return F.linear(x, sum((self.share * change() for change in self.past), weight), self.layer.bias)
+        y = F.linear(x, weight, self.layer.bias)
         for change in self.past:
-            y = y + self.share * F.linear(x, change())
+            y = y + F.linear(x, self.share * change())
         return y
 
     def penalty(self, weight: float) -> Tensor:
@@ -255,9 +262,9 @@ def pull(head: nn.Linear, reference: Sequence[Tensor], fisher: Sequence[Tensor],
             number -= gradient * torch.clamp(100 / gradient.norm(), max=1)
 
 
-def step(sizes: Sizes, kind: str, modules: int = 1, ensemble: bool = False) -> Work:
+def step(sizes: Sizes, kind: str, modules: int = 1, ensemble: bool = False, summed: bool = False) -> Work:
     model, x, y = vit(sizes, classes=CLASSES)
-    layers = replaced(model, lambda layer: Adapted(layer, kind, sizes.rank, modules, ensemble))
+    layers = replaced(model, lambda layer: Adapted(layer, kind, sizes.rank, modules, ensemble, summed))
     trained, coupled = [p for p in model.parameters() if p.requires_grad], kind == "full"
     optimizer = torch.optim.AdamW(trained, 3e-4, weight_decay=0)
     reference = [p.detach().clone() for p in model.head.parameters()]
@@ -373,6 +380,7 @@ ROWS: Rows = {
     "iel-1": partial(step, kind="lora", modules=1, ensemble=True),
     "iel-5": partial(step, kind="lora", modules=5, ensemble=True),
     "iel-20": partial(step, kind="lora", modules=20, ensemble=True),
+    "iel-20-summed": partial(step, kind="lora", modules=20, ensemble=True, summed=True),
     "evaluation": lambda sizes: forward(sizes, sizes.eval_batch),
     "composed": composed,
     "fisher": fisher,

@@ -139,20 +139,23 @@ def _milliseconds(time: Timed) -> str:
     return f"{1e3 * time.median:,.1f} ms, the first {time.first:.1f} s"
 
 
-def _work(tour: Tour, name: str, of: str = "", **sizes) -> str:
-    found = timed(ours.ROWS[name](tour.sizes._replace(**sizes)), tour.repeats)
-    return f"{of}{_milliseconds(found)}"
-
-
 def _iel(tour: Tour, tasks: int) -> str:
     return _milliseconds(timed(ours.iel(tour.sizes._replace(dtype="bfloat16"), tasks), tour.repeats))
 
 
+def _curvature(tour: Tour, name: str, part: int) -> str:
+    """Of this part of the batch."""
+    few = max(tour.sizes.batch // part, 1)
+    sizes = tour.sizes._replace(batch=few, fisher_images=few)
+    return f"{few} images, {_milliseconds(timed(ours.ROWS[name](sizes), tour.repeats))}"
+
+
 def _parallel(tour: Tour) -> str:
-    """The second of two trainings, the first of which compiles."""
+    """The second of two trainings of an epoch, the first of which compiles."""
     batch = max(tour.sizes.batch // TOGETHER, jax.device_count())
     net, settings = ours.vit(tour.sizes._replace(batch=batch, dtype="bfloat16"), classes=0), Settings(1, batch)
-    stream, reference = ours.random_stream(net, TOGETHER, tour.repeats * batch)
+    count = 4 * tour.repeats * batch
+    stream, reference = ours.random_stream(net, TOGETHER, count)
     given = net.model, net.params, stream, settings, ours.method(adapters.lora(tour.sizes.rank)), 0
     every = parallel_trainer(*given, width=ours.CLASSES)
     memory, one = task_trainer(*given, width=ours.CLASSES)
@@ -160,10 +163,9 @@ def _parallel(tour: Tour) -> str:
     apart = lambda: [one(task, first, reference, memory) for task, first in zip(tasks, firsts, strict=True)]
     at_once = timed(lambda: every(tasks, firsts, [reference] * TOGETHER), 1).median
     in_turn = timed(apart, 1).median
-    images = TOGETHER * tour.repeats * batch
     return (
-        f"{TOGETHER} tasks, {batch} images of each in a step: {images / at_once:,.0f} images/s at once, "
-        f"{images / in_turn:,.0f} one after another ({in_turn / at_once:.2f} times)"
+        f"{TOGETHER} tasks, {batch} images of each in a step: {TOGETHER * count / at_once:,.0f} images/s at once, "
+        f"{TOGETHER * count / in_turn:,.0f} one after another ({in_turn / at_once:.2f} times)"
     )
 
 
@@ -186,25 +188,17 @@ ROWS: dict[str, Callable[[Tour], str]] = {
     "full-float32": lambda tour: _steps(tour, "full", "float32"),
     "iel-1": lambda tour: _iel(tour, 1),
     "iel-50": lambda tour: _iel(tour, 50),
-    "hvp": lambda tour: _work(tour, "hvp", f"{_quarter(tour)} images, ", batch=_quarter(tour)),
-    "ggn": lambda tour: _work(tour, "ggn", f"{_quarter(tour)} images, ", batch=_quarter(tour)),
-    "fisher": lambda tour: _work(tour, "fisher", f"{_few(tour)} images, ", fisher_images=_few(tour)),
+    "hvp": lambda tour: _curvature(tour, "hvp", 4),
+    "ggn": lambda tour: _curvature(tour, "ggn", 4),
+    "fisher": lambda tour: _curvature(tour, "fisher", 16),
     "parallel": _parallel,
     "merging": _merging,
 }
 
 
-def _quarter(tour: Tour) -> int:
-    return max(tour.sizes.batch // 4, 1)
-
-
-def _few(tour: Tour) -> int:
-    return max(tour.sizes.batch // 16, 1)
-
-
 def device_speed(model: str, tour: Tour, names: Sequence[str], minutes: float) -> None:
-    """Prints each row as soon as it is measured. One that takes as long as the longest so far and wouldn't be done in
-    time is left out, and so is one that the memory is too small for; both are told."""
+    """Prints each row as soon as it is measured. Where less time is left than the longest so far took, a row is left
+    out, and so is one that the memory is too small for; both are told."""
     began, longest = time.perf_counter(), 0.0
     print(
         f"{model}, batch {tour.sizes.batch}, rank {tour.sizes.rank}, {tour.repeats} repeats, "

@@ -65,6 +65,7 @@ WORK = {
     "iel-1": ("IEL-LoRA step at T = 1", None),
     "iel-5": ("IEL-LoRA step at T = 5", None),
     "iel-20": ("IEL-LoRA step at T = 20", None),
+    "iel-20-summed": ("the same, PyTorch's deltas summed into one weight first", None),
     "evaluation": ("evaluation, {eval_batch} images", None),
     "composed": ("evaluation of {composed} composed modules, {batch} images", None),
     "fisher": ("exact Fisher diagonal, {classes} classes, {fisher_images} images", None),
@@ -92,8 +93,16 @@ def serve(rows: Rows) -> None:
         wall, processor = time.perf_counter(), time.process_time()
         work()
         took = time.perf_counter() - wall, time.process_time() - processor
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        print(json.dumps([*took, memory]), file=answers, flush=True)
+        print(json.dumps([*took, _peak()]), file=answers, flush=True)
+
+
+def _peak() -> int:
+    """The highest memory of this process so far, in bytes. Linux's getrusage counts its parent's, too, from before it
+    became another program."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class _Worker:
@@ -102,17 +111,20 @@ class _Worker:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1 {serial}".strip()
         settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
         settings |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        settings["PYTHONWARNINGS"] = "ignore::FutureWarning"  # PyTorch's and curvlinops' of each other
         self.what = f"{name} in {side}.py"
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / f"{side}.py"), json.dumps([name, sizes])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | settings,
         )  # fmt: skip
+        self.question: Any = self.process.stdin
+        self.answer: Any = self.process.stdout
 
     def __call__(self) -> tuple[float, float, float]:
         """(wall seconds, processor seconds, bytes)."""
         with contextlib.suppress(BrokenPipeError):
-            print(file=self.process.stdin, flush=True)
-        if not (line := self.process.stdout.readline()):
+            print(file=self.question, flush=True)
+        if not (line := self.answer.readline()):
             raise OSError(
                 f"{self.what} ended with code {self.process.wait()} before it was done: see the traceback above; where "
                 "there is none (code -9), memory ran out"
@@ -121,10 +133,7 @@ class _Worker:
 
     def close(self) -> None:
         self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+        self.process.communicate()
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ def test_an_adapted_model_has_pytorchs_logits(sides):
     )
     model = copy.deepcopy(model)
     names = [name for name, _ in model.named_modules() if name.endswith(peers.ADAPTED)]
-    layers = peers.replaced(model, lambda layer: peers.Adapted(layer, "full", 0, 1, False))
+    layers = peers.replaced(model, lambda layer: peers.Adapted(layer, "full", 0))
     theirs = to_timm(adapter.delta(module, net.params))
     for name, layer in zip(names, layers, strict=True):
         layer.own.delta.data = torch.tensor(np.array(theirs[f"{name}.weight"]))
@@ -144,7 +144,8 @@ def test_a_layer_of_pytorchs_is_the_dense_sum_of_its_modules_and_pulls_back_as_a
     adapted.past_sum = sum((change().detach() for change in adapted.past), torch.zeros_like(layer.weight))
     x, share = torch.randn(5, 4, dtype=torch.float64), 1 / 3 if ensemble else 1.0
     weight = layer.weight + share * (adapted.own() + adapted.past_sum)
-    torch.testing.assert_close(adapted(x), x @ weight.T + layer.bias)
+    for adapted.summed in (False, True):
+        torch.testing.assert_close(adapted(x), x @ weight.T + layer.bias)
     change = adapted.own()
     theirs = torch.autograd.grad((adapted.penalty(3.0).detach() * change).sum(), list(adapted.own.parameters()))
     for mine, number in zip(adapted.own.pulled(adapted.penalty(3.0)).values(), theirs, strict=True):
