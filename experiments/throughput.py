@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--peak", type=job.rate, help="the device's matrix peak in TFLOP/s, for the fraction reached; of 16 bits")
     add("--threads", type=job.count, default=1, help="of each side with --peers")
     add("--minutes", type=job.rate, default=8, help="that --device takes at most")
-    add("--only", nargs="+", choices=[*WORK, *(name for name in TOUR if name not in WORK)], help="rows")
+    add("--only", nargs="+", metavar="ROW", help=f"of --peers: {', '.join(WORK)}; of --device: {', '.join(TOUR)}")
     options = parser.parse_args(arguments)
     _refuse(parser, options)
     given = {"model": "embedded", "batch": 64, "steps": 10}
@@ -79,6 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.peers:
         sizes = Sizes(options.batch, rank=options.rank)
+        if 3 * options.rank > (width := sizes.net[2]):
+            raise ValueError(
+                f"--rank {options.rank} is too large: the joint qkv of the ViT, {width} wide, has it thrice"
+            )
         return compare(options.only or list(WORK), sizes, options.steps, options.threads)
 
     import speed  # JAX with it, which takes seconds

@@ -153,6 +153,7 @@ def test_what_plays_no_part_or_does_not_go_together_is_refused(script, line, tol
         ("throughput", "--threads 2", "--threads plays no part without --peers"),
         ("throughput", "--only hvp", "--only plays no part without --peers or --device"),
         ("throughput", "--peers --only merging", "--only merging: the rows of --peers are forward, gradient"),
+        ("throughput", "--peers --rank 65", "--rank 65 is too large: the joint qkv of the ViT, 192 wide"),
         ("throughput", "--peers --threads 9999", "--threads 9999 is more than the"),
         ("throughput", "--peers --device", "not allowed with argument --peers"),
         ("merging", "--methods foo", "the small run has no pool of foo; it has none-lora, none-full"),
