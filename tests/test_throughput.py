@@ -282,10 +282,10 @@ def test_what_is_not_installed_is_told_and_our_side_shown_alone(absent, told, al
 # -- the tour of an accelerator --------------------------------------------------------------------------------------
 def test_the_tour_measures_a_step_and_merging(capsys, monkeypatch, cached_vit):
     monkeypatch.setattr(ours, "vit", cached_vit)
-    speed.device_speed("tiny", speed.Tour(TINY, 1, 989.0), ["lora-bfloat16"], 8)
+    speed.device_speed("tiny", speed.Tour(TINY, 1, 989.0), ["lora-float32"], 8)
     first, lora = capsys.readouterr().out.splitlines()
     assert first.startswith("tiny, batch 8, rank 2, 1 repeats")
-    assert "images/s" in lora and "% of the peak" in lora
+    assert "images/s" in lora and "TFLOP/s" in lora
     one = ours.Network(None, {"w": jnp.ones((4, 250))}, None, None)
     monkeypatch.setattr(ours, "vit", lambda sizes: one)
     told = speed.ROWS["merging"](speed.Tour(TINY, 1, None))
