@@ -10,14 +10,15 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from compo_jax.data import TaskStream
 from compo_jax.files import local_path
+
+if TYPE_CHECKING:
+    from compo_jax.data import TaskStream
 
 console = Console()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -141,12 +142,16 @@ def plain(text: str) -> str:
 
 def divisible(batch: int, option: str) -> None:
     """ValueError where the devices can't share a batch."""
+    import jax
+
     if batch % (devices := jax.device_count()):
         raise ValueError(f"{option} {batch} can't be divided among {devices} devices: choose a multiple of {devices}")
 
 
-def tell_images(stream: TaskStream, images: int | None) -> None:
+def tell_images(stream: "TaskStream", images: int | None) -> None:
     """Prints where classes have fewer training images than were asked for."""
+    import numpy as np
+
     fewer = {}
     for task in stream.tasks:
         counts = np.bincount(task.train.labels, minlength=len(task.classes))

@@ -12,22 +12,13 @@ median of the steps of the scanned one. Expected numbers: the table in README.md
 import time
 from functools import partial
 
-import jax
-import jax.numpy as jnp
 import job
-import numpy as np
-import optax
 from job import closing
 
-from compo_jax import adapters, curvature
-from compo_jax.data import glyphs
-from compo_jax.models import ViT, embedded
-from compo_jax.train import init_state, jit_runner, make_step
-
-MODELS = {
-    "embedded": ViT(32, 8, 96, 4, 3),
-    "s16": ViT(224, 16, 384, 12, 6),
-    "b16": ViT(224, 16, 768, 12, 12),
+MODELS = {  # image and patch size, width, depth, heads
+    "embedded": (32, 8, 96, 4, 3),
+    "s16": (224, 16, 384, 12, 6),
+    "b16": (224, 16, 768, 12, 12),
 }
 
 parser = job.Parser(__doc__)
@@ -38,6 +29,19 @@ parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32
 parser.add_argument("--steps", type=job.count, default=10, help="timed, after the first")
 parser.add_argument("--curvature", action="store_true", help="the embedded model with a head of 100 trained classes")
 parser.add_argument("--peak", type=job.rate, help="the device's matrix peak in TFLOP/s, for the fraction reached")
+
+if __name__ == "__main__":
+    closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from compo_jax import adapters, curvature
+from compo_jax.data import glyphs
+from compo_jax.models import ViT, embedded
+from compo_jax.train import init_state, jit_runner, make_step
 
 
 def curvature_speed(images: int, repeats: int) -> None:
@@ -94,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
         return curvature_speed(options.batch, options.steps)
     job.divisible(options.batch, "--batch")
     half = options.dtype == "bfloat16"
-    model = MODELS[options.model].copy(
+    model = ViT(*MODELS[options.model]).copy(
         dtype=jnp.bfloat16 if half else None, kernel="cudnn" if half and jax.default_backend() == "gpu" else "xla"
     )
     shape = (options.batch, model.image_size, model.image_size, 3)
