@@ -165,7 +165,7 @@ def tell_images(stream: "TaskStream", images: int | None) -> None:
 
 
 # -- the end ---------------------------------------------------------------------------------------------------------
-def closing(main: Callable[[], None], again: str = "the same command goes on where it was") -> None:
+def closing(main: Callable[[], object], again: str = "the same command goes on where it was") -> None:
     """Runs `main`; what the user can mend is told in a line, and so is a stop by Ctrl-C, with how to go on."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs an error in every thread, and raises it
     try:

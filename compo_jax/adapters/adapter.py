@@ -122,7 +122,8 @@ def alike(module: Tree, base: Tree) -> Tree:
     """`module` in the container of `base`, where one of them is a FrozenDict and the other a dict."""
     if isinstance(module, dict) and hasattr(base, "unfreeze"):  # asked so, this needs no Flax
         return type(base)(module)
-    return module.unfreeze() if isinstance(base, dict) and hasattr(module, "unfreeze") else module
+    unfreeze = getattr(module, "unfreeze", None)
+    return unfreeze() if unfreeze and isinstance(base, dict) else module
 
 
 def kind(entry: Tree) -> str:
