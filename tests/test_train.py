@@ -285,7 +285,8 @@ def test_a_killed_process_goes_on_as_if_it_had_not_been(tmp_path, uninterrupted)
     state, records = uninterrupted
     chance = random.Random(0)
     moments = [(count, chance.uniform(0, 0.05)) for count in (chance.randint(0, 3), chance.randint(4, 8), 13)]
-    program = f"import test_train, pathlib; test_train.killed(pathlib.Path({str(tmp_path)!r}), {moments})"
+    program = "from orbax.checkpoint import v1\n"  # before the fork, so that no child is killed while it loads that
+    program += f"import test_train, pathlib; test_train.killed(pathlib.Path({str(tmp_path)!r}), {moments})"
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}

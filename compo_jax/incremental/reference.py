@@ -1,7 +1,7 @@
 """What the base model alone says of each task, before any module is trained: mixtures, aligned head, Fisher."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,7 @@ from compo_jax.incremental.fisher import Fisher, mean, task_fisher, together
 from compo_jax.incremental.mixtures import Mixtures, empty_mixtures, fit_mixtures, sample
 from compo_jax.incremental.regularisers import Curvature
 from compo_jax.incremental.settings import Settings
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 class Known(NamedTuple):

@@ -15,8 +15,7 @@ from compo_jax.train.checkpoints import Checkpoints
 from compo_jax.train.log import Log
 from compo_jax.train.runners import Runner
 from compo_jax.train.step import TrainState
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def progress_bar(**kwargs) -> Progress:

@@ -1,7 +1,7 @@
 """Two ways to run the same step on any number of devices: jit over a mesh, and pmap."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 
 from compo_jax import mesh as meshes
 from compo_jax.train.step import TrainState, make_step
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 class Runner(NamedTuple):
