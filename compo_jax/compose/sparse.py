@@ -1,18 +1,22 @@
 """Rules that drop entries of the task vectors, by size (TIES) or by chance (DARE)."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+import numpy as np
+from jaxtyping import Array, Bool, Key
 
 from compo_jax import tree
-from compo_jax.compose.arithmetic import compose
-from compo_jax.compose.leaves import leafwise, moved, require_sound
+from compo_jax.compose.arithmetic import compose, task_arithmetic
+from compo_jax.compose.entries import PIECE, Deferred, entrywise, flat, on_host, total
+from compo_jax.compose.leaves import assembled, require_sound
 from compo_jax.compose.modules import aligned, same
-from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh, wide_number
+from compo_jax.compose.numbers import Scalar, Weights, require_number, weigh, wide_number
+from compo_jax.compose.selection import kth_largest
 
 Tree = Any
 
@@ -32,12 +36,16 @@ def trim(delta: Tree, density: float, *, check_finite: bool = True) -> Tree:
     """
     _require_density(density)
     (delta,) = same([delta], check_finite=check_finite)
-    sizes = jnp.concatenate([jnp.abs(jnp.asarray(x)).ravel() for x in jax.tree.leaves(delta)])
-    if not sizes.size:
-        return delta
-    sizes = jnp.sort(jnp.where(jnp.isnan(sizes), jnp.inf, sizes))
-    least = sizes[sizes.size - max(1, round(float(density) * sizes.size))]
-    return jax.tree.map(lambda x: jnp.where(jnp.abs(x) < least, 0, x), delta)
+    least = _least(delta, density)
+    return jax.tree.map(lambda x: entrywise(lambda xp, m, x: xp.where(xp.abs(x) < m[0], 0, x), [x], [least]), delta)
+
+
+def _least(delta: Tree, density: float) -> Any:
+    """The magnitude of the smallest entry that `trim` keeps."""
+    leaves = jax.tree.leaves(delta)
+    size = sum(np.size(x) for x in leaves)
+    kept = max(1, round(float(density) * size))
+    return kth_largest(leaves, kept) if kept < size else 0.0
 
 
 def ties(
@@ -62,28 +70,70 @@ def ties(
     require_number("scale", scale, "a finite number")
     deltas = aligned(base, deltas, check_finite=check_finite)
     weights = weigh(weights, len(deltas), sign=False)
-    deltas = [trim(delta, density, check_finite=False) for delta in deltas]
+    least = [_least(delta, density) for delta in deltas]
+    count = len(deltas)
 
-    def merged(_, x):
-        w = along(weights, x)
-        elected = jnp.sign(jnp.sum(w * x, axis=0))
-        agreeing = jnp.where((jnp.sign(x) == elected) & (x != 0), w, 0)
-        total = jnp.sum(agreeing, axis=0)
-        return jnp.sum(agreeing * x, axis=0) / jnp.where(total > 0, total, 1)
+    def merged(xp, numbers, b, *rows):
+        weights, least, scale = numbers[:count], numbers[count:-1], numbers[-1]
+        rows = [xp.where(xp.abs(x) < m, 0, x) for m, x in zip(least, rows, strict=True)]
+        elected = xp.sign(total(weights, *rows))
+        agree = [x * elected > 0 for x in rows]
+        summed = total(weights, *[xp.where(a, x, 0) for a, x in zip(agree, rows, strict=True)])
+        weight = total(weights, *agree)
+        return b + scale * (summed / xp.where(weight > 0, weight, 1))
 
-    return moved(base, leafwise(merged, deltas), scale, check_finite=check_finite)
+    def leaf(_, b, rows, __):
+        return entrywise(merged, [b, *rows], [*weights, *least, scale])
+
+    return assembled(base, deltas, leaf, check_finite=check_finite)
 
 
-def _dropped(key: Key[Array, ""], delta: Tree, rate: Scalar) -> Tree:
-    """`drop`, unrounded."""
+@functools.partial(jax.jit, static_argnums=3)
+def _draw(key: Key[Array, ""], piece: int | Array | None, rate: Scalar, size: int) -> Bool[Array, " size"]:
+    return jax.random.bernoulli(key if piece is None else jax.random.fold_in(key, piece), rate, (size,))
+
+
+def _lost(key: Key[Array, ""], rate: Scalar, size: int) -> Bool[Array, " size"]:
+    """Which entries are dropped: drawn piece by piece, which is five times as fast as a large leaf at once."""
+    if size <= PIECE:
+        return _draw(key, None, rate, size)
+    numbers = jnp.arange(-(-size // PIECE))
+    if not on_host(key, rate):
+        return jax.vmap(lambda i: _draw(key, i, rate, PIECE))(numbers).ravel()[:size]
+    lost = np.empty(len(numbers) * PIECE, bool)
+    for i in range(len(numbers)):
+        lost[i * PIECE : (i + 1) * PIECE] = _draw(key, i, rate, PIECE)
+    return lost[:size]
+
+
+class _Dropped(NamedTuple):
+    """The entries of a leaf of which some are dropped, see `Deferred`."""
+
+    row: Any
+    lost: np.ndarray
+    rate: float
+    dtype: np.dtype
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        x = self.row[place].astype(self.dtype, copy=False)
+        return np.where(self.lost[place], 0, x / self.dtype.type(1 - self.rate))
+
+
+def dropped(key: Key[Array, ""], delta: Tree, rate: Scalar, *, deferred: bool = False) -> Tree:
+    """`drop`, unrounded; `deferred`: drawn when it is read, where that can be."""
     meaning = "the probability that an entry is dropped, from 0 to below 1"
     require_number("rate", rate, meaning, lambda x: 0 <= x < 1)
     rate = wide_number(rate)
     keys = iter(jax.random.split(key, len(jax.tree.leaves(delta))))
 
     def one(x):
-        x = jnp.asarray(x, tree.wide_type(x))
-        return jnp.where(jax.random.bernoulli(next(keys), rate, x.shape), 0, x / jnp.asarray(1 - rate, x.dtype))
+        own, wide, shape = next(keys), tree.wide_type(x), np.shape(x)
+        if on_host(x, own, rate):
+            draw = lambda: _Dropped(flat(x), np.asarray(_lost(own, rate, np.size(x))), rate, wide)
+            later = Deferred(shape, wide, draw)
+            return later if deferred else jnp.asarray(np.asarray(later))
+        x = jnp.asarray(x, wide)
+        return jnp.where(_lost(own, rate, x.size).reshape(shape), 0, x / jnp.asarray(1 - rate, wide))
 
     return jax.tree.map(one, delta)
 
@@ -94,7 +144,7 @@ def drop(key: Key[Array, ""], delta: Tree, rate: Scalar, *, check_finite: bool =
     ValueError where the delta holds NaN or an infinity, or what is divided is too large for its type (`check_finite`).
     """
     (delta,) = same([delta], check_finite=check_finite)
-    found = jax.tree.map(lambda y, x: y.astype(jnp.result_type(x)), _dropped(key, delta, rate), delta)
+    found = jax.tree.map(lambda y, x: y.astype(jnp.result_type(x)), dropped(key, delta, rate), delta)
     if check_finite:
         require_sound(found, delta)
     return found
@@ -120,8 +170,13 @@ def dare(
         rescaled deltas unrounded, in float32 at least.
     """
     deltas = aligned(base, deltas, check_finite=check_finite)
-    keys = jax.random.split(key, len(deltas))
-    dropped = [_dropped(k, delta, rate) for k, delta in zip(keys, deltas, strict=True)]
+    deltas = drop_each(key, deltas, rate, deferred=rule in (compose, task_arithmetic, ties))
     if not check_finite and "check_finite" in inspect.signature(rule).parameters:
         options["check_finite"] = False
-    return rule(base, dropped, weights, **options)
+    return rule(base, deltas, weights, **options)
+
+
+def drop_each(key: Key[Array, ""], deltas: list[Tree], rate: Scalar, *, deferred: bool) -> list[Tree]:
+    """`dropped` of each delta by draws of its own."""
+    keys = jax.random.split(key, len(deltas))
+    return [dropped(k, delta, rate, deferred=deferred) for k, delta in zip(keys, deltas, strict=True)]
