@@ -55,7 +55,7 @@ def assembled(
     def made(name, b, *rows):
         merged = leaf(name, b, rows[:count], rows[count:])
         if check_finite:
-            require_sound({name: merged}, {name: np.asarray(b)})
+            require_sound({name: merged}, {name: b})
         return np.asarray(merged).reshape(-1)
 
     params = tree.map_with_name(one, base, *deltas, *beside)
@@ -125,6 +125,7 @@ def require_sound(params: Tree, base: Tree, deltas: Sequence[Tree] = ()) -> None
         return
     for t, delta in enumerate(deltas):
         tree.require_finite(delta, f"delta {t}")
+    pairs = [(p, np.asarray(b) if isinstance(b, Deferred) else b) for p, b in pairs]
     kept = {name: jnp.isfinite(p) | (p == b) for name, (p, b) in zip(tree.names(params), pairs, strict=True)}
     bad = {n: leaves for n, leaves in zip(kept, pairs, strict=True) if leaves[0] is not leaves[1] and not kept[n].all()}
     tree.require_finite({name: jnp.where(kept[name], 0, b) for name, (_, b) in bad.items()}, "the base")
