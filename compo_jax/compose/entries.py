@@ -1,10 +1,11 @@
 """Leaves entry by entry, in pieces that stay in the processor's cache; and leaves that are read when they are needed.
 
-What NumPy can read where it is, is worked on by NumPy: nothing is compiled, and no array as large as a leaf is made but
-the result. What is traced, on an accelerator or spread over devices goes through the same functions with `jax.numpy`.
+What NumPy can read where it is goes through one compiled function piece by piece: one program for leaves of all
+shapes, and no array as large as a leaf but the result. What is traced, on an accelerator or spread over devices goes
+through the same function leaf by leaf.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from compo_jax import tree
 Tree = Any
 #: Entries of a piece: some rows of them fit into a core's second cache.
 PIECE = 1 << 16
+_ALIGNED = 64  # bytes
 
 
 class Deferred:
@@ -57,59 +59,76 @@ def flat(leaf: Any) -> Any:
     return leaf.open() if isinstance(leaf, Deferred) else np.asarray(leaf).reshape(-1)
 
 
-def pieces(leaves: Sequence[Any], dtype: Any):
-    """The same entries of all leaves, piece after piece: (their place, one array a leaf in `dtype`)."""
-    rows = [flat(x) for x in leaves]
-    for start in range(0, np.size(leaves[0]), PIECE):
-        place = slice(start, min(start + PIECE, np.size(leaves[0])))
-        yield place, [row[place].astype(dtype, copy=False) for row in rows]
+def pieces(row: Any, size: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """A row of `size` entries, cut: (a piece's place, the piece)."""
+    for start in range(0, size, PIECE):
+        place = slice(start, min(start + PIECE, size))
+        yield place, row[place]
 
 
-def entrywise(function: Callable[..., Any], leaves: Sequence[Any], numbers: Sequence = (), dtype: Any = None) -> Array:
-    """`function(xp, numbers, *leaves)` of leaves of one shape, rounded once.
+def entrywise(
+    function: Callable[..., Array], leaves: Sequence[Any], numbers: Sequence = (), dtype: Any = None
+) -> Array:
+    """`function(numbers, *leaves)` of leaves of one shape, rounded once.
 
     Args:
-      function: works entry by entry, with the functions of `xp`, which is `numpy` or `jax.numpy`, on leaves and numbers
-        in float32 at least.
-      numbers: what else it needs that may be traced: scalars.
+      function: works entry by entry, in float32 at least; one of a module, as it is compiled once.
+      numbers: what else it needs that may be traced, scalars; it gets them as one array.
       dtype: of the result; default the first leaf's.
     """
-    wide, shape = tree.wide_type(*leaves), np.shape(leaves[0])
+    wide, shape, size = tree.wide_type(*leaves), np.shape(leaves[0]), np.size(leaves[0])
     dtype = jnp.result_type(leaves[0]) if dtype is None else dtype
     if not on_host(*leaves, *numbers):
-        rows = [jnp.asarray(np.asarray(x) if isinstance(x, Deferred) else x, wide) for x in leaves]
-        return function(jnp, [jnp.asarray(n, wide) for n in numbers], *rows).astype(dtype)
-    out, numbers = empty(np.size(leaves[0]), dtype), [np.asarray(n).astype(wide)[()] for n in numbers]
-    with np.errstate(all="ignore"):
-        for place, rows in pieces(leaves, wide):
-            out[place] = function(np, numbers, *rows)
+        rows = [np.asarray(x) if isinstance(x, Deferred) else x for x in leaves]
+        return _rounded(function, wide, dtype, jnp.stack([jnp.asarray(n, wide) for n in numbers]), *rows)
+    numbers = np.array([np.asarray(n) for n in numbers], wide)
+    out, rows = _empty(size, dtype), [flat(x) for x in leaves]
+    spare = [_empty(PIECE, jnp.result_type(x)) for x in leaves]
+    for place, first in pieces(rows[0], size):
+        cut = [_ready(x, own) for x, own in zip([first, *(row[place] for row in rows[1:])], spare, strict=True)]
+        out[place] = _compiled(function, wide, dtype, numbers, *cut)[: place.stop - place.start]
     return jax.device_put(out.reshape(shape))
 
 
-def empty(size: int, dtype: Any) -> np.ndarray:
-    """A row that starts where JAX takes an array over without a copy: at a multiple of 64 bytes."""
-    row = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
-    start = -row.ctypes.data % 64
-    return row[start : start + size * np.dtype(dtype).itemsize].view(dtype)
+def _rounded(function: Callable[..., Array], wide: Any, dtype: Any, numbers: Any, *rows: Any) -> Array:
+    return function(numbers, *[jnp.asarray(x, wide) for x in rows]).astype(dtype)
+
+
+_compiled = jax.jit(_rounded, static_argnums=(0, 1, 2))
+
+
+def _ready(piece: np.ndarray, spare: np.ndarray) -> np.ndarray:
+    """The piece as it is, or copied to the front of `spare`: whole, and where JAX reads it without a copy."""
+    if piece.size == PIECE and piece.dtype == spare.dtype and piece.ctypes.data % _ALIGNED == 0:
+        return piece
+    spare[: piece.size] = piece
+    return spare
+
+
+def _empty(size: int, dtype: Any) -> np.ndarray:
+    """A row that starts where JAX takes an array over without a copy."""
+    length = size * np.dtype(dtype).itemsize
+    row = np.empty(length + _ALIGNED, np.uint8)
+    start = -row.ctypes.data % _ALIGNED
+    return row[start : start + length].view(dtype)
 
 
 def products(leaves: Sequence[Any]) -> Float[np.ndarray, "tasks tasks"]:
     """The inner products of leaves on the host, summed in float64."""
-    total, block = np.zeros((len(leaves), len(leaves))), np.empty((len(leaves), PIECE), tree.wide_type(*leaves))
+    rows, size = [flat(x) for x in leaves], np.size(leaves[0])
+    block, summed = np.empty((len(rows), PIECE), tree.wide_type(*leaves)), np.zeros((len(rows), len(rows)))
     with np.errstate(all="ignore"):
-        for place, rows in pieces(leaves, block.dtype):
-            part = block[:, : place.stop - place.start]
-            np.stack(rows, out=part)
-            total += part @ part.T
-    return total
-
-
-def total(weights: Sequence, *rows: Any) -> Any:
-    """`Σ w_t row_t`."""
-    summed = weights[0] * rows[0]
-    for weight, row in zip(weights[1:], rows[1:], strict=True):
-        summed += weight * row
+        for start in range(0, size, PIECE):
+            part = block[:, : min(PIECE, size - start)]
+            for line, row in zip(part, rows, strict=True):
+                line[:] = row[start : start + part.shape[1]]
+            summed += part @ part.T
     return summed
+
+
+def total(weights: Any, *rows: Any) -> Any:
+    """`Σ w_t row_t`."""
+    return sum((w * x for w, x in zip(weights[1:], rows[1:], strict=True)), start=weights[0] * rows[0])
 
 
 def sums_are_finite(leaves: Sequence) -> bool:

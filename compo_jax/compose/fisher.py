@@ -1,12 +1,13 @@
 """Averages weighted by a diagonal of each task's curvature."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from compo_jax import tree
 from compo_jax.compose.entries import entrywise, on_host, total
@@ -91,11 +92,11 @@ def fisher_merge(
     don't fit, for a negative weight or Fisher, and where a model or a Fisher isn't finite, naming its leaves.
     """
     params = same(params, check_finite=check_finite)
-    merged, numbers, covered = _prepared(params, fishers, weights, damping, check_finite)
+    numbers, covered = _prepared(params, fishers, weights, damping, check_finite)
 
     def one(*rows):
         kind = tree.wide_type(*rows[: len(params)]) if wide else jnp.result_type(*rows[: len(params)])
-        return entrywise(merged, [x for x in rows if x is not None], numbers, kind)
+        return entrywise(_merged, [x for x in rows if x is not None], numbers, kind)
 
     return jax.tree.map(one, *params, *covered)
 
@@ -110,19 +111,19 @@ def fisher_compose(
     check_finite: bool = True,
 ) -> Tree:
     """`base + fisher_merge(deltas, fishers, weights)`, rounded once, of deltas that are `aligned`."""
-    merged, numbers, covered = _prepared(deltas, fishers, weights, damping, check_finite)
+    numbers, covered = _prepared(deltas, fishers, weights, damping, check_finite)
 
     def leaf(_, b, rows, curvature):
         rows = [b, *rows, *(x for x in curvature if x is not None)]
-        return entrywise(lambda xp, numbers, b, *rows: b + merged(xp, numbers, *rows), rows, numbers)
+        return entrywise(_moved, rows, numbers)
 
     return assembled(base, deltas, leaf, check_finite=check_finite, beside=covered)
 
 
 def _prepared(
     params: list[Tree], fishers: Sequence, weights: Weights | None, damping: Scalar, check_finite: bool
-) -> tuple[Callable, list, list[Tree]]:
-    """(the function for `entrywise` of the models' leaves and, where there are, the Fishers'; its numbers; these)."""
+) -> tuple[list, list[Tree]]:
+    """(the numbers that `_merged` takes, the Fishers' leaves)."""
     tasks = len(params)
     if len(fishers) != tasks:
         raise ValueError(f"{len(fishers)} Fishers were given for {tasks} models: one for each")
@@ -130,17 +131,24 @@ def _prepared(
     weights = weigh(weights, tasks, sign=False)
     covered, counts = _totals(fishers, params[0], check_finite)
 
-    def merged(xp, numbers, *rows):
-        w, counts, damping, (x, f) = numbers[:tasks], numbers[tasks:-1], numbers[-1], (rows[:tasks], rows[tasks:])
-        mean = total(w, *x) / sum(w)
-        if not f:
-            return mean
-        f = [a / n + damping for a, n in zip(f, counts, strict=True)]
-        highest = functools.reduce(xp.maximum, f)
-        scale = xp.where(highest > 0, highest, 1)  # pulls neither too large nor too small, whatever the Fishers' scale
-        pull = [weight * a / scale for weight, a in zip(w, f, strict=True)]
-        whole = sum(pull)
-        # around the mean, so that where nothing pulls the mean is what is left
-        return mean + total(pull, *[a - mean for a in x]) / xp.where(whole > 0, whole, 1)
+    return [*weights, *counts, damping], covered
 
-    return merged, [*weights, *counts, damping], covered
+
+def _merged(numbers: Array, *rows: Array) -> Array:
+    """Of T models' leaves and, where there are, T Fishers'; numbers are their weights and counts, and the damping."""
+    tasks = len(numbers) // 2
+    w, counts, damping, x, f = numbers[:tasks], numbers[tasks:-1], numbers[-1], rows[:tasks], rows[tasks:]
+    mean = total(w, *x) / jnp.sum(w)
+    if not f:
+        return mean
+    f = [a / n + damping for a, n in zip(f, counts, strict=True)]
+    highest = functools.reduce(jnp.maximum, f)
+    # pulls neither too large nor too small, whatever the Fishers' scale
+    pull = [weight * a / jnp.where(highest > 0, highest, 1) for weight, a in zip(w, f, strict=True)]
+    whole = sum(pull)
+    # around the mean, so that where nothing pulls the mean is what is left
+    return mean + total(pull, *[a - mean for a in x]) / jnp.where(whole > 0, whole, 1)
+
+
+def _moved(numbers: Array, b: Array, *rows: Array) -> Array:
+    return b + _merged(numbers, *rows)

@@ -64,12 +64,16 @@ def assembled(
     return params
 
 
+def moved_by(weights: Array, b: Array, *rows: Array) -> Array:
+    return b + total(weights, *rows)
+
+
 def weighed(base: Tree, deltas: Sequence[Tree], weights: Sequence, *, check_finite: bool) -> Tree:
     """`base + Σ w_t delta_t`, rounded once."""
 
     def leaf(_, b, row, __):
         own, there = zip(*[(w, x) for w, x in zip(weights, row, strict=True) if x is not None], strict=True)
-        return entrywise(lambda xp, w, b, *x: b + total(w, *x), [b, *there], own)
+        return entrywise(moved_by, [b, *there], own)
 
     return assembled(base, deltas, leaf, check_finite=check_finite)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from compo_jax import tree
 from compo_jax.compose.entries import flat, on_host, pieces
 
-_RUN, _RUNS = 64, 4096  # entries side by side, and how many times, that are looked at first
+_RUN, _RUNS = 128, 2048  # entries side by side, and how many times, that are looked at first
 
 
 def kth_largest(leaves: Sequence[Any], k: int) -> np.generic | Array:
@@ -40,7 +40,7 @@ def _guess(leaves: Sequence[Any], k: int, dtype: np.dtype) -> tuple[np.generic, 
         row = flat(leaf)
         sample += [row[start : start + _RUN] for start in range(0, np.size(leaf), step)]
     seen = np.sort(_sizes(np.concatenate(sample).astype(dtype)))
-    place, margin = round(seen.size * (1 - k / count)), round(4 * seen.size**0.5)
+    place, margin = round(seen.size * (1 - k / count)), round(8 * seen.size**0.5)
     return seen[max(0, place - margin)], seen[min(seen.size - 1, place + margin)]
 
 
@@ -49,13 +49,14 @@ def _between(leaves: Sequence[Any], k: int, low: Any, high: Any, dtype: np.dtype
     above = at_high = at_low = 0
     inside = [np.empty(0, dtype)]
     for leaf in leaves:
-        for _, (x,) in pieces([leaf], dtype):
-            x = np.abs(x)
-            top = _sizes(x[~(x < low)])  # few, and those that are NaN
-            above += np.count_nonzero(top > high)
-            at_high += np.count_nonzero(top == high)
-            at_low += np.count_nonzero((top == low) & (low < high))
-            inside.append(top[(top > low) & (top < high)])
+        for _, x in pieces(flat(leaf), np.size(leaf)):
+            x = np.abs(x.astype(dtype, copy=False))
+            over = x > high
+            near = _sizes(x[np.flatnonzero(~(over | (x < low)))])  # few, and those that are NaN
+            above += np.count_nonzero(over) + np.count_nonzero(near > high)
+            at_high += np.count_nonzero(near == high)
+            at_low += np.count_nonzero((near == low) & (low < high))
+            inside.append(near[(near > low) & (near < high)])
     within = np.concatenate(inside)
     if k <= above:
         return None, high, dtype.type(np.inf)

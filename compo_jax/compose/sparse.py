@@ -1,6 +1,5 @@
 """Rules that drop entries of the task vectors, by size (TIES) or by chance (DARE)."""
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Key
 
 from compo_jax import tree
 from compo_jax.compose.arithmetic import compose, task_arithmetic
@@ -37,7 +36,7 @@ def trim(delta: Tree, density: float, *, check_finite: bool = True) -> Tree:
     _require_density(density)
     (delta,) = same([delta], check_finite=check_finite)
     least = _least(delta, density)
-    return jax.tree.map(lambda x: entrywise(lambda xp, m, x: xp.where(xp.abs(x) < m[0], 0, x), [x], [least]), delta)
+    return jax.tree.map(lambda x: entrywise(_trimmed, [x], [least]), delta)
 
 
 def _least(delta: Tree, density: float) -> Any:
@@ -71,52 +70,74 @@ def ties(
     deltas = aligned(base, deltas, check_finite=check_finite)
     weights = weigh(weights, len(deltas), sign=False)
     least = [_least(delta, density) for delta in deltas]
-    count = len(deltas)
-
-    def merged(xp, numbers, b, *rows):
-        weights, least, scale = numbers[:count], numbers[count:-1], numbers[-1]
-        rows = [xp.where(xp.abs(x) < m, 0, x) for m, x in zip(least, rows, strict=True)]
-        elected = xp.sign(total(weights, *rows))
-        agree = [x * elected > 0 for x in rows]
-        summed = total(weights, *[xp.where(a, x, 0) for a, x in zip(agree, rows, strict=True)])
-        weight = total(weights, *agree)
-        return b + scale * (summed / xp.where(weight > 0, weight, 1))
 
     def leaf(_, b, rows, __):
-        return entrywise(merged, [b, *rows], [*weights, *least, scale])
+        return entrywise(_elected, [b, *rows], [*weights, *least, scale])
 
     return assembled(base, deltas, leaf, check_finite=check_finite)
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _draw(key: Key[Array, ""], piece: int | Array | None, rate: Scalar, size: int) -> Bool[Array, " size"]:
-    return jax.random.bernoulli(key if piece is None else jax.random.fold_in(key, piece), rate, (size,))
+def _trimmed(least: Array, x: Array) -> Array:
+    return jnp.where(jnp.abs(x) < least[0], 0, x)
 
 
-def _lost(key: Key[Array, ""], rate: Scalar, size: int) -> Bool[Array, " size"]:
-    """Which entries are dropped: drawn piece by piece, which is five times as fast as a large leaf at once."""
-    if size <= PIECE:
-        return _draw(key, None, rate, size)
-    numbers = jnp.arange(-(-size // PIECE))
-    if not on_host(key, rate):
-        return jax.vmap(lambda i: _draw(key, i, rate, PIECE))(numbers).ravel()[:size]
-    lost = np.empty(len(numbers) * PIECE, bool)
-    for i in range(len(numbers)):
-        lost[i * PIECE : (i + 1) * PIECE] = _draw(key, i, rate, PIECE)
-    return lost[:size]
+def _elected(numbers: Array, b: Array, *rows: Array) -> Array:
+    """TIES of T leaves; numbers are their weights, the least magnitudes that are kept, and the scale."""
+    tasks, scale = len(rows), numbers[-1]
+    weights, least = numbers[:tasks], numbers[tasks:-1]
+    rows = [jnp.where(jnp.abs(x) < m, 0, x) for m, x in zip(least, rows, strict=True)]
+    elected = jnp.sign(total(weights, *rows))
+    agreeing = [jnp.where(x * elected > 0, w, 0) for w, x in zip(weights, rows, strict=True)]
+    weight = sum(agreeing)
+    return b + scale * (total(agreeing, *rows) / jnp.where(weight > 0, weight, 1))
+
+
+def _drop(key: Key[Array, ""], rate: Scalar, x: Array) -> Array:
+    return jnp.where(jax.random.bernoulli(key, rate, x.shape), 0, x)
+
+
+_drop_small = jax.jit(_drop)
+
+
+@jax.jit
+def _drop_piece(key: Key[Array, ""], number: int | Array, rate: Scalar, x: Array) -> Array:
+    return _drop(jax.random.fold_in(key, number), rate, x)
+
+
+def _drop_row(key: Key[Array, ""], rate: Scalar, x: Array) -> Array:
+    """A large leaf's pieces are drawn each by itself, which is five times as fast as together."""
+    if x.size <= PIECE:
+        return _drop(key, rate, x)
+    count = -(-x.size // PIECE)
+    rows = jnp.pad(x, (0, count * PIECE - x.size)).reshape(count, PIECE)
+    return jax.vmap(_drop_piece, (None, 0, None, 0))(key, jnp.arange(count), rate, rows).ravel()[: x.size]
 
 
 class _Dropped(NamedTuple):
     """The entries of a leaf of which some are dropped, see `Deferred`."""
 
     row: Any
-    lost: np.ndarray
+    size: int
+    key: Key[Array, ""]
     rate: float
     dtype: np.dtype
 
     def __getitem__(self, place: slice) -> np.ndarray:
-        x = self.row[place].astype(self.dtype, copy=False)
-        return np.where(self.lost[place], 0, x / self.dtype.type(1 - self.rate))
+        start, stop, _ = place.indices(self.size)
+        if self.size <= PIECE:
+            return np.asarray(_drop_small(self.key, self.rate, self._scaled(0, self.size)))[place]
+        first = start // PIECE
+        found = [self._piece(number) for number in range(first, -(-stop // PIECE))]
+        cut = slice(start - first * PIECE, stop - first * PIECE)
+        return found[0][cut] if len(found) == 1 else np.concatenate(found)[cut]
+
+    def _piece(self, number: int) -> np.ndarray:
+        x = self._scaled(number * PIECE, min((number + 1) * PIECE, self.size))
+        return np.asarray(_drop_piece(self.key, number, self.rate, np.pad(x, (0, PIECE - x.size))))[: x.size]
+
+    def _scaled(self, start: int, stop: int) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return self.row[start:stop].astype(self.dtype, copy=False) / self.dtype.type(1 - self.rate)
 
 
 def dropped(key: Key[Array, ""], delta: Tree, rate: Scalar, *, deferred: bool = False) -> Tree:
@@ -129,11 +150,10 @@ def dropped(key: Key[Array, ""], delta: Tree, rate: Scalar, *, deferred: bool = 
     def one(x):
         own, wide, shape = next(keys), tree.wide_type(x), np.shape(x)
         if on_host(x, own, rate):
-            draw = lambda: _Dropped(flat(x), np.asarray(_lost(own, rate, np.size(x))), rate, wide)
-            later = Deferred(shape, wide, draw)
+            later = Deferred(shape, wide, lambda: _Dropped(flat(x), np.size(x), own, rate, wide))
             return later if deferred else jnp.asarray(np.asarray(later))
-        x = jnp.asarray(x, wide)
-        return jnp.where(_lost(own, rate, x.size).reshape(shape), 0, x / jnp.asarray(1 - rate, wide))
+        x = jnp.asarray(x, wide).ravel() / jnp.asarray(1 - rate, wide)
+        return _drop_row(own, rate, x).reshape(shape)
 
     return jax.tree.map(one, delta)
 

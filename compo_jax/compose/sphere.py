@@ -32,7 +32,7 @@ def gram(trees: Sequence[Tree]) -> Float[Array, "tasks tasks"]:
 def _sum(trees: Sequence[Tree], weights: Sequence, wide: bool) -> Tree:
     def one(*row):
         kind = tree.wide_type(*row) if wide else jnp.result_type(*row)
-        return entrywise(lambda _, w, *x: total(w, *x), row, weights, kind)
+        return entrywise(total, row, weights, kind)
 
     return jax.tree.map(one, *trees)
 

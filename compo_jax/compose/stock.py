@@ -9,7 +9,7 @@ import numpy as np
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.entries import entrywise, on_host, products
-from compo_jax.compose.leaves import Stacked, assembled, layers, stack
+from compo_jax.compose.leaves import Stacked, assembled, layers, moved_by, stack
 from compo_jax.compose.modules import aligned
 
 Tree = Any
@@ -41,7 +41,7 @@ def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: Stacked = STACKE
 
     def layer(b, *rows):
         found = share(jnp.asarray(products(rows), tree.wide_type(*rows)))
-        return entrywise(lambda _, w, b, *x: b + w[0] * sum(x), [b, *rows], [found])
+        return entrywise(moved_by, [b, *rows], [found] * tasks)
 
     def leaf(name, b, rows, _):
         if on_host(b, *rows):
