@@ -75,7 +75,7 @@ class _Zeros(NamedTuple):
 
 
 def merge_files(
-    rule: str,
+    name: str,
     paths: Sequence[str | os.PathLike],
     out: str | os.PathLike,
     *,
@@ -90,7 +90,7 @@ def merge_files(
     angle) read the files twice.
 
     Args:
-      rule: a name of `RULES`; not one that solves for all leaves at once (regmean, kronecker, ggn).
+      name: of `RULES`; not one that solves for all leaves at once (regmean, kronecker, ggn).
       paths: T checkpoints with the same tensors, in shapes and types, under the same names.
       out: either the whole file is there or, after an error, what was there before. Tensors, types and metadata are as
         in the base, or the first checkpoint.
@@ -104,14 +104,15 @@ def merge_files(
     FileNotFoundError for one that isn't there, and for the folder of `out`; what else `merge` raises; OSError where the
     file can't be written, the disk is full say.
     """
-    if not find_rule(rule).leafwise:
-        able = ", ".join(name for name in RULES if RULES[name].leafwise)
+    last = options.get("rule", "average") if name == "dare" else name
+    if not (find_rule(name).leafwise and find_rule(last).leafwise):
+        able = ", ".join(known for known in RULES if RULES[known].leafwise)
         raise ValueError(
-            f"the rule {rule!r} solves for all leaves at once and doesn't merge files leaf by leaf, as {able} do: load "
+            f"the rule {last!r} solves for all leaves at once and doesn't merge files leaf by leaf, as {able} do: load "
             "the checkpoints, and call merge"
         )
-    if base is None and rule not in _WITHOUT_BASE:
-        raise ValueError(f"the rule {rule!r} merges differences from a base: say base=, the file of the model before")
+    if base is None and name not in _WITHOUT_BASE:
+        raise ValueError(f"the rule {name!r} merges differences from a base: say base=, the file of the model before")
     if not paths or isinstance(paths, (str, os.PathLike)):
         raise ValueError(f"paths are the checkpoints to merge, a list of files, not {paths!r}")
     out = _place(out)
@@ -132,7 +133,7 @@ def merge_files(
     deltas = [deferred(lambda name, m=m: _Row(m, name, start, check_finite)) for m in models]
     double = any(tensor.dtype == "F64" for tensor in like.tensors.values())
     with jax.enable_x64(True) if double else contextlib.nullcontext():
-        _write(out, like, merge(rule, origin, deltas, check_finite=check_finite, **options))
+        _write(out, like, merge(name, origin, deltas, check_finite=check_finite, **options))
 
 
 def _place(out: str | os.PathLike) -> Path:
@@ -199,7 +200,7 @@ def _write(out: Path, like: _Checkpoint, params: Mapping[str, Any]) -> None:
         with open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in like.tensors:
-                file.write((params[name].open() if name in params else like.row(name)).view(np.uint8).data)
+                file.write((params[name].open()[:] if name in params else like.row(name)).view(np.uint8).data)
         os.replace(temporary, out)
     except OSError as error:
         raise OSError(error.errno, f"{out} is not written ({error.strerror or error})") from error

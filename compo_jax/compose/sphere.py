@@ -70,11 +70,17 @@ def slerp_weights(trees: Sequence[Tree], t: Scalar, check_finite: bool) -> list[
     cosine, t = cosines[0, 1], wide_number(t)
     if tree.concrete(cosine) and 1 + cosine < 10 * jnp.finfo(cosine.dtype).eps:
         raise ValueError("the two trees point in opposite directions: no great circle between them is the shortest")
+    return list(
+        _slerp_weights(jnp.stack([jnp.asarray(1 - t, norms.dtype), jnp.asarray(t, norms.dtype)]), cosine, norms)
+    )
+
+
+@jax.jit
+def _slerp_weights(shares: Array, cosine: Array, norms: Array) -> Array:
     straight = 1 - cosine < 10 * jnp.finfo(cosine.dtype).eps
     angle = jnp.arccos(jnp.where(straight, 0.0, cosine))
-    shares = jnp.stack([jnp.asarray(1 - t, norms.dtype), jnp.asarray(t, norms.dtype)])
     turned = jnp.where(straight, shares, jnp.sin(shares * angle) / jnp.sin(angle))
-    return list(turned * (shares @ norms) / norms)
+    return turned * (shares @ norms) / norms
 
 
 def karcher_mean(
