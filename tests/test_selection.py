@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import normal
 
-from compo_jax.compose import entries, selection, ties, trim
+from compo_jax.compose import drop, entries, selection, sparse, ties, trim
 from compo_jax.compose.selection import kth_largest
 
 
@@ -102,3 +102,14 @@ def test_pieces_and_whole_leaves_are_merged_alike(monkeypatch):
         merged = ties(start, deltas, [0.2, 0.5, 0.3], density=density)
         traced = jax.jit(lambda b, d, density=density: ties(b, d, [0.2, 0.5, 0.3], density=density))(start, deltas)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), merged, traced)
+
+
+def test_dropped_in_pieces_is_dropped_whole(monkeypatch):
+    monkeypatch.setattr(entries, "PIECE", 64)
+    monkeypatch.setattr(sparse, "PIECE", 64)
+    delta, key = {"w": normal(0, 30, 11).astype(np.float32), "b": np.ones(5, np.float32)}, jax.random.key(2)
+    found, traced = drop(key, delta, 0.3), jax.jit(lambda x: drop(key, x, 0.3))(delta)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, traced)
+    kept = np.asarray(found["w"]) != 0
+    np.testing.assert_allclose(np.asarray(found["w"])[kept], delta["w"][kept] / 0.7, rtol=1e-6)
+    assert 0.6 < kept.mean() < 0.8 and not np.array_equal(kept.ravel()[:64], kept.ravel()[64:128])

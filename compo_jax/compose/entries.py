@@ -41,7 +41,8 @@ class Deferred:
         return int(np.prod(self.shape))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self.open()[:], dtype or self.dtype, copy=copy).reshape(self.shape)
+        with jax.ensure_compile_time_eval():
+            return np.array(self.open()[:], dtype or self.dtype, copy=copy).reshape(self.shape)
 
 
 def on_host(*leaves: Any) -> bool:
@@ -80,13 +81,15 @@ def entrywise(
     dtype = jnp.result_type(leaves[0]) if dtype is None else dtype
     if not on_host(*leaves, *numbers):
         rows = [np.asarray(x) if isinstance(x, Deferred) else x for x in leaves]
-        return _rounded(function, wide, dtype, jnp.stack([jnp.asarray(n, wide) for n in numbers]), *rows)
+        run = _compiled if tree.concrete(rows, list(numbers)) else _rounded
+        return run(function, wide, dtype, jnp.stack([jnp.asarray(n, wide) for n in numbers]), *rows)
     numbers = np.array([np.asarray(n) for n in numbers], wide)
     out, rows = _empty(size, dtype), [flat(x) for x in leaves]
     spare = [_empty(PIECE, jnp.result_type(x)) for x in leaves]
-    for place, first in pieces(rows[0], size):
-        cut = [_ready(x, own) for x, own in zip([first, *(row[place] for row in rows[1:])], spare, strict=True)]
-        out[place] = _compiled(function, wide, dtype, numbers, *cut)[: place.stop - place.start]
+    with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):  # constants of a function that is traced
+        for place, first in pieces(rows[0], size):
+            cut = [_ready(x, own) for x, own in zip([first, *(row[place] for row in rows[1:])], spare, strict=True)]
+            out[place] = np.asarray(_compiled(function, wide, dtype, numbers, *cut))[: first.size]
     return jax.device_put(out.reshape(shape))
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Bool, Key
 
 from compo_jax import tree
 from compo_jax.compose.arithmetic import compose, task_arithmetic
@@ -92,25 +92,22 @@ def _elected(numbers: Array, b: Array, *rows: Array) -> Array:
     return b + scale * (total(agreeing, *rows) / jnp.where(weight > 0, weight, 1))
 
 
-def _drop(key: Key[Array, ""], rate: Scalar, x: Array) -> Array:
-    return jnp.where(jax.random.bernoulli(key, rate, x.shape), 0, x)
+def _lost(key: Key[Array, ""], rate: Scalar, size: int) -> Bool[Array, " size"]:
+    """Which entries are dropped; of a large leaf each piece by itself, as they are quick to draw in the cache."""
+    if size <= PIECE:
+        return jax.random.bernoulli(key, rate, (size,))
+    draw = lambda number: jax.random.bernoulli(jax.random.fold_in(key, number), rate, (PIECE,))
+    return jax.vmap(draw)(jnp.arange(-(-size // PIECE))).ravel()[:size]
 
 
-_drop_small = jax.jit(_drop)
+@jax.jit
+def _drop_small(key: Key[Array, ""], rate: Scalar, x: Array) -> Array:
+    return jnp.where(_lost(key, rate, x.size), 0, x)
 
 
 @jax.jit
 def _drop_piece(key: Key[Array, ""], number: int | Array, rate: Scalar, x: Array) -> Array:
-    return _drop(jax.random.fold_in(key, number), rate, x)
-
-
-def _drop_row(key: Key[Array, ""], rate: Scalar, x: Array) -> Array:
-    """A large leaf's pieces are drawn each by itself, which is five times as fast as together."""
-    if x.size <= PIECE:
-        return _drop(key, rate, x)
-    count = -(-x.size // PIECE)
-    rows = jnp.pad(x, (0, count * PIECE - x.size)).reshape(count, PIECE)
-    return jax.vmap(_drop_piece, (None, 0, None, 0))(key, jnp.arange(count), rate, rows).ravel()[: x.size]
+    return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, number), rate, x.shape), 0, x)
 
 
 class _Dropped(NamedTuple):
@@ -152,8 +149,8 @@ def dropped(key: Key[Array, ""], delta: Tree, rate: Scalar, *, deferred: bool = 
         if on_host(x, own, rate):
             later = Deferred(shape, wide, lambda: _Dropped(flat(x), np.size(x), own, rate, wide))
             return later if deferred else jnp.asarray(np.asarray(later))
-        x = jnp.asarray(x, wide).ravel() / jnp.asarray(1 - rate, wide)
-        return _drop_row(own, rate, x).reshape(shape)
+        x = jnp.asarray(x, wide)
+        return jnp.where(_lost(own, rate, x.size).reshape(shape), 0, x / jnp.asarray(1 - rate, wide))
 
     return jax.tree.map(one, delta)
 
