@@ -151,8 +151,8 @@ def _opened(path: str | os.PathLike) -> _Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}: check the path, or download the file first")
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:  # looks at the whole header
-            metadata = file.metadata()
+        with safetensors.safe_open(path, framework="numpy"):  # looks at the whole header, and the file's size
+            pass
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is no complete safetensors file ({error}): it may be a truncated download, a Git LFS pointer, or "
@@ -161,11 +161,10 @@ def _opened(path: str | os.PathLike) -> _Checkpoint:
     with open(path, "rb") as file:  # the library doesn't tell where tensors are, and would copy each to read it
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    tensors = {}
+    metadata, tensors = header.pop("__metadata__", None), {}
     for name, told in header.items():
-        if name != "__metadata__":
-            start, stop = told["data_offsets"]
-            tensors[name] = _Tensor(told["dtype"], tuple(told["shape"]), 8 + length + start, stop - start)
+        start, stop = told["data_offsets"]
+        tensors[name] = _Tensor(told["dtype"], tuple(told["shape"]), 8 + length + start, stop - start)
     return _Checkpoint(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), metadata)
 
 
