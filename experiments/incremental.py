@@ -53,6 +53,7 @@ PRESETS = {
 PRESET = {"tasks": 10, "epochs": 20, "batch": 128, "by": None, "train_split": None}
 # Classifiers on the base's features, which train no module: (features, labels, seed) -> (change of features, head).
 FROZEN = {"ncm": class_means, "ranpac": projected}
+FEATURES_BATCH = 128  # images in a forward pass: enough for a GPU, and of a small model a CPU's cache holds it
 WAYS = (
     "ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none", "sequential", "ewc", "lwf", "joint",
 )  # fmt: skip
@@ -261,9 +262,11 @@ def main(arguments: list[str] | None = None) -> None:
         memories = {name: memory for name, (memory, _) in trainers.items()}
         patterns = [pattern for pattern, _ in adapters.VIT_TARGETS]
         kinds = ["diagonal", *sorted({m.curvature for m in tried} - {"diagonal"})]
-        reference, refer = incremental.reference_stage(model, base, stream, settings, patterns, options.seed, kinds)
-        extract = incremental.features(model, stream, settings.eval_batch)
-        linear = incremental.features(model, stream, settings.eval_batch, around=base)
+        extract = incremental.features(model, stream, FEATURES_BATCH)
+        linear = incremental.features(model, stream, FEATURES_BATCH, around=base)
+        reference, refer = incremental.reference_stage(
+            model, base, stream, settings, patterns, options.seed, kinds, extract
+        )
         base_features = functools.cache(lambda t: extract(base, stream.tasks[t].train))
         evaluate = incremental.evaluator(extract, stream)
         of = {m.name: linear if m.mode == "tangent" else extract for m in tried}  # the model that was trained

@@ -27,7 +27,7 @@ def _take(split: Split, indices: np.ndarray) -> Batch:
 
 def _ahead(split: Split, make, start: int, stop: int) -> Iterator:
     """make(start), make(start + 1), ... made ahead by threads where images have to be decoded."""
-    if isinstance(split, ArraySplit):
+    if all(isinstance(part, ArraySplit) for part in getattr(split, "splits", (split,))):
         return map(make, range(start, stop))
     threads = min(16, os.cpu_count() or 1)  # each makes a whole batch, so this bounds the memory too
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from compo_jax.data import TaskStream
+from compo_jax.data import Split, TaskStream
 from compo_jax.incremental.classifier import Head, align, head_fisher, new_head, probe
 from compo_jax.incremental.features import feature_width, features
 from compo_jax.incremental.fisher import Fisher, mean, task_fisher, together
@@ -57,17 +57,19 @@ def reference_stage(
     adapted: Iterable[str],
     seed: int,
     kinds: Iterable[str] = ("diagonal",),
+    extract: Callable[[Tree, Split], Any] | None = None,
 ) -> tuple[Reference, Callable[[Reference, int], Reference]]:
     """The empty reference of a stream, and `(reference, t) -> reference` after task t.
 
     Args:
       adapted: path patterns of the weights whose curvature is wanted.
       kinds: of it, `diagonal` and `kronecker`.
+      extract: the model's `features`, where they are compiled already.
     """
     total = len(stream.classes)
     width = feature_width(model, base, stream)
     root = jax.random.key(seed)
-    extract = features(model, stream, settings.eval_batch)
+    extract = extract or features(model, stream, settings.eval_batch)
     probe_head = jax.jit(probe, static_argnames=("steps", "batch"))
     align_head = jax.jit(align, static_argnames=("batch",))
     curvature = task_fisher(model, stream, settings, list(adapted), list(kinds))
