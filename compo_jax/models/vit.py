@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from compo_jax.models.layers import Dense, LayerNorm, attention, gelu
 from compo_jax.models.sizes import channels_last, whole_numbers
 
 _NORMAL = nn.initializers.truncated_normal(0.02)
@@ -24,13 +25,13 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         batch, tokens, width = x.shape
-        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=_NORMAL, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0)
-        if x.dtype == jnp.float64:  # jax.nn's takes its softmax in float32 whatever comes in
-            x = nn.dot_product_attention(q, k, v)
+        qkv = Dense(3 * width, dtype=self.dtype, kernel_init=_NORMAL, name="qkv")(x)
+        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
+        if self.kernel == "xla" and qkv.dtype.itemsize > 2:
+            x = attention(*jnp.transpose(qkv, (2, 0, 3, 1, 4))).swapaxes(1, 2)
         else:
-            x = jax.nn.dot_product_attention(q, k, v, implementation=self.kernel)
-        return nn.Dense(width, dtype=self.dtype, kernel_init=_NORMAL, name="proj")(x.reshape(batch, tokens, width))
+            x = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0), implementation=self.kernel)
+        return Dense(width, dtype=self.dtype, kernel_init=_NORMAL, name="proj")(x.reshape(batch, tokens, width))
 
 
 class MLP(nn.Module):
@@ -42,9 +43,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         out = x.shape[-1]
-        x = nn.Dense(self.width, dtype=self.dtype, kernel_init=_NORMAL, name="fc1")(x)
-        x = nn.gelu(x, approximate=False)
-        return nn.Dense(out, dtype=self.dtype, kernel_init=_NORMAL, name="fc2")(x)
+        x = Dense(self.width, dtype=self.dtype, kernel_init=_NORMAL, name="fc1")(x)
+        x = gelu(x)
+        return Dense(out, dtype=self.dtype, kernel_init=_NORMAL, name="fc2")(x)
 
 
 class Block(nn.Module):
@@ -57,9 +58,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"], _=None):
-        norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")(x)
+        norm = LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")(x)
         x = x + Attention(self.heads, self.dtype, self.kernel, name="attention")(norm)
-        norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")(x)
+        norm = LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")(x)
         return x + MLP(self.mlp_width, self.dtype, name="mlp")(norm), None
 
 
@@ -118,9 +119,9 @@ class ViT(nn.Module):
             unroll=self.depth if self.unroll else 1,
         )
         self.blocks = scanned(self.heads, round(self.width * self.mlp_ratio), self.dtype, self.kernel, name="blocks")
-        self.norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")
+        self.norm = LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")
         if self.classes:
-            self.head = nn.Dense(self.classes, dtype=self.dtype, kernel_init=_NORMAL, name="head")
+            self.head = Dense(self.classes, dtype=self.dtype, kernel_init=_NORMAL, name="head")
 
     def features(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch features"]:
         """The CLS token after the last norm."""
