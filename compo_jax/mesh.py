@@ -11,8 +11,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-Tree = Any
-
 DATA = "data"  # the mesh axis that a batch is split over
 
 
@@ -39,14 +37,14 @@ def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
 
 
-def put(tree: Tree, sharding: Sharding) -> Tree:
+def put(tree: Any, sharding: Sharding) -> Any:
     """`jax.device_put`, to devices of other processes too: each process has the whole tree and takes its own pieces."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda at: x[at]), tree)
 
 
-def fetch(tree: Tree) -> Tree:
+def fetch(tree: Any) -> Any:
     """A placed tree as one that this process can read whole; the same tree where it can already.
 
     Every process calls it, for divided arrays are gathered.
@@ -96,7 +94,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def agreed(tree: Tree) -> Tree:
+def agreed(tree: Any) -> Any:
     """Process 0's values of a tree that has the same shapes and types in every process, which may differ by rounding.
 
     For whatever decides what is computed next, and for what training keeps a copy of on each device.

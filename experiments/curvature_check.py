@@ -16,19 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import job
-import numpy as np
-import optax
 from job import closing, console
 
-from compo_jax import adapters, curvature, incremental, report, tree
-from compo_jax.train import write_json
-
-Tree = Any
 SMALL = ["ita-lora", "none-lora"]
-PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
 
 parser = job.Parser(__doc__)
 parser.add_argument(
@@ -44,6 +35,20 @@ parser.add_argument(
 parser.add_argument("--weightings", type=job.number(int, 2), default=100, help="random compositions to forecast")
 parser.add_argument("--order", type=job.count, default=20, help="Lanczos steps")
 parser.add_argument("--seed", type=job.seed, default=0)
+
+if __name__ == "__main__":
+    closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from compo_jax import adapters, curvature, incremental, report, tree
+from compo_jax.train import write_json
+from compo_jax.tree import Tree
+
+PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
 
 
 class Problem(NamedTuple):

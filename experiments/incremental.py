@@ -24,26 +24,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
 import job
-import numpy as np
 from job import closing, console
-
-from compo_jax import adapters, data, incremental, mesh, models, report, tree
-from compo_jax.incremental import Method, Settings
-from compo_jax.pool import ModulePool
-from compo_jax.train import Checkpoints, jit_runner, open_run, pmap_runner, progress_bar, read_json, write_json
-
-
-def class_means(z, labels, seed):
-    del seed
-    return lambda z: z, incremental.nearest_class_mean(z, labels)
-
-
-def projected(z, labels, seed):
-    projection, head = incremental.random_projection(jax.random.key(seed), z, labels)
-    return lambda z: np.maximum(z @ projection, 0), head
-
 
 # What a data set wants where the command line says nothing.
 PRESETS = {
@@ -52,8 +34,7 @@ PRESETS = {
     "mnist": {"tasks": 5, "epochs": 1, "batch": 128},
 }
 PRESET = {"tasks": 10, "epochs": 20, "batch": 128, "by": None, "train_split": None}
-# Classifiers on the base's features, which train no module: (features, labels, seed) -> (change of features, head).
-FROZEN = {"ncm": class_means, "ranpac": projected}
+FROZEN = ("ncm", "ranpac")  # classifiers on the base's features, which train no module
 FEATURES_BATCH = 128  # images in a forward pass: enough for a GPU, and of a small model a CPU's cache holds it
 WAYS = (
     "ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none", "sequential", "ewc", "lwf", "joint",
@@ -93,7 +74,7 @@ def hosts(text: str) -> tuple:
     return () if found is None else (found[1], int(found[2]), int(found[3]))
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = job.Parser(__doc__)
     add = parser.add_argument
     add("--data", default="glyphs", help="glyphs, or the name of a TFDS image classification set")
@@ -144,8 +125,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     refuse_what_plays_no_part(parser, options)
-    if (place := vars(options).pop("hosts")) is not None:  # before anything touches a device
-        mesh.start_distributed(*place)
     for key, value in (PRESET | PRESETS.get(options.data, {})).items():
         if getattr(options, key, None) is None:
             setattr(options, key, value)
@@ -155,8 +134,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.methods = sorted(options.methods, key=lambda name: name in FROZEN)  # in order, those last
     if set(options.methods) <= set(FROZEN):
         raise ValueError(f"{', '.join(options.methods)} train nothing: name a method before them, ita-lora say")
-    if not options.parallel or not all(re.fullmatch(BELONGS["parallel"], name) for name in options.methods):
-        job.divisible(options.batch, "--batch")
     tried = "compare" if options.methods == COMPARED else "-".join(options.methods)
     suffix = "" if tried == "ita-lora" else f"-{tried}"
     options.name = options.name or job.plain(f"incremental-{options.data}-{options.seed}{suffix}")
@@ -178,6 +155,31 @@ def refuse_what_plays_no_part(parser: job.Parser, options: argparse.Namespace) -
     for key, pattern in BELONGS.items():
         if not any(re.fullmatch(pattern, name) for name in asked):
             parser.refuse(f"with {', '.join(asked)}", key)
+
+
+if __name__ == "__main__":
+    closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
+
+import jax
+import numpy as np
+
+from compo_jax import adapters, data, incremental, mesh, models, report, tree
+from compo_jax.incremental import Method, Settings
+from compo_jax.pool import ModulePool
+from compo_jax.train import Checkpoints, jit_runner, open_run, pmap_runner, progress_bar, read_json, write_json
+
+
+def class_means(z, labels, seed):
+    del seed
+    return lambda z: z, incremental.nearest_class_mean(z, labels)
+
+
+def projected(z, labels, seed):
+    projection, head = incremental.random_projection(jax.random.key(seed), z, labels)
+    return lambda z: np.maximum(z @ projection, 0), head
+
+
+CLASSIFIERS = {"ncm": class_means, "ranpac": projected}  # (features, labels, seed) -> (change of features, head)
 
 
 def methods(options) -> list[Method]:
@@ -217,6 +219,10 @@ def members(method: Method, names: list[str], t: int) -> tuple[list[str], list[s
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    if (place := vars(options).pop("hosts")) is not None:  # before anything touches a device
+        mesh.start_distributed(*place)
+    if not options.parallel or not all(re.fullmatch(BELONGS["parallel"], name) for name in options.methods):
+        job.divisible(options.batch, "--batch")
     began = time.perf_counter()
 
     # -- backbone and stream -------------------------------------------------------------------------------------------
@@ -351,7 +357,7 @@ def main(arguments: list[str] | None = None) -> None:
             for name in set(options.methods) & set(FROZEN):
                 seen = range(t + 1)
                 labels = np.concatenate([stream.tasks[k].train.labels + stream.offsets[k] for k in seen])
-                lift, head = FROZEN[name](np.concatenate([base_features(k) for k in seen]), labels, options.seed)
+                lift, head = CLASSIFIERS[name](np.concatenate([base_features(k) for k in seen]), labels, options.seed)
                 test = incremental.evaluator(lambda params, split, lift=lift: lift(extract(params, split)), stream)
                 rows[options.methods.index(name), t, : t + 1] = np.stack(test(base, head, t + 1), axis=-1)
             learned_state = {"reference": reference, "memories": memories, "rows": rows, "seconds": seconds}

@@ -10,15 +10,16 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from compo_jax.data import TaskStream
 from compo_jax.files import local_path
 from compo_jax.memory import keep_memory
+
+if TYPE_CHECKING:
+    from compo_jax.data import TaskStream
 
 console = Console()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -142,12 +143,16 @@ def plain(text: str) -> str:
 
 def divisible(batch: int, option: str) -> None:
     """ValueError where the devices can't share a batch."""
+    import jax
+
     if batch % (devices := jax.device_count()):
         raise ValueError(f"{option} {batch} can't be divided among {devices} devices: choose a multiple of {devices}")
 
 
-def tell_images(stream: TaskStream, images: int | None) -> None:
+def tell_images(stream: "TaskStream", images: int | None) -> None:
     """Prints where classes have fewer training images than were asked for."""
+    import numpy as np
+
     fewer = {}
     for task in stream.tasks:
         counts = np.bincount(task.train.labels, minlength=len(task.classes))
@@ -161,7 +166,7 @@ def tell_images(stream: TaskStream, images: int | None) -> None:
 
 
 # -- the end ---------------------------------------------------------------------------------------------------------
-def closing(main: Callable[[], None], again: str = "the same command goes on where it was") -> None:
+def closing(main: Callable[[], object], again: str = "the same command goes on where it was") -> None:
     """Runs `main`; what the user can mend is told in a line, and so is a stop by Ctrl-C, with how to go on."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs an error in every thread, and raises it
     keep_memory()

@@ -18,20 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import job
-import numpy as np
-import optax
 from job import closing, console
 
-from compo_jax import adapters, compose, curvature, incremental, report, tree
-from compo_jax.incremental.fisher import task_fisher
-from compo_jax.pool import ModulePool
-from compo_jax.train import write_json
-
 SMALL = ["none-lora", "none-full"]
-PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
+RULES = [  # those of compose.RULES
+    "average", "task_arithmetic", "ties", "dare", "slerp", "karcher", "model_stock", "tsv", "iso", "fisher", "regmean",
+    "kronecker", "ggn", "best_weights",
+]  # fmt: skip
 OPTIONS = {
     "dare": {"rate": 0.5},
     "regmean": {"scaling": 0.9},
@@ -47,8 +41,23 @@ parser.add_argument("--runs", type=job.path, default=Path("runs"), help="where a
 parser.add_argument("--data-dir", type=job.path, help="where the runs' TFDS set is now; default: where it was")
 parser.add_argument("--images", type=job.count, default=64, help="training images of a task for its curvature")
 parser.add_argument("--methods", nargs="+", help="pools of the runs; default: all that all runs have")
-parser.add_argument("--rules", nargs="+", choices=list(compose.RULES), help="default: all that take this many modules")
+parser.add_argument("--rules", nargs="+", choices=RULES, help="default: all that take this many modules")
 parser.add_argument("--seed", type=job.seed, default=0)
+
+if __name__ == "__main__":
+    closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from compo_jax import adapters, compose, curvature, incremental, report, tree
+from compo_jax.incremental.fisher import task_fisher
+from compo_jax.pool import ModulePool
+from compo_jax.train import write_json
+
+PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
 
 
 def with_curvature(run: incremental.FinishedRun, name: str, images: int, seed: int) -> tuple[ModulePool, dict]:

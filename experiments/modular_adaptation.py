@@ -15,13 +15,9 @@ a few minutes on 2 CPU cores. Expected numbers: README.md.
 import argparse
 import functools
 
-import jax.numpy as jnp
-import modular_job as job
-import numpy as np
+import job
 from job import closing, console
-
-from compo_jax import data, modular, report
-from compo_jax.modular import ModularNet, routes
+from modular_options import modular_parser, parsed
 
 PRESETS = {
     "rendered": {
@@ -58,8 +54,8 @@ ADAPTED = {
 }
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = job.modular_parser(__doc__)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = modular_parser(__doc__)
     add = parser.add_argument
     add("--data", default="rendered", help="rendered; digits; or a TFDS set whose splits are domains")
     add("--templates", type=job.count, help="modules")
@@ -70,7 +66,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--route-rate", type=job.rate, default=100.0, help="of a route, in multiples of that rate")
     add("--methods", nargs="*", choices=ADAPTED, default=list(ADAPTED), metavar="NAME", help="; ".join(ADAPTED))
     parser.set_defaults(patch=None)
-    options = job.parsed(parser, arguments, PRESETS, PRESET)
+    options = parsed(parser, arguments, PRESETS, PRESET)
     methods, told = [ADAPTED[name] for name in options.methods], "with these --methods"
     if not methods:
         parser.refuse(told, "adapt_batch")
@@ -79,6 +75,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if not any(route != "fixed" for _, route, _, _ in methods):
         parser.refuse(told, "route_rate")
     return options
+
+
+if __name__ == "__main__":
+    closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
+
+import jax.numpy as jnp
+import modular_job
+import numpy as np
+
+from compo_jax import data, modular, report
+from compo_jax.modular import ModularNet, routes
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -97,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     shape = {key: getattr(options, key) for key in ("layers", "templates", "width", "patch", "block")}
     net = ModularNet((len(classes),) * (len(domains) - 1), shared_head=True, **shape)
     one = net.clone(classes=net.classes[:1])
-    settings, runner = job.settings_of(options), job.runner_of(options)
+    settings, runner = modular_job.settings_of(options), modular_job.runner_of(options)
     learner = modular.learner(net, prepare, settings, stream.augment, runner=runner)
     adapting = settings._replace(
         steps=options.adapt_steps,
@@ -110,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     def adaptation(route, bn):
         return modular.adaptation(one, prepare, adapting, classes, route=route, bn=bn, runner=runner)
 
-    with job.opened(options, net) as (run, progress):
+    with modular_job.opened(options, net) as (run, progress):
 
         def pool(seed, target):
             return run.folder / "pools" / f"{seed}-{target}"
@@ -122,17 +129,17 @@ def main(arguments: list[str] | None = None) -> None:
         def sources(seed, target, folder):
             tasks = others(target)
             trained = learner.train(
-                job.initial(net, options.size, seed), [task.train for task in tasks], seed,
+                modular_job.initial(net, options.size, seed), [task.train for task in tasks], seed,
                 folder, log=run.log, record={"run": f"without {target}", "task": f"seed {seed}"}, progress=progress,
             )  # fmt: skip
             accuracy = modular.accuracies(net, prepare)(trained.variables, [task.test for task in tasks]).tolist()
-            job.store_network(pool(seed, target), net, trained.variables, tasks, accuracy, seed)
+            modular_job.store_network(pool(seed, target), net, trained.variables, tasks, accuracy, seed)
             return {"accuracy": accuracy}
 
         # -- the target ------------------------------------------------------------------------------------------------
         def adapted(seed, target, folder):
             task, names = domains[target], [other.name for other in others(target)]
-            net, variables = job.load_network(pool(seed, target), len(names))
+            net, variables = modular_job.load_network(pool(seed, target), len(names))
             score = modular.accuracies(net, prepare)(variables, [task.test] * len(names))
             objectives = modular.source_objectives(net, prepare, variables, task, bn="target")
             own = routes.hard(variables["params"]["route"])
@@ -178,8 +185,10 @@ def main(arguments: list[str] | None = None) -> None:
             trained.append([])
             found.append([])
             for target in targets:
-                trained[-1].append(job.part(run, f"{seed}-{target}-sources", functools.partial(sources, seed, target)))
-                found[-1].append(job.part(run, f"{seed}-{target}", functools.partial(adapted, seed, target)))
+                trained[-1].append(
+                    modular_job.part(run, f"{seed}-{target}-sources", functools.partial(sources, seed, target))
+                )
+                found[-1].append(modular_job.part(run, f"{seed}-{target}", functools.partial(adapted, seed, target)))
                 told = ", ".join(f"{name} {100 * x:.1f}" for name, x in found[-1][-1]["accuracy"].items())
                 console.print(f"seed {seed}, {target}: {told}")
 
@@ -194,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
             "targets": targets,
             "classes": list(classes),
             "seeds": options.seeds,
-            "net": job.described(net, options.size),
+            "net": modular_job.described(net, options.size),
             "made": "the domains are one set of digits, rendered in four ways" if stream.name == "rendered" else None,
             "baseline": BASELINE,
             "methods": {
@@ -217,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
             "routes": {target: one["routes"] for target, one in zip(targets, found[0], strict=True)},
             "templates": options.templates,
         }
-        job.finish(run, metrics, report.adaptation, report.adaptation_table)
+        modular_job.finish(run, metrics, report.adaptation, report.adaptation_table)
 
 
 if __name__ == "__main__":

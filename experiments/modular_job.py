@@ -1,23 +1,16 @@
-"""What the experiments on modular networks share: options, a run of several seeds, networks in and out of a pool."""
+"""What the experiments on modular networks share: a run of several seeds, networks in and out of a pool."""
 
 import argparse
 import contextlib
 import functools
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import job
-from job import Parser, console
-from job import count as count
-from job import number as number
-from job import rate as rate
-from job import seed as seed
-from job import tell_images as tell_images
+from job import console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -28,58 +21,6 @@ from compo_jax.pool import ModulePool
 from compo_jax.train import Run, jit_runner, once, open_run, pmap_runner, progress_bar, read_json, write_json
 
 FIXED = (0.0, 0.0)  # phases of a training on a fixed route
-PHASES = "parts of the steps after which routes begin to harden, and are fixed"
-
-
-def modular_parser(documentation: str | None) -> Parser:
-    """Options of all experiments on modular networks; those without a default have one for each data set."""
-    parser = Parser(documentation)
-    add = parser.add_argument
-    add("--data-dir", type=job.path, help="where TFDS has prepared the set")
-    add("--images", type=count, help="training images of a class; default: all of a real set")
-    add("--size", type=count, help="side of the images, in pixels")
-    add("--layers", type=count, help="layers of the network")
-    add("--width", type=count, help="channels")
-    add("--patch", type=count, default=4, help="side of the stem's patches, in pixels")
-    add("--block", choices=["basic", "bottleneck", "inverted"], default="basic")
-    add("--route", choices=["soft", "straight_through", "gumbel"], default="soft", help="how routes are learned")
-    add("--phases", type=number(float, 0, 1), nargs=2, default=(0.1, 0.4), metavar=("A", "B"), help=PHASES)
-    add("--steps", type=count, help="steps of a training")
-    add("--batch", type=count, help="images of each task in a step")
-    add("--learning-rate", type=rate, default=3e-3)
-    add("--runner", choices=["jit", "pmap"], default="jit")
-    add(
-        "--seeds",
-        type=seed,
-        nargs="+",
-        default=[0, 1, 2],
-        help="a finished run may be given more: name the old ones too",
-    )
-    add("--name", type=job.name, help="name of the run; default: made from the experiment and the data")
-    add("--runs", type=job.path, default=Path("runs"), help="folder of the runs")
-    add("--tensorboard", action="store_true")
-    return parser
-
-
-def parsed(parser: Parser, arguments: list[str] | None, presets: dict, default: dict) -> argparse.Namespace:
-    """The options, each that the command line leaves open as this data set wants it; ValueError for what can't be."""
-    options = parser.parse_args(arguments)
-    sets = [options.data] if isinstance(options.data, str) else options.data
-    name = "+".join(sets)
-    if set(sets) <= {"glyphs", "rendered"}:
-        parser.refuse(f"with {name}, whose images are rendered", "data_dir")
-    for key, value in (default | presets.get(name, {})).items():
-        if getattr(options, key) is None:
-            setattr(options, key, value)
-    options.name = options.name or job.plain(f"{Path(sys.argv[0]).stem.replace('_', '-')}-{name}")
-    if options.size % options.patch:
-        raise ValueError(f"images of {options.size} pixels can't be cut into patches of {options.patch}")
-    if options.phases[0] > options.phases[1]:
-        raise ValueError(f"--phases begin one after the other, the first not after the second: not {options.phases}")
-    for key in ("batch", "new_batch", "adapt_batch"):
-        if hasattr(options, key):
-            job.divisible(getattr(options, key), f"--{key.replace('_', '-')}")
-    return options
 
 
 @contextlib.contextmanager

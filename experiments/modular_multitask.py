@@ -14,15 +14,9 @@ import argparse
 import functools
 import time
 
-import jax
-import jax.numpy as jnp
-import modular_job as job
-import numpy as np
-import optax
+import job
 from job import closing, console
-
-from compo_jax import data, modular, report
-from compo_jax.modular import ModularNet, routes
+from modular_options import modular_parser, parsed
 
 BASELINES = ("single-task", "hard-sharing", "hard-sharing-bn", "random")
 PRESETS = {
@@ -33,8 +27,8 @@ PRESET = {"size": 32, "layers": 8, "width": 32, "templates": [8], "steps": 1000,
 AMOUNTS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of a re-routing
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = job.modular_parser(__doc__)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = modular_parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=["glyphs"], help="glyphs, or names of TFDS image classification sets")
     add("--tasks", type=job.count, help="tasks that a divided set gives; default all")
@@ -42,10 +36,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--bn", choices=["task", "layer", "template"], default="task", help="of learned orders and random routes")
     add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
     add("--analysis-images", type=job.count, default=50, help="test images of a task that modules are removed on")
-    options = job.parsed(parser, arguments, PRESETS, PRESET)
+    options = parsed(parser, arguments, PRESETS, PRESET)
     if options.templates[0] == 1:
         parser.refuse("with one template, which can't be removed", "analysis_images")
     return options
+
+
+if __name__ == "__main__":
+    closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
+
+import jax
+import jax.numpy as jnp
+import modular_job
+import numpy as np
+import optax
+
+from compo_jax import data, modular, report
+from compo_jax.modular import ModularNet, routes
 
 
 def some(split: data.Split, count: int) -> data.ArraySplit:
@@ -96,8 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
     train, test = [task.train for task in stream.tasks], [task.test for task in stream.tasks]
     classes, layers = tuple(len(task.classes) for task in stream.tasks), options.layers
     console.print(f"{stream.name}: {len(names)} tasks, {sum(classes)} classes, {sum(map(len, train))} images")
-    settings = job.settings_of(options)
-    in_order = settings._replace(phases=job.FIXED)
+    settings = modular_job.settings_of(options)
+    in_order = settings._replace(phases=modular_job.FIXED)
     shape = {key: getattr(options, key) for key in ("layers", "width", "patch", "block")}
     first = ModularNet(classes, templates=options.templates[0], bn=options.bn, **shape)
     plain = ModularNet(classes, templates=layers, **shape)  # each block once
@@ -107,17 +114,17 @@ def main(arguments: list[str] | None = None) -> None:
     if "random" in options.baselines:
         nets |= {f"random-{net.templates}": net for net in ordered.values()}
     nets |= ordered
-    runner = job.runner_of(options)
+    runner = modular_job.runner_of(options)
 
     @functools.cache
     def learner(net, settings):
         return modular.learner(net, prepare, settings, stream.augment, runner=runner)
 
-    with job.opened(options, first) as (run, progress):
+    with modular_job.opened(options, first) as (run, progress):
 
         def fitted(net, settings, splits, seed, order, label, folder):
             """(trained network, seconds)."""
-            variables, clock = job.initial(net, options.size, seed, order), time.perf_counter()
+            variables, clock = modular_job.initial(net, options.size, seed, order), time.perf_counter()
             record = {"run": label, "task": f"seed {seed}"}
             found = learner(net, settings).train(
                 variables, splits, seed, folder, log=run.log, record=record, progress=progress
@@ -152,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
             trained, seconds = fitted(net, settings, train, seed, None, name, folder)
             variables = trained.variables
             gap = learner(net, settings).gap(trained, train, seed, test)
-            job.store_network(pool(name, seed), net, variables, stream.tasks, gap.finetuned.tolist(), seed)
+            modular_job.store_network(pool(name, seed), net, variables, stream.tasks, gap.finetuned.tolist(), seed)
             soft = routes.soft(trained.before["params"]["route"], settings.temperature[1])
             lines = [r for r in run.log.records() if (r["run"], r["task"]) == (name, f"seed {seed}")]
             keys = ("step", "cross_entropy", "accuracy", "entropy", "unused", "temperature")
@@ -174,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
             for name in nets:
                 make = functools.partial(learned if name in ordered else fixed, name, seed)
                 make = functools.partial(alone, seed) if name == "single-task" else make
-                results[name].append(job.part(run, f"{seed}-{name}", make))
+                results[name].append(modular_job.part(run, f"{seed}-{name}", make))
                 accuracy = 100 * np.mean(results[name][-1]["accuracy"])
                 console.print(f"seed {seed}: {name} {accuracy:.1f} %, trained in {results[name][-1]['seconds']:.0f} s")
 
@@ -183,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         @functools.cache
         def stored():
-            return job.load_network(pool(main_method, seed), len(names))
+            return modular_job.load_network(pool(main_method, seed), len(names))
 
         def removed(folder):
             net, variables = stored()
@@ -201,8 +208,8 @@ def main(arguments: list[str] | None = None) -> None:
             return {"method": main_method, "task": names[0], **found}
 
         several = nets[main_method].templates > 1
-        removal = job.part(run, f"{seed}-removal", removed) if several else None
-        forecast = job.part(run, f"{seed}-bridge", bridged) if several else None
+        removal = modular_job.part(run, f"{seed}-removal", removed) if several else None
+        forecast = modular_job.part(run, f"{seed}-bridge", bridged) if several else None
 
         # -- report ----------------------------------------------------------------------------------------------------
         points = modular.Gap._fields
@@ -213,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
             "tasks": names,
             "classes": list(classes),
             "seeds": options.seeds,
-            "net": job.described(first, options.size),
+            "net": modular_job.described(first, options.size),
             "steps": options.steps,
             "phases": list(settings.phases),
             "methods": {
@@ -239,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
             "removal": {main_method: removal} if removal else {},
             "bridge": forecast,
         }  # fmt: skip
-        job.finish(run, metrics, report.multitask, report.multitask_table)
+        modular_job.finish(run, metrics, report.multitask, report.multitask_table)
 
 
 if __name__ == "__main__":

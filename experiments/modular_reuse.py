@@ -15,12 +15,9 @@ import argparse
 import functools
 import time
 
-import modular_job as job
-import numpy as np
+import job
 from job import closing, console
-
-from compo_jax import data, modular, report
-from compo_jax.modular import ModularNet, routes
+from modular_options import modular_parser, parsed
 
 PRESETS = {
     "glyphs": {"layers": 2, "width": 16, "steps": 400, "batch": 64, "tasks": 4, "images": 50},
@@ -29,13 +26,23 @@ PRESETS = {
 PRESET = {"tasks": None, "size": 32, "layers": 4, "width": 32, "steps": 2000, "batch": 128}
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = job.modular_parser(__doc__)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = modular_parser(__doc__)
     add = parser.add_argument
     add("--data", default="glyphs", help="glyphs, or the name of a TFDS image classification set")
     add("--tasks", type=job.count, help="scripts whose characters are the classes (rendered characters); default all")
     add("--bn", choices=["template", "task"], default="template", help="whose scale and bias: the block's, the layer's")
-    return job.parsed(parser, arguments, PRESETS, PRESET)
+    return parsed(parser, arguments, PRESETS, PRESET)
+
+
+if __name__ == "__main__":
+    closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
+
+import modular_job
+import numpy as np
+
+from compo_jax import data, modular, report
+from compo_jax.modular import ModularNet, routes
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,19 +67,19 @@ def main(arguments: list[str] | None = None) -> None:
         "learned": (deep, lambda seed: None),
         "distinct": (deep.clone(templates=double), lambda seed: np.arange(double)),
     }
-    settings, runner = job.settings_of(options), job.runner_of(options)
+    settings, runner = modular_job.settings_of(options), modular_job.runner_of(options)
 
     @functools.cache
     def learner(net, settings):
         return modular.learner(net, prepare, settings, found.augment, runner=runner)
 
-    with job.opened(options, deep) as (run, progress):
+    with modular_job.opened(options, deep) as (run, progress):
         # -- an order and a seed ---------------------------------------------------------------------------------------
         def measured(name, seed, folder):
             clock, (net, order) = time.perf_counter(), orders[name]
-            learns = learner(net, settings if name == "learned" else settings._replace(phases=job.FIXED))
+            learns = learner(net, settings if name == "learned" else settings._replace(phases=modular_job.FIXED))
             trained = learns.train(
-                job.initial(net, options.size, seed, order(seed)), [task.train], seed, folder,
+                modular_job.initial(net, options.size, seed, order(seed)), [task.train], seed, folder,
                 log=run.log, record={"run": name, "task": f"seed {seed}"}, progress=progress,
             )  # fmt: skip
             seconds, params = time.perf_counter() - clock, trained.variables["params"]
@@ -86,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
             if name == "learned":
                 gap = learns.gap(trained, [task.train], seed, [task.test])
                 made["gap"] = {key: float(value[0]) for key, value in gap._asdict().items()}
-                job.store_network(
+                modular_job.store_network(
                     run.folder / "pools" / f"learned-{seed}", net, trained.variables, [task], [made["accuracy"]], seed
                 )
             return made
@@ -96,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         results = {name: [] for name in orders}
         for seed in options.seeds:
             for name in orders:
-                results[name].append(job.part(run, f"{seed}-{name}", functools.partial(measured, name, seed)))
+                results[name].append(modular_job.part(run, f"{seed}-{name}", functools.partial(measured, name, seed)))
                 made = results[name][-1]
                 console.print(f"seed {seed}: {name} {100 * made['accuracy']:.1f} % in {made['seconds']:.0f} s")
 
@@ -109,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
             "classes": classes,
             "blocks": blocks,
             "seeds": options.seeds,
-            "net": job.described(deep, options.size),
+            "net": modular_job.described(deep, options.size),
             "methods": {
                 name: {
                     **{key: by_seed(name, key) for key in ("accuracy", "train_accuracy", "route", "seconds")},
@@ -122,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
             },
             "gap": {"learned": {point: [made["gap"][point] for made in results["learned"]] for point in points}},
         }
-        job.finish(run, metrics, report.reuse, report.reuse_table)
+        modular_job.finish(run, metrics, report.reuse, report.reuse_table)
 
 
 if __name__ == "__main__":

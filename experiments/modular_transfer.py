@@ -14,16 +14,9 @@ a finished one may be given more seeds. The first takes a few minutes on 2 CPU c
 import argparse
 import functools
 
-import jax
-import jax.numpy as jnp
-import modular_job as job
-import numpy as np
+import job
 from job import closing, console
-from sklearn.model_selection import cross_val_score
-from sklearn.neighbors import NearestCentroid
-
-from compo_jax import data, modular, report, tree
-from compo_jax.modular import ModularNet, routes
+from modular_options import modular_parser, parsed
 
 PRESETS = {
     "glyphs": {
@@ -43,13 +36,13 @@ PRESET = {
     "size": 32, "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32,
     "budgets": [10, 100, 0], "new_steps": 150,
 }  # fmt: skip
-PARTS = tuple(modular.PARTS)
+PARTS = ("head", "head+route", "head+bn", "head+bn+route", "all")  # those of modular.PARTS
 CONTROLS = ("head, random route", "head+route, new route", "head+route, untrained templates")
 METHODS = (*PARTS, "scratch", *CONTROLS)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = job.modular_parser(__doc__)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = modular_parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=["glyphs"], help="glyphs, or names of TFDS image classification sets")
     add("--tasks", type=job.count, help="tasks that a divided set gives; default all")
@@ -66,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="of the source's route, where a new one starts from it",
     )
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="; ".join(METHODS))
-    options = job.parsed(parser, arguments, PRESETS, PRESET)
+    options = parsed(parser, arguments, PRESETS, PRESET)
     if "head" not in options.methods:
         raise ValueError("the other methods are held against head: name it among --methods, too")
     if not {"head+route", "head+bn+route", "all"} & set(options.methods):
@@ -76,6 +69,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             "--budgets are 2 or more, for the nearest source is told by two images of each class; 0 for all"
         )
     return options
+
+
+if __name__ == "__main__":
+    closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
+
+import jax
+import jax.numpy as jnp
+import modular_job
+import numpy as np
+from sklearn.model_selection import cross_val_score
+from sklearn.neighbors import NearestCentroid
+
+from compo_jax import data, modular, report, tree
+from compo_jax.modular import ModularNet, routes
 
 
 def few(task: data.Task, budget: int, seed: int) -> data.ArraySplit:
@@ -123,9 +130,9 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(f"{stream.name}: {total} tasks, {options.held_out} of them left out")
     shape = {key: getattr(options, key) for key in ("layers", "templates", "width", "patch", "block")}
     first = ModularNet((len(stream.tasks[0].classes),), **shape)
-    settings = job.settings_of(options)
+    settings = modular_job.settings_of(options)
     new = settings._replace(steps=options.new_steps, batch=options.new_batch, learning_rate=options.new_learning_rate)
-    runner = job.runner_of(options)
+    runner = modular_job.runner_of(options)
 
     @functools.cache
     def transfer(net, part, settings):
@@ -136,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
         out = np.sort(np.random.default_rng(seed).permutation(total)[: options.held_out]).tolist()
         return [stream.tasks[t] for t in out], [stream.tasks[t] for t in range(total) if t not in out]
 
-    with job.opened(options, first) as (run, progress):
+    with modular_job.opened(options, first) as (run, progress):
 
         def pool(seed):
             return run.folder / "pools" / str(seed)
@@ -146,11 +153,11 @@ def main(arguments: list[str] | None = None) -> None:
             sources = divided(seed)[1]
             net = ModularNet(tuple(len(task.classes) for task in sources), **shape)
             trained = modular.learner(net, prepare, settings, stream.augment, runner=runner).train(
-                job.initial(net, options.size, seed), [task.train for task in sources], seed,
+                modular_job.initial(net, options.size, seed), [task.train for task in sources], seed,
                 folder, log=run.log, record={"run": "sources", "task": f"seed {seed}"}, progress=progress,
             )  # fmt: skip
             accuracy = modular.accuracies(net, prepare)(trained.variables, [task.test for task in sources]).tolist()
-            job.store_network(pool(seed), net, trained.variables, sources, accuracy, seed)
+            modular_job.store_network(pool(seed), net, trained.variables, sources, accuracy, seed)
             return {"accuracy": accuracy}
 
         # -- a new task ------------------------------------------------------------------------------------------------
@@ -160,8 +167,9 @@ def main(arguments: list[str] | None = None) -> None:
             if method in ("scratch", "head+route, untrained templates"):
                 alone = net.clone(classes=(classes,))
                 order = np.arange(options.layers) % options.templates if method == "scratch" else None
-                fresh = job.initial(alone, options.size, int(jax.random.randint(key, (), 0, 2**30)), order)
-                return alone, fresh, *(("all", new._replace(phases=job.FIXED)) if method == "scratch" else (part, new))
+                fresh = modular_job.initial(alone, options.size, int(jax.random.randint(key, (), 0, 2**30)), order)
+                fixed = new._replace(phases=modular_job.FIXED)
+                return alone, fresh, *(("all", fixed) if method == "scratch" else (part, new))
             if method == "head+route, new route":
                 return *modular.new_task(net, variables, key, classes), part, new
             one, begun = modular.new_task(net, variables, key, classes, like=source)
@@ -174,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
         def learned(seed, budget, folder):
             """Every method on every task left out, from this many labelled images of each class."""
             new_tasks, sources = divided(seed)
-            net, variables = job.load_network(pool(seed), len(sources))
+            net, variables = modular_job.load_network(pool(seed), len(sources))
             found, chosen = {name: [] for name in options.methods}, []
             for h, task in enumerate(new_tasks):
                 split = few(task, budget, seed)
@@ -194,10 +202,11 @@ def main(arguments: list[str] | None = None) -> None:
 
         source, results = [], {budget: [] for budget in options.budgets}
         for seed in options.seeds:
-            source.append(job.part(run, f"{seed}-sources", functools.partial(templates, seed)))
+            source.append(modular_job.part(run, f"{seed}-sources", functools.partial(templates, seed)))
             console.print(f"seed {seed}: sources {100 * np.mean(source[-1]['accuracy']):.1f} %")
             for budget in options.budgets:
-                results[budget].append(job.part(run, f"{seed}-{budget}", functools.partial(learned, seed, budget)))
+                made = modular_job.part(run, f"{seed}-{budget}", functools.partial(learned, seed, budget))
+                results[budget].append(made)
                 means = {name: 100 * np.mean(values) for name, values in results[budget][-1]["accuracy"].items()}
                 told = ", ".join(f"{name} {mean:.1f}" for name, mean in means.items())
                 console.print(f"seed {seed}, {budget or 'all'} labels a class: {told}")
@@ -205,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
         # -- report ----------------------------------------------------------------------------------------------------
         pairs = [divided(seed) for seed in options.seeds]
         net = ModularNet((len(pairs[0][0][0].classes),), **shape)
-        params = job.initial(net, options.size, 0)["params"]
+        params = modular_job.initial(net, options.size, 0)["params"]
         size = lambda patterns: modular.parameters(tree.partition(params, patterns)[0])
         shared = modular.parameters({key: params[key] for key in ("stem", "templates")})
         whole = modular.parameters(params)
@@ -225,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
             "held_out": [[task.name for task in out] for out, _ in pairs],
             "classes": [[len(task.classes) for task in out] for out, _ in pairs],
             "seeds": options.seeds,
-            "net": job.described(net, options.size),
+            "net": modular_job.described(net, options.size),
             "budgets": [budget or None for budget in options.budgets],
             "training": {"steps": options.new_steps, "batch": options.new_batch, "rate": options.new_learning_rate},
             "methods": {
@@ -240,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
             "source": [found["accuracy"] for found in source],
             "chosen": [[found["chosen"] for found in results[b]] for b in options.budgets],
         }
-        job.finish(run, metrics, report.transfer, report.transfer_table)
+        modular_job.finish(run, metrics, report.transfer, report.transfer_table)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import job
-import numpy as np
-import optax
 from job import closing, console
-
-from compo_jax import models
-from compo_jax.data import glyphs
-from compo_jax.models import ViT
-from compo_jax.train import Checkpoints, fit, init_state, jit_runner, open_run, progress_bar, read_json, write_json
 
 parser = job.Parser(__doc__)
 parser.add_argument("--steps", type=job.count, default=4000)
@@ -37,6 +28,19 @@ parser.add_argument("--heads", type=job.count, default=3)
 parser.add_argument("--seed", type=job.seed, default=0)
 parser.add_argument("--run", type=job.path, default=Path("runs/pretrain"), help="folder for log and checkpoints")
 parser.add_argument("--out", type=job.path, help="the .safetensors file; default: embedded.safetensors in that folder")
+
+if __name__ == "__main__":
+    closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from compo_jax import models
+from compo_jax.data import glyphs
+from compo_jax.models import ViT
+from compo_jax.train import Checkpoints, fit, init_state, jit_runner, open_run, progress_bar, read_json, write_json
 
 
 def prepare(images):

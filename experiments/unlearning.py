@@ -15,9 +15,6 @@ from pathlib import Path
 import job
 from job import closing, console
 
-from compo_jax import incremental, report
-from compo_jax.train import write_json
-
 SMALL = ["ita-lora", "iel-lora", "ita-ia3", "iel-ia3", "ita-full", "iel-full"]
 
 parser = job.Parser(__doc__)
@@ -27,6 +24,12 @@ parser.add_argument(
 parser.add_argument("--methods", nargs="+", help="pools of the runs; default: all that all runs have")
 parser.add_argument("--runs", type=job.path, default=Path("runs"), help="where a small run is made")
 parser.add_argument("--data-dir", type=job.path, help="where the runs' TFDS set is now; default: where it was")
+
+if __name__ == "__main__":
+    closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
+
+from compo_jax import incremental, report
+from compo_jax.train import write_json
 
 
 def measure(run: incremental.FinishedRun, name: str) -> dict:

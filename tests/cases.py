@@ -13,8 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from compo_jax import tree
 from compo_jax.models import ViT
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 class Case(NamedTuple):

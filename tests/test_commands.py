@@ -5,13 +5,15 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from jobs import ROOT, main
+from test_house import HEAVY
 
-from compo_jax import incremental
+from compo_jax import compose, incremental, modular
 from compo_jax.data import ArraySplit, Task, TaskStream
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -41,7 +43,7 @@ RANGES = {
     "curvature_check": {
         **each(COUNT, "images", "fisher-images", "fisher-batches", "order"), "weightings": ["1", *COUNT], "seed": SEED
     },
-    "throughput": {**each(COUNT, "batch", "rank", "steps"), "peak": RATE},
+    "throughput": {**each(COUNT, "batch", "rank", "steps", "threads"), **each(RATE, "peak", "minutes")},
     "pretrain": {**each(COUNT, "steps", "batch", "width", "depth", "heads"), "learning-rate": RATE, "seed": SEED},
 }  # fmt: skip
 OF_ALL_MODULAR = {
@@ -102,6 +104,38 @@ def test_every_number_has_a_range_which_the_help_shows(script):
             assert all(default is None or action.type(str(default)) == default for default in defaults)
 
 
+def test_help_and_a_wrong_option_end_before_jax_and_the_rooms_are_loaded():
+    lines = [[script, option] for script in SCRIPTS for option in ("--help", "--bogus")]
+    code = f"""
+import contextlib, io, json, runpy, sys
+sys.path.insert(0, {str(ROOT / "experiments")!r})
+told = []
+for script, option in {lines}:
+    sys.argv, printed = [script, option], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path({str(ROOT / "experiments")!r} + f"/{{script}}.py", run_name="__main__")
+    except SystemExit as end:
+        heavy = [name for name in {[*HEAVY, "jax", "numpy"]} if name in sys.modules]
+        told.append([script, option, end.code, heavy, printed.getvalue()])
+print(json.dumps(told))
+"""
+    told = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert [line[:2] for line in told] == lines
+    for script, option, code, heavy, printed in told:
+        assert not heavy, (script, option)
+        if option == "--help":
+            assert code == 0 and printed.startswith("usage: ")
+        else:
+            assert code == 2 and printed == "error: unrecognized arguments: --bogus\n"
+
+
+def test_the_names_that_options_offer_are_the_library_s():
+    assert list(compose.RULES) == load("merging").RULES
+    assert tuple(modular.PARTS) == load("modular_transfer").PARTS
+    assert tuple(load("incremental").CLASSIFIERS) == load("incremental").FROZEN
+
+
 GLYPHS = "with glyphs, which are rendered"
 
 
@@ -122,7 +156,6 @@ GLYPHS = "with glyphs, which are rendered"
         ("incremental", "--methods none-lora --pull 1 1", "--pull plays no part"),
         ("incremental", "--methods ita-lora ita-lora", "--methods has one of its values twice"),
         ("incremental", "--methods ncm", "train nothing"),
-        ("incremental", "--batch 12", "--batch 12 can't be divided among 8 devices: choose a multiple of 8"),
         ("incremental", "bogus", "unrecognized arguments: bogus"),
         ("merging", "--rules ties ties", "twice"),
         ("modular_multitask", "--data-dir x", "--data-dir plays no part with glyphs"),
@@ -147,6 +180,15 @@ def test_what_plays_no_part_or_does_not_go_together_is_refused(script, line, tol
     [
         ("throughput", "--curvature --rank 3 --peak 9", "--rank and --peak play no part with --curvature"),
         ("throughput", "--batch 12", "--batch 12 can't be divided among 8 devices"),
+        ("throughput", "--device --batch 12", "--batch 12 can't be divided among 8 devices"),
+        ("throughput", "--peers --model s16", "--model plays no part with --peers"),
+        ("throughput", "--minutes 3", "--minutes plays no part without --device"),
+        ("throughput", "--threads 2", "--threads plays no part without --peers"),
+        ("throughput", "--only hvp", "--only plays no part without --peers or --device"),
+        ("throughput", "--peers --only merging", "--only merging: the rows of --peers are forward, gradient"),
+        ("throughput", "--peers --rank 65", "--rank 65 is too large: the joint qkv of the ViT, 192 wide"),
+        ("throughput", "--peers --threads 9999", "--threads 9999 is more than the"),
+        ("throughput", "--peers --device", "not allowed with argument --peers"),
         ("merging", "--methods foo", "the small run has no pool of foo; it has none-lora, none-full"),
         ("merging", "--data-dir x", "--data-dir plays no part without --run"),
         ("merging", "--run x --runs y", "--runs plays no part with --run"),
@@ -156,6 +198,7 @@ def test_what_plays_no_part_or_does_not_go_together_is_refused(script, line, tol
         ("curvature_check", "--fisher-batches 8 7", "--fisher-batches 7: not divisors of 128 images"),
         ("pretrain", "--heads 5", "--heads 5 don't divide --width 96"),
         ("pretrain", "--out x.json", "name a file that ends in .safetensors"),
+        ("incremental", "--batch 12", "--batch 12 can't be divided among 8 devices: choose a multiple of 8"),
         ("incremental", "--tasks 12", "12 tasks were asked for and glyphs has 11 scripts: arabic, "),
         ("incremental", "--tasks 2 --classes 2 --images 8 --batch 64", "--batch 64 is more than all the 32"),
         ("modular_multitask", "--data rendered", "rendered without one: glyphs"),

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from compo_jax import adapters, tree
-from compo_jax.pool import ModulePool, storage
+from compo_jax.pool import ModulePool
 
 BASE = "0" * 64
 LORA = adapters.lora(rank=2, targets="kernel$")
@@ -114,7 +115,7 @@ def test_names_read_no_arrays(pool, base, monkeypatch):
     assert (pool.names(), len(pool), "task0" in pool, pool.path.exists()) == ([], 0, False, False)
     fill(pool, base, 3)
     (pool.path / "notes.txt").write_text("not a module")
-    monkeypatch.setattr(storage.ocp, "load_checkpointables", None)
+    monkeypatch.setattr(ocp, "load_checkpointables", None)
     assert (pool.names(), len(pool)) == (["task0", "task1", "task2"], 3)
     assert [name in pool for name in ("task1", "task9", "../pool", 3)] == [True, False, False, False]
     assert pool.manifest("task2").name == "task2"
@@ -133,14 +134,14 @@ def test_add_keeps_what_is_there_unless_told(pool, base):
 
 def test_name_taken_while_writing(pool, base, monkeypatch):
     first, second = modules(base, 2)
-    save, other = storage.ocp.save_checkpointables, ModulePool(pool.path)
+    save, other = ocp.save_checkpointables, ModulePool(pool.path)
 
     def slow(*args):
-        monkeypatch.setattr(storage.ocp, "save_checkpointables", save)
+        monkeypatch.setattr(ocp, "save_checkpointables", save)
         other.add("m", first, base=base, adapter=LORA)
         save(*args)
 
-    monkeypatch.setattr(storage.ocp, "save_checkpointables", slow)
+    monkeypatch.setattr(ocp, "save_checkpointables", slow)
     with pytest.raises(FileExistsError, match="has a module 'm'"):
         pool.add("m", second, base=base, adapter=LORA)
     same(pool.load("m"), first)
@@ -222,7 +223,7 @@ def test_failed_writes_leave_nothing(pool, base, monkeypatch):
         (path / "half").write_text("x")
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device [source='file.cc']")
 
-    monkeypatch.setattr(storage.ocp, "save_checkpointables", full)
+    monkeypatch.setattr(ocp, "save_checkpointables", full)
     for name in ("m", "new"):
         with pytest.raises(OSError, match=rf"module '{name}' of the pool .*No space left.* as it was: check that the"):
             pool.add(name, second, base=base, adapter=LORA, overwrite=True)

@@ -31,6 +31,7 @@ BASE = "0" * 64
 WORKER = """
 import itertools, os, random, signal, sys
 import numpy as np
+from orbax.checkpoint import v1 as loaded_before_the_fork
 from compo_jax.pool import ModulePool
 from compo_jax.train import Checkpoints
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from test_pool import same
 
 from compo_jax import mesh, tree
@@ -86,15 +87,15 @@ def test_attach_refuses(pool, parts, match):
 
 def test_attach_after_the_module_was_removed_or_changed(pool, monkeypatch):
     """What another process does while the arrays are written is not undone."""
-    save, other = storage.ocp.save_checkpointables, ModulePool(pool.path)
+    save, other = ocp.save_checkpointables, ModulePool(pool.path)
 
     def meanwhile(change):
         def slow(*args):
-            monkeypatch.setattr(storage.ocp, "save_checkpointables", save)
+            monkeypatch.setattr(ocp, "save_checkpointables", save)
             change()
             save(*args)
 
-        monkeypatch.setattr(storage.ocp, "save_checkpointables", slow)
+        monkeypatch.setattr(ocp, "save_checkpointables", slow)
 
     meanwhile(lambda: other.attach("m", one={"x": np.ones(1)}))
     assert set(pool.attach("m", two={"x": np.ones(2)}).parts) == {"module", "head", "one", "two"}
@@ -108,14 +109,14 @@ def test_attach_after_the_module_was_removed_or_changed(pool, monkeypatch):
 
 
 def test_a_reader_gets_the_new_part_where_the_old_one_went_away(pool, monkeypatch):
-    load, other = storage.ocp.load_checkpointables, ModulePool(pool.path)
+    load, other = ocp.load_checkpointables, ModulePool(pool.path)
 
     def slow(*args):
-        monkeypatch.setattr(storage.ocp, "load_checkpointables", load)
+        monkeypatch.setattr(ocp, "load_checkpointables", load)
         other.add("m", {"w": np.ones(9)}, base=BASE, adapter="full", overwrite=True)
         return load(*args)
 
-    monkeypatch.setattr(storage.ocp, "load_checkpointables", slow)
+    monkeypatch.setattr(ocp, "load_checkpointables", slow)
     same(pool.load("m"), {"w": np.ones(9)})
     verify = storage.verify
 

@@ -7,10 +7,11 @@ import warnings
 
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from compo_jax import tree
 from compo_jax.curvature import FisherDiagonal
-from compo_jax.pool import ModulePool, search, storage
+from compo_jax.pool import ModulePool, search
 
 BASE = {"w": np.ones(3, np.float32)}
 FISHER = FisherDiagonal({"w": np.ones(3, np.float32)}, np.int32(9), np.float32(1))
@@ -25,7 +26,7 @@ def pool(tmp_path, monkeypatch):
         "b", module, base=BASE, adapter="lora", check_adapter=False, task="greek+", classes=["β", "γ"], curvature=FISHER
     )
     pool.add("c", module, base="1" * 64, adapter="lora", task="latin", classes=["a"], metrics={"accuracy": 0.4})
-    monkeypatch.setattr(storage.ocp, "load_checkpointables", None)  # no array is read
+    monkeypatch.setattr(ocp, "load_checkpointables", None)  # no array is read
     return pool
 
 

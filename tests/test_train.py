@@ -209,6 +209,15 @@ def test_an_extra_argument_that_is_not_finite_is_not_taken_either():
     np.testing.assert_allclose(state.params["w"], 1 - 0.1 * 2 - 0.05, rtol=1e-6)
 
 
+def test_the_new_state_takes_the_memory_of_the_old_one_and_the_arrays_given_to_fit_stay():
+    runner, state, fixed = jit_runner(loss, optimizer(), mesh=data_mesh(1)), start(), context()
+    step = runner.step.lower(runner.place(state), runner.place(fixed), runner.shard(batch_of(0))).compile()
+    arrays = sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim)
+    assert step.memory_analysis().alias_size_in_bytes >= arrays
+    ended = fit(runner, state, {**fixed, "start": state.params}, batches, 2)
+    assert not any(x.is_deleted() for x in jax.tree.leaves((state, fixed, ended)) if isinstance(x, jax.Array))
+
+
 # -- killed and resumed ------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +285,8 @@ def test_a_killed_process_goes_on_as_if_it_had_not_been(tmp_path, uninterrupted)
     state, records = uninterrupted
     chance = random.Random(0)
     moments = [(count, chance.uniform(0, 0.05)) for count in (chance.randint(0, 3), chance.randint(4, 8), 13)]
-    program = f"import test_train, pathlib; test_train.killed(pathlib.Path({str(tmp_path)!r}), {moments})"
+    program = "from orbax.checkpoint import v1\n"  # before the fork, so that no child is killed while it loads that
+    program += f"import test_train, pathlib; test_train.killed(pathlib.Path({str(tmp_path)!r}), {moments})"
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}

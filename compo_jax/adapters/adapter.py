@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import FrozenDict, freeze, unfreeze
 
 from compo_jax import tree
+from compo_jax.tree import Tree
 
-Tree = Any
 Targets = str | Sequence[str | Sequence]  # patterns, or (pattern, multiple of the rank) pairs
 
 #: The weights that the paper adapts: every dense kernel of a ViT's blocks, three times the rank for the joint qkv.
@@ -121,9 +120,10 @@ def require_matrix(name: str, leaf: Any, what: str, stacked: str | Sequence[str]
 
 def alike(module: Tree, base: Tree) -> Tree:
     """`module` in the container of `base`, where one of them is a FrozenDict and the other a dict."""
-    if isinstance(base, FrozenDict) and isinstance(module, dict):
-        return freeze(module)
-    return unfreeze(module) if isinstance(module, FrozenDict) and isinstance(base, dict) else module
+    if isinstance(module, dict) and hasattr(base, "unfreeze"):  # asked so, this needs no Flax
+        return type(base)(module)
+    unfreeze = getattr(module, "unfreeze", None)
+    return unfreeze() if unfreeze and isinstance(base, dict) else module
 
 
 def kind(entry: Tree) -> str:

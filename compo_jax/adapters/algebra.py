@@ -24,8 +24,8 @@ from compo_jax.adapters.adapter import (
     whole_number,
 )
 from compo_jax.lapack import svd
+from compo_jax.tree import Tree
 
-Tree = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 

@@ -1,17 +1,20 @@
 """The forward pass of an adapted Linen model, by the adapter's short cut through dense layers where it has one."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import flax.linen as nn
 import jax
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import Adapter, alike, kind
 
+if TYPE_CHECKING:
+    import flax.linen
+
 _COLLECTION = "adapter"
 
 
-def adapted(model: nn.Module, adapter: Adapter) -> Callable:
+def adapted(model: "flax.linen.Module", adapter: Adapter) -> Callable:
     """`(base, module, *args, **kwargs) -> output` of `model` at `base + adapter.delta(module, base)`.
 
     With an adapter that has `dense` the sum is never formed: the module travels as a variable collection `adapter` and
@@ -20,6 +23,7 @@ def adapted(model: nn.Module, adapter: Adapter) -> Callable:
     "adapter": 0})`. Full deltas among a `mixed` adapter's entries (see `recompress`) are added to the base. ValueError
     where the module doesn't fit the base, and where an entry of it was not reached.
     """
+    import flax.linen as nn
 
     def merged(base, module, *args, **kwargs):
         return model.apply({"params": tree.add(base, adapter.delta(module, base))}, *args, **kwargs)

@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from compo_jax import tree
 from compo_jax.adapters import peft_config
@@ -27,8 +25,8 @@ from compo_jax.adapters.adapter import Adapter, entries
 from compo_jax.adapters.ia3 import ia3
 from compo_jax.adapters.lora import lora
 from compo_jax.files import local_path
+from compo_jax.tree import Tree
 
-Tree = Any
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 #: Kernels of a ViT and the modules of timm's `vit_*` that hold them; `{block}` stands for axis 0 of the kernel.
@@ -145,6 +143,8 @@ def save_peft(
 
 
 def _write(folder: Path, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    import safetensors.numpy
+
     if folder.exists():
         raise FileExistsError(f"there is something at {folder}: remove it, or choose another folder")
     hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
@@ -230,6 +230,8 @@ def load_peft(
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    import safetensors.numpy
+
     if not (folder / _CONFIG).is_file():
         raise FileNotFoundError(f"there is no {_CONFIG} in {folder}: a PEFT folder has one; check the path")
     config = peft_config.read(folder / _CONFIG)

@@ -1,7 +1,6 @@
 """Task vectors, and their weighted sums."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,7 @@ from compo_jax.adapters.adapter import alike
 from compo_jax.compose.leaves import require_sound
 from compo_jax.compose.modules import fitted, require_floating
 from compo_jax.compose.numbers import Scalar, Weights, require_number, weigh, wide_number
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def task_vector(params: Tree, base: Tree, *, check_finite: bool = True) -> Tree:

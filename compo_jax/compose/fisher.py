@@ -1,7 +1,6 @@
 """Averages weighted by a diagonal of each task's curvature."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,7 @@ from compo_jax.compose.leaves import leafwise, mean_delta, rounded
 from compo_jax.compose.modules import same
 from compo_jax.compose.numbers import Scalar, Weights, along, require_not_negative, weigh
 from compo_jax.curvature import FisherDiagonal
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def _mean(fisher: FisherDiagonal | Tree) -> Tree:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +20,7 @@ from compo_jax.compose.numbers import (
 )
 from compo_jax.compose.solve import Solved, solve_merge, symmetric_solve
 from compo_jax.curvature import Kronecker, merge_kronecker
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def _split(

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,8 @@ from jaxtyping import Array, Num
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED, is_stacked, patterns
 from compo_jax.compose.numbers import Scalar
+from compo_jax.tree import Tree
 
-Tree = Any
 Stacked = str | Sequence[str]
 
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import alike
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def require_floating(trees: Tree, what: str) -> None:

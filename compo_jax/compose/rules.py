@@ -19,8 +19,7 @@ from compo_jax.compose.spectral import iso, tsv
 from compo_jax.compose.sphere import karcher_mean, slerp
 from compo_jax.compose.stock import model_stock
 from compo_jax.curvature import Landscape
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 class Rule(NamedTuple):

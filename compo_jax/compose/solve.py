@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ from compo_jax.compose.numbers import Scalar, Weights, require_iterations, requi
 from compo_jax.compose.sphere import gram
 from compo_jax.curvature import FisherDiagonal
 from compo_jax.lapack import eigh
+from compo_jax.tree import Tree
 
-Tree = Any
 Matvec = Callable[[Tree], Tree]
 
 

@@ -13,8 +13,7 @@ from compo_jax.compose.arithmetic import compose
 from compo_jax.compose.leaves import leafwise, moved, require_sound
 from compo_jax.compose.modules import aligned, same
 from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh, wide_number
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def _require_density(density: float) -> None:

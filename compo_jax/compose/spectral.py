@@ -6,7 +6,6 @@ error belong to no direction (a LoRA delta has its rank and no more), and are le
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,8 @@ from compo_jax.compose.leaves import Stacked, by_layer, layers, leafwise, moved
 from compo_jax.compose.modules import aligned
 from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh
 from compo_jax.lapack import svd
+from compo_jax.tree import Tree
 
-Tree = Any
 Matrices = Float[Array, "tasks in out"]
 
 

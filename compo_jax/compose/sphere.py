@@ -6,7 +6,6 @@ weighted sum makes the result.
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,7 @@ from jaxtyping import Array, Float
 from compo_jax import tree
 from compo_jax.compose.modules import same
 from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_number, weigh, wide_number
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def gram(trees: Sequence[Tree]) -> Float[Array, "tasks tasks"]:

@@ -1,15 +1,13 @@
 """How far from the base towards the average: the answer of the angles between the task vectors."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.leaves import Stacked, by_layer, layers, leafwise, moved
 from compo_jax.compose.modules import aligned
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: Stacked = STACKED, check_finite: bool = True) -> Tree:

@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 
 from compo_jax import tree
 from compo_jax.mesh import DATA, replicated, split
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 class Batches(NamedTuple):

@@ -10,8 +10,7 @@ from jaxtyping import Array, Float
 
 from compo_jax import tree
 from compo_jax.curvature.pullback import Pulled, Reduction, pull_back
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 class FisherDiagonal(NamedTuple):

@@ -1,13 +1,13 @@
 """Directional derivatives, also of functions that JAX has no forward mode for: those with a `jax.custom_vjp`."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, jaxpr_as_fun
 
-Tree = Any
+from compo_jax.tree import Tree
 
 
 class Linear(NamedTuple):

@@ -15,8 +15,8 @@ from compo_jax.curvature.fisher import squares
 from compo_jax.curvature.layers import Dense
 from compo_jax.curvature.pullback import Pulled, Reduction, pull_back
 from compo_jax.lapack import eigh
+from compo_jax.tree import Tree
 
-Tree = Any
 Layout = tuple[tuple[str, Dense], ...]
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 

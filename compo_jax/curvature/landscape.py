@@ -14,8 +14,8 @@ from compo_jax.curvature.batches import Batches, each, require_deterministic, re
 from compo_jax.curvature.forward import linearise
 from compo_jax.curvature.quadratic import minimise
 from compo_jax.mesh import replicated
+from compo_jax.tree import Tree
 
-Tree = Any
 Weights = Num[Array, "*batch tasks"] | Num[np.ndarray, "*batch tasks"] | Sequence
 
 

@@ -16,8 +16,7 @@ from jax.extend.core import Jaxpr, Literal
 from jaxtyping import Array, Float
 
 from compo_jax import tree
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 class Dense(NamedTuple):

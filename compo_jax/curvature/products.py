@@ -21,8 +21,7 @@ from compo_jax.curvature.output_loss import (
     weights_of,
 )
 from compo_jax.mesh import replicated
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def _moved(params: Tree, vector: Tree) -> tuple[Tree, Tree]:

@@ -18,8 +18,7 @@ from compo_jax.curvature.output_loss import (
     require_outputs,
     require_targets,
 )
-
-Tree = Any
+from compo_jax.tree import Tree
 
 _HELD = 2**26  # numbers that a chunk may hold at once where the caller says nothing
 

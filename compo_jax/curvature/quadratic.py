@@ -4,7 +4,6 @@ import warnings
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import LinearConstraint, milp, minimize
 
 Vector = Float[np.ndarray, " n"]
 
@@ -60,6 +59,8 @@ def minimise(
 
 
 def _convex(gram, slope, lower, upper, sum_to) -> Vector:
+    from scipy.optimize import LinearConstraint, minimize
+
     middle = np.clip(np.full(len(slope), (sum_to or 0) / len(slope)), lower, upper)
     found = minimize(
         lambda w: (slope @ w + 0.5 * w @ gram @ w, slope + gram @ w),
@@ -90,6 +91,8 @@ def _is_minimum(gram, slope, lower, upper, w, sum_to) -> bool:
 
 
 def _global(gram, slope, lower, upper, sum_to) -> list[Vector]:
+    from scipy.optimize import LinearConstraint, milp
+
     n = len(slope)
     # Variables: w, m and v (multipliers of the lower and upper bounds), y and z (bound active: 1), s (of the sum).
     one, nil, width = np.eye(n), np.zeros((n, n)), np.diag(upper - lower)

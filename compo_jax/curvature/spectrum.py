@@ -18,8 +18,8 @@ from matfree import stochtrace
 
 from compo_jax import tree
 from compo_jax.curvature.batches import require_count, require_key
+from compo_jax.tree import Tree
 
-Tree = Any
 HIGHEST = jax.lax.Precision.HIGHEST  # products in TF32 or bfloat16 would cost Lanczos its orthogonality
 
 

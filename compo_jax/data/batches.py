@@ -4,7 +4,6 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 
-import grain
 import numpy as np
 
 from compo_jax.data.stream import ArraySplit, Split
@@ -29,6 +28,8 @@ def _ahead(split: Split, make, start: int, stop: int) -> Iterator:
     """make(start), make(start + 1), ... made ahead by threads where images have to be decoded."""
     if all(isinstance(part, ArraySplit) for part in getattr(split, "splits", (split,))):
         return map(make, range(start, stop))
+    import grain
+
     threads = min(16, os.cpu_count() or 1)  # each makes a whole batch, so this bounds the memory too
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     return iter(grain.MapDataset.range(start, max(start, stop)).map(make).to_iter_dataset(options))

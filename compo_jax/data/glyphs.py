@@ -11,10 +11,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
-from PIL import Image, ImageDraw, ImageFont
 
 TASKS: dict[str, str] = {
     "arabic": "ءبجخدرسشطعغفقكلمنوىي",
@@ -66,6 +64,8 @@ SCAN = Distortion(rotation=0.15, shear=0.15, bend=0.015, contrast=(0.7, 1.0), no
 
 def _master(character: str, face: Path, stroke: int) -> np.ndarray | None:
     """The character, centred and scaled to `_EXTENT`, or None where the face lacks it."""
+    from PIL import Image, ImageDraw, ImageFont
+
     font = ImageFont.truetype(str(face), 3 * _EXTENT, layout_engine=ImageFont.Layout.BASIC)
     left, top, right, bottom = font.getbbox(character, stroke_width=3 * stroke)
     big = Image.new("L", (right - left, bottom - top))
@@ -93,6 +93,8 @@ def masters(characters: str) -> UInt8[np.ndarray, "characters variants height wi
 
     A face that lacks a character is replaced by one that has it, so that every row has the same number of variants.
     """
+    import matplotlib
+
     fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")
     rows = []
     for character in characters:

@@ -3,13 +3,15 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import Int64
 
 from compo_jax.files import local_path
+
+if TYPE_CHECKING:
+    import tensorflow_datasets
 
 _CHUNK = 512  # records read at a time
 _POINTER = b"version https://git-lfs"
@@ -18,6 +20,8 @@ _AGAIN = "copy it again from where the set was prepared"
 
 def prepared(name: str, data_dir: str | Path) -> Path:
     """The folder of the set's newest version (or the one in `name`, as `mnist:3.0.1`), as TFDS lays it out."""
+    import tensorflow_datasets as tfds
+
     root = local_path(data_dir)
     advice = (
         f'prepare the set where there is a network: python -c "import tensorflow_datasets as tfds; tfds.builder('
@@ -38,8 +42,10 @@ def prepared(name: str, data_dir: str | Path) -> Path:
     return max(found, key=lambda folder: tfds.core.Version(folder.name))
 
 
-def open_builder(name: str, data_dir: str | Path) -> tfds.core.DatasetBuilder:
+def open_builder(name: str, data_dir: str | Path) -> "tensorflow_datasets.core.DatasetBuilder":
     """TFDS's reader of a prepared set; ValueError or FileNotFoundError for what is damaged or missing."""
+    import tensorflow_datasets as tfds
+
     folder = prepared(name, data_dir)
     for file in (folder / "features.json", folder / "dataset_info.json"):
         if not file.exists():
@@ -103,6 +109,8 @@ class Records:
     """The records of one split, images left as bytes; `where` names the set and the split in errors."""
 
     def __init__(self, builder, split: str):
+        import tensorflow_datasets as tfds
+
         self.where = f"{builder.info.full_name}, split {split!r}"
         self.pieces = _shards(builder, split)
         if not self.pieces:

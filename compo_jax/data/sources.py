@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import Int, Integer, UInt8
-from PIL import Image
 
 from compo_jax.data import augment as augmentation
 from compo_jax.data import records
@@ -50,14 +48,16 @@ class Decoding(NamedTuple):
     size: int
     crop: float = 1.0
     invert: bool = False
-    reduce: Image.Resampling = Image.Resampling.BICUBIC
+    reduce: Literal["BICUBIC", "BOX"] = "BICUBIC"
 
     def __call__(self, stored: bytes) -> UInt8[np.ndarray, "size size 3"]:
+        from PIL import Image
+
         with Image.open(io.BytesIO(stored)) as image:
             image = image.convert("RGB")
         side = self.crop * min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
-        method = self.reduce if side > self.size else Image.Resampling.BICUBIC
+        method = Image.Resampling[self.reduce if side > self.size else "BICUBIC"]
         box = (left, top, left + side, top + side)
         pixels = np.asarray(image.resize((self.size, self.size), method, box))
         return 255 - pixels if self.invert else pixels
@@ -116,6 +116,8 @@ def _drawn(labels: Integer[np.ndarray, " images"], rows: Integer[np.ndarray, " n
 
 def _named(builder, name: str, label: str, by: str | None, numbered: bool) -> dict[str, list[str]]:
     """The names of the values of all label features, once the set is seen to have those that are wanted."""
+    import tensorflow_datasets as tfds
+
     features = dict(builder.info.features)
     named = {key: feature.names for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)}
     if label not in named or not isinstance(features.get("image"), tfds.features.Image):
@@ -215,7 +217,7 @@ def tfds_stream(
 
     photographs = None in builder.info.features["image"].shape
     characters = of_characters(name)
-    method = Image.Resampling.BOX if characters else Image.Resampling.BICUBIC
+    method = "BOX" if characters else "BICUBIC"
     crops = (1.0, (0.875 if photographs else 1.0) if crop is None else crop)
     decodings = [Decoding(size, c, base in _INVERTED if invert is None else invert, method) for c in crops]
 

@@ -4,14 +4,13 @@ Each adapted weight, and each layer of a stacked one, is looked at by itself: on
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from compo_jax import adapters, tree
+from compo_jax.tree import Tree
 
-Tree = Any
 Penalty = Callable[[Tree], jax.Array]
 
 

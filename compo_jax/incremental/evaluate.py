@@ -1,7 +1,7 @@
 """What a model knows of a stream: its head put together from the tasks' heads, and its accuracy on each task."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,8 +9,7 @@ from jaxtyping import Float
 
 from compo_jax.data import JoinedSplit, Split, TaskStream
 from compo_jax.incremental.classifier import Head
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 class Accuracies(NamedTuple):

@@ -1,7 +1,6 @@
 """CLS features of a split's images, by the model or by its tangent at the base."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,8 @@ from jaxtyping import Array, Float
 
 from compo_jax import tree
 from compo_jax.data import Split, TaskStream, eval_batches
+from compo_jax.tree import Tree
 
-Tree = Any
 Images = Float[Array, "images size size 3"]
 
 

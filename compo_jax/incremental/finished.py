@@ -14,8 +14,8 @@ from compo_jax.files import local_path
 from compo_jax.incremental.classifier import Head
 from compo_jax.pool import ModulePool
 from compo_jax.train import read_json
+from compo_jax.tree import Tree
 
-Tree = Any
 _COMPOSED = ("ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none")  # ways that average modules in weight space
 
 

@@ -1,7 +1,7 @@
 """The curvature of a backbone's weights on a task, through a head over all classes seen."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from compo_jax.data import Split, TaskStream
 from compo_jax.incremental.classifier import Head, logits, masked
 from compo_jax.incremental.regularisers import Curvature
 from compo_jax.incremental.settings import Settings
+from compo_jax.tree import Tree
 
-Tree = Any
 Fisher = FisherDiagonal | Kronecker
 _ESTIMATORS = {"diagonal": fisher_diagonal, "kronecker": kronecker}
 

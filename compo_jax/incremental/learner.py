@@ -1,7 +1,7 @@
 """Training one module on one task, by any of the methods."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,7 @@ from compo_jax.incremental.reference import Reference
 from compo_jax.incremental.regularisers import head_penalty
 from compo_jax.incremental.settings import Method, Settings
 from compo_jax.train import fit, init_state, jit_runner
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 class Learned(NamedTuple):

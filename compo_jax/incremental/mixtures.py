@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 
 
 class Mixtures(NamedTuple):
@@ -33,6 +31,9 @@ def fit_mixtures(
     A class with fewer images than components gets one component an image. The variances are at least 1e-3 of the
     features' mean variance, so that a component of one image still has a width.
     """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
     weights, means, variances = (np.array(x) for x in mixtures)
     floor = max(1e-3 * float(features.var(axis=0).mean()), 1e-8)
     for label in np.unique(labels):

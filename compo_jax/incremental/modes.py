@@ -13,8 +13,8 @@ from compo_jax.incremental.features import feature_width, tangent_features
 from compo_jax.incremental.fisher import task_fisher
 from compo_jax.incremental.regularisers import Curvature, iel_penalty, ita_penalty, mean_entry
 from compo_jax.incremental.settings import Method, Settings
+from compo_jax.tree import Tree
 
-Tree = Any
 Memory = dict[str, Any]
 
 

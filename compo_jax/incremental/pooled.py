@@ -7,8 +7,7 @@ from compo_jax import compose, tree
 from compo_jax.incremental.classifier import Head
 from compo_jax.incremental.evaluate import stream_head
 from compo_jax.pool import ModulePool
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def pool_head(pool: ModulePool, names: Sequence[str], reference: Head, *, without: Collection[str] = ()) -> Head:

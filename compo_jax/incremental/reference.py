@@ -14,8 +14,7 @@ from compo_jax.incremental.fisher import Fisher, mean, task_fisher, together
 from compo_jax.incremental.mixtures import Mixtures, empty_mixtures, fit_mixtures, sample
 from compo_jax.incremental.regularisers import Curvature
 from compo_jax.incremental.settings import Settings
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 class Known(NamedTuple):

@@ -1,15 +1,14 @@
 """The penalties of incremental task arithmetic and of incremental ensemble learning, as scalars."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from compo_jax import tree
 from compo_jax.curvature import Kronecker
+from compo_jax.tree import Tree
 
-Tree = Any
 Curvature = Tree | Kronecker  #: a diagonal shaped as the parameters, with holes, or Kronecker factors
 
 

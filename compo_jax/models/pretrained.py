@@ -23,8 +23,8 @@ from compo_jax import tree
 from compo_jax.files import local_path
 from compo_jax.models.sizes import whole_numbers
 from compo_jax.models.vit import ViT
+from compo_jax.tree import Tree
 
-Tree = Any
 Shapes = Mapping[str, tuple[int, ...]]
 
 

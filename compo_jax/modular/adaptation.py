@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,7 @@ from compo_jax.modular.objective import Prepare, by_task, forward
 from compo_jax.modular.optimizer import optimizer
 from compo_jax.modular.settings import Settings
 from compo_jax.train import fit, init_state, jit_runner
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def information_maximisation(logits: Float[Array, "batch classes"]) -> Float[Array, ""]:

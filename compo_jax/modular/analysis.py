@@ -9,10 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.cluster.hierarchy
-import scipy.spatial.distance
 from jaxtyping import Array, Float, Int, Key
-from scipy.special import rel_entr
 
 from compo_jax import tree
 from compo_jax.modular import routes
@@ -36,6 +33,8 @@ def _draws(draws: int, least: int = 1) -> None:
 def task_distances(weights: Weights) -> Float[np.ndarray, "tasks tasks"]:
     """The Jensen-Shannon distance between two tasks' weights at a layer (base 2: 0 the same, 1 disjoint), mean over
     layers: a metric."""
+    from scipy.special import rel_entr
+
     a = _weights(weights)
     p, q = a[:, None], a[None]
     mean = (p + q) / 2
@@ -45,6 +44,9 @@ def task_distances(weights: Weights) -> Float[np.ndarray, "tasks tasks"]:
 
 def dendrogram(distances: Float[np.ndarray, "tasks tasks"]) -> Float[np.ndarray, "merges 4"]:
     """The linkage of tasks by average distance, for `scipy.cluster.hierarchy.dendrogram`."""
+    import scipy.cluster.hierarchy
+    import scipy.spatial.distance
+
     if len(distances) < 2:
         raise ValueError(f"a dendrogram merges two tasks or more, and there is {len(distances)}")
     if np.ndim(distances) != 2 or distances.shape[0] != distances.shape[1] or not np.isfinite(distances).all():

@@ -13,8 +13,7 @@ from compo_jax.modular import routes
 from compo_jax.modular.edit import take_tasks
 from compo_jax.modular.export import block, plain
 from compo_jax.modular.net import ModularNet, Route
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def route_landscape(

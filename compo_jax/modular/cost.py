@@ -1,15 +1,12 @@
 """What a network costs: scalars and multiply-adds."""
 
-from typing import Any
-
 import jax
 
 from compo_jax import tree
 from compo_jax.models.isometric import convolutions
 from compo_jax.models.sizes import whole_numbers, whole_patches
 from compo_jax.modular.net import ModularNet
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def parameters(params: Tree, *, route: bool = True) -> int:

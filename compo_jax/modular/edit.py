@@ -4,7 +4,6 @@ Each function takes a network and its variables and returns both anew.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,7 @@ from compo_jax.modular import routes
 from compo_jax.modular.layout import join, own, take
 from compo_jax.modular.mixing import count
 from compo_jax.modular.net import ModularNet
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def _heads(net: ModularNet, params: Tree, tasks: Sequence[int]) -> dict[str, Tree]:

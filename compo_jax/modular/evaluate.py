@@ -15,8 +15,7 @@ from compo_jax.modular import routes
 from compo_jax.modular.batches import balanced_eval
 from compo_jax.modular.net import ModularNet, Route
 from compo_jax.modular.objective import Prepare, by_task
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def require_tasks(net: ModularNet, splits: Sequence[Split], *, labels: bool = False) -> None:

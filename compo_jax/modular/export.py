@@ -1,7 +1,5 @@
 """One task of a modular network as a plain network, every block written out."""
 
-from typing import Any
-
 import jax
 import numpy as np
 
@@ -10,8 +8,7 @@ from compo_jax.modular import routes
 from compo_jax.modular.edit import take_tasks
 from compo_jax.modular.mixing import mix_templates
 from compo_jax.modular.net import ModularNet, Route
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def block(net: ModularNet, params: Tree, layer: int, weights) -> Tree:

@@ -1,7 +1,7 @@
 """Where a modular network's variables have their axes of tasks, layers and templates, and how these are cut."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +9,8 @@ from jaxtyping import Int
 
 from compo_jax import tree
 from compo_jax.modular.net import ModularNet
+from compo_jax.tree import Tree
 
-Tree = Any
 Axis = Literal["task", "layer", "template"]
 
 

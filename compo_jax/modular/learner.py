@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -19,8 +19,7 @@ from compo_jax.modular.objective import Prepare, objective
 from compo_jax.modular.optimizer import optimizer
 from compo_jax.modular.settings import Settings, phase
 from compo_jax.train import Checkpoints, fit, init_state, jit_runner
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 class Trained(NamedTuple):

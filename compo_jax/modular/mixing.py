@@ -1,15 +1,12 @@
 """Templates mixed by a route."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from compo_jax import tree
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def count(templates: Tree) -> int:

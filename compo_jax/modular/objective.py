@@ -13,8 +13,8 @@ from compo_jax.data.stream import Augmentation
 from compo_jax.modular import routes
 from compo_jax.modular.net import ModularNet
 from compo_jax.modular.settings import Phase, Settings, phase
+from compo_jax.tree import Tree
 
-Tree = Any
 Prepare = Callable[[Any], Array]
 Rows = Float[Array, "rows height width channels"]
 

@@ -11,8 +11,8 @@ from compo_jax.modular.edit import take_tasks
 from compo_jax.modular.layout import own
 from compo_jax.modular.net import ModularNet
 from compo_jax.pool import Manifest, ModulePool
+from compo_jax.tree import Tree
 
-Tree = Any
 SHARED, TASK = "modular-templates", "modular-task"
 
 

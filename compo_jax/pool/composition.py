@@ -1,14 +1,12 @@
 """The composition of a pool's modules on their base, one module in memory at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 
 from compo_jax import adapters, tree
 from compo_jax.pool.manifest import Manifest
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def deltas(

@@ -10,8 +10,8 @@ from compo_jax import tree
 from compo_jax.curvature import FisherDiagonal, Kronecker
 from compo_jax.curvature.layers import Dense
 from compo_jax.pool.manifest import Manifest
+from compo_jax.tree import Tree
 
-Tree = Any
 KINDS = ("diagonal", "kronecker")
 
 

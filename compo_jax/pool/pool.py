@@ -17,8 +17,7 @@ from compo_jax.pool import changes, composition, search, storage
 from compo_jax.pool import curvature as curvatures
 from compo_jax.pool import manifest as records
 from compo_jax.pool.manifest import Manifest
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 class ModulePool:

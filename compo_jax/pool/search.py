@@ -12,8 +12,8 @@ from compo_jax import tree
 from compo_jax.pool import curvature as curvatures
 from compo_jax.pool import manifest as manifests
 from compo_jax.pool.manifest import Manifest
+from compo_jax.tree import Tree
 
-Tree = Any
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 

@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
-from orbax.checkpoint import v1 as ocp
 
 from compo_jax import files, mesh, tree
 from compo_jax.pool import curvature as curvatures
 from compo_jax.pool import manifest as manifests
 from compo_jax.pool.manifest import Manifest
 from compo_jax.pool.search import checked
+from compo_jax.tree import Tree
 
-Tree = Any
 _TREE = "tree"
 _SMALL = 2**20  # bytes: orbax's own files are smaller
 
@@ -49,6 +48,8 @@ def _alone() -> contextlib.AbstractContextManager:
     """What orbax reads within waits for no other process of the job."""
     if not mesh.several():
         return contextlib.nullcontext()
+    from orbax.checkpoint import v1 as ocp
+
     context, own = ocp.Context(), jax.process_index()
     context.multiprocessing.primary_host, context.multiprocessing.active_processes = own, {own}
     return context
@@ -137,6 +138,8 @@ def save(folder: Path, value: Tree) -> dict[str, Any]:
 
     Raises OSError for whatever goes wrong.
     """
+    from orbax.checkpoint import v1 as ocp
+
     # orbax refuses empty arrays; the manifest knows their shapes
     kept = jax.tree.map(lambda x: x if x.size else None, value)
     try:
@@ -252,6 +255,8 @@ def load(folder: Path, manifest: Manifest, part: str, sharding: Sharding | Calla
     NumPy arrays are verified by their fingerprint, so that large files are read once; sharded ones, which no device
     or process may hold whole, by the checksums of the files.
     """
+    from orbax.checkpoint import v1 as ocp
+
     described = manifest.parts[part]["leaves"]
     plan = None if sharding is None else _planned(sharding, described)
     verify(folder, manifest, part, _SMALL if plan is None else None)

@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Float
 from rich.table import Table
 from rich.text import Text
-from scipy.stats import spearmanr
 
 from compo_jax.report.adaptation_figures import GROUPS
 from compo_jax.report.modular_numbers import Paired, check_modular, paired, paired_text, templates_of
@@ -51,6 +50,8 @@ class Found(NamedTuple):
 
         nan for fewer than three methods that are known, and where all are the same.
         """
+        from scipy.stats import spearmanr
+
         methods = [method for method in self.methods.values() if method.group in groups]
         seeds, targets = self.methods[self.baseline].accuracy.shape
         found = np.full((seeds, targets), np.nan)

@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
-from sklearn.isotonic import isotonic_regression
 
 INK = "#333333"
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
@@ -120,6 +119,8 @@ def accuracy_so_far(
 
     A method known only after the last task is one point; `frozen` is a dashed line.
     """
+    from scipy.optimize import isotonic_regression
+
     figure = titled_figure("Mean accuracy over the tasks seen so far", max(3.5, 1 + 0.24 * len(matrices)))
     axes = figure.add_subplot()
     count = len(next(iter(matrices.values())))
@@ -144,7 +145,7 @@ def accuracy_so_far(
 
     ends.sort(key=lambda end: end[1])
     steps = 0.055 * (high - low) * np.arange(len(ends))  # a line of text; the least shift that keeps labels apart
-    places = isotonic_regression(np.array([y for _, y, _ in ends]) - steps) + steps
+    places = isotonic_regression(np.array([y for _, y, _ in ends]) - steps).x + steps
     right = axes.get_xlim()[1]
     for (name, y, colour), place in zip(ends, places, strict=True):
         axes.annotate(

@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from sklearn.isotonic import isotonic_regression
 
 from compo_jax.report.figures import ANNOTATED, COLOURS, INK, STYLE, middle, name_ticks, titled_figure
 from compo_jax.report.merging_numbers import DAGGER, Runs
@@ -97,6 +96,8 @@ def over_time(
       alone: the accuracy of the pool's modules, each on its own task.
       look: which colour and marker, by the pool's place in `normalised`.
     """
+    from scipy.optimize import isotonic_regression
+
     figure = titled_figure(f"Accuracy over the rule's time, {middle(pool, 30)}", max(2.6, 1 + 0.165 * len(found)))
     axes = figure.add_subplot()
     known = [(rule, x, 100 * y) for rule, (x, y) in found.items() if x > 0 and np.isfinite(y)]
@@ -126,7 +127,7 @@ def over_time(
     # in fractions of the axes: the least shift that keeps a line of text between names, and all beside the axes
     heights = (y - low + margin) / (high - low + 2 * margin)
     steps = np.arange(len(y)) * min(0.085, 1 / len(y))
-    places = np.clip(isotonic_regression(heights - steps), 0.02, 0.98 - steps[-1]) + steps
+    places = np.clip(isotonic_regression(heights - steps).x, 0.02, 0.98 - steps[-1]) + steps
     for (rule, *point), place in zip(known, places, strict=True):
         axes.annotate(
             marked(rule, told),

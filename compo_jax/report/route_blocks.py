@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import scipy.cluster.hierarchy
 from jaxtyping import Float
 
 from compo_jax.modular import analysis
@@ -109,6 +108,8 @@ def _removal(given: Mapping[str, Any], where: str, shape: tuple[int, int], order
 
 def route_blocks(metrics: Metrics) -> Iterator[str]:
     """The figures of the first method in `routes`, none where there is none; see `report.multitask`."""
+    from scipy.cluster.hierarchy import leaves_list
+
     if not (every := metrics.get("routes")):
         return
     name, given = next(iter(every.items()))
@@ -120,7 +121,7 @@ def route_blocks(metrics: Metrics) -> Iterator[str]:
     own, mean, deviation, above = (_Numbers.apart(row, layers) for row in null)
     order = np.arange(len(tasks))
     if len(tasks) > 1:
-        order = scipy.cluster.hierarchy.leaves_list(analysis.dendrogram(analysis.task_distances(weights)))
+        order = leaves_list(analysis.dendrogram(analysis.task_distances(weights)))
 
     hard, surety = weights.argmax(-1), None
     if given.get("soft") is not None:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
-import scipy.cluster.hierarchy
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
@@ -67,7 +66,9 @@ def distances(
     matrix: Float[np.ndarray, "tasks tasks"], linkage: Float[np.ndarray, "merges 4"], tasks: Sequence[str]
 ) -> Figure:
     """Heat map of distances between tasks under their dendrogram, in whose order they stand."""
-    tree = scipy.cluster.hierarchy.dendrogram(linkage, no_plot=True)
+    from scipy.cluster.hierarchy import dendrogram
+
+    tree = dendrogram(linkage, no_plot=True)
     order = tree["leaves"]
     figure = titled_figure("Distance between the tasks' routes", 2.8 + 0.13 * len(tasks))
     above, axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3.6))

@@ -10,11 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
 
 from compo_jax import files, mesh, tree
+from compo_jax.tree import Tree
 
-Tree = Any
 _KEPT = 2
 
 
@@ -87,6 +86,8 @@ class Checkpoints:
         """
         if self.latest == number:
             return
+        from orbax.checkpoint import v1 as ocp
+
         made = {"number": number, "sha256": _checksums(state)}
         try:
             self._remove(self._damaged)
@@ -131,6 +132,8 @@ class Checkpoints:
 
     def _read(self, number: int, like: Tree) -> Tree:
         """_Refused where the checkpoint is damaged, or isn't of the structure of `like`."""
+        from orbax.checkpoint import v1 as ocp
+
         folder = self.path / str(number)
         try:
             with files.one_error(everything=True):

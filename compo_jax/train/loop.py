@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -14,8 +15,7 @@ from compo_jax.train.checkpoints import Checkpoints
 from compo_jax.train.log import Log
 from compo_jax.train.runners import Runner
 from compo_jax.train.step import TrainState
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 def progress_bar(**kwargs) -> Progress:
@@ -92,7 +92,8 @@ def fit(
             checkpoints.save(int(np.max(state.step)), {"state": state, "position": position})
 
     bar = None if progress is None else progress.add_task(label, total=steps, completed=first, loss=np.nan, rate=np.nan)
-    placed, context = runner.place(state), runner.place(context)
+    # A step uses up the state that it gets; the caller's arrays, and the context's, stay.
+    placed, context = runner.place(jax.tree.map(jnp.copy, state)), runner.place(context)
     last_save = since = time.perf_counter()
     images, k = 0, first
     earlier = log.records() if first and log is not None else []
@@ -130,7 +131,7 @@ def fit(
     mesh.barrier("checkpoints are written")
     if progress is not None:
         progress.remove_task(bar)
-    return jax.tree.map(jax.numpy.asarray, runner.fetch(placed))
+    return jax.tree.map(jnp.asarray, runner.fetch(placed))
 
 
 def _losses(values: Mapping[str, Any]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Two ways to run the same step on any number of devices: jit over a mesh, and pmap."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 
 from compo_jax import mesh as meshes
 from compo_jax.train.step import TrainState, make_step
-
-Tree = Any
+from compo_jax.tree import Tree
 
 
 class Runner(NamedTuple):
@@ -21,7 +20,8 @@ class Runner(NamedTuple):
       place: puts a state or a context (the same on every device) where the step wants it; of several processes'
         values, which may differ by rounding, process 0's.
       shard: divides a batch (first axis) among the devices.
-      step: `(state, context, batch) -> (state, metrics)` on what `place` and `shard` return.
+      step: `(state, context, batch) -> (state, metrics)` on what `place` and `shard` return. The new state takes the
+        memory of the old one, which can't be read afterwards; place a copy of arrays that are still needed.
       fetch: a placed tree as one copy, for saving and reading.
     """
 
@@ -48,7 +48,7 @@ def jit_runner(loss, optimizer, *, extras=None, mesh: Mesh | None = None) -> Run
     the gradients.
     """
     mesh = meshes.data_mesh() if mesh is None else mesh
-    step = jax.jit(make_step(loss, optimizer, extras=extras))
+    step = jax.jit(make_step(loss, optimizer, extras=extras), donate_argnums=0)
 
     def place(tree):
         return meshes.put(meshes.agreed(tree), meshes.replicated(mesh))
@@ -85,6 +85,6 @@ def pmap_runner(loss, optimizer, *, extras=None, devices: int | None = None) -> 
     return Runner(
         place=lambda tree: copies(jax.device_put(meshes.agreed(tree), meshes.replicated(here))),
         shard=shard,
-        step=jax.pmap(step, axis_name=meshes.DATA, devices=list(mesh.devices.flat)),
+        step=jax.pmap(step, axis_name=meshes.DATA, devices=list(mesh.devices.flat), donate_argnums=0),
         fetch=lambda tree: jax.tree.map(lambda x: x.addressable_data(0)[0], tree),
     )

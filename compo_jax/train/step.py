@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-Tree = Any
+from compo_jax.tree import Tree
+
 Metrics = dict[str, jax.Array]
 
 
