@@ -237,6 +237,31 @@ def test_the_evaluator_counts_right_answers(stream, base, features, references):
         np.testing.assert_allclose(found.within[t], np.mean(own == labels))
 
 
+def test_references_made_ahead_are_those_made_one_after_another(references):
+    made = []
+
+    def after(reference, t):
+        made.append(t)
+        return references[t + 1] if reference is references[t] else None
+
+    ahead = incremental.references(after, references[0], 0, 2)
+    assert all(found is wanted for found, wanted in zip(ahead, references[1:], strict=True))
+    assert made == [0, 1]
+    assert list(incremental.references(after, references[2], 2, 2)) == []
+
+
+def test_an_error_in_a_reference_made_ahead_is_raised_where_it_is_wanted(references):
+    def after(reference, t):
+        if t:
+            raise ValueError("the features hold NaN")
+        return references[1]
+
+    ahead = incremental.references(after, references[0], 0, 3)
+    assert next(ahead) is references[1]
+    with pytest.raises(ValueError, match="hold NaN"):
+        next(ahead)
+
+
 # -- the modes ---------------------------------------------------------------------------------------------------------
 
 
