@@ -16,6 +16,7 @@ What lives where; a room imports only from floors below its own:
     0      tree         algebra on pytrees that `jax.tree` and `optax.tree` lack
            mesh         device meshes, shardings, several hosts
            files        paths, locks and why a file was not written
+           memory       how the C library keeps what is freed
            lapack       decompositions of matrices, which numbers that aren't finite can't stop
 
 A room is loaded when it is first touched: `import compo_jax as cj; cj.curvature.hvp`.
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from compo_jax import files as files
     from compo_jax import incremental as incremental
     from compo_jax import lapack as lapack
+    from compo_jax import memory as memory
     from compo_jax import mesh as mesh
     from compo_jax import models as models
     from compo_jax import modular as modular
@@ -42,8 +44,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _ROOMS = (
-    "adapters", "compose", "curvature", "data", "files", "incremental", "lapack", "mesh", "models", "modular", "pool",
-    "report", "train", "tree",
+    "adapters", "compose", "curvature", "data", "files", "incremental", "lapack", "memory", "mesh", "models", "modular",
+    "pool", "report", "train", "tree",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import itertools
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import job
@@ -34,6 +35,7 @@ PRESETS = {
 }
 PRESET = {"tasks": 10, "epochs": 20, "batch": 128, "by": None, "train_split": None}
 FROZEN = ("ncm", "ranpac")  # classifiers on the base's features, which train no module
+FEATURES_BATCH = 128  # images in a forward pass: enough for a GPU, and of a small model a CPU's cache holds it
 WAYS = (
     "ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none", "sequential", "ewc", "lwf", "joint",
 )  # fmt: skip
@@ -267,9 +269,11 @@ def main(arguments: list[str] | None = None) -> None:
         memories = {name: memory for name, (memory, _) in trainers.items()}
         patterns = [pattern for pattern, _ in adapters.VIT_TARGETS]
         kinds = ["diagonal", *sorted({m.curvature for m in tried} - {"diagonal"})]
-        reference, refer = incremental.reference_stage(model, base, stream, settings, patterns, options.seed, kinds)
-        extract = incremental.features(model, stream, settings.eval_batch)
-        linear = incremental.features(model, stream, settings.eval_batch, around=base)
+        extract = incremental.features(model, stream, FEATURES_BATCH)
+        linear = incremental.features(model, stream, FEATURES_BATCH, around=base)
+        reference, refer = incremental.reference_stage(
+            model, base, stream, settings, patterns, options.seed, kinds, extract
+        )
         base_features = functools.cache(lambda t: extract(base, stream.tasks[t].train))
         evaluate = incremental.evaluator(extract, stream)
         of = {m.name: linear if m.mode == "tangent" else extract for m in tried}  # the model that was trained
@@ -317,8 +321,10 @@ def main(arguments: list[str] | None = None) -> None:
                 run.log.position = int(kept["position"])
 
         # -- task by task ----------------------------------------------------------------------------------------------
-        for t in range(first_task, tasks):
-            reference = references[t] if references else refer(reference, t)
+        coming = references[first_task:] if references else incremental.references(refer, reference, first_task, tasks)
+        if first_task < tasks and not ahead and tried[0].mode != "joint":  # compiled beside the first reference
+            trainers[tried[0].name][1](stream.tasks[0], 0, begun, memories[tried[0].name], steps=1)
+        for t, reference in zip(range(first_task, tasks), coming, strict=True):
             for method in tried:
                 if method.mode == "joint" and t < tasks - 1:
                     continue
@@ -369,24 +375,25 @@ def main(arguments: list[str] | None = None) -> None:
         frozen = evaluate(base, reference.head, tasks)
         params, head = pool.compose(base, composed), incremental.pool_head(pool, with_heads, reference.head)
         test = incremental.evaluator(of[main.name], stream)
-        whole = test(params, head, tasks)
+        task_of = np.repeat(range(tasks), [len(task.classes) for task in stream.tasks])  # each column's
 
         def skill(t, kept):
             """Accuracies with the modules `kept` alone, and the head's training on the others' tasks undone."""
-            without = [name for name in names if name not in kept]
-            own = incremental.pool_head(pool, names, reference.head, without=without)
-            known = test(pool.compose(base, kept), own, tasks).incremental
+            own = jax.tree.map(lambda h, r: np.where(np.isin(task_of, kept), h, r), head, reference.head)
+            known = test(pool.compose(base, [names[k] for k in kept]), own, tasks).incremental
             others = float(np.delete(known, t).mean())
             return {"task": stream.tasks[t].name, "target": float(known[t]), "control": others}
 
         apart = tasks > 1 and composed == names  # one module knows all tasks otherwise
-        specialise = [skill(t, [names[t]]) for t in range(tasks)] if apart else []
-        unlearn = [skill(t, [n for n in names if n != names[t]]) for t in range(tasks)] if apart else []
+        with ThreadPoolExecutor(2) as threads:  # a module is read while another is tested
+            specialise = list(threads.map(lambda t: skill(t, [t]), range(tasks * apart)))
+            unlearn = list(threads.map(lambda t: skill(t, [k for k in range(tasks) if k != t]), range(tasks * apart)))
         samples = draw_samples(of[main.name], stream, params, head)
 
         # -- results ---------------------------------------------------------------------------------------------------
         records = run.log.records()
         rates = [r["images_per_second"] for r in records if r["run"] == main.name]
+        final = rows[options.methods.index(main.name), -1, :, 0]
         results = {}
         for i, name in enumerate(options.methods):
             matrix = rows[i, ..., 0]
@@ -407,7 +414,7 @@ def main(arguments: list[str] | None = None) -> None:
             **{k: v for k, v in results[main.name].items() if k != "seconds"},
             "frozen_features_accuracy": float(frozen.incremental.mean()),
             "frozen_features_task_incremental_accuracy": float(frozen.within.mean()),
-            "composed": {task.name: float(a) for task, a in zip(stream.tasks, whole.incremental, strict=True)},
+            "composed": {task.name: float(a) for task, a in zip(stream.tasks, final, strict=True)},
             "specialise": specialise,
             "unlearn": unlearn,
             "images_per_second": float(np.median(rates)) if rates else None,

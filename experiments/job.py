@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from compo_jax.files import local_path
+from compo_jax.memory import keep_memory
 
 if TYPE_CHECKING:
     from compo_jax.data import TaskStream
@@ -168,6 +169,7 @@ def tell_images(stream: "TaskStream", images: int | None) -> None:
 def closing(main: Callable[[], object], again: str = "the same command goes on where it was") -> None:
     """Runs `main`; what the user can mend is told in a line, and so is a stop by Ctrl-C, with how to go on."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs an error in every thread, and raises it
+    keep_memory()
     try:
         main()
     except KeyboardInterrupt:

@@ -14,8 +14,8 @@ import compo_jax
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    "tree": 0, "files": 0, "mesh": 0, "lapack": 0, "data": 1, "models": 1, "adapters": 1, "curvature": 1, "compose": 2,
-    "train": 2, "pool": 2, "incremental": 3, "modular": 3, "report": 4, "__init__": 5,
+    "tree": 0, "files": 0, "mesh": 0, "lapack": 0, "memory": 0, "data": 1, "models": 1, "adapters": 1, "curvature": 1,
+    "compose": 2, "train": 2, "pool": 2, "incremental": 3, "modular": 3, "report": 4, "__init__": 5,
 }  # fmt: skip
 HEAVY = ("tensorflow_datasets", "sklearn", "matplotlib", "orbax", "grain", "PIL")
 FILES = sorted((ROOT / "compo_jax").rglob("*.py"))

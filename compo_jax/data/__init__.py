@@ -11,6 +11,7 @@ from .named import open_stream as open_stream
 from .named import open_tasks as open_tasks
 from .sources import tfds_stream as tfds_stream
 from .stream import ArraySplit as ArraySplit
+from .stream import JoinedSplit as JoinedSplit
 from .stream import Split as Split
 from .stream import Task as Task
 from .stream import TaskStream as TaskStream

@@ -26,7 +26,7 @@ def _take(split: Split, indices: np.ndarray) -> Batch:
 
 def _ahead(split: Split, make, start: int, stop: int) -> Iterator:
     """make(start), make(start + 1), ... made ahead by threads where images have to be decoded."""
-    if isinstance(split, ArraySplit):
+    if all(isinstance(part, ArraySplit) for part in getattr(split, "splits", (split,))):
         return map(make, range(start, stop))
     import grain
 

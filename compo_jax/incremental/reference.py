@@ -1,12 +1,13 @@
 """What the base model alone says of each task, before any module is trained: mixtures, aligned head, Fisher."""
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from compo_jax.data import TaskStream
+from compo_jax.data import Split, TaskStream
 from compo_jax.incremental.classifier import Head, align, head_fisher, new_head, probe
 from compo_jax.incremental.features import feature_width, features
 from compo_jax.incremental.fisher import Fisher, mean, task_fisher, together
@@ -56,17 +57,19 @@ def reference_stage(
     adapted: Iterable[str],
     seed: int,
     kinds: Iterable[str] = ("diagonal",),
+    extract: Callable[[Tree, Split], Any] | None = None,
 ) -> tuple[Reference, Callable[[Reference, int], Reference]]:
     """The empty reference of a stream, and `(reference, t) -> reference` after task t.
 
     Args:
       adapted: path patterns of the weights whose curvature is wanted.
       kinds: of it, `diagonal` and `kronecker`.
+      extract: the model's `features`, where they are compiled already.
     """
     total = len(stream.classes)
     width = feature_width(model, base, stream)
     root = jax.random.key(seed)
-    extract = features(model, stream, settings.eval_batch)
+    extract = extract or features(model, stream, settings.eval_batch)
     probe_head = jax.jit(probe, static_argnames=("steps", "batch"))
     align_head = jax.jit(align, static_argnames=("batch",))
     curvature = task_fisher(model, stream, settings, list(adapted), list(kinds))
@@ -78,8 +81,13 @@ def reference_stage(
         found = head_fisher(head, drawn, jnp.arange(total) < seen)
         return jax.tree.map(lambda f: jnp.where(among > 0, f, 0), found)
 
+    @jax.jit
     def known(found, head):
         return Known({kind: mean(value, settings.epsilon) for kind, value in found.items()}, head)
+
+    @jax.jit
+    def gather(seen, found):
+        return {kind: together(seen[kind], value) for kind, value in found.items()}
 
     head = new_head(root, width, total)
     nothing = curvature.zero(base, head)
@@ -103,8 +111,30 @@ def reference_stage(
         head = align_head(keys[1], head, mixtures, seen, steps=passes * -(-seen * settings.align_samples // 128))
 
         found = curvature.of(base, task.train, head, past, seen, keys[2], seed=[seed, t])
-        every = {kind: together(reference.seen[kind], value) for kind, value in found.items()}
+        every = gather(reference.seen, found)
         before, now = (fisher_of_head(keys[3], head, mixtures, among, seen) for among in (past, seen))
         return Reference(mixtures, head, found, every, known(reference.seen, before), known(every, now))
 
     return start, after
+
+
+def references(
+    after: Callable[[Reference, int], Reference], reference: Reference, first: int, last: int
+) -> Iterator[Reference]:
+    """The references after the tasks `first` … `last` - 1, each made by a thread while the one before it is in use.
+
+    Args:
+      after, reference: see `reference_stage`; the reference before task `first`. The first one is begun at once.
+    """
+    thread = ThreadPoolExecutor(1)
+    upcoming = [thread.submit(after, reference, first)] if first < last else []
+
+    def each():
+        with thread:
+            for t in range(first, last):
+                reference = upcoming.pop().result()
+                if t + 1 < last:
+                    upcoming.append(thread.submit(after, reference, t + 1))
+                yield reference
+
+    return each()
