@@ -6,16 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # The runs here are many and small, and compile the same programs.
-CACHE = tempfile.TemporaryDirectory(prefix="compo_jax_tests_")
 ENVIRONMENT = {
-    **os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "1000", "JAX_COMPILATION_CACHE_DIR": CACHE.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    **os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "1000",
+    "JAX_COMPILATION_CACHE_DIR": os.environ["COMPO_JAX_TESTS_CACHE"],
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
 }  # fmt: skip
 
 

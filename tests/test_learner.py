@@ -1,6 +1,6 @@
 """The reference, every way of training and the pools that come of it, on a small stream."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from compo_jax import adapters, compose, curvature, incremental, mesh, tree
 from compo_jax.curvature import fisher_diagonal
 from compo_jax.data import ArraySplit, array_stream
 from compo_jax.incremental import Method, Settings
+from compo_jax.incremental.fisher import task_fisher
 from compo_jax.incremental.learner import training
 from compo_jax.mesh import data_mesh
 from compo_jax.models import ViT
@@ -198,8 +199,15 @@ def test_the_coupled_penalty_holds_a_full_delta_near_zero(stream, base, referenc
 @pytest.mark.parametrize(
     ("mode", "kind"), [("independent", "lora"), ("ensemble", "ia3"), ("independent", "full"), ("ewc", "full")]
 )
-def test_no_weight_of_a_penalty_makes_a_training_end_above_its_start(stream, base, features, references, mode, kind):
+def test_no_weight_of_a_penalty_makes_a_training_end_above_its_start(
+    monkeypatch, stream, base, features, references, mode, kind
+):
     """Neither in its own units nor on Fishers of any scale."""
+    shared_fisher = cache(lambda adapted: task_fisher(MODEL, stream, SETTINGS, adapted, ["diagonal"]))
+    monkeypatch.setattr(
+        "compo_jax.incremental.modes.task_fisher",
+        lambda model, stream, settings, adapted, _: shared_fisher(tuple(adapted)),
+    )
     adapter, (task, first) = KINDS[kind], (stream.tasks[1], 2)
     images, labels = all_of(task.train)
     started = incremental.task_columns(references[2].head, first, 3, 3)
