@@ -27,6 +27,7 @@ from compo_jax.modular import (
     soft,
     statistics,
 )
+from compo_jax.modular.net import standardize
 from compo_jax.modular.objective import training_route
 from compo_jax.train import Checkpoints, fit, init_state, jit_runner
 
@@ -160,6 +161,32 @@ def test_gradients_are_clipped_together():
     expected = -1e-3 * (m / (1 - 0.9**2)) / (np.sqrt(v / (1 - 0.999**2)) + 1e-8)
     np.testing.assert_allclose(updates["norm"]["scale"], expected[:2], rtol=1e-4)
     np.testing.assert_allclose(updates["norm"]["bias"], expected[2:], rtol=1e-4)
+
+
+@pytest.mark.parametrize("across", [None, "tasks"])
+def test_the_derivatives_of_normalisation_are_those_of_its_formula(across):
+    """To the second order: of the values, means and variances."""
+    with jax.enable_x64(True):
+        x, dx, weights = jnp.array(np.random.default_rng(0).normal(size=(3, 2, 3, 2, 2, 4)))
+        x *= jnp.array([1.0, 0.1, 3.0, 1e-3])  # of several scales, to the smallest which epsilon matters
+        axes = (1, 2, 3) if across is None else (0, 1, 2, 3)
+
+        def formula(x):
+            mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+            each = lambda moment: jnp.broadcast_to(moment, (2, 1, 1, 1, 4))[:, 0, 0, 0]
+            return (x - mean) / jnp.sqrt(var + 1e-5), each(mean), each(var)
+
+        def derivatives(normalize):
+            value = lambda x: (
+                sum(jnp.sum(y**3 * weights[:, 0, 0, 0]) for y in normalize(x)[1:])
+                + jnp.sum(weights * normalize(x)[0] ** 3)
+            )
+            return normalize(x), jax.grad(value)(x), jax.jvp(jax.grad(value), (x,), (dx,))[1]
+
+        ours = jax.vmap(lambda x: standardize(x, across), axis_name="tasks")
+        found, expected = (jax.jit(partial(derivatives, f))() for f in (ours, formula))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * np.abs(b).max())
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

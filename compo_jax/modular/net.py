@@ -1,6 +1,7 @@
 """The modular network: all tasks' networks at once, each its own mixture of the same block templates."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -34,6 +35,49 @@ class _Layout(NamedTuple):
         return convolutions(self.block, self.width)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def standardize(
+    x: Float[Array, "batch height width channels"], across: str | None = None
+) -> tuple[Float[Array, "batch height width channels"], Float[Array, " channels"], Float[Array, " channels"]]:
+    """(x with mean 0 and variance 1 in each channel, the mean, the variance), over the mapped axis `across` too.
+
+    `EPSILON` is added to the variance. The derivative is in closed form, which keeps fewer arrays and reads them less
+    often than JAX's own; it can be differentiated again.
+    """
+    mean, var = _moments(x, across)
+    return _standardized(x, mean, var)[0], mean, var
+
+
+def _means(across, *arrays):
+    means = jnp.stack([x.mean((0, 1, 2)) for x in arrays])
+    return means if across is None else jax.lax.pmean(means, across)
+
+
+def _wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _moments(x, across):
+    wide = _wide(x)
+    mean, second = _means(across, wide, wide**2)
+    return mean, jnp.maximum(second - mean**2, 0)
+
+
+def _standardized(x, mean, var):
+    inverse = jax.lax.rsqrt(var + EPSILON)
+    return (x - mean.astype(x.dtype)) * inverse.astype(x.dtype), inverse
+
+
+@standardize.defjvp
+def _(across, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    mean, var = _moments(x, across)
+    y, inverse = _standardized(x, mean, var)
+    dmean, slope = _means(across, _wide(dx), _wide(y) * _wide(dx))
+    dy = inverse.astype(x.dtype) * (dx - dmean.astype(x.dtype) - y * slope.astype(x.dtype))
+    return (y, mean, var), (dy, dmean, 2 * slope / inverse)
+
+
 class _Norm(nn.Module):
     """Batch normalisation whose scale and bias are given; its statistics are those of the last batch.
 
@@ -47,13 +91,15 @@ class _Norm(nn.Module):
     def __call__(self, x, affine, weight):
         mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
         var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:])
+        across = "tasks" if self.layout.bn == "layer" else None
+        if self.layout.train and weight is None:
+            x, mean.value, var.value = standardize(x, across)
+            return x * affine["scale"].astype(x.dtype) + affine["bias"].astype(x.dtype)
         if self.layout.train:
-            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            moments = jnp.stack([wide.mean((0, 1, 2)), (wide**2).mean((0, 1, 2))])
-            if weight is not None:
-                moments = jax.lax.psum(weight * moments, "templates")
-            if self.layout.bn == "layer":
-                moments = jax.lax.pmean(moments, "tasks")
+            wide = _wide(x)
+            moments = jax.lax.psum(weight * _means(None, wide, wide**2), "templates")
+            if across is not None:
+                moments = jax.lax.pmean(moments, across)
             mean.value, var.value = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0)
         scale = affine["scale"] * jax.lax.rsqrt(var.value + EPSILON)
         return (x - mean.value.astype(x.dtype)) * scale.astype(x.dtype) + affine["bias"].astype(x.dtype)
@@ -76,49 +122,66 @@ class _Branch(nn.Module):
 
 
 class _Layer(nn.Module):
-    """One layer of one task; scanned over depth, hence the carry and the empty output."""
+    """One layer of one task, its kernels mixed already where weights are; scanned over depth, hence the carry and the
+    empty output."""
 
     layout: _Layout
 
     @nn.compact
-    def __call__(self, x, weights, affine, templates):
-        layout, (kernels, of_templates) = self.layout, templates
-        own = layout.bn != "template"
+    def __call__(self, x, weights, affine, kernels):
+        layout = self.layout
         if layout.mixing == "weights":
-            mixed = mix_templates(kernels, weights), affine if own else mix_templates(of_templates, weights)
             inside = _Branch(layout, name="branch")
-            return residual(layout.block, x, lambda x: inside(x, *mixed)), None
-        axes = (None, 0, None if own else 0, 0)
+            return residual(layout.block, x, lambda x: inside(x, kernels, affine)), None
+        axes = (None, 0, 0 if layout.bn == "template" else None, 0)
         each = nn.vmap(_Branch, in_axes=axes, variable_axes={"batch_stats": None}, axis_name="templates")
         inside = each(layout, name="branch")
 
         def mixture(x):
-            outputs = inside(x, kernels, affine if own else of_templates, weights)
-            return jnp.tensordot(weights.astype(x.dtype), outputs, 1)
+            return jnp.tensordot(weights.astype(x.dtype), inside(x, kernels, affine, weights), 1)
 
         return residual(layout.block, x, mixture), None
 
 
 class _Task(nn.Module):
-    """The features of one task's images; mapped over tasks."""
+    """The features of one task's images; mapped or scanned over tasks, hence the empty carry."""
 
     layout: _Layout
     layers: int
     unroll: bool
 
     @nn.compact
-    def __call__(self, images, weights, stem_affine, affine, stem, templates):
+    def __call__(self, _, images, weights, stem_affine, affine, stem, kernels):
+        layout = self.layout
         x = patchify(images, stem.astype(images.dtype))
-        x = nn.relu(_Norm(self.layout, name="stem")(x, stem_affine, None))
+        x = nn.relu(_Norm(layout, name="stem")(x, stem_affine, None))
+        mixed = layout.mixing == "weights"
+        if mixed:  # of all layers in one product: layer by layer each would add to the gradient of all templates
+            kernels = mix_templates(kernels, weights)
+            affine = mix_templates(affine, weights) if layout.bn == "template" else affine
+        whole = nn.broadcast
         scanned = nn.scan(
             _Layer,
             variable_axes={"batch_stats": 0},
-            in_axes=(0, 0, nn.broadcast),
+            in_axes=(0, 0 if mixed or layout.bn != "template" else whole, 0 if mixed else whole),
             length=self.layers,
             unroll=self.layers if self.unroll else 1,
         )
-        x, _ = scanned(self.layout, name="layers")(x, weights, affine, templates)
-        return x.mean(axis=(1, 2))
+        x, _ = scanned(layout, name="layers")(x, weights, affine, kernels)
+        return None, x.mean(axis=(1, 2))
+
+
+def _over_tasks(layout: _Layout, unroll: int):
+    """`_Task` of all tasks: on a CPU one after another, whose arrays then stay in its cache; together on a device that
+    one task doesn't fill, and where tasks share their statistics."""
+    together = layout.bn == "layer" or jax.default_backend() != "cpu"
+    same = None if together else nn.broadcast
+    norm = 0 if layout.bn == "task" else same
+    axes = (0, 0, norm, norm, same, same)
+    if together:
+        stats = {"batch_stats": None if layout.bn == "layer" else 0}
+        return nn.vmap(_Task, in_axes=(None, *axes), variable_axes=stats, axis_name="tasks")
+    return nn.scan(_Task, in_axes=axes, variable_axes={"batch_stats": 0}, unroll=unroll)
 
 
 class ModularNet(nn.Module):
@@ -142,7 +205,7 @@ class ModularNet(nn.Module):
       mixing: `weights`, one block with mixed kernels, whose work doesn't depend on M; `outputs`, all M blocks,
         their outputs mixed.
       shared_head: one head, for tasks that are domains of one set of classes.
-      unroll: writes the layers out instead of scanning over them; count FLOPs with this on.
+      unroll: writes the layers (and tasks) out instead of scanning over them; count FLOPs with this on.
     """
 
     classes: tuple[int, ...]
@@ -218,18 +281,11 @@ class ModularNet(nn.Module):
             )
         if self.dtype is not None:
             images = images.astype(self.dtype)
-        per_task = 0 if self.bn == "task" else None
-        mapped = nn.vmap(
-            _Task,
-            in_axes=(0, 0, per_task, per_task, None, None),
-            variable_axes={"batch_stats": None if self.bn == "layer" else 0},
-            axis_name="tasks",
-        )
         layout = _Layout(self.block, self.width, self.mixing, self.bn, train)
-        own, of_templates = (None, norm["blocks"]) if self.bn == "template" else (norm["blocks"], None)
-        return mapped(layout, self.layers, self.unroll, name="tasks")(
-            images, weights, norm["stem"], own, stem, (kernels, of_templates)
+        _, x = _over_tasks(layout, tasks if self.unroll else 1)(layout, self.layers, self.unroll, name="tasks")(
+            None, images, weights, norm["stem"], norm["blocks"], stem, kernels
         )
+        return x
 
     @nn.compact
     def __call__(
