@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from compo_jax.compose.entries import Deferred
 from compo_jax.compose.rules import RULES, find_rule, merge
@@ -147,6 +146,8 @@ def _place(out: str | os.PathLike) -> Path:
 
 def _opened(path: str | os.PathLike) -> _Checkpoint:
     """The header of a safetensors file; ValueError where the file is none, or isn't whole."""
+    import safetensors
+
     path = local_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}: check the path, or download the file first")
