@@ -234,6 +234,10 @@ def test_many_vectors_jit_and_holes(kind):
         rows = lambda many: np.concatenate([x.reshape(3, -1) for x in jax.tree.leaves(many)], axis=1)
         several = jax.jit(lambda operator, v: jax.vmap(operator)(v))(operator, vectors)  # the operator is an argument
         close(rows(several), rows(vectors) @ expected)
+        stacked = jax.jit(lambda operator, v: operator(v, stacked=True))(operator, vectors)
+        close(rows(stacked), rows(vectors) @ expected)
+        some = {"in": None, "out": vectors["out"]}
+        close(rows(operator(some, stacked=True)), rows(jax.vmap(operator)(some)))
 
         vector, multiply = random_like(case.params), jax.jit(operator)
         nothing = jax.tree.map(np.zeros_like, vector)
@@ -311,6 +315,34 @@ def test_products_cost_few_gradients():
         assert flops(product, params, params, images, labels) <= alone * gradient
         many = jax.vmap(product, (0, None, None, None))
         assert flops(many, eight, params, images, labels) <= 8 * of_eight * gradient
+
+
+@pytest.mark.parametrize("wrap", [hvp, ggnvp])
+def test_stacked_vectors_are_linearised_for_once_and_hold_no_more_than_one(wrap):
+    case = mlp(sizes=(64, 64)).cast(np.float32)
+    function, args = (cross_entropy(case.apply), case.whole) if wrap is hvp else (case.apply, case.whole[:1])
+
+    def compiled(count):
+        vectors = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), case.params)
+        lowered = jax.jit(lambda v: wrap(function, case.params, v, *args, stacked=True)).lower(vectors)
+        return lowered.compile()
+
+    two, nine = compiled(2).memory_analysis(), compiled(9).memory_analysis()
+    assert nine.temp_size_in_bytes <= 1.01 * two.temp_size_in_bytes + 4096
+
+
+@pytest.mark.parametrize(
+    "vectors, message",
+    [
+        ({"w": np.zeros((2, 3)), "b": np.zeros((3, 1))}, "stacked vectors share the length of axis 0"),
+        ({"w": np.zeros((0, 3)), "b": np.zeros((0, 1))}, "stacked vectors share the length of axis 0"),
+        ({"w": np.zeros((2, 4)), "b": np.zeros((2, 1))}, r"each of the vectors doesn't fit .*w is \(4,\) .* \(3,\)"),
+    ],
+)
+def test_stacked_vectors_that_do_not_fit_are_refused(vectors, message):
+    params = {"w": np.zeros(3), "b": np.zeros(1)}
+    with pytest.raises(ValueError, match=message):
+        hvp(lambda p: jnp.sum(p["w"] ** 2) + p["b"][0] ** 2, params, vectors, stacked=True)
 
 
 @kinds

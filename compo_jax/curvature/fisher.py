@@ -102,7 +102,8 @@ def fisher_diagonal(
       labels: integers (batch, *tokens), for a loss of numbers floats shaped as what `apply` returns; needed by
         `empirical`, and by every method where the loss weighs classes.
       key: one random key, `jax.random.key(0)`.
-      chunk: images linearised at once; default: as many as hold about 2^26 numbers between the layers.
+      chunk: images linearised at once; default: as many as hold about 2^26 numbers between the layers, on a CPU 2^23,
+        which its cache is nearer to.
       output_loss: `softmax_loss(weights, smoothing)`, `bernoulli_loss()`, `squared_loss()` or another `OutputLoss`, of
         which this is the Gauss-Newton diagonal; default: softmax.
       ignore: a label that stands for none, such as -100: such tokens take no part, by any method, nor do images that

@@ -29,6 +29,19 @@ def _eigh(x: Float[Array, "*stack n n"]) -> tuple[Float[Array, "*stack n"], Floa
     return values.reshape(x.shape[:-1]), vectors.reshape(x.shape)
 
 
+def _upper_gram(x: Float[Array, "*stack rows n"]) -> Float[Array, "*stack n n"]:
+    """`xᵀ x`, of which the lower left quarter is zeros: a symmetric matrix needs no more."""
+    half = x.shape[-1] // 2
+    above = _product("...si,...sj->...ij", x[..., :half], x)
+    below = _product("...si,...sj->...ij", x[..., half:], x[..., half:])
+    return jnp.concatenate([above, jnp.pad(below, [*[(0, 0)] * (x.ndim - 1), (half, 0)])], axis=-2)
+
+
+def _mirrored(upper: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
+    """The symmetric matrix with this upper triangle."""
+    return jnp.triu(upper) + jnp.swapaxes(jnp.triu(upper, 1), -1, -2)
+
+
 class _Blocks:
     """A symmetric matrix with one block for each dense layer, applied to trees shaped as the parameters."""
 
@@ -192,8 +205,8 @@ def kronecker(
         _require_dense(layers, params)
 
         def gram(x, real):  # sum over images and tokens
-            x = x.astype(dtype)
-            return _product("n...si,n...sj,n->...ij", x, x, real.astype(dtype))
+            x = jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), x.astype(dtype), 0)
+            return _upper_gram(jnp.moveaxis(x, 0, -3).reshape(*x.shape[1:-2], -1, x.shape[-1]))
 
         def chunk(sums, inputs, real):
             seen = {n: x if tokens == "expand" else jnp.mean(x, axis=-2, keepdims=True) for n, x in inputs.items()}
@@ -209,7 +222,7 @@ def kronecker(
             return tuple(jnp.zeros((*layer.stack, size, size), dtype) for size in layer.sizes)
 
         def finish(sums, count):
-            a, b = ({name: pair[i] / count.astype(dtype) for name, pair in sums.items()} for i in (0, 1))
+            a, b = ({name: _mirrored(pair[i]) / count.astype(dtype) for name, pair in sums.items()} for i in (0, 1))
             return Kronecker(a, b, count, tuple(layers.items()), tokens)
 
         return Reduction({name: zero(layer) for name, layer in layers.items()}, column, chunk, finish)

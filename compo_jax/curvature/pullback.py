@@ -20,7 +20,8 @@ from compo_jax.curvature.output_loss import (
 )
 from compo_jax.tree import Tree
 
-_HELD = 2**26  # numbers that a chunk may hold at once where the caller says nothing
+_HELD = {"cpu": 2**23}  # numbers that a chunk may hold at once where the caller says nothing: near to the cache's size
+_HELD_ELSEWHERE = 2**26
 
 
 class Pulled(NamedTuple):
@@ -117,11 +118,11 @@ def pull_back(
         int(np.prod(layer.stack)) * layer.tokens * sum(layer.sizes) for layer in taps.layers.values()
     )
     if chunk is None:
-        chunk = max(1, _HELD // max(1, held))
+        chunk = max(1, _HELD.get(jax.default_backend(), _HELD_ELSEWHERE) // max(1, held))
         if method == "low_rank":  # several chunks, so that images that need few columns don't wait for those of many
             chunk = min(chunk, max(8, batch // 8))
-    chunk = min(batch, chunk)
     chunks = -(-batch // chunk)
+    chunk = -(-batch // chunks)  # as equal as can be: what fills the last one up is computed, too
 
     def padded(x):  # the last chunk is filled up with image 0, which `real` leaves out of the sums
         filled = jnp.concatenate([x, jnp.broadcast_to(x[:1], (chunks * chunk - batch, *x.shape[1:]))])
