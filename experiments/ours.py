@@ -126,7 +126,8 @@ def composed(sizes: Sizes) -> Work:
 
 # -- training steps --------------------------------------------------------------------------------------------------
 def _taking_steps(runner, state, context, batch) -> Work:
-    state, context, batch = runner.place(state), runner.place(context), runner.shard(batch)
+    state = runner.place(jax.tree.map(jnp.copy, state))  # which the steps use up
+    context, batch = runner.place(context), runner.shard(batch)
 
     def once():
         nonlocal state

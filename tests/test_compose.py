@@ -382,6 +382,24 @@ def test_constants_of_a_traced_function_are_looked_at():
         jax.jit(lambda scale: ties(start, [bad], scale=scale))(1.0)
 
 
+def test_constants_of_a_traced_function_are_merged():
+    start, deltas = {"w": jnp.ones(30)}, [{"w": jnp.asarray(normal(s, 30), jnp.float32)} for s in (1, 2)]
+    for rule, options in {"average": {}, "ties": {}, "dare": {"key": jax.random.key(0)}, "karcher": {}}.items():
+        call = functools.partial(merge, rule, start, deltas, **options)
+        found = jax.jit(lambda x, call=call: x + call()["w"])(jnp.zeros(30))
+        np.testing.assert_allclose(found, call()["w"], rtol=1e-6)
+
+
+def test_what_is_spread_over_devices_is_merged_where_it_is():
+    devices = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("x"))
+    start, *deltas = [{"w": jnp.asarray(normal(s, 4, 3), jnp.float32)} for s in range(4)]
+    for rule, options in {"average": {}, "ties": {}, "dare": {"key": jax.random.key(0)}, "model_stock": {}}.items():
+        found = merge(rule, jax.device_put(start, place), jax.device_put(deltas, place), **options)["w"]
+        assert found.sharding.is_equivalent_to(place, 2)
+        np.testing.assert_allclose(found, merge(rule, start, deltas, **options)["w"], rtol=1e-5)
+
+
 def test_bad_input():
     start, one = {"w": jnp.ones((2, 3)), "n": jnp.array(1)}, {"w": jnp.ones((2, 3)), "n": None}
     with pytest.raises(ValueError, match="unknown rule 'mean'; known are average, task_arithmetic, ties"):

@@ -3,6 +3,7 @@
 from compo_jax.compose.arithmetic import compose as compose
 from compo_jax.compose.arithmetic import task_arithmetic as task_arithmetic
 from compo_jax.compose.arithmetic import task_vector as task_vector
+from compo_jax.compose.checkpoints import merge_files as merge_files
 from compo_jax.compose.fisher import fisher_merge as fisher_merge
 from compo_jax.compose.kronecker import kronecker_merge as kronecker_merge
 from compo_jax.compose.kronecker import regmean as regmean

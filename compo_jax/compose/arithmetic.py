@@ -8,7 +8,7 @@ import numpy as np
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import alike
-from compo_jax.compose.leaves import require_sound
+from compo_jax.compose.leaves import weighed
 from compo_jax.compose.modules import fitted, require_floating
 from compo_jax.compose.numbers import Scalar, Weights, require_number, weigh, wide_number
 from compo_jax.tree import Tree
@@ -42,21 +42,6 @@ def task_vector(params: Tree, base: Tree, *, check_finite: bool = True) -> Tree:
     return jax.tree.map(one, base, params)
 
 
-def _composed(base: Tree, deltas: list[Tree], weights: list, check_finite: bool) -> Tree:
-    def one(b, *row):
-        there = [(w, x) for w, x in zip(weights, row, strict=True) if x is not None]
-        if not there:
-            return b
-        own, leaves = zip(*there, strict=True)
-        return tree.add(b, tree.weighted_sum(leaves, own, wide=True))
-
-    # leaf by leaf, so that no second tree stands beside the result
-    params = jax.tree.map(one, base, *deltas)
-    if check_finite:  # a bad number always comes out, so that it is enough to look at the result
-        require_sound(params, base, deltas)
-    return params
-
-
 def compose(base: Tree, deltas: Sequence[Tree], weights: Weights | None = None, *, check_finite: bool = True) -> Tree:
     """`base + Σ w_t delta_t`: the weighted average of the models where the weights, default 1/T, sum to one.
 
@@ -73,7 +58,7 @@ def compose(base: Tree, deltas: Sequence[Tree], weights: Weights | None = None, 
     delta looks like a model's parameters, not like their difference from the base.
     """
     deltas = fitted(base, deltas)
-    return _composed(base, deltas, weigh(weights, len(deltas)), check_finite)
+    return weighed(base, deltas, weigh(weights, len(deltas)), check_finite=check_finite)
 
 
 def task_arithmetic(
@@ -88,4 +73,4 @@ def task_arithmetic(
     deltas = fitted(base, deltas)
     require_number("scale", scale, "a finite number")
     scaled = [wide_number(scale) * w for w in weigh(weights, len(deltas), 1.0)]
-    return _composed(base, deltas, scaled, check_finite)
+    return weighed(base, deltas, scaled, check_finite=check_finite)

@@ -1,35 +1,37 @@
 """Averages weighted by a diagonal of each task's curvature."""
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 from compo_jax import tree
-from compo_jax.compose.leaves import leafwise, mean_delta, rounded
-from compo_jax.compose.modules import same
-from compo_jax.compose.numbers import Scalar, Weights, along, require_not_negative, weigh
+from compo_jax.compose.entries import entrywise, on_host, total
+from compo_jax.compose.leaves import assembled
+from compo_jax.compose.modules import require_finite, same
+from compo_jax.compose.numbers import Scalar, Weights, require_not_negative, weigh
 from compo_jax.curvature import FisherDiagonal
 from compo_jax.tree import Tree
 
 
-def _mean(fisher: FisherDiagonal | Tree) -> Tree:
+def _total(fisher: FisherDiagonal | Tree) -> tuple[Tree, Any]:
+    """(a sum over images, their number); (the tree, 1) of one that is no `FisherDiagonal`."""
     if not isinstance(fisher, FisherDiagonal):
-        return fisher
-    wide = jax.tree.map(lambda x: jnp.asarray(x, tree.wide_type(x)), fisher.total)
-    return fisher._replace(total=wide).mean
+        return fisher, 1.0
+    _ = fisher._replace(total={}).mean  # which looks at the number
+    return fisher.total, fisher.count
 
 
-def diagonals(fishers: Sequence[FisherDiagonal | Tree], like: Tree, *, check_finite: bool = True) -> list[Tree]:
-    """The means of `FisherDiagonal`s (other trees as they are) at the leaves of `like`; None where there is none.
-
-    A Fisher may cover more leaves than `like`, or fewer. ValueError where it covers none, or others than the first
-    does, or has another shape, or an entry that is below zero or, with `check_finite`, not finite.
-    """
-    found = []
+def _totals(fishers: Sequence[FisherDiagonal | Tree], like: Tree, check_finite: bool) -> tuple[list[Tree], list[Any]]:
+    """The Fishers' sums at the leaves of `like`, and the numbers of images; errors as `diagonals`."""
+    found, counts = [], []
     for t, fisher in enumerate(fishers):
-        mean = _mean(fisher)
-        entries = dict(zip(tree.names(mean), jax.tree.leaves(mean), strict=True))
+        summed, count = _total(fisher)
+        entries = dict(zip(tree.names(summed), jax.tree.leaves(summed), strict=True))
         picked = tree.map_with_name(lambda name, x, e=entries: None if x is None else e.get(name), like)
         tree.require_like(picked, like, f"Fisher {t}")
         covered = tree.names(picked)
@@ -39,13 +41,28 @@ def diagonals(fishers: Sequence[FisherDiagonal | Tree], like: Tree, *, check_fin
                 f"take compo_jax.curvature.fisher_diagonal of the parameters {', '.join(tree.names(like))}"
             )
         if check_finite:
-            tree.require_finite(picked, f"Fisher {t}")
+            require_finite(picked, f"Fisher {t}")
         for name, x in zip(covered, jax.tree.leaves(picked), strict=True):
-            below = jnp.any(jnp.asarray(x) < 0)
+            below = np.min(np.asarray(x), initial=0) < 0 if on_host(x) else jnp.any(x < 0)
             if tree.concrete(below) and below:
                 raise ValueError(f"Fisher {t} has an entry in {name} that is negative: no curvature has")
         found.append(picked)
-    return found
+        counts.append(count)
+    return found, counts
+
+
+def diagonals(fishers: Sequence[FisherDiagonal | Tree], like: Tree, *, check_finite: bool = True) -> list[Tree]:
+    """The means of `FisherDiagonal`s (other trees as they are) at the leaves of `like`; None where there is none.
+
+    A Fisher may cover more leaves than `like`, or fewer. ValueError where it covers none, or others than the first
+    does, or has another shape, or an entry that is below zero or, with `check_finite`, not finite.
+    """
+
+    def mean(x, count):
+        return jnp.asarray(x, tree.wide_type(x)) / jnp.asarray(count, tree.wide_type(x))
+
+    pairs = zip(*_totals(fishers, like, check_finite), strict=True)
+    return [jax.tree.map(lambda x, n=count: mean(x, n), summed) for summed, count in pairs]
 
 
 def fisher_merge(
@@ -74,29 +91,63 @@ def fisher_merge(
     don't fit, for a negative weight or Fisher, and where a model or a Fisher isn't finite, naming its leaves.
     """
     params = same(params, check_finite=check_finite)
-    if len(fishers) != len(params):
-        raise ValueError(f"{len(fishers)} Fishers were given for {len(params)} models: one for each")
+    numbers, covered = _prepared(params, fishers, weights, damping, check_finite)
+
+    def one(*rows):
+        kind = tree.wide_type(*rows[: len(params)]) if wide else jnp.result_type(*rows[: len(params)])
+        return entrywise(_merged, [x for x in rows if x is not None], numbers, kind)
+
+    return jax.tree.map(one, *params, *covered)
+
+
+def fisher_compose(
+    base: Tree,
+    deltas: list[Tree],
+    fishers: Sequence[FisherDiagonal | Tree],
+    weights: Weights | None = None,
+    *,
+    damping: Scalar = 0.0,
+    check_finite: bool = True,
+) -> Tree:
+    """`base + fisher_merge(deltas, fishers, weights)`, rounded once, of deltas that are `aligned`."""
+    numbers, covered = _prepared(deltas, fishers, weights, damping, check_finite)
+
+    def leaf(_, b, rows, curvature):
+        rows = [b, *rows, *(x for x in curvature if x is not None)]
+        return entrywise(_moved, rows, numbers)
+
+    return assembled(base, deltas, leaf, check_finite=check_finite, beside=covered)
+
+
+def _prepared(
+    params: list[Tree], fishers: Sequence, weights: Weights | None, damping: Scalar, check_finite: bool
+) -> tuple[list, list[Tree]]:
+    """(the numbers that `_merged` takes, the Fishers' leaves)."""
+    tasks = len(params)
+    if len(fishers) != tasks:
+        raise ValueError(f"{len(fishers)} Fishers were given for {tasks} models: one for each")
     require_not_negative(damping=damping)
-    weights = weigh(weights, len(params), sign=False)
-    covered = diagonals(fishers, params[0], check_finite=check_finite)
-    mean = mean_delta(params, weights)
-    together = leafwise(lambda _, x: x, covered)
-    curvature = dict(zip(tree.names(together), jax.tree.leaves(together), strict=True))
+    weights = weigh(weights, tasks, sign=False)
+    covered, counts = _totals(fishers, params[0], check_finite)
 
-    def correction(name, x):
-        if name not in curvature:
-            return jnp.zeros_like(x[0])
-        f = curvature[name]
-        f = f.astype(jnp.promote_types(f.dtype, x.dtype)) + damping
-        highest = jnp.max(f, axis=0)
-        w = along(weights, f)
-        pull = (
-            w * f / jnp.where(highest > 0, highest, 1)
-        )  # neither too large nor too small, whatever the Fishers' scale
-        total = jnp.sum(pull, axis=0)
-        # around the mean, so that where nothing pulls the mean is what is left
-        apart = x - jnp.sum(w * x, axis=0) / jnp.sum(w, axis=0)
-        return jnp.sum(pull * apart, axis=0) / jnp.where(total > 0, total, 1)
+    return [*weights, *counts, damping], covered
 
-    merged = tree.add(mean, leafwise(correction, params))
-    return merged if wide else rounded(merged, params)
+
+def _merged(numbers: Array, *rows: Array) -> Array:
+    """Of T models' leaves and, where there are, T Fishers'; numbers are their weights and counts, and the damping."""
+    tasks = len(numbers) // 2
+    w, counts, damping, x, f = numbers[:tasks], numbers[tasks:-1], numbers[-1], rows[:tasks], rows[tasks:]
+    mean = total(w, *x) / jnp.sum(w)
+    if not f:
+        return mean
+    f = [a / n + damping for a, n in zip(f, counts, strict=True)]
+    highest = functools.reduce(jnp.maximum, f)
+    # pulls neither too large nor too small, whatever the Fishers' scale
+    pull = [weight * a / jnp.where(highest > 0, highest, 1) for weight, a in zip(w, f, strict=True)]
+    whole = sum(pull)
+    # around the mean, so that where nothing pulls the mean is what is left
+    return mean + total(pull, *[a - mean for a in x]) / jnp.where(whole > 0, whole, 1)
+
+
+def _moved(numbers: Array, b: Array, *rows: Array) -> Array:
+    return b + _merged(numbers, *rows)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Num
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED, is_stacked, patterns
+from compo_jax.compose.entries import Deferred, entrywise, sums_are_finite, total
 from compo_jax.compose.numbers import Scalar
 from compo_jax.tree import Tree
 
@@ -22,25 +23,58 @@ def mean_delta(deltas: Sequence[Tree], weights: Sequence) -> Tree:
     return tree.weighted_sum(deltas, [w / total for w in weights], wide=True)
 
 
-def leafwise(function: Callable[[str, Array], Array], trees: Sequence[Tree]) -> Tree:
-    """`function(path, leaves (tasks, ...))` for each leaf of trees with the same holes; the leaves in float32 at least.
+def stack(leaves: Sequence) -> Array:
+    """(tasks, ...), in float32 at least."""
+    wide = tree.wide_type(*leaves)
+    return jnp.stack([jnp.asarray(np.asarray(x) if isinstance(x, Deferred) else x, wide) for x in leaves])
 
-    A leaf without entries is left as it is.
+
+def assembled(
+    base: Tree, deltas: Sequence[Tree], leaf: Callable[..., Array], *, check_finite: bool, beside: Sequence[Tree] = ()
+) -> Tree:
+    """The merged model, one leaf after another: a rule's last step.
+
+    Args:
+      leaf: `(path, base's leaf, the deltas' leaves, those of the trees beside) -> merged leaf`, in the base's type;
+        None in the lists where a tree has none.
+      beside: what else is read leaf by leaf, such as curvature.
+
+    Where no delta has a leaf, it is the base's own. A leaf of the base that is `Deferred` stays so, and is made when it
+    is read. Errors as `require_sound`.
     """
+    count = len(deltas)
 
-    def one(name, *leaves):
-        if leaves[0] is None:
-            return None
-        wide = tree.wide_type(*leaves)
-        stack = jnp.stack([jnp.asarray(x, wide) for x in leaves])
-        return function(name, stack) if stack.size else stack[0]
+    def one(name, b, *rows):
+        if all(x is None for x in rows[:count]) or not np.size(b):
+            return b
+        if isinstance(b, Deferred):
+            return Deferred(b.shape, b.dtype, lambda: made(name, b, *rows))
+        return leaf(name, b, rows[:count], rows[count:])
 
-    return tree.map_with_name(one, *trees)
+    def made(name, b, *rows):
+        merged = leaf(name, b, rows[:count], rows[count:])
+        if check_finite:
+            require_sound({name: merged}, {name: b})
+        return np.asarray(merged).reshape(-1)
+
+    params = tree.map_with_name(one, base, *deltas, *beside)
+    if check_finite:
+        require_sound(params, base, deltas)
+    return params
 
 
-def rounded(wide: Tree, trees: Sequence[Tree]) -> Tree:
-    """`wide` in the common types of `trees`."""
-    return jax.tree.map(lambda x, *like: x.astype(jnp.result_type(*like)), wide, *trees)
+def moved_by(weights: Array, b: Array, *rows: Array) -> Array:
+    return b + total(weights, *rows)
+
+
+def weighed(base: Tree, deltas: Sequence[Tree], weights: Sequence, *, check_finite: bool) -> Tree:
+    """`base + Σ w_t delta_t`, rounded once."""
+
+    def leaf(_, b, row, __):
+        own, there = zip(*[(w, x) for w, x in zip(weights, row, strict=True) if x is not None], strict=True)
+        return entrywise(moved_by, [b, *there], own)
+
+    return assembled(base, deltas, leaf, check_finite=check_finite)
 
 
 def layers(base: Tree, delta: Tree, stacked: Stacked) -> set[str]:
@@ -89,15 +123,12 @@ def require_sound(params: Tree, base: Tree, deltas: Sequence[Tree] = ()) -> None
     pass over the leaves that aren't the base's own; nothing is looked at while a function is traced.
     """
     pairs = list(zip(*map(jax.tree.leaves, (params, base)), strict=True))
-    merged = [p for p, b in pairs if p is not b]
-    if not tree.concrete(merged):
-        return
-    # A sum is finite only where all its terms are, and takes a quarter of the time that looking at each does.
-    sums = jax.device_get([jnp.sum(x, dtype=tree.wide_type(x)) for x in merged])
-    if np.all(np.isfinite(sums)):
+    merged = [p for p, b in pairs if p is not b and not isinstance(p, Deferred)]
+    if not tree.concrete(merged) or sums_are_finite(merged):
         return
     for t, delta in enumerate(deltas):
         tree.require_finite(delta, f"delta {t}")
+    pairs = [(p, np.asarray(b) if isinstance(b, Deferred) else b) for p, b in pairs]
     kept = {name: jnp.isfinite(p) | (p == b) for name, (p, b) in zip(tree.names(params), pairs, strict=True)}
     bad = {n: leaves for n, leaves in zip(kept, pairs, strict=True) if leaves[0] is not leaves[1] and not kept[n].all()}
     tree.require_finite({name: jnp.where(kept[name], 0, b) for name, (_, b) in bad.items()}, "the base")

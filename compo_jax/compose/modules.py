@@ -10,6 +10,7 @@ import numpy as np
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import alike
+from compo_jax.compose.entries import Deferred, sums_are_finite
 from compo_jax.tree import Tree
 
 
@@ -25,6 +26,13 @@ def require_floating(trees: Tree, what: str) -> None:
                 f"{what} has a leaf {tree.path_name(path)} of type {dtype}: only floating-point leaves of 16 bits or "
                 "more are merged; others stay as they are where every module has None there"
             )
+
+
+def require_finite(trees: Tree, what: str) -> None:
+    """`tree.require_finite`, but quick where all is well; what is `Deferred` is looked at when it is read."""
+    leaves = [x for x in jax.tree.leaves(trees) if not isinstance(x, Deferred)]
+    if tree.concrete(leaves) and not sums_are_finite(leaves):
+        tree.require_finite(trees, what)
 
 
 def _listed(trees: Sequence[Tree], least: int, what: str) -> list[Tree]:
@@ -54,7 +62,7 @@ def fitted(base: Tree, deltas: Sequence[Tree], least: int = 1, *, check_finite: 
     require_floating(moved, "what the deltas are added to")
     if check_finite:
         for t, delta in enumerate(deltas):
-            tree.require_finite(delta, f"delta {t}")
+            require_finite(delta, f"delta {t}")
     for t, delta in enumerate(holed):
         _warn_of_parameters(base, delta, t)
     return holed
@@ -89,7 +97,12 @@ def _warn_of_parameters(base: Tree, delta: Tree, t: int) -> None:
     """
     there = jax.tree.map(lambda b, d: None if d is None else b, base, delta)
     b, d = max(zip(*map(jax.tree.leaves, (there, delta)), strict=True), key=lambda pair: np.size(pair[1]))
-    if not tree.concrete(b, d) or not all(getattr(x, "is_fully_addressable", True) for x in (b, d)):
+    if (
+        isinstance(b, Deferred)
+        or isinstance(d, Deferred)
+        or not tree.concrete(b, d)
+        or not all(getattr(x, "is_fully_addressable", True) for x in (b, d))
+    ):
         return
     with jax.ensure_compile_time_eval():
         b, d = _corner(b), _corner(d)
@@ -122,5 +135,5 @@ def same(trees: Sequence[Tree], *, check_finite: bool = False) -> list[Tree]:
             raise ValueError(f"tree {t} has another structure than tree 0: their None holes or containers differ")
     if check_finite:
         for t, other in enumerate(trees):
-            tree.require_finite(other, f"tree {t}")
+            require_finite(other, f"tree {t}")
     return trees

@@ -8,15 +8,15 @@ from jaxtyping import Array, Key
 
 from compo_jax import tree
 from compo_jax.compose.arithmetic import compose, task_arithmetic
-from compo_jax.compose.fisher import fisher_merge
+from compo_jax.compose.fisher import fisher_compose, fisher_merge
 from compo_jax.compose.kronecker import kronecker_merge, regmean
-from compo_jax.compose.leaves import moved
+from compo_jax.compose.leaves import weighed
 from compo_jax.compose.modules import aligned
 from compo_jax.compose.numbers import Weights
 from compo_jax.compose.solve import Solved, solve_merge
-from compo_jax.compose.sparse import dare, ties
+from compo_jax.compose.sparse import drop_each, ties
 from compo_jax.compose.spectral import iso, tsv
-from compo_jax.compose.sphere import karcher_mean, slerp
+from compo_jax.compose.sphere import karcher_mean, karcher_weights, slerp_weights
 from compo_jax.compose.stock import model_stock
 from compo_jax.curvature import Landscape
 from compo_jax.tree import Tree
@@ -30,6 +30,7 @@ class Rule(NamedTuple):
       needs: names of the keyword arguments that it can't do without, of those that `MADE_BY` lists.
       takes: names of those that it takes where they are given.
       weighted: whether it takes weights.
+      leafwise: whether it goes from leaf to leaf, and takes leaves that are `Deferred`.
       behind: the function that gets the options that `run` has no name for.
     """
 
@@ -37,6 +38,7 @@ class Rule(NamedTuple):
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     weighted: bool = True
+    leafwise: bool = True
     behind: Callable[..., Any] | None = None
 
 
@@ -51,29 +53,26 @@ MADE_BY = {
 
 
 def _dare(base, deltas, weights=None, *, key, rate=0.9, rule="average", check_finite=True, **options):
-    def merged(base, dropped, weights, *, check_finite=True, **options):
-        return merge(rule, base, dropped, weights=weights, key=key, check_finite=check_finite, **options)
-
-    return dare(key, base, deltas, weights, rate=rate, rule=merged, check_finite=check_finite, **options)
+    deltas = aligned(base, deltas, check_finite=check_finite)
+    deltas = drop_each(key, deltas, rate, deferred=find_rule(rule).leafwise)
+    return merge(rule, base, deltas, weights=weights, key=key, check_finite=check_finite, **options)
 
 
 def _slerp(base, deltas, *, t=0.5, check_finite=True):
     deltas = aligned(base, deltas, least=2, check_finite=check_finite)
     if len(deltas) != 2:
         raise ValueError(f"slerp is of two modules, and {len(deltas)} were given: karcher is its mean of many")
-    return moved(base, slerp(*deltas, t, wide=True, check_finite=False), check_finite=check_finite)
+    return weighed(base, deltas, slerp_weights(deltas, t, False), check_finite=check_finite)
 
 
 def _karcher(base, deltas, weights=None, *, check_finite=True, **options):
     deltas = aligned(base, deltas, check_finite=check_finite)
-    mean = karcher_mean(deltas, weights, wide=True, check_finite=False, **options)
-    return moved(base, mean, check_finite=check_finite)
+    return weighed(base, deltas, karcher_weights(deltas, weights, False, **options), check_finite=check_finite)
 
 
 def _fisher(base, deltas, weights=None, *, fishers, check_finite=True, **options):
     deltas = aligned(base, deltas, check_finite=check_finite)
-    merged = fisher_merge(deltas, fishers, weights, wide=True, check_finite=check_finite, **options)
-    return moved(base, merged, check_finite=check_finite)
+    return fisher_compose(base, deltas, fishers, weights, check_finite=check_finite, **options)
 
 
 def _full(base, deltas, weights=None, *, matvecs, fishers=None, **options):
@@ -97,9 +96,9 @@ RULES = {
     "tsv": Rule(tsv),
     "iso": Rule(iso),
     "fisher": Rule(_fisher, needs=("fishers",), behind=fisher_merge),
-    "regmean": Rule(regmean, needs=("factors",)),
-    "kronecker": Rule(kronecker_merge, needs=("factors",)),
-    "ggn": Rule(_full, needs=("matvecs",), takes=("fishers",), behind=solve_merge),
+    "regmean": Rule(regmean, needs=("factors",), leafwise=False),
+    "kronecker": Rule(kronecker_merge, needs=("factors",), leafwise=False),
+    "ggn": Rule(_full, needs=("matvecs",), takes=("fishers",), leafwise=False, behind=solve_merge),
     "best_weights": Rule(_best_weights, needs=("landscape",), weighted=False, behind=Landscape.best_weights),
 }
 

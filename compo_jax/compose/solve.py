@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from compo_jax import tree
 from compo_jax.compose.fisher import diagonals
-from compo_jax.compose.leaves import moved, rounded
+from compo_jax.compose.leaves import moved
 from compo_jax.compose.modules import aligned, same
 from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_not_negative, weigh
 from compo_jax.compose.sphere import gram
@@ -113,7 +113,8 @@ def conjugate_gradients(
     _, _, _, _, count, x, _, extremes, _ = jax.lax.while_loop(more, step, start)
     rest = tree.add(b, matvec(x), -1.0)
     residual = jnp.sqrt(tree.dot(rest, rest)) / jnp.where(size > 0, size, 1)
-    return Solution(rounded(x, [narrow]), residual, jnp.asarray(count), residual <= tolerance, jnp.stack(extremes))
+    rounded = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), x, narrow)
+    return Solution(rounded, residual, jnp.asarray(count), residual <= tolerance, jnp.stack(extremes))
 
 
 def _product(matvec: Matvec, vector: Tree, like: Tree, what: str = "the curvature product") -> Tree:

@@ -2,17 +2,20 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+import numpy as np
+from jaxtyping import Array, Bool, Key
 
 from compo_jax import tree
-from compo_jax.compose.arithmetic import compose
-from compo_jax.compose.leaves import leafwise, moved, require_sound
+from compo_jax.compose.arithmetic import compose, task_arithmetic
+from compo_jax.compose.entries import PIECE, Deferred, entrywise, flat, on_host, total
+from compo_jax.compose.leaves import assembled, require_sound
 from compo_jax.compose.modules import aligned, same
-from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh, wide_number
+from compo_jax.compose.numbers import Scalar, Weights, require_number, weigh, wide_number
+from compo_jax.compose.selection import kth_largest
 from compo_jax.tree import Tree
 
 
@@ -31,12 +34,16 @@ def trim(delta: Tree, density: float, *, check_finite: bool = True) -> Tree:
     """
     _require_density(density)
     (delta,) = same([delta], check_finite=check_finite)
-    sizes = jnp.concatenate([jnp.abs(jnp.asarray(x)).ravel() for x in jax.tree.leaves(delta)])
-    if not sizes.size:
-        return delta
-    sizes = jnp.sort(jnp.where(jnp.isnan(sizes), jnp.inf, sizes))
-    least = sizes[sizes.size - max(1, round(float(density) * sizes.size))]
-    return jax.tree.map(lambda x: jnp.where(jnp.abs(x) < least, 0, x), delta)
+    least = _least(delta, density)
+    return jax.tree.map(lambda x: entrywise(_trimmed, [x], [least]), delta)
+
+
+def _least(delta: Tree, density: float) -> Any:
+    """The magnitude of the smallest entry that `trim` keeps."""
+    leaves = jax.tree.leaves(delta)
+    size = sum(np.size(x) for x in leaves)
+    kept = max(1, round(float(density) * size))
+    return kth_largest(leaves, kept) if kept < size else 0.0
 
 
 def ties(
@@ -61,28 +68,88 @@ def ties(
     require_number("scale", scale, "a finite number")
     deltas = aligned(base, deltas, check_finite=check_finite)
     weights = weigh(weights, len(deltas), sign=False)
-    deltas = [trim(delta, density, check_finite=False) for delta in deltas]
+    least = [_least(delta, density) for delta in deltas]
 
-    def merged(_, x):
-        w = along(weights, x)
-        elected = jnp.sign(jnp.sum(w * x, axis=0))
-        agreeing = jnp.where((jnp.sign(x) == elected) & (x != 0), w, 0)
-        total = jnp.sum(agreeing, axis=0)
-        return jnp.sum(agreeing * x, axis=0) / jnp.where(total > 0, total, 1)
+    def leaf(_, b, rows, __):
+        return entrywise(_elected, [b, *rows], [*weights, *least, scale])
 
-    return moved(base, leafwise(merged, deltas), scale, check_finite=check_finite)
+    return assembled(base, deltas, leaf, check_finite=check_finite)
 
 
-def _dropped(key: Key[Array, ""], delta: Tree, rate: Scalar) -> Tree:
-    """`drop`, unrounded."""
+def _trimmed(least: Array, x: Array) -> Array:
+    return jnp.where(jnp.abs(x) < least[0], 0, x)
+
+
+def _elected(numbers: Array, b: Array, *rows: Array) -> Array:
+    """TIES of T leaves; numbers are their weights, the least magnitudes that are kept, and the scale."""
+    tasks, scale = len(rows), numbers[-1]
+    weights, least = numbers[:tasks], numbers[tasks:-1]
+    rows = [jnp.where(jnp.abs(x) < m, 0, x) for m, x in zip(least, rows, strict=True)]
+    elected = jnp.sign(total(weights, *rows))
+    agreeing = [jnp.where(x * elected > 0, w, 0) for w, x in zip(weights, rows, strict=True)]
+    weight = sum(agreeing)
+    return b + scale * (total(agreeing, *rows) / jnp.where(weight > 0, weight, 1))
+
+
+def _lost(key: Key[Array, ""], rate: Scalar, size: int) -> Bool[Array, " size"]:
+    """Which entries are dropped; of a large leaf each piece by itself, as they are quick to draw in the cache."""
+    if size <= PIECE:
+        return jax.random.bernoulli(key, rate, (size,))
+    draw = lambda number: jax.random.bernoulli(jax.random.fold_in(key, number), rate, (PIECE,))
+    return jax.vmap(draw)(jnp.arange(-(-size // PIECE))).ravel()[:size]
+
+
+@jax.jit
+def _drop_small(key: Key[Array, ""], rate: Scalar, x: Array) -> Array:
+    return jnp.where(_lost(key, rate, x.size), 0, x)
+
+
+@jax.jit
+def _drop_piece(key: Key[Array, ""], number: int | Array, rate: Scalar, x: Array) -> Array:
+    return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, number), rate, x.shape), 0, x)
+
+
+class _Dropped(NamedTuple):
+    """The entries of a leaf of which some are dropped, see `Deferred`."""
+
+    row: Any
+    size: int
+    key: Key[Array, ""]
+    rate: float
+    dtype: np.dtype
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        start, stop, _ = place.indices(self.size)
+        if self.size <= PIECE:
+            return np.asarray(_drop_small(self.key, self.rate, self._scaled(0, self.size)))[place]
+        first = start // PIECE
+        found = [self._piece(number) for number in range(first, -(-stop // PIECE))]
+        cut = slice(start - first * PIECE, stop - first * PIECE)
+        return found[0][cut] if len(found) == 1 else np.concatenate(found)[cut]
+
+    def _piece(self, number: int) -> np.ndarray:
+        x = self._scaled(number * PIECE, min((number + 1) * PIECE, self.size))
+        return np.asarray(_drop_piece(self.key, number, self.rate, np.pad(x, (0, PIECE - x.size))))[: x.size]
+
+    def _scaled(self, start: int, stop: int) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return self.row[start:stop].astype(self.dtype, copy=False) / self.dtype.type(1 - self.rate)
+
+
+def dropped(key: Key[Array, ""], delta: Tree, rate: Scalar, *, deferred: bool = False) -> Tree:
+    """`drop`, unrounded; `deferred`: drawn when it is read, where that can be."""
     meaning = "the probability that an entry is dropped, from 0 to below 1"
     require_number("rate", rate, meaning, lambda x: 0 <= x < 1)
     rate = wide_number(rate)
     keys = iter(jax.random.split(key, len(jax.tree.leaves(delta))))
 
     def one(x):
-        x = jnp.asarray(x, tree.wide_type(x))
-        return jnp.where(jax.random.bernoulli(next(keys), rate, x.shape), 0, x / jnp.asarray(1 - rate, x.dtype))
+        own, wide, shape = next(keys), tree.wide_type(x), np.shape(x)
+        if on_host(x, own, rate):
+            later = Deferred(shape, wide, lambda: _Dropped(flat(x), np.size(x), own, rate, wide))
+            return later if deferred else jnp.asarray(np.asarray(later))
+        x = jnp.asarray(x, wide)
+        return jnp.where(_lost(own, rate, x.size).reshape(shape), 0, x / jnp.asarray(1 - rate, wide))
 
     return jax.tree.map(one, delta)
 
@@ -93,7 +160,7 @@ def drop(key: Key[Array, ""], delta: Tree, rate: Scalar, *, check_finite: bool =
     ValueError where the delta holds NaN or an infinity, or what is divided is too large for its type (`check_finite`).
     """
     (delta,) = same([delta], check_finite=check_finite)
-    found = jax.tree.map(lambda y, x: y.astype(jnp.result_type(x)), _dropped(key, delta, rate), delta)
+    found = jax.tree.map(lambda y, x: y.astype(jnp.result_type(x)), dropped(key, delta, rate), delta)
     if check_finite:
         require_sound(found, delta)
     return found
@@ -119,8 +186,13 @@ def dare(
         rescaled deltas unrounded, in float32 at least.
     """
     deltas = aligned(base, deltas, check_finite=check_finite)
-    keys = jax.random.split(key, len(deltas))
-    dropped = [_dropped(k, delta, rate) for k, delta in zip(keys, deltas, strict=True)]
+    deltas = drop_each(key, deltas, rate, deferred=rule in (compose, task_arithmetic, ties))
     if not check_finite and "check_finite" in inspect.signature(rule).parameters:
         options["check_finite"] = False
-    return rule(base, dropped, weights, **options)
+    return rule(base, deltas, weights, **options)
+
+
+def drop_each(key: Key[Array, ""], deltas: list[Tree], rate: Scalar, *, deferred: bool) -> list[Tree]:
+    """`dropped` of each delta by draws of its own."""
+    keys = jax.random.split(key, len(deltas))
+    return [dropped(k, delta, rate, deferred=deferred) for k, delta in zip(keys, deltas, strict=True)]

@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
-from compo_jax.compose.leaves import Stacked, by_layer, layers, leafwise, moved
+from compo_jax.compose.entries import Deferred
+from compo_jax.compose.leaves import Stacked, assembled, by_layer, layers, stack
 from compo_jax.compose.modules import aligned
 from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh
 from compo_jax.lapack import svd
@@ -37,22 +39,30 @@ def _svd(x: Float[Array, "in out"], eps: float) -> tuple[Array, Array, Array, Ar
 
 
 def _by_matrix(
-    function: Callable[[Matrices, float], Array], base: Tree, deltas: list[Tree], weights: list, stacked: Stacked
+    function: Callable[[Matrices, float], Array],
+    base: Tree,
+    deltas: list[Tree],
+    weights: list,
+    scale: Scalar,
+    stacked: Stacked,
+    check_finite: bool,
 ) -> Tree:
-    roundings = jax.tree.map(lambda *x: max(float(jnp.finfo(jnp.result_type(d)).eps) for d in x), *deltas)
-    eps = dict(zip(tree.names(roundings), jax.tree.leaves(roundings), strict=True))
     of_layers = layers(base, deltas[0], stacked)
 
-    def leaf(name, leaves):
+    def leaf(name, b, rows, _):
+        eps = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in rows)
+
         def layer(x):
             x = along(weights, x) * x
             if x.ndim < 3:
                 return jnp.mean(x, axis=0)
-            return function(x.reshape(x.shape[0], -1, x.shape[-1]), eps[name]).reshape(x.shape[1:])
+            return function(x.reshape(x.shape[0], -1, x.shape[-1]), eps).reshape(x.shape[1:])
 
-        return by_layer(layer, leaves, name in of_layers)
+        return tree.add(
+            np.asarray(b) if isinstance(b, Deferred) else b, by_layer(layer, stack(rows), name in of_layers), scale
+        )
 
-    return leafwise(leaf, deltas)
+    return assembled(base, deltas, leaf, check_finite=check_finite)
 
 
 def tsv(
@@ -91,7 +101,7 @@ def tsv(
         return jnp.matmul(left * s[:, :kept].ravel(), right, precision="highest")
 
     weights = weigh(weights, len(deltas), 1.0)
-    return moved(base, _by_matrix(merged, base, deltas, weights, stacked), scale, check_finite=check_finite)
+    return _by_matrix(merged, base, deltas, weights, scale, stacked, check_finite)
 
 
 def iso(
@@ -115,4 +125,4 @@ def iso(
         return jnp.sum(s) / jnp.maximum(jnp.sum(real), 1) * jnp.matmul(u, v, precision="highest")
 
     weights = weigh(weights, len(deltas), 1.0)
-    return moved(base, _by_matrix(merged, base, deltas, weights, stacked), scale, check_finite=check_finite)
+    return _by_matrix(merged, base, deltas, weights, scale, stacked, check_finite)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compo_jax import tree
+from compo_jax.compose.entries import entrywise, on_host, products, total
 from compo_jax.compose.modules import same
 from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_number, weigh, wide_number
 from compo_jax.tree import Tree
@@ -20,7 +21,18 @@ from compo_jax.tree import Tree
 
 def gram(trees: Sequence[Tree]) -> Float[Array, "tasks tasks"]:
     """All inner products."""
+    rows = list(zip(*map(jax.tree.leaves, trees), strict=True))
+    if all(on_host(*row) for row in rows):
+        return jnp.asarray(sum(products(row) for row in rows), tree.wide_type(*jax.tree.leaves(trees)))
     return jnp.stack([jnp.stack([tree.dot(a, b) for b in trees]) for a in trees])
+
+
+def _sum(trees: Sequence[Tree], weights: Sequence, wide: bool) -> Tree:
+    def one(*row):
+        kind = tree.wide_type(*row) if wide else jnp.result_type(*row)
+        return entrywise(total, row, weights, kind)
+
+    return jax.tree.map(one, *trees)
 
 
 def _cosines(trees: Sequence[Tree], check_finite: bool) -> tuple[Float[Array, "tasks tasks"], Float[Array, " tasks"]]:
@@ -46,16 +58,27 @@ def slerp(a: Tree, b: Tree, t: Scalar, *, wide: bool = False, check_finite: bool
     is shortest.
     """
     trees = same([a, b], check_finite=check_finite)
+    return _sum(trees, slerp_weights(trees, t, check_finite), wide)
+
+
+def slerp_weights(trees: Sequence[Tree], t: Scalar, check_finite: bool) -> list[Array]:
+    """The two trees' weights in their SLERP."""
     require_number("t", t, "a finite number, 0 at the one tree and 1 at the other")
     cosines, norms = _cosines(trees, check_finite)
     cosine, t = cosines[0, 1], wide_number(t)
     if tree.concrete(cosine) and 1 + cosine < 10 * jnp.finfo(cosine.dtype).eps:
         raise ValueError("the two trees point in opposite directions: no great circle between them is the shortest")
+    return list(
+        _slerp_weights(jnp.stack([jnp.asarray(1 - t, norms.dtype), jnp.asarray(t, norms.dtype)]), cosine, norms)
+    )
+
+
+@jax.jit
+def _slerp_weights(shares: Array, cosine: Array, norms: Array) -> Array:
     straight = 1 - cosine < 10 * jnp.finfo(cosine.dtype).eps
     angle = jnp.arccos(jnp.where(straight, 0.0, cosine))
-    shares = jnp.stack([jnp.asarray(1 - t, norms.dtype), jnp.asarray(t, norms.dtype)])
     turned = jnp.where(straight, shares, jnp.sin(shares * angle) / jnp.sin(angle))
-    return tree.weighted_sum(trees, turned * (shares @ norms) / norms, wide=wide)
+    return turned * (shares @ norms) / norms
 
 
 def karcher_mean(
@@ -79,6 +102,19 @@ def karcher_mean(
     ValueError as `slerp`, and where the directions cancel; a UserWarning where the iterations end far from the mean.
     """
     trees = same(trees, check_finite=check_finite)
+    found = karcher_weights(trees, weights, check_finite, tolerance=tolerance, max_iterations=max_iterations)
+    return _sum(trees, found, wide)
+
+
+def karcher_weights(
+    trees: Sequence[Tree],
+    weights: Weights | None,
+    check_finite: bool,
+    *,
+    tolerance: Scalar | None = None,
+    max_iterations: int = 100,
+) -> list[Array]:
+    """The trees' weights in their Karcher mean."""
     require_iterations(tolerance, max_iterations)
     weights = weigh(weights, len(trees), sign=False)
     cosines, norms = _cosines(trees, check_finite)
@@ -114,6 +150,6 @@ def karcher_mean(
             f"the Karcher mean was still moving by {float(size):.1e} radians after {max_iterations} iterations: allow "
             "more, or take fewer trees that point apart",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return tree.weighted_sum(trees, mean * jnp.dot(weights, norms) / norms, wide=wide)
+    return list(mean * jnp.dot(weights, norms) / norms)

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
+from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
-from compo_jax.compose.leaves import Stacked, by_layer, layers, leafwise, moved
+from compo_jax.compose.entries import entrywise, on_host, products
+from compo_jax.compose.leaves import Stacked, assembled, layers, moved_by, stack
 from compo_jax.compose.modules import aligned
 from compo_jax.tree import Tree
 
@@ -25,15 +28,28 @@ def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: Stacked = STACKE
     deltas = aligned(base, deltas, least=2, check_finite=check_finite)
     tasks = len(deltas)
 
-    def merged(x):
-        flat = x.reshape(tasks, -1)
-        norms = jnp.linalg.norm(flat, axis=1, keepdims=True)
-        unit = flat / jnp.where(norms > 0, norms, 1)
-        # the pairs' cosines sum to |Σ u|², less each with itself
-        pairs = jnp.sum(jnp.square(unit.sum(axis=0))) - jnp.sum(norms > 0)
+    def share(products):  # (..., tasks, tasks)
+        norms = jnp.sqrt(jnp.diagonal(products, axis1=-2, axis2=-1))
+        lengths = jnp.where(norms > 0, norms, 1)
+        cosines = products / lengths[..., :, None] / lengths[..., None, :]
+        # the pairs', without those of each with itself
+        pairs = jnp.sum(cosines, axis=(-2, -1)) - jnp.sum(norms > 0, axis=-1)
         cosine = jnp.clip(pairs / (tasks * (tasks - 1)), 0, 1)
-        return tasks * cosine / (1 + (tasks - 1) * cosine) * jnp.mean(x, axis=0)
+        return cosine / (1 + (tasks - 1) * cosine)  # a task's: r / T
+
+    def layer(b, *rows):
+        found = share(jnp.asarray(products(rows), tree.wide_type(*rows)))
+        return entrywise(moved_by, [b, *rows], [found] * tasks)
+
+    def leaf(name, b, rows, _):
+        if on_host(b, *rows):
+            if name not in of_layers:
+                return layer(b, *rows)
+            return jnp.stack([layer(*x) for x in zip(*map(np.asarray, (b, *rows)), strict=True)])
+        x = stack(rows)
+        x = x.reshape(tasks, x.shape[1] if name in of_layers else 1, -1)
+        shares = share(jnp.einsum("sln,tln->lst", x, x, precision="highest"))
+        return tree.add(b, (shares[:, None] * jnp.sum(x, axis=0)).reshape(np.shape(b)))
 
     of_layers = layers(base, deltas[0], stacked)
-    mean = leafwise(lambda name, x: by_layer(merged, x, name in of_layers), deltas)
-    return moved(base, mean, check_finite=check_finite)
+    return assembled(base, deltas, leaf, check_finite=check_finite)

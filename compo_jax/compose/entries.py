@@ -1,0 +1,141 @@
+"""Leaves entry by entry, in pieces that stay in the processor's cache; and leaves that are read when they are needed.
+
+What NumPy can read where it is goes through one compiled function piece by piece: one program for leaves of all
+shapes, and no array as large as a leaf but the result. What is traced, on an accelerator or spread over devices goes
+through the same function leaf by leaf.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from compo_jax import tree
+
+#: Entries of a piece: some rows of them fit into a core's second cache.
+PIECE = 1 << 16
+_ALIGNED = 64  # bytes
+
+
+class Deferred:
+    """A leaf whose entries are read, or computed, when they are asked for.
+
+    Attributes:
+      shape, dtype: the leaf's.
+      open: makes what gives the entries, flattened, as NumPy arrays: `open()[start:stop]`.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, open: Callable[[], Any]):
+        self.shape, self.dtype, self.open = tuple(shape), np.dtype(dtype), open
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        with jax.ensure_compile_time_eval():
+            return np.array(self.open()[:], dtype or self.dtype, copy=copy).reshape(self.shape)
+
+
+def on_host(*leaves: Any) -> bool:
+    """Whether NumPy can read the leaves where they are: none is traced, on an accelerator or spread over devices."""
+    arrays = [x for x in leaves if isinstance(x, jax.Array)]
+    if not tree.concrete(arrays):
+        return False
+    devices = {device for x in arrays for device in x.devices()}
+    with jax.ensure_compile_time_eval():
+        return not devices or (devices == jnp.zeros(()).devices() and devices.pop().platform == "cpu")
+
+
+def flat(leaf: Any) -> Any:
+    """The entries in one row, to be cut in slices."""
+    return leaf.open() if isinstance(leaf, Deferred) else np.asarray(leaf).reshape(-1)
+
+
+def pieces(row: Any, size: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """A row of `size` entries, cut: (a piece's place, the piece)."""
+    for start in range(0, size, PIECE):
+        place = slice(start, min(start + PIECE, size))
+        yield place, row[place]
+
+
+def entrywise(
+    function: Callable[..., Array], leaves: Sequence[Any], numbers: Sequence = (), dtype: Any = None
+) -> Array:
+    """`function(numbers, *leaves)` of leaves of one shape, rounded once.
+
+    Args:
+      function: works entry by entry, in float32 at least; one of a module, as it is compiled once.
+      numbers: what else it needs that may be traced, scalars; it gets them as one array.
+      dtype: of the result; default the first leaf's.
+    """
+    wide, shape, size = tree.wide_type(*leaves), np.shape(leaves[0]), np.size(leaves[0])
+    dtype = jnp.result_type(leaves[0]) if dtype is None else dtype
+    if not on_host(*leaves, *numbers):
+        rows = [np.asarray(x) if isinstance(x, Deferred) else x for x in leaves]
+        run = _compiled if tree.concrete(rows, list(numbers)) else _rounded
+        return run(function, wide, dtype, jnp.stack([jnp.asarray(n, wide) for n in numbers]), *rows)
+    numbers = np.array([np.asarray(n) for n in numbers], wide)
+    out, rows = _empty(size, dtype), [flat(x) for x in leaves]
+    spare = [_empty(PIECE, jnp.result_type(x)) for x in leaves]
+    with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):  # constants of a function that is traced
+        for place, first in pieces(rows[0], size):
+            cut = [_ready(x, own) for x, own in zip([first, *(row[place] for row in rows[1:])], spare, strict=True)]
+            out[place] = np.asarray(_compiled(function, wide, dtype, numbers, *cut))[: first.size]
+    return jax.device_put(out.reshape(shape))
+
+
+def _rounded(function: Callable[..., Array], wide: Any, dtype: Any, numbers: Any, *rows: Any) -> Array:
+    return function(numbers, *[jnp.asarray(x, wide) for x in rows]).astype(dtype)
+
+
+_compiled = jax.jit(_rounded, static_argnums=(0, 1, 2))
+
+
+def _ready(piece: np.ndarray, spare: np.ndarray) -> np.ndarray:
+    """The piece as it is, or copied to the front of `spare`: whole, and where JAX reads it without a copy."""
+    if piece.size == PIECE and piece.dtype == spare.dtype and piece.ctypes.data % _ALIGNED == 0:
+        return piece
+    spare[: piece.size] = piece
+    return spare
+
+
+def _empty(size: int, dtype: Any) -> np.ndarray:
+    """A row that starts where JAX takes an array over without a copy."""
+    length = size * np.dtype(dtype).itemsize
+    row = np.empty(length + _ALIGNED, np.uint8)
+    start = -row.ctypes.data % _ALIGNED
+    return row[start : start + length].view(dtype)
+
+
+def products(leaves: Sequence[Any]) -> Float[np.ndarray, "tasks tasks"]:
+    """The inner products of leaves on the host, summed in float64."""
+    rows, size = [flat(x) for x in leaves], np.size(leaves[0])
+    block, summed = np.empty((len(rows), PIECE), tree.wide_type(*leaves)), np.zeros((len(rows), len(rows)))
+    with np.errstate(all="ignore"):
+        for start in range(0, size, PIECE):
+            part = block[:, : min(PIECE, size - start)]
+            for line, row in zip(part, rows, strict=True):
+                line[:] = row[start : start + part.shape[1]]
+            summed += part @ part.T
+    return summed
+
+
+def total(weights: Any, *rows: Any) -> Any:
+    """`Σ w_t row_t`."""
+    return sum((w * x for w, x in zip(weights[1:], rows[1:], strict=True)), start=weights[0] * rows[0])
+
+
+def sums_are_finite(leaves: Sequence) -> bool:
+    """Whether the sum of each leaf is finite, which is so only where all entries are, and is quicker than to look."""
+    if not on_host(*leaves):
+        return bool(np.all(np.isfinite(jax.device_get([jnp.sum(x, dtype=tree.wide_type(x)) for x in leaves]))))
+    with np.errstate(all="ignore"):
+        return all(np.isfinite(np.sum(np.asarray(x), dtype=tree.wide_type(x))) for x in leaves)
