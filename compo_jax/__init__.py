@@ -16,7 +16,6 @@ What lives where; a room imports only from floors below its own:
     0      tree         algebra on pytrees that `jax.tree` and `optax.tree` lack
            mesh         device meshes, shardings, several hosts
            files        paths, locks and why a file was not written
-           memory       how the C library keeps what is freed
            lapack       decompositions of matrices, which numbers that aren't finite can't stop
            memory       freed memory that is kept for the next step
 

@@ -75,8 +75,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*shape n"]) -> Float[Array, "*shape n"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         dtype = self.dtype or jnp.result_type(x, scale, bias)
         y = standardize(x.astype(jnp.promote_types(dtype, jnp.float32)), self.epsilon)
         return (y * scale + bias).astype(dtype)
