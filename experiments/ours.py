@@ -81,9 +81,8 @@ def hvp(sizes: Sizes) -> Work:
 
 def hvp8(sizes: Sizes) -> Work:
     net = vit(sizes)
-    product = partial(curvature.hvp, net.loss)
     eight = jax.tree.map(lambda p: jnp.stack([p] * 8), net.params)
-    return ready(jax.vmap(product, (None, 0, None, None)), net.params, eight, net.images, net.labels)
+    return ready(partial(curvature.hvp, net.loss, stacked=True), net.params, eight, net.images, net.labels)
 
 
 def ggn(sizes: Sizes) -> Work:

@@ -98,7 +98,7 @@ def curvature_speed(images: int, repeats: int) -> None:
     jobs = {
         "gradient": (jax.grad(net.loss), params, x, y),
         "Hessian product": (hvp, params, params, x, y),
-        "8 Hessian products": (jax.vmap(hvp, (None, 0, None, None)), params, eight, x, y),
+        "8 Hessian products": (partial(hvp, stacked=True), params, eight, x, y),
         "Gauss-Newton product": (partial(curvature.ggnvp, apply), params, params, x),
         "Fisher diagonal, exact": (fisher, params, x),
         "Fisher diagonal, low-rank 1e-2": (partial(fisher, method="low_rank", tolerance=1e-2), params, x),
