@@ -15,6 +15,7 @@ from compo_jax import adapters, curvature, modular, tree
 from compo_jax.data import ArraySplit, Task, TaskStream
 from compo_jax.incremental import Known, Method, Reference, Settings, empty_mixtures
 from compo_jax.incremental.learner import training
+from compo_jax.memory import keep_memory
 from compo_jax.models import ViT
 from compo_jax.train import TrainState, init_state, jit_runner
 
@@ -255,4 +256,5 @@ ROWS = {
 }
 
 if __name__ == "__main__":
+    keep_memory()
     serve(ROWS)
