@@ -47,7 +47,7 @@ def test_a_killed_multitask_run_that_is_given_more_seeds_ends_as_a_whole_one(tmp
     assert pool.names() == ["task-000", "task-001", "templates"]
     assert pool.manifest("task-001").task == "armenian"
     with pytest.raises(ValueError, match="patch: 4 there, 2 now"):
-        main(*MULTITASK, "--patch", 2, "--runs", tmp_path, "--name", "a", **job)
+        main(*MULTITASK, "--batch", 8, "--patch", 2, "--runs", tmp_path, "--name", "a", **job)
 
 
 def test_a_new_task_is_learned_from_few_labels(tmp_path):
