@@ -3,7 +3,7 @@
 import ctypes
 import sys
 
-_TRIM, _TOP, _MAPPED, _ARENAS = -1, -2, -3, -8  # options of glibc's mallopt, from malloc.h
+_TRIM, _TOP, _MAPPED = -1, -2, -3  # options of glibc's mallopt, from malloc.h
 _MIB = 2**20
 
 
@@ -17,6 +17,6 @@ def keep_memory() -> bool:
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is None:
         return False
-    # One arena for all threads: those of their own can't grow beyond 64 MiB, and take more from the system.
-    values = {_MAPPED: 1024 * _MIB, _TRIM: 2048 * _MIB - 1, _TOP: 64 * _MIB, _ARENAS: 1}
+    # Not one arena for all threads, though those of their own can't grow beyond 64 MiB: they'd wait for each other.
+    values = {_MAPPED: 1024 * _MIB, _TRIM: 2048 * _MIB - 1, _TOP: 64 * _MIB}
     return all([set_option(option, value) == 1 for option, value in values.items()])

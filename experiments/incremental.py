@@ -321,10 +321,8 @@ def main(arguments: list[str] | None = None) -> None:
                 run.log.position = int(kept["position"])
 
         # -- task by task ----------------------------------------------------------------------------------------------
-        coming = references[first_task:] if references else incremental.references(refer, reference, first_task, tasks)
-        if first_task < tasks and not ahead and tried[0].mode != "joint":  # compiled beside the first reference
-            trainers[tried[0].name][1](stream.tasks[0], 0, begun, memories[tried[0].name], steps=1)
-        for t, reference in zip(range(first_task, tasks), coming, strict=True):
+        for t in range(first_task, tasks):
+            reference = references[t] if references else refer(reference, t)
             for method in tried:
                 if method.mode == "joint" and t < tasks - 1:
                     continue

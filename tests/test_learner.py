@@ -9,7 +9,7 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestCentroid
 
-from compo_jax import adapters, compose, curvature, incremental, mesh, tree
+from compo_jax import adapters, compose, curvature, incremental, tree
 from compo_jax.curvature import fisher_diagonal
 from compo_jax.data import ArraySplit, array_stream
 from compo_jax.incremental import Method, Settings
@@ -243,37 +243,6 @@ def test_the_evaluator_counts_right_answers(stream, base, features, references):
         np.testing.assert_allclose(found.incremental[t], np.mean(values.argmax(1) == labels + first))
         own = values[:, first : first + len(task.classes)].argmax(1)
         np.testing.assert_allclose(found.within[t], np.mean(own == labels))
-
-
-@pytest.mark.parametrize("several", [False, True], ids=["by a thread", "in one order"])
-def test_references_made_ahead_are_those_made_one_after_another(references, several, monkeypatch):
-    monkeypatch.setattr(mesh, "several", lambda: several)
-    made = []
-
-    def after(reference, t):
-        made.append(t)
-        return references[t + 1] if reference is references[t] else None
-
-    ahead = incremental.references(after, references[0], 0, 2)
-    assert all(found is wanted for found, wanted in zip(ahead, references[1:], strict=True))
-    assert made == [0, 1]
-    assert list(incremental.references(after, references[2], 2, 2)) == []
-    ahead = incremental.references(after, references[0], 0, 2)
-    next(ahead)
-    assert several <= (made == [0, 1, 0])  # with others to keep in step with, nothing is begun before its turn
-    next(ahead)
-
-
-def test_an_error_in_a_reference_made_ahead_is_raised_where_it_is_wanted(references):
-    def after(reference, t):
-        if t:
-            raise ValueError("the features hold NaN")
-        return references[1]
-
-    ahead = incremental.references(after, references[0], 0, 3)
-    assert next(ahead) is references[1]
-    with pytest.raises(ValueError, match="hold NaN"):
-        next(ahead)
 
 
 # -- the modes ---------------------------------------------------------------------------------------------------------

@@ -39,7 +39,6 @@ from compo_jax.incremental.prototypes import random_projection as random_project
 from compo_jax.incremental.reference import Known as Known
 from compo_jax.incremental.reference import Reference as Reference
 from compo_jax.incremental.reference import reference_stage as reference_stage
-from compo_jax.incremental.reference import references as references
 from compo_jax.incremental.regularisers import head_penalty as head_penalty
 from compo_jax.incremental.regularisers import iel_penalty as iel_penalty
 from compo_jax.incremental.regularisers import ita_penalty as ita_penalty

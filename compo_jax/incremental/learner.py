@@ -147,16 +147,13 @@ def task_trainer(
       width: columns of a head, at least the classes of any task; one compilation serves all tasks.
       runner: `jit_runner` or `pmap_runner`.
       first: global number of the task's first class, in the call returned.
-      steps: fewer than all epochs have, in the call returned; after one step everything is compiled.
     """
     plan = training(model, base, stream, settings, method, seed, width=width)
     run = runner(plan.loss, plan.optimizer, extras=plan.extras)
 
-    def train(
-        task: Task, first: int, reference: Reference, memory: Memory, *, steps: int | None = None, **fit_options
-    ) -> Learned:
+    def train(task: Task, first: int, reference: Reference, memory: Memory, **fit_options) -> Learned:
         params, context = plan.start(task, first, reference, memory)
-        steps = settings.epochs * steps_per_epoch(task.train, settings.batch) if steps is None else steps
+        steps = settings.epochs * steps_per_epoch(task.train, settings.batch)
         state = fit(run, init_state(params, plan.optimizer), context, plan.batches(task, first), steps, **fit_options)
         return finish(plan, task, first, state.params, memory)
 

@@ -1,14 +1,11 @@
 """What the base model alone says of each task, before any module is trained: mixtures, aligned head, Fisher."""
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from compo_jax import mesh
 from compo_jax.data import Split, TaskStream
 from compo_jax.incremental.classifier import Head, align, head_fisher, new_head, probe
 from compo_jax.incremental.features import feature_width, features
@@ -118,31 +115,3 @@ def reference_stage(
         return Reference(mixtures, head, found, every, known(reference.seen, before), known(every, now))
 
     return start, after
-
-
-def references(
-    after: Callable[[Reference, int], Reference], reference: Reference, first: int, last: int
-) -> Iterator[Reference]:
-    """The references after the tasks `first` … `last` - 1.
-
-    On a CPU each is made by a thread while the one before it is in use, for training leaves cores idle; the first one
-    is begun at once. An accelerator is busy and its memory taken, and of several processes all must compute in one
-    order: there each is made when it is asked for.
-
-    Args:
-      after, reference: see `reference_stage`; the reference before task `first`.
-    """
-    if mesh.several() or jax.default_backend() != "cpu":
-        return itertools.islice(itertools.accumulate(range(first, last), after, initial=reference), 1, None)
-    thread = ThreadPoolExecutor(1)
-    upcoming = [thread.submit(after, reference, first)] if first < last else []
-
-    def each():
-        with thread:
-            for t in range(first, last):
-                reference = upcoming.pop().result()
-                if t + 1 < last:
-                    upcoming.append(thread.submit(after, reference, t + 1))
-                yield reference
-
-    return each()
