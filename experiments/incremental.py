@@ -5,7 +5,7 @@
     python experiments/incremental.py --data omniglot --data-dir DIR           # real handwriting, alphabets as tasks
     python experiments/incremental.py --data cifar100 --data-dir DIR --backbone vit_base_patch16_224.safetensors
 
-The first needs nothing but the package and takes under 5 minutes on 2 CPU cores. For each task: mixtures, probe,
+The first needs nothing but the package and takes under 3 minutes on 2 CPU cores. For each task: mixtures, probe,
 alignment and Fisher of the base; a LoRA module and a head trained around the base; the pool composed and tested. Writes
 `runs/NAME/`: config.json, metrics.jsonl, metrics.json, pool/, report.html. A killed run goes on where it was. Expected
 numbers: the table in README.md.
