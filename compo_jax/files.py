@@ -1,10 +1,12 @@
-"""Files of this machine: which paths are served, locks that end with their process, and why a file was not written."""
+"""Files of this machine: which paths are served, locks that end with their process, files that are written whole or not
+at all, and why one was not."""
 
 import contextlib
 import errno
 import logging
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +81,19 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A hidden path beside `path`, to write the new file to: it takes the place of the old one in the end, whole, or is
+    removed where an error is raised."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 
 from compo_jax.compose.entries import Deferred
 from compo_jax.compose.rules import RULES, find_rule, merge
-from compo_jax.files import local_path
+from compo_jax.files import local_path, replaced
 
 #: The types that are merged; tensors of others (counts, masks) are the same in all checkpoints, and are copied.
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
@@ -195,14 +194,10 @@ def _write(out: Path, like: _Checkpoint, params: Mapping[str, Any]) -> None:
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = out.with_name(f"{out.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replaced(out) as aside, open(aside, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in like.tensors:
                 file.write((params[name].open()[:] if name in params else like.row(name)).view(np.uint8).data)
-        os.replace(temporary, out)
     except OSError as error:
         raise OSError(error.errno, f"{out} is not written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)

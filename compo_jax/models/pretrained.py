@@ -4,9 +4,7 @@ One table says what corresponds to what and is read in both directions; the shap
 """
 
 import math
-import os
 import re
-import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +18,7 @@ import safetensors.numpy
 from jaxtyping import Array, Float
 
 from compo_jax import tree
-from compo_jax.files import local_path
+from compo_jax.files import local_path, replaced
 from compo_jax.models.sizes import whole_numbers
 from compo_jax.models.vit import ViT
 from compo_jax.tree import Tree
@@ -317,11 +315,9 @@ def save(path: str | Path, params: Tree, metadata: Mapping[str, Any] | None = No
         cast = {name: np.ascontiguousarray(array.astype(dtype)) for name, array in arrays.items()}
     if lost := [name for name in cast if np.isinf(cast[name]).any() and not np.isinf(arrays[name]).any()]:
         raise ValueError(f"{', '.join(lost)}: values beyond the range of {np.dtype(dtype)}; save with dtype=np.float32")
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    told = {str(key): str(value) for key, value in (metadata or {}).items()}
     try:
-        safetensors.numpy.save_file(cast, temporary, {str(key): str(value) for key, value in (metadata or {}).items()})
-        os.replace(temporary, path)
+        with replaced(path) as aside:
+            safetensors.numpy.save_file(cast, aside, told)
     except safetensors.SafetensorError as error:
         raise OSError(f"{path} is not written ({error}): look at the space left on its disk") from error
-    finally:
-        temporary.unlink(missing_ok=True)

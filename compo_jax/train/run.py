@@ -30,13 +30,10 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     path, text = files.local_path(path), json.dumps(value, indent=2) + "\n"
     if not mesh.is_writer():
         return
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text)
-        os.replace(aside, path)
+        with files.replaced(path) as aside:
+            aside.write_text(text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         raise OSError(
             f"{path} can't be written ({error.strerror}) and is as it was: is the disk full or read-only?"
         ) from error
