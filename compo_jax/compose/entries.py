@@ -54,6 +54,11 @@ def on_host(*leaves: Any) -> bool:
         return not devices or (devices == jnp.zeros(()).devices() and devices.pop().platform == "cpu")
 
 
+def whole(leaf: Any) -> Any:
+    """The leaf; one that is `Deferred` is read."""
+    return np.asarray(leaf) if isinstance(leaf, Deferred) else leaf
+
+
 def flat(leaf: Any) -> Any:
     """The entries in one row, to be cut in slices."""
     return leaf.open() if isinstance(leaf, Deferred) else np.asarray(leaf).reshape(-1)
@@ -79,7 +84,7 @@ def entrywise(
     wide, shape, size = tree.wide_type(*leaves), np.shape(leaves[0]), np.size(leaves[0])
     dtype = jnp.result_type(leaves[0]) if dtype is None else dtype
     if not on_host(*leaves, *numbers):
-        rows = [np.asarray(x) if isinstance(x, Deferred) else x for x in leaves]
+        rows = [whole(x) for x in leaves]
         run = _compiled if tree.concrete(rows, list(numbers)) else _rounded
         return run(function, wide, dtype, jnp.stack([jnp.asarray(n, wide) for n in numbers]), *rows)
     numbers = np.array([np.asarray(n) for n in numbers], wide)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Num
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED, is_stacked, patterns
-from compo_jax.compose.entries import Deferred, entrywise, sums_are_finite, total
+from compo_jax.compose.entries import Deferred, entrywise, sums_are_finite, total, whole
 from compo_jax.compose.numbers import Scalar
 from compo_jax.tree import Tree
 
@@ -26,7 +26,7 @@ def mean_delta(deltas: Sequence[Tree], weights: Sequence) -> Tree:
 def stack(leaves: Sequence) -> Array:
     """(tasks, ...), in float32 at least."""
     wide = tree.wide_type(*leaves)
-    return jnp.stack([jnp.asarray(np.asarray(x) if isinstance(x, Deferred) else x, wide) for x in leaves])
+    return jnp.stack([jnp.asarray(whole(x), wide) for x in leaves])
 
 
 def assembled(
@@ -64,6 +64,7 @@ def assembled(
 
 
 def moved_by(weights: Array, b: Array, *rows: Array) -> Array:
+    """`b + Σ w_t row_t`, for `entrywise`."""
     return b + total(weights, *rows)
 
 
@@ -128,7 +129,7 @@ def require_sound(params: Tree, base: Tree, deltas: Sequence[Tree] = ()) -> None
         return
     for t, delta in enumerate(deltas):
         tree.require_finite(delta, f"delta {t}")
-    pairs = [(p, np.asarray(b) if isinstance(b, Deferred) else b) for p, b in pairs]
+    pairs = [(p, whole(b)) for p, b in pairs]
     kept = {name: jnp.isfinite(p) | (p == b) for name, (p, b) in zip(tree.names(params), pairs, strict=True)}
     bad = {n: leaves for n, leaves in zip(kept, pairs, strict=True) if leaves[0] is not leaves[1] and not kept[n].all()}
     tree.require_finite({name: jnp.where(kept[name], 0, b) for name, (_, b) in bad.items()}, "the base")

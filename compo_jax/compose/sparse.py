@@ -76,15 +76,19 @@ def ties(
     return assembled(base, deltas, leaf, check_finite=check_finite)
 
 
-def _trimmed(least: Array, x: Array) -> Array:
-    return jnp.where(jnp.abs(x) < least[0], 0, x)
+def _cut(least: Array, x: Array) -> Array:
+    return jnp.where(jnp.abs(x) < least, 0, x)
+
+
+def _trimmed(numbers: Array, x: Array) -> Array:
+    return _cut(numbers[0], x)
 
 
 def _elected(numbers: Array, b: Array, *rows: Array) -> Array:
     """TIES of T leaves; numbers are their weights, the least magnitudes that are kept, and the scale."""
     tasks, scale = len(rows), numbers[-1]
     weights, least = numbers[:tasks], numbers[tasks:-1]
-    rows = [jnp.where(jnp.abs(x) < m, 0, x) for m, x in zip(least, rows, strict=True)]
+    rows = [_cut(m, x) for m, x in zip(least, rows, strict=True)]
     elected = jnp.sign(total(weights, *rows))
     agreeing = [jnp.where(x * elected > 0, w, 0) for w, x in zip(weights, rows, strict=True)]
     weight = sum(agreeing)

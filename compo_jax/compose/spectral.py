@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
-from compo_jax.compose.entries import Deferred
+from compo_jax.compose.entries import whole
 from compo_jax.compose.leaves import Stacked, assembled, by_layer, layers, stack
 from compo_jax.compose.modules import aligned
 from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh
@@ -58,9 +57,7 @@ def _by_matrix(
                 return jnp.mean(x, axis=0)
             return function(x.reshape(x.shape[0], -1, x.shape[-1]), eps).reshape(x.shape[1:])
 
-        return tree.add(
-            np.asarray(b) if isinstance(b, Deferred) else b, by_layer(layer, stack(rows), name in of_layers), scale
-        )
+        return tree.add(whole(b), by_layer(layer, stack(rows), name in of_layers), scale)
 
     return assembled(base, deltas, leaf, check_finite=check_finite)
 
