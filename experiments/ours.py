@@ -18,10 +18,10 @@ from compo_jax.incremental.learner import training
 from compo_jax.memory import keep_memory
 from compo_jax.models import ViT
 from compo_jax.train import TrainState, init_state, jit_runner
+from compo_jax.tree import Tree
 
 CLASSES = 10  # of a task
 TARGETS = [pattern for pattern, _ in adapters.VIT_TARGETS]
-Tree = Any
 
 
 class Network(NamedTuple):

@@ -20,8 +20,8 @@ from compo_jax.curvature.output_loss import (
 )
 from compo_jax.tree import Tree
 
-_HELD = {"cpu": 2**23}  # numbers that a chunk may hold at once where the caller says nothing: near to the cache's size
-_HELD_ELSEWHERE = 2**26
+# Numbers that a chunk may hold at once where the caller says nothing; on a CPU near to its cache's size.
+_HELD, _HELD_ON_CPU = 2**26, 2**23
 
 
 class Pulled(NamedTuple):
@@ -118,7 +118,8 @@ def pull_back(
         int(np.prod(layer.stack)) * layer.tokens * sum(layer.sizes) for layer in taps.layers.values()
     )
     if chunk is None:
-        chunk = max(1, _HELD.get(jax.default_backend(), _HELD_ELSEWHERE) // max(1, held))
+        most = _HELD_ON_CPU if jax.default_backend() == "cpu" else _HELD
+        chunk = max(1, most // max(1, held))
         if method == "low_rank":  # several chunks, so that images that need few columns don't wait for those of many
             chunk = min(chunk, max(8, batch // 8))
     chunks = -(-batch // chunk)

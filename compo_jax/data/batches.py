@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from compo_jax.data.stream import ArraySplit, Split
+from compo_jax.data.stream import ArraySplit, JoinedSplit, Split
 
 Batch = dict[str, np.ndarray]
 
@@ -26,7 +26,8 @@ def _take(split: Split, indices: np.ndarray) -> Batch:
 
 def _ahead(split: Split, make, start: int, stop: int) -> Iterator:
     """make(start), make(start + 1), ... made ahead by threads where images have to be decoded."""
-    if all(isinstance(part, ArraySplit) for part in getattr(split, "splits", (split,))):
+    parts = split.splits if isinstance(split, JoinedSplit) else (split,)
+    if all(isinstance(part, ArraySplit) for part in parts):
         return map(make, range(start, stop))
     import grain
 
