@@ -16,12 +16,9 @@ under Slurm or on a Cloud TPU with `--hosts auto`. Where one dies all end, and t
 """
 
 import argparse
-import functools
-import itertools
 import re
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import job
@@ -30,12 +27,11 @@ from job import closing, console
 # What a data set wants where the command line says nothing.
 PRESETS = {
     "glyphs": {"tasks": 10, "epochs": 8, "batch": 64, "images": 100},
-    "omniglot": {"tasks": 10, "epochs": 6, "batch": 64, "by": "alphabet", "train_split": "test"},
+    "omniglot": {"tasks": 10, "epochs": 6, "batch": 64},
     "mnist": {"tasks": 5, "epochs": 1, "batch": 128},
 }
-PRESET = {"tasks": 10, "epochs": 20, "batch": 128, "by": None, "train_split": None}
+PRESET = {"tasks": 10, "epochs": 20, "batch": 128}
 FROZEN = ("ncm", "ranpac")  # classifiers on the base's features, which train no module
-FEATURES_BATCH = 128  # images in a forward pass: enough for a GPU, and of a small model a CPU's cache holds it
 WAYS = (
     "ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none", "sequential", "ewc", "lwf", "joint",
 )  # fmt: skip
@@ -80,7 +76,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="glyphs", help="glyphs, or the name of a TFDS image classification set")
     add("--data-dir", type=job.path, help="where TFDS has prepared the set")
     add("--tasks", type=job.count, help="number of tasks")
-    add("--by", help="label feature that divides the set into tasks; default: equal groups of classes")
+    add("--by", help="label feature that divides the set into tasks; default: Omniglot's alphabets, else none")
     add("--train-split", help="TFDS split to train on; without --test-split a part of it is held out")
     add("--test-split", help="TFDS split to test on")
     add("--classes", type=job.number(int, 2), default=16, help="characters of a script (glyphs)")
@@ -163,58 +159,37 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from compo_jax import adapters, data, incremental, mesh, models, report, tree
-from compo_jax.incremental import Method, Settings
-from compo_jax.pool import ModulePool
-from compo_jax.train import Checkpoints, jit_runner, open_run, pmap_runner, progress_bar, read_json, write_json
-
-
-def class_means(z, labels, seed):
-    del seed
-    return lambda z: z, incremental.nearest_class_mean(z, labels)
-
-
-def projected(z, labels, seed):
-    projection, head = incremental.random_projection(jax.random.key(seed), z, labels)
-    return lambda z: np.maximum(z @ projection, 0), head
-
-
-CLASSIFIERS = {"ncm": class_means, "ranpac": projected}  # (features, labels, seed) -> (change of features, head)
+from compo_jax import adapters, data, incremental, mesh, models, report
+from compo_jax.incremental import Method, Settings, Setup
+from compo_jax.train import jit_runner, open_run, pmap_runner, progress_bar, read_json, write_json
 
 
 def methods(options) -> list[Method]:
-    """The methods asked for that train: composition, its ablations and the baselines, for each kind of module."""
+    """The methods asked for: composition, its ablations and the baselines, for each kind of module."""
     kinds = {
         "lora": {"adapter": adapters.lora(options.rank), "learning_rate": options.learning_rate},
         "ia3": {"adapter": adapters.ia3(), "learning_rate": options.ia3_learning_rate},
         "full": {"adapter": adapters.full(), "learning_rate": options.full_learning_rate},
     }
-    pull = tuple(options.pull)
-    more = {
-        "ita": {"alpha": options.alpha, "pull": pull},
-        "tak": {"alpha": options.tak_alpha, "pull": pull, "curvature": "kronecker", "coupled": True},
-        "pull": {"pull": pull},
-        "none": {},
-        "iel": {"alpha": options.beta, "pull": pull, "mode": "ensemble"},
-        "iel_pull": {"pull": pull, "mode": "ensemble"},
-        "iel_none": {"mode": "ensemble"},
-        "tmc": {"learning_rate": options.tmc_learning_rate, "pull": pull, "mode": "tangent"},
-        "sequential": {"mode": "sequential"},
-        "ewc": {"alpha": options.ewc, "mode": "ewc", "coupled": True},
-        "lwf": {"alpha": options.lwf, "mode": "lwf"},
-        "joint": {"mode": "joint"},
+    given = {
+        "ita": {"alpha": options.alpha},
+        "tak": {"alpha": options.tak_alpha},
+        "iel": {"alpha": options.beta},
+        "tmc": {"learning_rate": options.tmc_learning_rate},
+        "ewc": {"alpha": options.ewc},
+        "lwf": {"alpha": options.lwf},
     }
-    named = [(name, *name.split("-")) for name in options.methods if name not in FROZEN]
     asked = {"coupled": options.penalty == "coupled"} if options.penalty else {}
-    return [Method(name, units=options.units, **(kinds[kind] | more[way] | asked)) for name, way, kind in named]
 
+    def made(name):
+        way, _, kind = name.partition("-")
+        pulled = "pull" in incremental.WAYS[way].options
+        return incremental.method(
+            way, units=options.units, **kinds.get(kind, {}) | given.get(way, {}) | asked
+            | ({"pull": tuple(options.pull)} if pulled else {}),
+        )  # fmt: skip
 
-def members(method: Method, names: list[str], t: int) -> tuple[list[str], list[str]]:
-    """(modules that are composed, modules whose heads are) after task t."""
-    if method.mode == "joint":
-        return ["joint"], ["joint"]
-    alone = method.mode in ("sequential", "ewc", "lwf")
-    return ([names[t]] if alone else names[: t + 1]), names[: t + 1]
+    return [made(name) for name in options.methods]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -239,7 +214,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"--batch {options.batch} is more than all the {images} training images: name a smaller one")
     tried = methods(options)
     for method in tried:  # a wrong rank or pattern is said before there is a run folder
-        jax.eval_shape(method.adapter.init, jax.random.key(0), base)
+        if method.adapter is not None:
+            jax.eval_shape(method.adapter.init, jax.random.key(0), base)
     chosen = {k: v for k, v in vars(options).items() if k not in ("runs", "tensorboard")}
     if options.data != "glyphs":  # under another name than in older runs, whose `images` held for glyphs alone
         chosen["train_images"] = chosen.pop("images")
@@ -253,173 +229,34 @@ def main(arguments: list[str] | None = None) -> None:
             console.print(f"{run.folder} is finished: see its report.html. Remove the folder to start over.")
             return
 
-        # -- what runs -------------------------------------------------------------------------------------------------
+        # -- learning --------------------------------------------------------------------------------------------------
         settings = Settings(
             options.epochs, options.batch, fisher_method=options.fisher, fisher_images=options.fisher_images
         )
+        setup = Setup(model, base, stream, settings, options.seed)
         runner = {"jit": jit_runner, "pmap": pmap_runner}[options.runner]
-        widest = max(len(task.classes) for task in stream.tasks)
-        trainers = {
-            m.name: incremental.task_trainer(
-                model, base, stream, settings, m, options.seed, runner=runner,
-                width=total if m.mode == "joint" else widest,
-            )
-            for m in tried
-        }  # fmt: skip
-        memories = {name: memory for name, (memory, _) in trainers.items()}
-        patterns = [pattern for pattern, _ in adapters.VIT_TARGETS]
-        kinds = ["diagonal", *sorted({m.curvature for m in tried} - {"diagonal"})]
-        extract = incremental.features(model, stream, FEATURES_BATCH)
-        linear = incremental.features(model, stream, FEATURES_BATCH, around=base)
-        reference, refer = incremental.reference_stage(
-            model, base, stream, settings, patterns, options.seed, kinds, extract
-        )
-        base_features = functools.cache(lambda t: extract(base, stream.tasks[t].train))
-        evaluate = incremental.evaluator(extract, stream)
-        of = {m.name: linear if m.mode == "tangent" else extract for m in tried}  # the model that was trained
-        fingerprint = tree.fingerprint(base)
-        pools = {m.name: ModulePool(run.folder / ("pool" if m is tried[0] else f"pools/{m.name}")) for m in tried}
-        digits = max(2, len(str(tasks - 1)))  # in the pool's order, which is the alphabet's
-        names = [
-            f"{t:0{digits}d}-" + re.sub(r"[^A-Za-z0-9._-]+", "_", task.name) for t, task in enumerate(stream.tasks)
-        ]
-
-        # -- resume ----------------------------------------------------------------------------------------------------
-        # rows[m, t, s]: accuracy of method m after task t on task s, class-incremental and within the task
-        checkpoints = Checkpoints(run.folder / "checkpoints" / "learned")
-        kept = {
-            "reference": reference,
-            "memories": memories,
-            "rows": np.full((len(options.methods), tasks, tasks, 2), np.nan),
-            "seconds": np.zeros(len(options.methods)),
-            "position": np.zeros((), np.int64),
-        }
-        first_task, begun = 0, reference
-        if checkpoints.latest is not None:
-            kept = checkpoints.load(kept)
-            first_task = checkpoints.latest
-            console.print(f"going on after {first_task} tasks")
-        reference, memories = kept["reference"], kept["memories"]
-        rows, seconds = np.array(kept["rows"]), np.array(kept["seconds"])
-        run.log.position = int(kept["position"])
-
-        # -- tasks at once ---------------------------------------------------------------------------------------------
-        references, ahead = None, {}
-        if options.parallel:
-            references = list(itertools.accumulate(range(tasks), refer, initial=begun))[1:]
-            for method in tried:
-                if method.mode not in ("independent", "tangent"):
-                    continue
-                train = incremental.parallel_trainer(model, base, stream, settings, method, options.seed, width=widest)
-                clock = time.perf_counter()
-                ahead[method.name] = train(
-                    stream.tasks, stream.offsets, references, log=run.log, record={"run": method.name, "task": "all"},
-                    progress=progress, checkpoints=Checkpoints(run.folder / "checkpoints" / f"{method.name}-all"),
-                )  # fmt: skip
-                seconds[options.methods.index(method.name)] += time.perf_counter() - clock
-            if first_task:  # what was written since
-                run.log.position = int(kept["position"])
-
-        # -- task by task ----------------------------------------------------------------------------------------------
-        for t in range(first_task, tasks):
-            reference = references[t] if references else refer(reference, t)
-            for method in tried:
-                if method.mode == "joint" and t < tasks - 1:
-                    continue
-                i, joint = options.methods.index(method.name), method.mode == "joint"
-                task, first = (data.pooled(stream), 0) if joint else (stream.tasks[t], stream.offsets[t])
-                pool, name = pools[method.name], "joint" if joint else names[t]
-                if method.name in ahead:
-                    learned = ahead[method.name][t]
-                else:
-                    clock = time.perf_counter()
-                    learned = trainers[method.name][1](
-                        task, first, reference, memories[method.name], log=run.log, progress=progress,
-                        record={"run": method.name, "task": task.name},
-                        checkpoints=Checkpoints(run.folder / "checkpoints" / f"{method.name}-{t}"),
-                    )  # fmt: skip
-                    seconds[i] += time.perf_counter() - clock
-                memories[method.name] = learned.memory
-                start = incremental.task_columns(reference.head, first, len(task.classes), len(task.classes))
-                pool.add(
-                    name, learned.module, base=fingerprint, adapter=method.adapter, task=task.name,
-                    classes=task.classes, seed=options.seed, extra=config, overwrite=True, head=learned.head,
-                    start=start, **({} if joint else {"curvature": reference.own["diagonal"]}),
-                )  # fmt: skip
-                if not joint and "kronecker" in kinds:
-                    pool.attach(name, curvature=reference.own["kronecker"])
-                composed, with_heads = members(method, names, t)
-                head = incremental.pool_head(pool, with_heads, reference.head)
-                test = incremental.evaluator(of[method.name], stream)
-                rows[i, t, : t + 1] = np.stack(test(pool.compose(base, composed), head, t + 1), axis=-1)
-            for name in set(options.methods) & set(FROZEN):
-                seen = range(t + 1)
-                labels = np.concatenate([stream.tasks[k].train.labels + stream.offsets[k] for k in seen])
-                lift, head = CLASSIFIERS[name](np.concatenate([base_features(k) for k in seen]), labels, options.seed)
-                test = incremental.evaluator(lambda params, split, lift=lift: lift(extract(params, split)), stream)
-                rows[options.methods.index(name), t, : t + 1] = np.stack(test(base, head, t + 1), axis=-1)
-            learned_state = {"reference": reference, "memories": memories, "rows": rows, "seconds": seconds}
-            checkpoints.save(t + 1, learned_state | {"position": np.array(run.log.position, np.int64)})
-            means = rows[:, t, : t + 1, 0].mean(axis=1)
-            reached = [f"{name} {x:.3f}" for name, x in zip(options.methods, means, strict=True) if not np.isnan(x)]
-            console.print(f"after {stream.tasks[t].name} ({t + 1}/{tasks}): {', '.join(reached)}")
-
+        for after in incremental.learn_stream(
+            setup, tried, run.folder, runner=runner, parallel=options.parallel, log=run.log, progress=progress,
+            extra=config,
+        ):  # fmt: skip
+            if after.restored:
+                console.print(f"going on after {after.task + 1} tasks")
+                continue
+            reached = {name: found.final_accuracy for name, found in after.outcomes.items()}
+            told = ", ".join(f"{name} {x:.3f}" for name, x in reached.items() if x is not None)
+            console.print(f"after {stream.tasks[after.task].name} ({after.task + 1}/{tasks}): {told}")
         if not mesh.is_writer():  # the rest is process 0's
             return
 
-        # -- what the pool can do without training ---------------------------------------------------------------------
-        pool, main = pools[tried[0].name], tried[0]
-        composed, with_heads = members(main, names, tasks - 1)
-        frozen = evaluate(base, reference.head, tasks)
-        params, head = pool.compose(base, composed), incremental.pool_head(pool, with_heads, reference.head)
-        test = incremental.evaluator(of[main.name], stream)
-        task_of = np.repeat(range(tasks), [len(task.classes) for task in stream.tasks])  # each column's
-
-        def skill(t, kept):
-            """Accuracies with the modules `kept` alone, and the head's training on the others' tasks undone."""
-            own = jax.tree.map(lambda h, r: np.where(np.isin(task_of, kept), h, r), head, reference.head)
-            known = test(pool.compose(base, [names[k] for k in kept]), own, tasks).incremental
-            others = float(np.delete(known, t).mean())
-            return {"task": stream.tasks[t].name, "target": float(known[t]), "control": others}
-
-        apart = tasks > 1 and composed == names  # one module knows all tasks otherwise
-        with ThreadPoolExecutor(2) as threads:  # a module is read while another is tested
-            specialise = list(threads.map(lambda t: skill(t, [t]), range(tasks * apart)))
-            unlearn = list(threads.map(lambda t: skill(t, [k for k in range(tasks) if k != t]), range(tasks * apart)))
-        samples = draw_samples(of[main.name], stream, params, head)
-
         # -- results ---------------------------------------------------------------------------------------------------
         records = run.log.records()
-        rates = [r["images_per_second"] for r in records if r["run"] == main.name]
-        final = rows[options.methods.index(main.name), -1, :, 0]
-        results = {}
-        for i, name in enumerate(options.methods):
-            matrix = rows[i, ..., 0]
-            results[name] = {
-                "final_accuracy": incremental.final_accuracy(matrix),
-                "final_forgetting": None if name.startswith("joint") else incremental.final_forgetting(matrix),
-                "task_incremental_accuracy": float(rows[i, -1, :, 1].mean()),
-                "accuracy_matrix": [[None if np.isnan(x) else float(x) for x in row] for row in matrix],
-                "seconds": None if name in FROZEN else float(seconds[i]),
-            }
-        metrics = {
-            "name": options.name,
-            "data": stream.name,
-            "backbone": backbone,
-            "method": main.name,
-            "tasks": [task.name for task in stream.tasks],
-            "classes": [len(task.classes) for task in stream.tasks],
-            **{k: v for k, v in results[main.name].items() if k != "seconds"},
-            "frozen_features_accuracy": float(frozen.incremental.mean()),
-            "frozen_features_task_incremental_accuracy": float(frozen.within.mean()),
-            "composed": {task.name: float(a) for task, a in zip(stream.tasks, final, strict=True)},
-            "specialise": specialise,
-            "unlearn": unlearn,
-            "images_per_second": float(np.median(rates)) if rates else None,
-            "seconds": time.perf_counter() - began,
-            "methods": results,
-        }
-        np.savez(run.folder / "reference.npz", **reference.head)
+        rates = [r["images_per_second"] for r in records if r["run"] == tried[0].name]
+        results = incremental.summary(
+            after, name=options.name, backbone=backbone, began=began,
+            images_per_second=float(np.median(rates)) if rates else None,
+        )  # fmt: skip
+        samples, metrics = draw_samples(stream, after.classifier(results.method)), as_metrics(results)
+        np.savez(run.folder / "reference.npz", **after.reference.head)
         path = report.incremental(run.folder, metrics, samples, records)
         write_json(run.folder / "metrics.json", metrics)
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
@@ -427,17 +264,43 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(f"{metrics['seconds']:.0f} s; report: {path}")
 
 
-def draw_samples(extract, stream, params, head, each: int = 4):
+def as_metrics(results: incremental.Results) -> dict:
+    """The results as the report wants them."""
+    methods = {
+        name: found._asdict()
+        | {"accuracy_matrix": [[None if np.isnan(x) else float(x) for x in row] for row in found.accuracy_matrix]}
+        for name, found in results.methods.items()
+    }
+    main = methods[results.method]
+    return {
+        "name": results.name,
+        "data": results.data,
+        "backbone": results.backbone,
+        "method": results.method,
+        "tasks": results.tasks,
+        "classes": results.classes,
+        **{k: v for k, v in main.items() if k != "seconds"},
+        "frozen_features_accuracy": results.frozen.final_accuracy,
+        "frozen_features_task_incremental_accuracy": results.frozen.task_incremental_accuracy,
+        "composed": dict(zip(results.tasks, main["accuracy_matrix"][-1], strict=True)),
+        "specialise": [skill._asdict() for skill in results.specialise],
+        "unlearn": [skill._asdict() for skill in results.unlearn],
+        "images_per_second": results.images_per_second,
+        "seconds": results.seconds,
+        "methods": methods,
+    }
+
+
+def draw_samples(stream, classify: incremental.Classifier, each: int = 4):
     """A few test images of each task with the composed model's predictions, for the report."""
     samples = []
     for task, first in zip(stream.tasks, stream.offsets, strict=True):
         chosen = np.random.default_rng(first).permutation(len(task.test))[:each]
         images, labels = task.test.images(chosen), task.test.labels[chosen]
-        z = extract(params, data.ArraySplit(images, labels))
-        predicted, _ = incremental.predictions(z, head, first, len(task.classes))
+        guesses, _ = incremental.predictions(classify(data.ArraySplit(images, labels)), first, len(task.classes))
         samples += [
             (image, task.name, task.classes[label], stream.classes[guess])
-            for image, label, guess in zip(images, labels, predicted, strict=True)
+            for image, label, guess in zip(images, labels, guesses, strict=True)
         ]
     return samples
 

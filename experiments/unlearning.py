@@ -37,27 +37,11 @@ def measure(run: incremental.FinishedRun, name: str) -> dict:
     pool, tasks = run.pools[name], len(run.stream.tasks)
     names = pool.names()
     test = incremental.evaluator(incremental.features(run.model, run.stream, 256), run.stream)
-
-    def known(kept, weights=None, reached=None):
-        """With the deltas of `reached`, and of the heads' training what belongs to `kept`."""
-        without = [other for other in names if other not in kept]
-        head = incremental.pool_head(pool, names, run.head, without=without)
-        params = pool.compose(run.base, kept if reached is None else reached, weights)
-        return test(params, head, tasks).incremental.tolist()
-
-    def others(t):
-        return [*names[:t], *names[t + 1 :]]
-
-    def less(t):
-        """The mean of the others, less the share that the module had."""
-        return [-1 / tasks if s == t else 1 / (tasks - 1) for s in range(tasks)]
-
+    head = incremental.pool_head(pool, names, run.head)
     return {
         "frozen": test(run.base, run.head, tasks).incremental.tolist(),
-        "all": known(names),
-        "specialise": [known([name]) for name in names],
-        "unlearn": [known(others(t)) for t in range(tasks)],
-        "subtract": [known(others(t), less(t), names) for t in range(tasks)],
+        "all": test(pool.compose(run.base), head, tasks).incremental.tolist(),
+        **{way: incremental.skills(way, pool, run.base, run.head, test).tolist() for way in incremental.WEIGHTINGS},
     }
 
 

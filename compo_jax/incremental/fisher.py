@@ -9,10 +9,10 @@ import numpy as np
 
 from compo_jax import tree
 from compo_jax.curvature import FisherDiagonal, Kronecker, fisher_diagonal, kronecker, merge_kronecker
-from compo_jax.data import Split, TaskStream
+from compo_jax.data import Split
 from compo_jax.incremental.classifier import Head, logits, masked
 from compo_jax.incremental.regularisers import Curvature
-from compo_jax.incremental.settings import Settings
+from compo_jax.incremental.settings import Setup
 from compo_jax.tree import Tree
 
 Fisher = FisherDiagonal | Kronecker
@@ -47,10 +47,9 @@ def mean(found: Fisher, epsilon: float) -> Curvature:
     return jax.tree.map(lambda f: f / jnp.maximum(found.count, 1) + epsilon, found.total)
 
 
-def task_fisher(
-    model, stream: TaskStream, settings: Settings, adapted: Sequence[str], kinds: Sequence[str]
-) -> TaskFisher:
+def task_fisher(setup: Setup, adapted: Sequence[str], kinds: Sequence[str]) -> TaskFisher:
     """The Fisher of the weights whose paths match `adapted`; ValueError for an unknown kind."""
+    model, stream, settings = setup.model, setup.stream, setup.settings
     if unknown := sorted(set(kinds) - set(_ESTIMATORS)):
         raise ValueError(f"unknown curvature {unknown[0]!r}; known are {', '.join(_ESTIMATORS)}")
     options = {"method": settings.fisher_method, "tolerance": settings.fisher_tolerance}
