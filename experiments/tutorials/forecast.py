@@ -38,9 +38,8 @@ print("slope", np.round(landscape.slope, 2), "and Gram matrix of the modules:", 
 composed_loss = jax.jit(lambda weights, *batch: loss(compose.compose(base, deltas, weights), *batch))
 print("weights            forecast  true")
 for weights in ([0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.6, 0.4, 0.0], [0.0, 0.0, 1.0]):
-    print(
-        f"{weights!s:18} {landscape.predict(jnp.array(weights)):8.3f} {composed_loss(jnp.array(weights), images, labels):8.3f}"
-    )
+    true = composed_loss(jnp.array(weights), images, labels)
+    print(f"{weights!s:18} {landscape.predict(jnp.array(weights)):8.3f} {true:8.3f}")
 remainder = landscape.remainder()  # the true loss and its gradient, looked at where the forecast wasn't made
 print(
     "relative error of the forecast there:",

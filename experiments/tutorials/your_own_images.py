@@ -1,6 +1,6 @@
 """An experiment on images of your own: arrays in, tasks one after another, a module each, what remains after each.
 
-python experiments/tutorials/your_own_images.py                # a minute on 2 CPU cores; writes runs/tutorial-images
+python experiments/tutorials/your_own_images.py               # a minute on 2 CPU cores; writes runs/tutorial-images
 """
 
 from pathlib import Path
