@@ -58,7 +58,7 @@ def test_all_that_does_not_fit_is_listed_at_once(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="make the run again") as raised:
         read_result(tmp_path / "x.json", Run, "make the run again")
-    for part in ("seeds is missing", "['one'].accuracy", "['other'].seconds", "main.best", "worst", "x.json"):
+    for part in ("seeds is missing", "['one'].accuracy", "the sizes of seconds", "main.best", "worst", "x.json"):
         assert part in str(raised.value)
 
 

@@ -1,6 +1,7 @@
 """What a run reached, as a type: NamedTuples to JSON and back."""
 
 import os
+import typing
 from typing import Any, TypeVar
 
 import cattrs
@@ -65,12 +66,20 @@ def _array(value: Any, kind: Any) -> np.ndarray:
 
 def _namedtuple_from(kind: type, converter: cattrs.Converter):
     fields = namedtuple_dict_structure_factory(kind, converter, "from_converter", True)
+    arrays = {name: hint for name, hint in typing.get_type_hints(kind).items() if _is_array(hint)}
 
     def structure(value: Any, _) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{type(value).__name__} where an object with the fields of {kind.__name__} was expected")
+        result = fields(value, kind)
         with jaxtyping.jaxtyped("context"):  # one name, one size
-            return fields(value, kind)
+            wrong = {name: hint for name, hint in arrays.items() if not isinstance(getattr(result, name), hint)}
+        if wrong:
+            of = ", ".join(
+                f"{name} {getattr(result, name).shape} for {hint.dim_str!r}" for name, hint in arrays.items()
+            )
+            raise ValueError(f"the sizes of {' and '.join(wrong)} don't fit those of the others: {of}")
+        return result
 
     return structure
 
