@@ -14,12 +14,12 @@ from compo_jax.adapters.algebra import scale as scale
 from compo_jax.adapters.algebra import unfuse as unfuse
 from compo_jax.adapters.algebra import weighted_sum as weighted_sum
 from compo_jax.adapters.forward import adapted as adapted
-from compo_jax.adapters.full import full as full
-from compo_jax.adapters.ia3 import ia3 as ia3
-from compo_jax.adapters.lora import lora as lora
+from compo_jax.adapters.low_rank import lora as lora
 from compo_jax.adapters.peft import TIMM_MODULES as TIMM_MODULES
 from compo_jax.adapters.peft import load_peft as load_peft
 from compo_jax.adapters.peft import save_peft as save_peft
+from compo_jax.adapters.rescaling import ia3 as ia3
+from compo_jax.adapters.whole import full as full
 
 _KINDS = {"full": full, "ia3": ia3, "lora": lora}
 

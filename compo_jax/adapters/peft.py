@@ -22,8 +22,8 @@ import numpy as np
 from compo_jax import tree
 from compo_jax.adapters import peft_config
 from compo_jax.adapters.adapter import Adapter, entries
-from compo_jax.adapters.ia3 import ia3
-from compo_jax.adapters.lora import lora
+from compo_jax.adapters.low_rank import lora
+from compo_jax.adapters.rescaling import ia3
 from compo_jax.files import local_path
 from compo_jax.tree import Tree
 
