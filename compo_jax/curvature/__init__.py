@@ -1,7 +1,10 @@
 """Exact curvature of any function of any pytree of arrays: no framework is known here."""
 
 from compo_jax.curvature.fisher import FisherDiagonal as FisherDiagonal
+from compo_jax.curvature.fisher import as_curvature as as_curvature
 from compo_jax.curvature.fisher import fisher_diagonal as fisher_diagonal
+from compo_jax.curvature.fisher import summed_diagonal as summed_diagonal
+from compo_jax.curvature.kfac import Eigen as Eigen
 from compo_jax.curvature.kfac import Kronecker as Kronecker
 from compo_jax.curvature.kfac import eigenvalue_corrected as eigenvalue_corrected
 from compo_jax.curvature.kfac import kronecker as kronecker
@@ -16,10 +19,18 @@ from compo_jax.curvature.output_loss import OutputLoss as OutputLoss
 from compo_jax.curvature.output_loss import bernoulli_loss as bernoulli_loss
 from compo_jax.curvature.output_loss import softmax_loss as softmax_loss
 from compo_jax.curvature.output_loss import squared_loss as squared_loss
+from compo_jax.curvature.products import Operator as Operator
 from compo_jax.curvature.products import ggn as ggn
 from compo_jax.curvature.products import ggnvp as ggnvp
 from compo_jax.curvature.products import hessian as hessian
 from compo_jax.curvature.products import hvp as hvp
+from compo_jax.curvature.protocol import Curvature as Curvature
+from compo_jax.curvature.protocol import Solvable as Solvable
+from compo_jax.curvature.protocol import as_lineax as as_lineax
+from compo_jax.curvature.stored import KINDS as KINDS
+from compo_jax.curvature.stored import Packed as Packed
+from compo_jax.curvature.stored import pack as pack
+from compo_jax.curvature.stored import unpack as unpack
 from compo_jax.curvature.taylor import Landscape as Landscape
 from compo_jax.curvature.taylor import Remainder as Remainder
 from compo_jax.curvature.taylor import landscape as landscape

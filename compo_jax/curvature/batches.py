@@ -29,6 +29,11 @@ class Batches(NamedTuple):
     def first(self) -> tuple:
         return jax.tree.map(lambda x: x[0], self.groups[0])
 
+    @property
+    def count(self) -> Any:
+        """Of all examples."""
+        return sum(count * _length(group) for group, count in zip(*self, strict=True))
+
 
 def examples(batch: Tree) -> int:
     """Length of axis 0, which all arrays of a batch share."""
@@ -88,8 +93,7 @@ def mean(function: Callable[..., Tree], batches: Batches) -> Tree:
         part, _ = jax.lax.scan(lambda sum, batch: (jax.tree.map(jnp.add, sum, function(*batch)), None), zero, group)
         part = jax.tree.map(lambda x, n=count: n * x, part)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
-    number = sum(count * _length(group) for group, count in zip(*batches, strict=True))
-    return jax.tree.map(lambda x, y: (x / number).astype(y.dtype), total, like)
+    return jax.tree.map(lambda x, y: (x / batches.count).astype(y.dtype), total, like)
 
 
 def each(function: Callable[..., Tree], batches: Batches) -> tuple[Tree, jax.Array]:

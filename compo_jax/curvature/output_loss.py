@@ -98,8 +98,8 @@ def softmax_loss(weights: Sequence[float] | Array | np.ndarray | None = None, sm
     def target_of(z, label):  # the gradient is this, less its sum times p
         classes, there = jnp.arange(z.shape[-1]), z != -jnp.inf
         each = jnp.ones_like(z) if weights is None else jnp.asarray(weights, z.dtype)
-        known = jnp.where((label >= 0) & (label < z.shape[-1]), each, jnp.nan)  # where a trace hides it from the check
-        return jnp.where(classes == label, (1 - smoothing) * known, 0 * known) + smoothing * each * there / there.sum()
+        sound = jnp.where((label >= 0) & (label < z.shape[-1]), each, jnp.nan)  # where a trace hides it from the check
+        return jnp.where(classes == label, (1 - smoothing) * sound, 0 * sound) + smoothing * each * there / there.sum()
 
     def value(z, label):
         target = target_of(z, label)

@@ -1,17 +1,19 @@
 """Exact products of the Hessian and the generalised Gauss-Newton matrix with vectors, of a batch or a data set."""
 
+import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
-from jax.tree_util import Partial
 from jaxtyping import Array
 
 from compo_jax import tree
-from compo_jax.curvature.batches import mean, require_deterministic, require_examples, require_scalar, stack
+from compo_jax.curvature.batches import Batches, mean, require_deterministic, require_examples, require_scalar, stack
 from compo_jax.curvature.forward import derivative, linearise
 from compo_jax.curvature.output_loss import (
     OutputLoss,
@@ -21,6 +23,8 @@ from compo_jax.curvature.output_loss import (
     require_targets,
     weights_of,
 )
+from compo_jax.curvature.protocol import Curvature
+from compo_jax.curvature.sums import Sum, pooled, sum_leaves
 from compo_jax.mesh import replicated
 from compo_jax.tree import Tree
 
@@ -89,7 +93,7 @@ def ggnvp(
       stacked: `vector` is several vectors, stacked on axis 0, multiplied one after another (see `hvp`).
 
     Returns a tree as `hvp` does; the forward pass is made once, also for several vectors. Errors as `hvp`, and, where
-    no function is given, for logits of one class or without an axis of classes.
+    the loss is a softmax, for logits of one class or without an axis of classes.
     """
     _, tangent = _moved(params, vector, stacked)
     require_examples((inputs, targets))
@@ -128,6 +132,58 @@ def _hessian_product(loss: OutputLoss, outputs: Array, change: Array, targets: t
     return curved.astype(outputs.dtype).reshape(outputs.shape)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "data"], meta_fields=["product"])
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """The exact curvature of a mean loss over a data set, as a product with vectors; see `Curvature`.
+
+    Batches are scanned over: beside the data and the product, only one batch's intermediate values are held. The
+    operator is a pytree, so it passes into a jitted function as an argument; jit it, `jax.jit(hessian(...))`, before
+    calling it often.
+
+    Attributes:
+      product: `(params, vector, *batch, stacked=...) -> tree`, of the mean loss over a batch.
+      params, data: where it is taken, and of what.
+    """
+
+    product: Callable[..., Tree]
+    params: Tree
+    data: Batches
+
+    @property
+    def count(self) -> Any:
+        return self.data.count
+
+    def matvec(self, vector: Tree, stacked: bool = False) -> Tree:
+        """`G v`, or of several vectors `stacked` on axis 0: each batch is linearised once for all (see `hvp`)."""
+        return mean(lambda *batch: self.product(self.params, vector, *batch, stacked=stacked), self.data)
+
+    __call__ = matvec
+
+    def quadratic(self, vector: Tree, other: Tree | None = None) -> Array:
+        return tree.dot(vector, self.matvec(vector if other is None else other))
+
+    def diagonal(self) -> Tree:
+        """Exact, at the cost of one product for each parameter. Of large models take `fisher_diagonal`, which is that
+        of `ggn`, or the estimate `curvature.diagonal`."""
+        zeros, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, self.params))
+
+        def entry(i):
+            return ravel_pytree(self.matvec(unravel(zeros.at[i].set(1))))[0][i]
+
+        return unravel(jax.lax.map(entry, jnp.arange(zeros.size)))
+
+    def trace(self) -> Array:
+        """As `diagonal`; of large models take the estimate `curvature.trace`."""
+        return sum_leaves(self.diagonal())
+
+    def scale(self, factor: float | Array) -> Sum:
+        return Sum((self,), (factor,), self.count)
+
+    def __add__(self, other: Curvature) -> Sum:
+        return pooled(self, other)
+
+
 def hessian(
     loss: Callable[..., jax.Array],
     params: Tree,
@@ -136,13 +192,11 @@ def hessian(
     rematerialise: bool = False,
     mesh: Mesh | None = None,
     check: bool = True,
-) -> Callable[[Tree], Tree]:
-    """`v -> H v` of the mean loss over a data set.
+) -> Operator:
+    """The Hessian of the mean loss over a data set, as an `Operator`: `hessian(...)(v)` is `H v`.
 
-    Batches are scanned over: beside the data and `H v`, only one batch's intermediate values are held. The operator is
-    a pytree, so it passes into a jitted function as an argument; jit it, `jax.jit(hessian(...))`, before calling it
-    often. `operator(vectors, stacked=True)` multiplies several vectors, stacked on axis 0, and linearises each batch
-    once for all of them (see `hvp`).
+    The exact second derivative, with its negative directions: for forecasts, sharpness and spectra. For solves and
+    penalties take `ggn`, which is positive and the same where the model fits its labels.
 
     Args:
       loss: `(params, *batch) -> scalar`, the mean over the batch.
@@ -163,8 +217,11 @@ def ggn(
     rematerialise: bool = False,
     mesh: Mesh | None = None,
     check: bool = True,
-) -> Callable[[Tree], Tree]:
-    """`v -> G v` of the mean loss over a data set; batches are `(inputs, *targets)`. See `ggnvp` and `hessian`."""
+) -> Operator:
+    """The Gauss-Newton matrix of the mean loss over a data set, as an `Operator`; batches are `(inputs, *targets)`.
+
+    Positive, and with a softmax the Fisher. The other arguments: see `ggnvp` and `hessian`.
+    """
 
     def product(apply, params, vector, inputs, *targets, stacked):
         return ggnvp(apply, params, vector, inputs, *targets, output_loss=output_loss, stacked=stacked)
@@ -184,8 +241,4 @@ def _operator(function, product, value, params, batches, rematerialise, mesh, ch
     if check:
         require_deterministic(value, params, *data.first)
     function = jax.checkpoint(function) if rematerialise else function
-
-    def multiply(params, data, vector, stacked=False):
-        return mean(lambda *batch: product(function, params, vector, *batch, stacked=stacked), data)
-
-    return Partial(multiply, params, data)
+    return Operator(functools.partial(product, function), params, data)

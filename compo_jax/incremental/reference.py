@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from compo_jax.data import Split, TaskStream
 from compo_jax.incremental.classifier import Head, align, head_fisher, new_head, probe
 from compo_jax.incremental.features import feature_width, features
-from compo_jax.incremental.fisher import Fisher, mean, task_fisher, together
+from compo_jax.incremental.fisher import KINDS, Fisher, task_fisher
 from compo_jax.incremental.mixtures import Mixtures, empty_mixtures, fit_mixtures, sample
 from compo_jax.incremental.regularisers import Curvature
 from compo_jax.incremental.settings import Settings
@@ -82,11 +82,11 @@ def reference_stage(
 
     @jax.jit
     def known(found, head):
-        return Known({kind: mean(value, settings.epsilon) for kind, value in found.items()}, head)
+        return Known({kind: KINDS[kind].mean(value, settings.epsilon) for kind, value in found.items()}, head)
 
     @jax.jit
     def gather(seen, found):
-        return {kind: together(seen[kind], value) for kind, value in found.items()}
+        return {kind: seen[kind] + value for kind, value in found.items()}
 
     head = new_head(root, width, total)
     nothing = curvature.zero(base, head)
