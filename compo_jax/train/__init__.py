@@ -4,6 +4,8 @@ from compo_jax.train.checkpoints import Checkpoints as Checkpoints
 from compo_jax.train.log import Log as Log
 from compo_jax.train.loop import fit as fit
 from compo_jax.train.loop import progress_bar as progress_bar
+from compo_jax.train.results import read_result as read_result
+from compo_jax.train.results import write_result as write_result
 from compo_jax.train.run import Run as Run
 from compo_jax.train.run import once as once
 from compo_jax.train.run import open_run as open_run
