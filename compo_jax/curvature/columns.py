@@ -32,7 +32,7 @@ def ranks(
     """(columns of the pivoted Cholesky factor that leave at most `tolerance` of the trace, what is left, the trace)."""
 
     def one(z, part):
-        left = loss.pivoted(z)[1]
+        left = loss.pivoted(z).left
         needed = jnp.where(part, jnp.argmax(left[1:] <= tolerance * left[0]) + 1, 0)
         return needed, left[needed], left[0]
 
@@ -77,7 +77,7 @@ def columns(
     else:
         needed, left, trace = ranks(loss, z, part, tolerance)
         count = jnp.max(jnp.where(real, needed.sum(axis=1), 0))
-        one = lambda z, k: loss.pivoted(z)[0](k)
+        one = lambda z, k: loss.pivoted(z).column(k)
         weights = weights_of(loss, z, targets)[..., 0] * part
         whole = jnp.sum(weights * trace, axis=1)
         missed = jnp.sum(weights * left, axis=1) / jnp.where(whole > 0, whole, 1)
