@@ -207,7 +207,7 @@ def merged_pool(
 
 def merged_run(run: incremental.FinishedRun, pools: dict[str, PoolMerges]) -> MergingRun:
     tasks, tested = zip(*((task.name, len(task.test)) for task in run.stream.tasks), strict=True)
-    return MergingRun(run.folder.name, run.config["seed"], list(tasks), np.array(tested), pools)
+    return MergingRun(run.folder.name, run.config["seed"], list(tasks), list(tested), pools)
 
 
 def main(arguments: list[str] | None = None) -> None:

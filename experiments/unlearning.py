@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
             pools[name] = measure(run, name)
             console.print(f"{run.folder.name}: {name}")
         tasks, tested = zip(*((task.name, len(task.test)) for task in run.stream.tasks), strict=True)
-        measured.append(RunSkills(run.folder.name, run.config["seed"], list(tasks), np.array(tested), pools))
+        measured.append(RunSkills(run.folder.name, run.config["seed"], list(tasks), list(tested), pools))
     seconds = time.perf_counter() - began
     results = UnlearningResults("unlearning", runs[0].stream.name, runs[0].backbone, measured, seconds)
     folder = folders[0] / "unlearning"
