@@ -28,7 +28,6 @@ parser.add_argument("--data-dir", type=job.path, help="where the runs' TFDS set 
 if __name__ == "__main__":
     closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
-import numpy as np
 
 from compo_jax import incremental, report
 from compo_jax.incremental.unlearning_results import PoolSkills, RunSkills, UnlearningResults
