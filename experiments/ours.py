@@ -120,7 +120,7 @@ def composed(sizes: Sizes) -> Work:
     net = vit(sizes)
     adapter, share = adapters.lora(sizes.rank), 1 / sizes.composed
     keys = jax.random.split(jax.random.key(1), sizes.composed)
-    whole = adapters.weighted_sum((adapter.init(key, net.params) for key in keys), net.params, [share] * len(keys))
+    whole = adapter.sum((adapter.init(key, net.params) for key in keys), net.params, [share] * len(keys))
     return ready(net.apply, tree.add(net.params, adapter.delta(whole, net.params)), net.images)
 
 

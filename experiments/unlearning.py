@@ -28,21 +28,23 @@ parser.add_argument("--data-dir", type=job.path, help="where the runs' TFDS set 
 if __name__ == "__main__":
     closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
+
 from compo_jax import incremental, report
-from compo_jax.train import write_json
+from compo_jax.incremental.unlearning_results import PoolSkills, RunSkills, UnlearningResults
+from compo_jax.train import write_result
 
 
-def measure(run: incremental.FinishedRun, name: str) -> dict:
+def measure(run: incremental.FinishedRun, name: str) -> PoolSkills:
     """Accuracy on every task (columns) with no module, all modules, and for each task the modules left (rows)."""
     pool, tasks = run.pools[name], len(run.stream.tasks)
     names = pool.names()
     test = incremental.evaluator(incremental.features(run.model, run.stream, 256), run.stream)
     head = incremental.pool_head(pool, names, run.head)
-    return {
-        "frozen": test(run.base, run.head, tasks).incremental.tolist(),
-        "all": test(pool.compose(run.base), head, tasks).incremental.tolist(),
-        **{way: incremental.skills(way, pool, run.base, run.head, test).tolist() for way in incremental.WEIGHTINGS},
-    }
+    return PoolSkills(
+        frozen=test(run.base, run.head, tasks).incremental,
+        composed=test(pool.compose(run.base), head, tasks).incremental,
+        **{way: incremental.skills(way, pool, run.base, run.head, test) for way in incremental.WEIGHTINGS},
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,26 +55,23 @@ def main(arguments: list[str] | None = None) -> None:
     methods = incremental.common_methods(runs, options.methods)
     if any(len(run.stream.tasks) < 2 for run in runs):
         raise ValueError("a run of one task has nothing to unlearn it from: give runs of two tasks or more")
-    measured = {name: [] for name in methods}
+    measured = []
     for run in runs:
+        pools = {}
         for name in methods:
-            measured[name].append(measure(run, name))
+            pools[name] = measure(run, name)
             console.print(f"{run.folder.name}: {name}")
-    metrics = {
-        "name": "unlearning",
-        "data": runs[0].stream.name,
-        "backbone": runs[0].backbone,
-        "runs": [run.folder.name for run in runs],
-        "tasks": [[task.name for task in run.stream.tasks] for run in runs],
-        "methods": {name: {key: [m[key] for m in found] for key in found[0]} for name, found in measured.items()},
-        "seconds": time.perf_counter() - began,
-    }
+        tasks, tested = zip(*((task.name, len(task.test)) for task in run.stream.tasks), strict=True)
+        measured.append(RunSkills(run.folder.name, run.config["seed"], list(tasks), list(tested), pools))
+    seconds = time.perf_counter() - began
+    results = UnlearningResults("unlearning", runs[0].stream.name, runs[0].backbone, measured, seconds)
     folder = folders[0] / "unlearning"
     folder.mkdir(exist_ok=True)
-    write_json(folder / "metrics.json", metrics)
-    path = report.unlearning(folder, metrics)
-    console.print(report.unlearning_table(metrics))
-    console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+    write_result(folder / "metrics.json", results)
+    path = report.unlearning_page(folder, results)
+    for table in report.unlearning_tables(results):
+        console.print(table.rich())
+    console.print(f"{seconds:.0f} s; report: {path}")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ def ensemble_learning(setup: Setup, method: Method) -> Mode:
     """
     base, adapter = setup.base, method.adapter
     forward = adapters.adapted(setup.model, adapter)
-    blank = adapters.scale(adapter.init(jax.random.key(0), base), base, 0.0)
-    doubled = jax.eval_shape(lambda: adapters.weighted_sum([blank, blank], base, [1.0, 1.0]))
+    blank = adapter.scale(adapter.init(jax.random.key(0), base), base, 0.0)
+    doubled = jax.eval_shape(lambda: adapter.sum([blank, blank], base, [1.0, 1.0]))
     closed = jax.tree.map(lambda x: x.shape, doubled) == jax.tree.map(lambda x: x.shape, blank)
 
     def hold(memory):
@@ -32,14 +32,14 @@ def ensemble_learning(setup: Setup, method: Method) -> Mode:
     def features(held, module, images):
         share = 1 / held["tasks"]
         if closed:
-            whole = adapters.weighted_sum([held["module"], module], held["base"], [share, share])
+            whole = adapter.sum([held["module"], module], held["base"], [share, share])
         else:
-            whole = adapters.scale(module, held["base"], share)
+            whole = adapter.scale(module, held["base"], share)
         return forward(held["base"], whole, images, method="features")
 
     def remember(memory, task, first, module, head, key):
         if closed:
-            total = adapters.weighted_sum([memory["sum"], module], base, [1.0, 1.0])
+            total = adapter.sum([memory["sum"], module], base, [1.0, 1.0])
         else:
             total = tree.add(memory["sum"], adapter.delta(module, base))
         return {"sum": total, "tasks": memory["tasks"] + 1}

@@ -31,7 +31,7 @@ class Skill(NamedTuple):
 
     task: str
     target: float
-    control: float
+    control: float | None
 
 
 class Results(NamedTuple):
@@ -40,20 +40,25 @@ class Results(NamedTuple):
     Attributes:
       name: of the run.
       data, backbone: what was learned and from where, in words.
-      tasks, classes: their names in order, and how many classes each has.
+      seed: of the run.
+      settings: how it was trained: each option's name and its value in words.
+      tasks, classes, tested: their names in order, how many classes each has, and how many test images.
       methods: the outcome of each, the main one first.
-      frozen: the outcome of the base's features under the aligned reference head.
+      frozen: of the base's features under the aligned reference head, as that was after each task.
       specialise, unlearn: for each task, the main method's pool with its module alone, and with all but it; empty where
         modules can't be left out.
       images_per_second: of the main method's training; None where it was not measured.
-      seconds: the run took.
+      seconds: that the run took, those before an interruption too.
     """
 
     name: str
     data: str
     backbone: str
+    seed: int
+    settings: dict[str, str]
     tasks: list[str]
     classes: list[int]
+    tested: list[int]
     methods: dict[str, Outcome]
     frozen: Outcome
     specialise: list[Skill]

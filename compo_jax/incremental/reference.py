@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from compo_jax.incremental.classifier import Head, align, head_fisher, new_head, probe
 from compo_jax.incremental.extraction import Extract, feature_width, features
-from compo_jax.incremental.fisher import Fisher, mean, task_fisher, together
+from compo_jax.incremental.fisher import KINDS, Fisher, task_fisher
 from compo_jax.incremental.mixtures import Mixtures, empty_mixtures, fit_mixtures, sample
 from compo_jax.incremental.regularisers import Curvature
 from compo_jax.incremental.settings import Setup
@@ -81,11 +81,11 @@ def reference_stage(
 
     @jax.jit
     def metric(fishers, head):
-        return Metric({kind: mean(fisher, settings.epsilon) for kind, fisher in fishers.items()}, head)
+        return Metric({kind: KINDS[kind].mean(fisher, settings.epsilon) for kind, fisher in fishers.items()}, head)
 
     @jax.jit
     def gather(seen, newest):
-        return {kind: together(seen[kind], fisher) for kind, fisher in newest.items()}
+        return {kind: seen[kind] + fisher for kind, fisher in newest.items()}
 
     head = new_head(root, width, total)
     nothing = curvature.zero(base, head)

@@ -46,6 +46,7 @@ class State(NamedTuple):
       rows: `[method, t, s]`, accuracy after task t on task s, among all classes and within the task; nan where unknown.
       seconds: of each method's training.
       position: of the log.
+      elapsed: seconds since the run began, without what a start that was killed did after it last kept something.
     """
 
     reference: Reference
@@ -53,6 +54,7 @@ class State(NamedTuple):
     rows: Float[np.ndarray, "methods tasks tasks 2"]
     seconds: Float[np.ndarray, " methods"]
     position: np.ndarray
+    elapsed: np.ndarray
 
 
 class After(NamedTuple):
@@ -66,6 +68,7 @@ class After(NamedTuple):
       reference: of the base.
       learned: what each method learned from this task; nothing where it is restored.
       learners, snapshots: each method at work, and what it classifies with.
+      began: the run's start by `time.perf_counter()`, put back by what earlier starts of it took.
     """
 
     setup: Setup
@@ -77,6 +80,7 @@ class After(NamedTuple):
     learned: dict[str, Learned]
     learners: dict[str, Learner]
     snapshots: dict[str, Snapshot]
+    began: float
 
     def classifier(self, name: str) -> Classifier:
         """That of a method, made when it is asked for."""
@@ -95,6 +99,7 @@ class _Course(NamedTuple):
     log: Log | None
     progress: Progress | None
     extra: Mapping[str, Any]
+    began: float
 
     def snapshot(self, name: str, task: int, state: State) -> Snapshot | None:
         """None where the method can't be tested yet."""
@@ -169,7 +174,9 @@ class _Course(NamedTuple):
         }
         snapshots = {name: self.snapshot(name, task, state) for name in self.learners}
         frozen = outcomes.pop(_FROZEN.name)
-        return After(self.setup, task, restored, outcomes, frozen, state.reference, learned, self.learners, snapshots)
+        return After(
+            self.setup, task, restored, outcomes, frozen, state.reference, learned, self.learners, snapshots, self.began
+        )  # fmt: skip
 
 
 def learn_stream(
@@ -182,6 +189,7 @@ def learn_stream(
     log: Log | None = None,
     progress: Progress | None = None,
     extra: Mapping[str, Any] | None = None,
+    began: float | None = None,
 ) -> Iterator[After]:
     """Learns the tasks one after another by every method, and tests all after each.
 
@@ -195,6 +203,7 @@ def learn_stream(
       parallel: train the tasks of a method in one loop where they need nothing of each other, before all others.
       log, progress: see `train.fit`.
       extra: kept with every module.
+      began: the run's start by `time.perf_counter()`; default: now.
 
     ValueError where two methods have one name, and as of `train.fit`.
     """
@@ -205,7 +214,8 @@ def learn_stream(
     learners = {m.name: _learner(setup, m, pool_folder(folder, names, m.name), runner) for m in [*methods, _FROZEN]}
     base_features = _remembered(partial(extract, setup.base))
     fingerprint = tree.fingerprint(setup.base)
-    course = _Course(setup, fingerprint, learners, extract, base_features, folder, log, progress, extra or {})
+    began = time.perf_counter() if began is None else began
+    course = _Course(setup, fingerprint, learners, extract, base_features, folder, log, progress, extra or {}, began)
     kinds = ["diagonal", *sorted({method.curvature for method in methods} - {"diagonal"})]
     begun, refer = reference_stage(setup, [pattern for pattern, _ in adapters.VIT_TARGETS], kinds, extract)
     state, first = _state(course, begun), 0
@@ -214,6 +224,7 @@ def learn_stream(
         first, state = checkpoints.latest, State(**checkpoints.load(state._asdict()))
         state = state._replace(rows=np.array(state.rows), seconds=np.array(state.seconds))
         _set(log, state)
+        course = course._replace(began=began - float(state.elapsed))
         yield course.after(first - 1, state, {}, restored=True)
 
     references, at_once = None, {}
@@ -227,8 +238,11 @@ def learn_stream(
     for t in range(first, len(stream.tasks)):
         state = state._replace(reference=references[t] if references else refer(state.reference, t))
         learned = course.advance(t, state, at_once)
-        position = np.array(0 if log is None else log.position, np.int64)
-        checkpoints.save(t + 1, state._replace(position=position)._asdict())
+        state = state._replace(
+            position=np.array(0 if log is None else log.position, np.int64),
+            elapsed=np.array(time.perf_counter() - course.began),
+        )
+        checkpoints.save(t + 1, state._asdict())
         yield course.after(t, state, learned)
 
 
@@ -259,7 +273,7 @@ def _state(course: _Course, begun: Reference) -> State:
     methods, tasks = len(course.learners), len(course.setup.stream.tasks)
     memories = {name: learner.mode.memory for name, learner in course.learners.items()}
     rows = np.full((methods, tasks, tasks, 2), np.nan)
-    return State(begun, memories, rows, np.zeros(methods), np.zeros((), np.int64))
+    return State(begun, memories, rows, np.zeros(methods), np.zeros((), np.int64), np.zeros(()))
 
 
 def _remembered(extract):
@@ -276,12 +290,11 @@ def _remembered(extract):
     return run
 
 
-def summary(after: After, *, name: str, backbone: str, began: float, images_per_second: float | None = None) -> Results:
+def summary(after: After, *, name: str, backbone: str, images_per_second: float | None = None) -> Results:
     """The results of a run after its last task, with what the main method's pool knows when modules are left out.
 
     Args:
       name, backbone, images_per_second: see `Results`.
-      began: `time.perf_counter()` at the run's start.
     """
     setup, main = after.setup, next(iter(after.outcomes))
     stream, snapshot, tasks = setup.stream, after.snapshots[main], [task.name for task in setup.stream.tasks]
@@ -298,9 +311,19 @@ def summary(after: After, *, name: str, backbone: str, began: float, images_per_
             for t, (task, row) in enumerate(zip(tasks, reached, strict=True))
         ]
 
-    classes = [len(task.classes) for task in stream.tasks]
-    specialise, unlearn = of("specialise"), of("unlearn")
     return Results(
-        name, stream.name, backbone, tasks, classes, after.outcomes, after.frozen, specialise, unlearn,
-        images_per_second, time.perf_counter() - began,
-    )  # fmt: skip
+        name=name,
+        data=stream.name,
+        backbone=backbone,
+        seed=setup.seed,
+        settings={"trained for": f"{setup.settings.epochs} epochs in batches of {setup.settings.batch}"},
+        tasks=tasks,
+        classes=[len(task.classes) for task in stream.tasks],
+        tested=[len(task.test) for task in stream.tasks],
+        methods=after.outcomes,
+        frozen=after.frozen,
+        specialise=of("specialise"),
+        unlearn=of("unlearn"),
+        images_per_second=images_per_second,
+        seconds=time.perf_counter() - after.began,
+    )

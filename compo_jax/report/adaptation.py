@@ -10,7 +10,7 @@ from compo_jax.report import adaptation_figures as figures
 from compo_jax.report.adaptation_numbers import Found, cells, marked, mean_known, objective_text, read
 from compo_jax.report.modular_numbers import net_text, paired_text, several
 from compo_jax.report.numbers import Metrics, decimal, percent, signed, spread
-from compo_jax.report.page import block, html_table, write_page
+from compo_jax.report.previous import block, html_table, write_page
 
 UNLABELLED = [group for group in figures.GROUPS if group != "oracle"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from compo_jax.report import multitask_figures as figures
 from compo_jax.report.multitask_numbers import HEADINGS, REFERENCE, Method, cells, change, read, sizes
 from compo_jax.report.numbers import Metrics, decimal, fitting, require, significant, spread
-from compo_jax.report.page import block, html_table, write_page
+from compo_jax.report.previous import block, html_table, write_page
 from compo_jax.report.route_blocks import route_blocks
 
 

@@ -22,7 +22,7 @@ from compo_jax.report.modular_numbers import (
     templates_of,
 )
 from compo_jax.report.numbers import Metrics, decimal, fitting, percent, require, signed, spread
-from compo_jax.report.page import block, html_table, write_page
+from compo_jax.report.previous import block, html_table, write_page
 
 _METHOD = ("accuracy", "train_accuracy", "parameters", "macs", "layers", "templates", "route", "seconds")
 GAP = {"soft": "soft", "hard": "argmax", "reestimated": "statistics again", "finetuned": "tuned on"}

@@ -11,7 +11,7 @@ from compo_jax.modular import analysis
 from compo_jax.report import route_figures as figures
 from compo_jax.report.multitask_numbers import sizes
 from compo_jax.report.numbers import Metrics, decimal, fitting, require, signed
-from compo_jax.report.page import block, html_table
+from compo_jax.report.previous import block, html_table
 
 _DRAWS = 200  # of random routes
 _COUNTED = "Layers and templates count from 0; first seed."

@@ -23,7 +23,7 @@ from compo_jax.report.modular_numbers import (
     several,
 )
 from compo_jax.report.numbers import ABSENT, Metrics, by_run, decimal, fitting, percent, require, signed, spread
-from compo_jax.report.page import block, html_table, write_page
+from compo_jax.report.previous import block, html_table, write_page
 
 REFERENCE = "head"
 _NEEDED = ("tasks", "held_out", "classes", "budgets", "source", "chosen")

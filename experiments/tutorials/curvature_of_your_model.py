@@ -47,8 +47,8 @@ print("its largest eigenvalues:", curvature.top_eigenvalues(hessian, params, jax
 # The Fisher's diagonal: exact (all classes of every image), or a cheap estimate where there are many classes.
 exact = curvature.fisher_diagonal(apply, params, images[:256])
 drawn = curvature.fisher_diagonal(apply, params, images[:256], method="monte_carlo", key=jax.random.key(3))
-print(f"Fisher, summed: {sum(x.sum() for x in jax.tree.leaves(exact.mean)):.2f} exact, ", end="")
-print(f"{sum(x.sum() for x in jax.tree.leaves(drawn.mean)):.2f} from one drawn label an image")
+print(f"Fisher, summed: {exact.trace():.2f} exact, ", end="")
+print(f"{drawn.trace():.2f} from one drawn label an image")
 
 # -- Flax NNX: split the model into what is differentiated and the rest ------------------------------------------------
 from flax import nnx
@@ -56,7 +56,7 @@ from flax import nnx
 network = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(32, 10, rngs=nnx.Rngs(1)))
 graph, state = nnx.split(network, nnx.Param)
 fisher = curvature.fisher_diagonal(lambda state, x: nnx.merge(graph, state)(x), state, images[:256])
-print("NNX:", sum(x.sum() for x in jax.tree.leaves(fisher.mean)))
+print("NNX:", fisher.trace())
 
 # -- Equinox: the same with partition and combine ----------------------------------------------------------------------
 if importlib.util.find_spec("equinox"):
@@ -65,4 +65,4 @@ if importlib.util.find_spec("equinox"):
     mlp = eqx.nn.MLP(64, 10, 32, 1, key=jax.random.key(0))
     weights, rest = eqx.partition(mlp, eqx.is_inexact_array)
     fisher = curvature.fisher_diagonal(lambda w, x: jax.vmap(eqx.combine(w, rest))(x), weights, images[:256])
-    print("Equinox:", sum(x.sum() for x in jax.tree.leaves(fisher.mean)))
+    print("Equinox:", fisher.trace())

@@ -30,7 +30,7 @@ difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), there, here)
 print("largest difference after there and back:", max(jax.tree.leaves(difference)))
 
 # -- the exact sum of two LoRA modules has their ranks together; recompress cuts it, and says what that costs ----------
-both = adapters.weighted_sum([store.load("low"), store.load("high")], base, [0.5, 0.5])
+both = lora.sum([store.load("low"), store.load("high")], base, [0.5, 0.5])
 small = adapters.recompress(both, base, rank=4)
 print(f"relative error of the sum at rank 4: {small.error:.3f} over all weights; by weight:")
 for name, error in zip(tree.names(small.errors), jax.tree.leaves(small.errors), strict=True):
