@@ -85,7 +85,7 @@ import modular_job
 import numpy as np
 
 from compo_jax import data, modular, report
-from compo_jax.modular import ModularNet, routes
+from compo_jax.modular import ModularNet, Network, routes
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -133,22 +133,23 @@ def main(arguments: list[str] | None = None) -> None:
                 folder, log=run.log, record={"run": f"without {target}", "task": f"seed {seed}"}, progress=progress,
             )  # fmt: skip
             accuracy = modular.accuracies(net, prepare)(trained.variables, [task.test for task in tasks]).tolist()
-            modular_job.store_network(pool(seed, target), net, trained.variables, tasks, accuracy, seed)
+            modular_job.store_network(pool(seed, target), Network(net, trained.variables), tasks, accuracy, seed)
             return {"accuracy": accuracy}
 
         # -- the target ------------------------------------------------------------------------------------------------
         def adapted(seed, target, folder):
             task, names = domains[target], [other.name for other in others(target)]
-            net, variables = modular_job.load_network(pool(seed, target), len(names))
+            network = modular_job.load_network(pool(seed, target), len(names))
+            net, variables = network
             score = modular.accuracies(net, prepare)(variables, [task.test] * len(names))
-            objectives = modular.source_objectives(net, prepare, variables, task, bn="target")
+            objectives = modular.source_objectives(network, prepare, task, bn="target")
             own = routes.hard(variables["params"]["route"])
             best, bound = int(np.argmin(objectives)), int(np.argmax(score))
             starts = {}  # a route that is to be learned starts a little soft
             for name, smoothing in (("fixed", 1e-6), ("learned", 0.05)):
-                starts["best", name] = modular.one_source(net, variables, best, smoothing)[1]
-                starts["mean", name] = modular.mean_source(net, variables, smoothing)[1]
-            plain = modular.source_objectives(net, prepare, variables, task)
+                starts["best", name] = modular.one_source(network, best, smoothing).variables
+                starts["mean", name] = modular.mean_source(network, smoothing).variables
+            plain = modular.source_objectives(network, prepare, task)
             accuracy = {BASELINE: score[best], ORACLE: score[bound]}
             objective = {BASELINE: plain[best], ORACLE: plain[bound]}
             weights, learned = {}, [name for name in options.methods if ADAPTED[name][1] != "fixed"]

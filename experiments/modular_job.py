@@ -16,7 +16,7 @@ from rich.table import Table
 
 from compo_jax import modular
 from compo_jax.data import Task
-from compo_jax.modular import ModularNet, Settings, routes
+from compo_jax.modular import ModularNet, Network, Settings, routes
 from compo_jax.pool import ModulePool
 from compo_jax.train import Run, jit_runner, once, open_run, pmap_runner, progress_bar, read_json, write_json
 
@@ -103,22 +103,20 @@ def initial(net: ModularNet, size: int, seed: int, order=None) -> dict:
     return modular.set_route(variables, jnp.broadcast_to(logits, variables["params"]["route"].shape))
 
 
-def store_network(
-    folder: Path, net: ModularNet, variables: dict, tasks: Sequence[Task], accuracy: Sequence[float], seed: int
-) -> None:
+def store_network(folder: Path, network: Network, tasks: Sequence[Task], accuracy: Sequence[float], seed: int) -> None:
     """Puts a network's templates and its tasks into a pool."""
     pool = ModulePool(folder)
-    modular.save_templates(pool, "templates", net, variables, seed=seed, overwrite=True)
+    modular.save_templates(pool, "templates", network, seed=seed, overwrite=True)
     for t, task in enumerate(tasks):
         modular.save_task(
-            pool, f"task-{t:03d}", net, variables, t,
+            pool, f"task-{t:03d}", network, t,
             task=task.name, classes=task.classes, metrics={"accuracy": accuracy[t]}, seed=seed, overwrite=True,
         )  # fmt: skip
 
 
-def load_network(folder: Path, tasks: int) -> tuple[ModularNet, dict]:
+def load_network(folder: Path, tasks: int) -> Network:
     """The network put together again from its pool."""
     pool = ModulePool(folder)
     shared = modular.load_templates(pool, "templates")
     parts = [modular.load_task(pool, f"task-{t:03d}", shared) for t in range(tasks)]
-    return functools.reduce(lambda joined, part: modular.add_task(*joined, *part), parts)
+    return functools.reduce(modular.add_task, parts)

@@ -52,7 +52,7 @@ import numpy as np
 import optax
 
 from compo_jax import data, modular, report
-from compo_jax.modular import ModularNet, routes
+from compo_jax.modular import ModularNet, Network, routes
 
 
 def some(split: data.Split, count: int) -> data.ArraySplit:
@@ -60,11 +60,11 @@ def some(split: data.Split, count: int) -> data.ArraySplit:
     return data.ArraySplit(split.images(rows), split.labels[rows])
 
 
-def bridge(net, variables, prepare, task: int, layer: int, split: data.Split) -> dict:
+def bridge(network: Network, prepare, task: int, layer: int, split: data.Split) -> dict:
     """The loss when one layer is re-routed by and by to each template, and what its curvature forecasts."""
-    one, taken = modular.take_tasks(net, variables, [task])
+    one, taken = modular.take_tasks(network, [task])
     images, labels = prepare(split.images(np.arange(len(split)))), jnp.asarray(split.labels)
-    found = modular.route_landscape(net, variables, task, layer, images, labels)
+    found = modular.route_landscape(network, task, layer, images, labels)
     whole = routes.hard(taken["params"]["route"])
 
     @jax.jit
@@ -73,11 +73,11 @@ def bridge(net, variables, prepare, task: int, layer: int, split: data.Split) ->
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     start = whole[0, layer]
-    moved = start + jnp.asarray(AMOUNTS)[:, None] * (jnp.eye(net.templates)[:, None] - start)  # (M, amounts, M)
+    moved = start + jnp.asarray(AMOUNTS)[:, None] * (jnp.eye(one.templates)[:, None] - start)  # (M, amounts, M)
     true = np.array([[float(loss(b)) for b in row] for row in moved])
     forecast = np.array([[float(found.predict(b)) for b in row] for row in moved])
     chosen, at = int(start.argmax()), float(loss(start))
-    others = np.arange(net.templates) != chosen
+    others = np.arange(one.templates) != chosen
     wrong = np.abs(forecast - true)[others] / np.abs(true - at)[others]
     return {
         "layer": layer,
@@ -159,7 +159,9 @@ def main(arguments: list[str] | None = None) -> None:
             trained, seconds = fitted(net, settings, train, seed, None, name, folder)
             variables = trained.variables
             gap = learner(net, settings).gap(trained, train, seed, test)
-            modular_job.store_network(pool(name, seed), net, variables, stream.tasks, gap.finetuned.tolist(), seed)
+            modular_job.store_network(
+                pool(name, seed), Network(net, variables), stream.tasks, gap.finetuned.tolist(), seed
+            )
             soft = routes.soft(trained.before["params"]["route"], settings.temperature[1])
             lines = [r for r in run.log.records() if (r["run"], r["task"]) == (name, f"seed {seed}")]
             keys = ("step", "cross_entropy", "accuracy", "entropy", "unused", "temperature")
@@ -203,8 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
             return {key: value.tolist() for key, value in lost._asdict().items()} | {"images": options.analysis_images}
 
         def bridged(folder):
-            net, variables = stored()
-            found = bridge(net, variables, prepare, 0, layers // 2, some(train[0], 256))
+            found = bridge(stored(), prepare, 0, layers // 2, some(train[0], 256))
             return {"method": main_method, "task": names[0], **found}
 
         several = nets[main_method].templates > 1

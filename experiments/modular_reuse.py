@@ -42,7 +42,7 @@ import modular_job
 import numpy as np
 
 from compo_jax import data, modular, report
-from compo_jax.modular import ModularNet, routes
+from compo_jax.modular import ModularNet, Network, routes
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -94,7 +94,11 @@ def main(arguments: list[str] | None = None) -> None:
                 gap = learns.gap(trained, [task.train], seed, [task.test])
                 made["gap"] = {key: float(value[0]) for key, value in gap._asdict().items()}
                 modular_job.store_network(
-                    run.folder / "pools" / f"learned-{seed}", net, trained.variables, [task], [made["accuracy"]], seed
+                    run.folder / "pools" / f"learned-{seed}",
+                    Network(net, trained.variables),
+                    [task],
+                    [made["accuracy"]],
+                    seed,
                 )
             return made
 

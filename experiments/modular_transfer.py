@@ -82,7 +82,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import NearestCentroid
 
 from compo_jax import data, modular, report, tree
-from compo_jax.modular import ModularNet, routes
+from compo_jax.modular import ModularNet, Network, routes
 
 
 def few(task: data.Task, budget: int, seed: int) -> data.ArraySplit:
@@ -93,9 +93,9 @@ def few(task: data.Task, budget: int, seed: int) -> data.ArraySplit:
     return data.ArraySplit(task.train.images(rows), task.train.labels[rows])
 
 
-def nearest_source(net, variables, prepare, split: data.Split, images: int = 250) -> int:
+def nearest_source(network: Network, prepare, split: data.Split, images: int = 250) -> int:
     """The source task whose hard route tells the classes of these labelled images apart best; BN is theirs."""
-    count = int(split.labels.max()) + 1
+    net, count = network.net, int(split.labels.max()) + 1
     rows = np.concatenate([np.flatnonzero(split.labels == c)[: max(images // count, 2)] for c in range(count)])
     labels = split.labels[rows]
     folds = int(min(5, np.bincount(labels).min()))
@@ -104,7 +104,7 @@ def nearest_source(net, variables, prepare, split: data.Split, images: int = 250
             variables, jnp.stack([images] * len(net.classes)), routes.hard, True,
             method="features", mutable=["batch_stats"],
         )[0]
-    )(variables, prepare(split.images(rows)))  # fmt: skip
+    )(network.variables, prepare(split.images(rows)))  # fmt: skip
     scores = [cross_val_score(NearestCentroid(), np.asarray(x), labels, cv=folds).mean() for x in features]
     return int(np.argmax(scores))
 
@@ -157,22 +157,22 @@ def main(arguments: list[str] | None = None) -> None:
                 folder, log=run.log, record={"run": "sources", "task": f"seed {seed}"}, progress=progress,
             )  # fmt: skip
             accuracy = modular.accuracies(net, prepare)(trained.variables, [task.test for task in sources]).tolist()
-            modular_job.store_network(pool(seed), net, trained.variables, sources, accuracy, seed)
+            modular_job.store_network(pool(seed), Network(net, trained.variables), sources, accuracy, seed)
             return {"accuracy": accuracy}
 
         # -- a new task ------------------------------------------------------------------------------------------------
-        def start(method, net, variables, source, classes, key):
+        def start(method, network, source, classes, key):
             """(network, variables, part that learns, settings) of a method on a new task."""
             part = method.split(",")[0]
             if method in ("scratch", "head+route, untrained templates"):
-                alone = net.clone(classes=(classes,))
+                alone = network.net.clone(classes=(classes,))
                 order = np.arange(options.layers) % options.templates if method == "scratch" else None
                 fresh = modular_job.initial(alone, options.size, int(jax.random.randint(key, (), 0, 2**30)), order)
                 fixed = new._replace(phases=modular_job.FIXED)
                 return alone, fresh, *(("all", fixed) if method == "scratch" else (part, new))
             if method == "head+route, new route":
-                return *modular.new_task(net, variables, key, classes), part, new
-            one, begun = modular.new_task(net, variables, key, classes, like=source)
+                return *modular.new_task(network, key, classes), part, new
+            one, begun = modular.new_task(network, key, classes, like=source)
             chosen = routes.hard(begun["params"]["route"])
             logits = routes.to_logits(chosen, options.smoothing)
             if method == "head, random route":
@@ -182,15 +182,15 @@ def main(arguments: list[str] | None = None) -> None:
         def learned(seed, budget, folder):
             """Every method on every task left out, from this many labelled images of each class."""
             new_tasks, sources = divided(seed)
-            net, variables = modular_job.load_network(pool(seed), len(sources))
+            network = modular_job.load_network(pool(seed), len(sources))
             found, chosen = {name: [] for name in options.methods}, []
             for h, task in enumerate(new_tasks):
                 split = few(task, budget, seed)
-                source = nearest_source(net, variables, prepare, split)
+                source = nearest_source(network, prepare, split)
                 chosen.append(sources[source].name)
                 for method in options.methods:
                     key = jax.random.fold_in(jax.random.key(seed), h)
-                    one, begun, part, trains = start(method, net, variables, source, len(task.classes), key)
+                    one, begun, part, trains = start(method, network, source, len(task.classes), key)
                     learn = transfer(one, part, trains)
                     trained = learn.train(
                         begun, [split], seed, log=run.log, progress=progress,

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 from compo_jax.data.stream import Augmentation
-from compo_jax.modular.learner import Learner, learner
+from compo_jax.modular.losses import Prepare
 from compo_jax.modular.net import ModularNet
-from compo_jax.modular.objective import Prepare
 from compo_jax.modular.settings import Settings
+from compo_jax.modular.training import Learner, learner
 
 PARTS: dict[str, tuple[str, ...]] = {
     "head": ("^head",),
