@@ -13,24 +13,43 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import job
+import options as line
 from job import closing, console
+from options import Count, LocalPath, OpenPath, Rate, Seed
 
-parser = job.Parser(__doc__)
-parser.add_argument("--steps", type=job.count, default=4000)
-parser.add_argument("--batch", type=job.count, default=128)
-parser.add_argument("--learning-rate", type=job.rate, default=2e-3)
-parser.add_argument("--width", type=job.count, default=96)
-parser.add_argument("--depth", type=job.count, default=4)
-parser.add_argument("--heads", type=job.count, default=3)
-parser.add_argument("--seed", type=job.seed, default=0)
-parser.add_argument("--run", type=job.path, default=Path("runs/pretrain"), help="folder for log and checkpoints")
-parser.add_argument("--out", type=job.path, help="the .safetensors file; default: embedded.safetensors in that folder")
+
+@dataclass(frozen=True)
+class Options:
+    steps: Count = 4000
+    """of training"""
+    batch: Count = 128
+    """images in a step"""
+    learning_rate: Rate = 2e-3
+    """at its highest"""
+    width: Count = 96
+    """of the ViT"""
+    depth: Count = 4
+    """its blocks"""
+    heads: Count = 3
+    """of its attention"""
+    seed: Seed = 0
+    """of the weights and the images"""
+    run: LocalPath = Path("runs/pretrain")
+    """folder for log and checkpoints"""
+    out: OpenPath = None
+    """the .safetensors file (default: embedded.safetensors in that folder)"""
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    return line.parse(Options, __doc__, arguments)
+
 
 if __name__ == "__main__":
-    closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
+    closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
 import jax
 import jax.numpy as jnp
@@ -81,12 +100,12 @@ def is_written(out: Path, sidecar: Path, config: dict) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     job.divisible(options.batch, "--batch")
     if options.width % options.heads:
         raise ValueError(f"--heads {options.heads} don't divide --width {options.width}")
     out = options.out or options.run / "embedded.safetensors"
-    sidecar, config = out.with_suffix(".json"), {k: v for k, v in vars(options).items() if k not in ("run", "out")}
+    sidecar, config = out.with_suffix(".json"), {k: v for k, v in line.flat(options).items() if k not in ("run", "out")}
     if is_written(out, sidecar, config):
         console.print(f"{out} is finished, by a run with these settings: take it away to start over")
         return

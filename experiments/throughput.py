@@ -12,10 +12,13 @@ the time is the median of the steps of the scanned one. `--peers` wants `pip ins
 piece of work runs in a process a side, and the two are asked in turn. Expected numbers: README.md beside this file.
 """
 
-import argparse
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import job
+import options as line
 from job import closing
+from options import OPEN, Count, OpenCount, OpenRate, Rate, names
 from timing import WORK, Sizes, compare
 
 MODELS = {"embedded": (32, 8, 96, 4, 3), "s16": (224, 16, 384, 12, 6), "b16": (224, 16, 768, 12, 12)}
@@ -23,56 +26,66 @@ TOUR = [
     "lora-bfloat16", "lora-float32", "full-bfloat16", "full-float32", "iel-1", "iel-50", "hvp", "ggn", "fisher",
     "parallel", "merging",
 ]  # fmt: skip
-PEERS, DEVICE = "--peers", "--device"
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = job.Parser(__doc__)
-    kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--curvature", action="store_true", help="the embedded model with a head of 100 trained classes")
-    kinds.add_argument(PEERS, action="store_true", help="ours and PyTorch's time and memory on the same work")
-    kinds.add_argument(DEVICE, action="store_true", help="one run through all of it for an accelerator")
-    add = parser.add_argument
-    add("--model", choices=MODELS, help="default: embedded, and b16 with --device")
-    add("--batch", type=job.count, help="default: 64, 32 with --peers and 128 with --device")
-    add("--rank", type=job.count, default=16)
-    add("--dtype", choices=["float32", "bfloat16"], default="float32")
-    add("--steps", type=job.count, help="timed, after the first; default: 10, 5 with --peers")
-    add("--peak", type=job.rate, help="the device's matrix peak in TFLOP/s, for the fraction reached; of 16 bits")
-    add("--threads", type=job.count, default=1, help="of each side with --peers")
-    add("--minutes", type=job.rate, default=8, help="that --device takes at most")
-    add("--only", nargs="+", metavar="ROW", help=f"of --peers: {', '.join(WORK)}; of --device: {', '.join(TOUR)}")
-    options = parser.parse_args(arguments)
-    _refuse(parser, options)
-    given = {"model": "embedded", "batch": 64, "steps": 10}
-    given |= {"batch": 32, "steps": 5} if options.peers else {"model": "b16", "batch": 128} if options.device else {}
-    for key, value in given.items():
-        if getattr(options, key) is None:
-            setattr(options, key, value)
-    return options
+@dataclass(frozen=True)
+class Options:
+    curvature: bool = False
+    """the embedded model with a head of 100 trained classes"""
+    peers: bool = False
+    """ours and PyTorch's time and memory on the same work"""
+    device: bool = False
+    """one run through all of it for an accelerator"""
+    model: Annotated[str | None, names(list(MODELS), None), OPEN] = None
+    """embedded, s16 or b16 (default: embedded, and b16 with --device)"""
+    batch: OpenCount = None
+    """images in a step (default: 64, 32 with --peers and 128 with --device)"""
+    rank: Count = 16
+    """of LoRA modules"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """compute dtype"""
+    steps: OpenCount = None
+    """timed, after the first (default: 10, 5 with --peers)"""
+    peak: OpenRate = None
+    """the device's matrix peak in TFLOP/s, for the fraction reached; of 16 bits"""
+    threads: Count = 1
+    """of each side with --peers"""
+    minutes: Rate = 8.0
+    """that --device takes at most"""
+    only: Annotated[tuple[str, ...], names([*WORK, *TOUR]), OPEN] = ()
+    """rows of --peers or of --device (default: all)"""
 
 
-def _refuse(parser: job.Parser, options: argparse.Namespace) -> None:
+def parse(arguments: list[str] | None = None) -> Options:
+    options = line.parse(Options, __doc__, arguments)
+    _refuse(options)
+    wanted = {"model": "embedded", "batch": 64, "steps": 10}
+    wanted |= {"batch": 32, "steps": 5} if options.peers else {"model": "b16", "batch": 128} if options.device else {}
+    return line.filled(options, wanted)
+
+
+def _refuse(options: Options) -> None:
     """ValueError for options that play no part in what is asked for."""
+    kinds = [key for key in ("curvature", "peers", "device") if getattr(options, key)]
+    if len(kinds) > 1:
+        raise ValueError(f"{' and '.join(map(line.flag, kinds))} are two kinds of run: name one of them")
     if options.curvature:
-        parser.refuse(
-            "with --curvature, which is of all the embedded model's weights", "model", "rank", "dtype", "peak"
-        )
+        weights = "with --curvature, which is of all the embedded model's weights"
+        line.refuse(options, weights, "model", "rank", "dtype", "peak")
     if options.peers:
-        parser.refuse("with --peers, which is of one ViT in float32 on a CPU", "model", "dtype", "peak")
+        line.refuse(options, "with --peers, which is of one ViT in float32 on a CPU", "model", "dtype", "peak")
     if options.device:
-        parser.refuse("with --device, which has rows of both", "dtype")
+        line.refuse(options, "with --device, which has rows of both", "dtype")
     else:
-        parser.refuse("without --device", "minutes")
+        line.refuse(options, "without --device", "minutes")
     if not options.peers:
-        parser.refuse("without --peers", "threads")
+        line.refuse(options, "without --peers", "threads")
     if not (options.peers or options.device):
-        parser.refuse("without --peers or --device, which have rows", "only")
+        line.refuse(options, "without --peers or --device, which have rows", "only")
     rows = WORK if options.peers else TOUR
-    if unknown := [name for name in options.only or [] if name not in rows]:
-        raise ValueError(
-            f"--only {' '.join(unknown)}: the rows of {PEERS if options.peers else DEVICE} are {', '.join(rows)}"
-        )
+    if unknown := [name for name in options.only if name not in rows]:
+        kind = "--peers" if options.peers else "--device"
+        raise ValueError(f"--only {' '.join(unknown)}: the rows of {kind} are {', '.join(rows)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -134,8 +134,8 @@ def sources_figure(
     figure = charts.figure("Sources as they are, on each target", 1.7 + 0.28 * len(domains))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[max(2, len(targets)), 1])
     texts = (lambda x: f"{x:.0f}") if len(domains) <= ANNOTATED else None
-    charts.heat(right, 100 * own[:, None], (0, 100), columns=["its own images"], texts=texts)
-    image = charts.heat(left, 100 * on_targets, (0, 100), domains, targets, texts=texts, length=18)
+    charts.heat(right, 100 * own[:, None], (0.0, 100.0), columns=["its own images"], texts=texts)
+    image = charts.heat(left, 100 * on_targets, (0.0, 100.0), domains, targets, texts=texts, length=18)
     left.set(xlabel="target", ylabel="source")
     charts.colour_bar(figure, image, [left, right], "accuracy (%)")
     return figure
@@ -156,7 +156,7 @@ def routes_figure(
     cells = [*grid[: lines[0]].ravel()[: len(sources)], *grid[lines[0] :].ravel()[: len(adapted)]]
     names = [*(f"source: {middle(name, 16)}" for name in sources), *(middle(name, 19) for name in adapted)]
     for axes, name, route in zip(cells, names, [*sources.values(), *adapted.values()], strict=True):
-        image = charts.heat(axes, route, (0, 1))
+        image = charts.heat(axes, route, (0.0, 1.0))
         axes.set_title(name, fontsize=8)
         axes.tick_params(labelsize=7, labelbottom=False)
     for axes in set(grid.ravel()) - set(cells):

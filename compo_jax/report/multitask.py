@@ -40,7 +40,7 @@ def multitask_table(results: MultitaskResults) -> Table:
     )  # fmt: skip
     rows = [
         [
-            name, accuracy, _against(methods, name), decimal(method.parameters[0], 0),
+            name, accuracy, _against(methods, name), f"{method.parameters[0]:,}",
             decimal(100 * method.parameters[0] / single.parameters[0]) if single else "",
             decimal(method.macs[0] / 1e6), spread(method.seconds, 0),
         ]
@@ -83,10 +83,10 @@ def by_task_figure(
     figure = charts.figure(title, max(2.8, 1.6 + 0.2 * len(tasks)))
     axes, largest = figure.add_subplot(), 100 * np.nanmax(np.abs(values), initial=0)
     if base is None:
-        look = {"limits": (0, 100), "texts": decimal}
+        look = {"limits": (0.0, 100.0), "texts": decimal}
     else:
         tasks = [f"{short(task, 16)}  {decimal(100 * x)}" for task, x in zip(tasks, base, strict=True)]
-        limit = next((x for x in (10, 25, 50) if largest <= x), 100)
+        limit = next((x for x in (10.0, 25.0, 50.0) if largest <= x), 100.0)
         look = {"limits": (-limit, limit), "texts": lambda x: signed(x / 100), "colours": "RdBu"}
         axes.set_title(f"beside the tasks: accuracy of {REFERENCE} (%)", loc="right", fontsize=8)
     image = charts.heat(axes, 100 * values, rows=tasks, columns=names, length=24, **look)

@@ -35,7 +35,7 @@ def reuse_table(results: ReuseResults) -> Table:
     test = accuracy_cells([method.accuracy for method in methods.values()], images)
     rows = [
         [
-            name, str(method.route.shape[1]), str(method.templates[0]), decimal(method.parameters[0], 0),
+            name, str(method.route.shape[1]), str(method.templates[0]), f"{method.parameters[0]:,}",
             _millions(method.macs[0]), accuracy, spread(100 * method.train_accuracy),
             "" if name == results.reference else paired_text(results.against_reference(name)),
             spread(method.seconds, 0),

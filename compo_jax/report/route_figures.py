@@ -65,7 +65,7 @@ def orders(
     if surety is not None:
         panels[0].set_title("template")
         panels[1].set_title("its soft weight before")
-        charts.colour_bar(figure, charts.heat(panels[1], surety, (0, 1)), panels[1], "weight")
+        charts.colour_bar(figure, charts.heat(panels[1], surety, (0.0, 1.0)), panels[1], "weight")
     return figure
 
 
@@ -118,7 +118,7 @@ def distances(
     above.grid(axis="y")
     names, shown = [tasks[i] for i in order], matrix[np.ix_(order, order)]
     texts = (lambda x: f"{x:.2f}") if len(tasks) <= ANNOTATED else None
-    image = charts.heat(axes, shown, (0, 1), names, names, texts=texts)
+    image = charts.heat(axes, shown, (0.0, 1.0), names, names, texts=texts)
     above.tick_params(axis="x", length=0, labelbottom=False)
     charts.colour_bar(figure, image, axes, "Jensen-Shannon distance")
     return figure
@@ -134,7 +134,7 @@ def similarity(random: BesideRandom) -> Figure:
     for axes, numbers, title in zip(
         panels, (random.value, random.mean), ("learned", "random routes, mean"), strict=True
     ):
-        image = charts.heat(axes, np.where(off, numbers.similarity, np.nan), (0, 1))
+        image = charts.heat(axes, np.where(off, numbers.similarity, np.nan), (0.0, 1.0))
         axes.set_title(title)
         for axis in "xy":
             charts.number_ticks(axes, axis, 9, whole=True)

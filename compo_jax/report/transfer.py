@@ -16,7 +16,7 @@ from compo_jax.report.charts import Look, styled
 from compo_jax.report.modular_facts import accuracy_cells, facts, paired_text, training_text
 from compo_jax.report.page import Block, Page, Tile, write_page
 from compo_jax.report.table import BOLD, Table, standard_error
-from compo_jax.report.text import counted, decimal, percent, spread
+from compo_jax.report.text import counted, percent, spread
 
 REFERENCE = "head"
 
@@ -41,7 +41,7 @@ def transfer_table(results: TransferResults) -> Table:
     budgets, seeds = range(len(results.budgets)), _of_seeds(results).values()
     columns = [accuracy_cells([of_method[i] for of_method in seeds], images) for i in budgets]
     rows = [
-        [name + " (control)" * method.control, *texts, decimal(method.trained, 0), decimal(method.stored, 0)]
+        [name + " (control)" * method.control, *texts, f"{method.trained:,}", f"{method.stored:,}"]
         for (name, method), texts in zip(results.methods.items(), zip(*columns, strict=True), strict=True)
     ]
     headings = ["method (%)", *map(_label, results.budgets), "trained scalars", "stored scalars"]
@@ -200,7 +200,7 @@ def _tiles(results: TransferResults) -> list[Tile]:
         pairs = [paired_text(pair, won=False) for pair in results.against("head+route", REFERENCE)]
         tiles += [Tile(f"… with its order, {_label(budgets[i])}", pairs[i], "points") for i in ends]
         extra = methods["head+route"].trained - methods[REFERENCE].trained
-        tiles.append(Tile("an order is", decimal(extra, 0), "scalars"))
+        tiles.append(Tile("an order is", f"{extra:,}", "scalars"))
     accuracy = np.concatenate([part.accuracy for part in results.source_parts])
     return [*tiles, Tile("tasks trained on", percent(accuracy.mean()), "%")]
 

@@ -1,0 +1,194 @@
+"""The command line of incremental.py."""
+
+import dataclasses
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import options as line
+from options import OPEN, Belongs, Count, LocalPath, Name, OpenCount, OpenPath, Rate, Seed, Text, Weight, number, values
+
+FROZEN = ("ncm", "ranpac")  # classifiers on the base's features, which train no module
+WAYS = (
+    "ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none", "sequential", "ewc", "lwf", "joint",
+)  # fmt: skip
+KINDS = ("lora", "ia3", "full")
+METHODS = (*(f"{way}-{kind}" for kind, way in itertools.product(KINDS, WAYS)), "tmc-full", *FROZEN)
+COMPARED = (
+    *(f"{way}-{kind}" for kind in KINDS for way in ("ita", "pull", "none", "iel", "iel_none")),
+    "tak-lora", "tak-full", "tmc-full", "sequential-lora", "sequential-full", "ewc-full", "lwf-full", "joint-lora",
+    "joint-full", *FROZEN,
+)  # fmt: skip
+Coupling = Literal["coupled", "decoupled"] | None
+Pull = tuple[float, float]
+AT_ONCE = r"(ita|tak|pull|none|tmc)-.+"  # whose tasks don't depend on one another
+
+
+def _hosts(text: str) -> tuple:
+    """What `mesh.start_distributed` takes."""
+    place = re.fullmatch(r"([^,\s]+:\d+),(\d+),(\d+)", text)
+    if text != "auto" and (place is None or int(place[3]) >= int(place[2])):
+        raise ValueError(f"{text!r} is not auto or ADDRESS:PORT,N,I with I from 0 to N - 1")
+    return () if place is None else (place[1], int(place[2]), int(place[3]))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What is learned"""
+
+    data: str = "glyphs"
+    """glyphs, or the name of a TFDS image classification set"""
+    data_dir: OpenPath = None
+    """where TFDS has prepared the set"""
+    tasks: OpenCount = None
+    """number of tasks (default: the set's)"""
+    by: Text = None
+    """label feature that divides the set into tasks (default: equal groups of classes)"""
+    train_split: Text = None
+    """TFDS split to train on; without --test-split a part of it is held out"""
+    test_split: Text = None
+    """TFDS split to test on"""
+    classes: Annotated[int, number(int, 2)] = 16
+    """characters of a script (glyphs)"""
+    images: OpenCount = None
+    """training images of a class, drawn by the seed (default: 100 glyphs, else all)"""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What it is learned with"""
+
+    backbone: OpenPath = None
+    """timm ViT checkpoint, .safetensors (default: the embedded one)"""
+    heads: OpenCount = None
+    """attention heads of the checkpoint (default: width / 64)"""
+    image_size: OpenCount = None
+    """side of the images (default: the checkpoint's)"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """compute dtype"""
+    runner: Literal["jit", "pmap"] = "jit"
+    """how a batch is divided among the devices"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How it is learned"""
+
+    methods: Annotated[tuple[str, ...], line.names(METHODS)] = ("ita-lora",)
+    """WAY-KIND, or a classifier of frozen features: see README.md"""
+    compare: bool = False
+    """the methods that are usually compared"""
+    parallel: Annotated[bool, Belongs(AT_ONCE)] = False
+    """train the independent methods' tasks at once"""
+    epochs: OpenCount = None
+    """passes over a task's images (default: the set's)"""
+    batch: OpenCount = None
+    """images in a step (default: the set's)"""
+    rank: Annotated[Count, Belongs(r".+-lora")] = 8
+    """of LoRA modules"""
+    learning_rate: Annotated[Rate, Belongs(r".+-lora")] = 3e-3
+    """of LoRA modules"""
+    ia3_learning_rate: Annotated[Rate, Belongs(r".+-ia3")] = 1e-2
+    """of (IA)³ modules"""
+    full_learning_rate: Annotated[Rate, Belongs(r"(?!tmc).+-full")] = 1e-3
+    """of full deltas"""
+    tmc_learning_rate: Annotated[Rate, Belongs(r"tmc-.+")] = 2e-5
+    """of the tangent model"""
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """What keeps modules from harming one another"""
+
+    alpha: Annotated[Weight, Belongs(r"ita-.+")] = 0.1
+    """weight of ITA's penalty"""
+    tak_alpha: Annotated[Weight, Belongs(r"tak-.+")] = 0.004
+    """weight of ITA's penalty by Kronecker factors (TAK)"""
+    beta: Annotated[Weight, Belongs(r"iel-.+")] = 0.1
+    """weight of IEL's penalty"""
+    ewc: Annotated[Weight, Belongs(r"ewc-.+")] = 0.1
+    """weight of elastic weight consolidation"""
+    lwf: Annotated[Weight, Belongs(r"lwf-.+")] = 10.0
+    """weight of learning without forgetting's distillation"""
+    units: Annotated[Literal["relative", "paper"], Belongs(r"(ita|tak|iel|ewc)-.+")] = "relative"
+    """of the weights: relative to the curvature's mean, or of the curvature as it is"""
+    penalty: Annotated[Coupling, OPEN, Belongs(r"(ita|tak|pull|tmc|iel|iel_pull|ewc)-.+")] = None
+    """added to the loss, or a step of its own (default: coupled for full deltas and TAK)"""
+    pull: Annotated[Pull, number(float, 0, many=2), Belongs(r"(ita|tak|pull|tmc|iel|iel_pull)-.+")] = (0.1, 0.05)
+    """of the heads towards the aligned classifier: λ_F and λ_I"""
+    fisher: Literal["exact", "low_rank", "monte_carlo"] = "monte_carlo"
+    """how the Fisher is estimated"""
+    fisher_images: Annotated[int, number(int, 0)] = 256
+    """images of a task for its Fisher; 0 for all"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The run"""
+
+    seed: Seed = 0
+    """of the data, the modules and the batches"""
+    name: Name = None
+    """folder of the run (default: made from the data and the seed)"""
+    runs: LocalPath = Path("runs")
+    """folder of the runs"""
+    tensorboard: bool = False
+    """write its logs too"""
+    hosts: Annotated[tuple | None, values(_hosts, "auto|ADDRESS:PORT,N,I"), OPEN] = None
+    """host 0's address, how many hosts, which of them this is"""
+
+
+@dataclass(frozen=True)
+class Options:
+    stream: Stream = Stream()
+    backbone: Backbone = Backbone()
+    training: Training = Training()
+    penalties: Penalties = Penalties()
+    place: Place = Place()
+
+
+# What a data set wants where the command line leaves it open.
+PRESETS = {
+    "glyphs": {"tasks": 10, "epochs": 8, "batch": 64, "images": 100},
+    "omniglot": {"tasks": 10, "epochs": 6, "batch": 64, "by": "alphabet", "train_split": "test"},
+    "mnist": {"tasks": 5, "epochs": 1, "batch": 128},
+}
+PRESET = {"tasks": 10, "epochs": 20, "batch": 128}
+
+
+def parse(arguments: list[str] | None = None, documentation: str | None = None) -> Options:
+    """The options, each that the command line leaves open as the data set wants it; ValueError for what can't be."""
+    options = line.parse(Options, documentation, arguments)
+    _refuse(options)
+    methods = COMPARED if options.training.compare else options.training.methods
+    methods = tuple(sorted(methods, key=lambda name: name in FROZEN))  # in order, those last
+    if set(methods) <= set(FROZEN):
+        raise ValueError(f"{', '.join(methods)} train nothing: name a method before them, ita-lora say")
+    for group in (options.training, options.penalties):
+        line.refuse_foreign(group, methods)
+    data, seed = options.stream.data, options.place.seed
+    label = "compare" if options.training.compare else "-".join(methods)
+    name = options.place.name or line.plain(f"incremental-{data}-{seed}" + f"-{label}" * (label != "ita-lora"))
+    wanted = PRESET | PRESETS.get(data, {})
+    return dataclasses.replace(
+        options,
+        stream=line.filled(options.stream, wanted),
+        training=line.filled(dataclasses.replace(options.training, methods=methods), wanted),
+        place=dataclasses.replace(options.place, name=name),
+    )
+
+
+def _refuse(options: Options) -> None:
+    if options.training.compare:
+        line.refuse(options.training, "with --compare, which names its own", "methods")
+    if options.stream.data == "glyphs":
+        rendered = ("data_dir", "by", "train_split", "test_split")
+        line.refuse(options.stream, "with glyphs, which are rendered", *rendered)
+    else:
+        line.refuse(options.stream, f"with {options.stream.data}, for they are of a script of glyphs", "classes")
+    if options.backbone.backbone is None:
+        line.refuse(options.backbone, "without --backbone, for the embedded one has its own", "heads", "image_size")
+    if options.training.parallel and options.backbone.runner == "pmap":
+        raise ValueError("--parallel divides the tasks among the devices and pmap the batch: name one of the two")
