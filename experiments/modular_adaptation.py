@@ -12,31 +12,28 @@ target. A killed run goes on behind its last finished target, a finished one may
 a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
-import argparse
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Annotated
 
 import job
+import modular_options
+import options as line
 from job import closing, console
-from modular_options import modular_parser, parsed
+from modular_options import Images, Names, Place, Templates, Training
+from options import OpenCount, Rate
 
 PRESETS = {
     "rendered": {
-        "layers": 4,
-        "width": 16,
-        "templates": 4,
-        "steps": 250,
-        "batch": 16,
-        "adapt_steps": 40,
-        "adapt_batch": 32,
+        "layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16, "adapt_steps": 40, "adapt_batch": 32,
         "images": 50,
     },
     "digits": {"steps": 500, "width": 16},
     "pacs64": {"size": 64, "patch": 8, "steps": 700},
-}
+}  # fmt: skip
 PRESET = {
-    "size": 32, "patch": 4, "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32,
-    "adapt_steps": 100, "adapt_batch": 64,
+    "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "adapt_steps": 100, "adapt_batch": 64,
 }  # fmt: skip
 BASELINE = "best source (by objective)"
 ORACLE = "best source (by labels)"
@@ -57,30 +54,54 @@ METHODS = {
     "convex mixture + AdaBN": ("mean", "convex", "target", "order+bn"),
     "route from best source + Tent": ("best", "free", "affine", "order+bn"),
 }
-ADAPTED = [name for name, (_, route, bn, _) in METHODS.items() if (route, bn) != ("fixed", "source")]
+ADAPTED = tuple(name for name, (_, route, bn, _) in METHODS.items() if (route, bn) != ("fixed", "source"))
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = modular_parser(__doc__)
-    add = parser.add_argument
-    add("--data", default="rendered", help="rendered; digits; or a TFDS set whose splits are domains")
-    add("--templates", type=job.count, help="modules")
-    add("--targets", nargs="+", help="domains left out in turn; default all")
-    add("--adapt-steps", type=job.count, help="steps of an adaptation")
-    add("--adapt-batch", type=job.count)
-    add("--adapt-learning-rate", type=job.rate, default=1e-3)
-    add("--route-rate", type=job.rate, default=100.0, help="of a route, in multiples of that rate")
-    add("--methods", nargs="*", choices=ADAPTED, default=ADAPTED, metavar="NAME", help="; ".join(ADAPTED))
-    parser.set_defaults(patch=None)
-    options = parsed(parser, arguments, PRESETS, PRESET)
-    methods, told = [METHODS[name] for name in options.methods], "with these --methods"
+@dataclass(frozen=True)
+class Domains(Images):
+    """What is learned"""
+
+    data: str = "rendered"
+    """rendered; digits; or a TFDS set whose splits are domains"""
+    targets: Names = ()
+    """domains left out in turn (default: all)"""
+
+
+@dataclass(frozen=True)
+class Adapting:
+    """A domain without labels"""
+
+    methods: Annotated[tuple[str, ...], line.names(ADAPTED)] = ADAPTED
+    """what is adapted, and where it starts: see the table in README.md"""
+    adapt_steps: OpenCount = None
+    """steps of an adaptation (default: the set's)"""
+    adapt_batch: OpenCount = None
+    """images in such a step (default: the set's)"""
+    adapt_learning_rate: Rate = 1e-3
+    """of batch norm"""
+    route_rate: Rate = 100.0
+    """of a route, in multiples of that rate"""
+
+
+@dataclass(frozen=True)
+class Options:
+    stream: Domains
+    net: Templates
+    training: Training
+    adapting: Adapting
+    place: Place
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    options = line.parse(Options, __doc__, arguments)
+    methods, when = [METHODS[name] for name in options.adapting.methods], "with these --methods"
     if not methods:
-        parser.refuse(told, "adapt_batch")
+        line.refuse(options.adapting, when, "adapt_batch")
     if not any(route != "fixed" or bn == "affine" for _, route, bn, _ in methods):
-        parser.refuse(told, "adapt_steps", "adapt_learning_rate")
+        line.refuse(options.adapting, when, "adapt_steps", "adapt_learning_rate")
     if not any(route != "fixed" for _, route, _, _ in methods):
-        parser.refuse(told, "route_rate")
-    return options
+        line.refuse(options.adapting, when, "route_rate")
+    return modular_options.completed(options, "modular-adaptation", PRESETS, PRESET)
 
 
 if __name__ == "__main__":
@@ -95,11 +116,11 @@ from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, Sources, Target, routes
 
 
-def open_domains(options: argparse.Namespace) -> data.TaskStream:
+def open_domains(options: Domains) -> data.TaskStream:
     stream = data.open_domains(options.data, options.size, data_dir=options.data_dir, images=options.images)
     job.tell_images(stream, options.images)
     domains = [task.name for task in stream.tasks]
-    if unknown := sorted(set(options.targets or []) - set(domains)):
+    if unknown := sorted(set(options.targets) - set(domains)):
         raise ValueError(f"no domain is called {', '.join(unknown)}; there are {', '.join(domains)}")
     if len(domains) < 3:
         raise ValueError(f"there are {len(domains)} domains: with one left out, two sources at least must stay")
@@ -126,12 +147,9 @@ def sources(session: Session, net: ModularNet, target: data.Task, seed: int, fol
 
 # -- the target --------------------------------------------------------------------------------------------------------
 def adapting(session: Session) -> modular.Settings:
-    options = session.options
+    it = session.options.adapting
     return session.settings._replace(
-        steps=options.adapt_steps,
-        batch=options.adapt_batch,
-        learning_rate=options.adapt_learning_rate,
-        route_rate=options.route_rate,
+        steps=it.adapt_steps, batch=it.adapt_batch, learning_rate=it.adapt_learning_rate, route_rate=it.route_rate
     )
 
 
@@ -154,7 +172,7 @@ def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Tar
         {BASELINE: of_source[best], ORACLE: of_source[bound]},
     )
     hard, weights = routes.hard(variables["params"]["route"]), {}
-    for name in (MEAN, *session.options.methods):
+    for name in (MEAN, *session.options.adapting.methods):
         start, route, bn, _ = METHODS[name]
         smoothing = 1e-6 if route == "fixed" else 0.05  # a route that is to be learned starts a little soft
         if start == "best":
@@ -162,7 +180,7 @@ def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Tar
         else:
             one, begun = modular.mean_source(net, variables, smoothing)
         if name != MEAN:
-            adapt = adaptation(one, session.stream, adapting(session), route, bn, session.options.runner)
+            adapt = adaptation(one, session.stream, adapting(session), route, bn, session.options.training.runner)
             mixed = hard if route == "convex" else None
             begun = adapt(begun, target, seed, mixed, **session.logged(f"{target.name}: {name}", f"seed {seed}"))
         accuracy[name] = modular.accuracies(one, prepare, routes.soft)(begun, [target.test])[0]
@@ -175,14 +193,14 @@ def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Tar
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    stream = open_domains(options)
-    targets = [task for name in options.targets or [] for task in stream.tasks if task.name == name] or stream.tasks
+    stream = open_domains(options.stream)
+    domains = {task.name: task for task in stream.tasks}
+    targets = [domains[name] for name in options.stream.targets or domains]
     classes = (len(stream.tasks[0].classes),) * (len(stream.tasks) - 1)
-    shape = {key: getattr(options, key) for key in ("layers", "templates", "width", "patch", "block")}
-    net = ModularNet(classes, shared_head=True, **shape)
+    net = ModularNet(classes, shared_head=True, **vars(options.net))
     with modular_job.opened(options, stream, net) as session:
-        trained, made = {seed: [] for seed in options.seeds}, {seed: [] for seed in options.seeds}
-        for seed in options.seeds:
+        trained, made = {seed: [] for seed in options.place.seeds}, {seed: [] for seed in options.place.seeds}
+        for seed in options.place.seeds:
             for target in targets:
                 name, make = f"{seed}-{target.name}", partial(sources, session, net, target, seed)
                 trained[seed].append(part(session, f"{name}-sources", Sources, make))
@@ -192,12 +210,12 @@ def main(arguments: list[str] | None = None) -> None:
         results = modular.AdaptationResults(
             modular_job.about(session, net),
             adapting(session),
-            tuple(task.name for task in stream.tasks),
+            tuple(domains),
             tuple(target.name for target in targets),
             stream.tasks[0].classes,
             "the domains are one set of digits, rendered in four ways" if stream.name == "rendered" else "",
             BASELINE,
-            {name: METHODS[name][-1] for name in (BASELINE, MEAN, *options.methods, ORACLE)},
+            {name: METHODS[name][-1] for name in (BASELINE, MEAN, *options.adapting.methods, ORACLE)},
             tuple(map(tuple, trained.values())),
             tuple(map(tuple, made.values())),
         )

@@ -1,6 +1,5 @@
 """What the experiments on modular networks share: a run of several seeds, trainings, networks in and out of a pool."""
 
-import argparse
 import contextlib
 import functools
 import shutil
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import job
 import numpy as np
+import options as line
 from job import console
 from rich.progress import Progress
 
@@ -32,15 +32,20 @@ RUNNERS = {"jit": jit_runner, "pmap": pmap_runner}
 class Session(NamedTuple):
     """What all parts of a run share; `settings` are those of a training with learned orders."""
 
-    options: argparse.Namespace
+    options: Any
     stream: TaskStream
     settings: Settings
     run: Run
     progress: Progress
 
+    @property
+    def size(self) -> int:
+        """Side of the images, in pixels."""
+        return self.stream.size
+
     def learner(self, net: ModularNet, settings: Settings, part: str | None = None) -> modular.Learner:
         """Of this network, or with `part` of that part of a new task; made once."""
-        return _learner(net, self.stream, settings, part, RUNNERS[self.options.runner])
+        return _learner(net, self.stream, settings, part, RUNNERS[self.options.training.runner])
 
     def logged(self, label: str, about: str) -> dict[str, Any]:
         """Options of a training: its lines in the log carry these names."""
@@ -54,29 +59,28 @@ def _learner(net, stream, settings, part, runner):
     return modular.transfer(net, stream.prepare, settings, part, stream.augment, runner=runner)
 
 
-def open_tasks(options: argparse.Namespace) -> TaskStream:
+def open_tasks(options: Any) -> TaskStream:
     """The tasks that the options ask for; says what they are."""
-    names = [options.data] if isinstance(options.data, str) else options.data
-    stream = data.open_tasks(names, options.size, data_dir=options.data_dir, tasks=options.tasks, images=options.images)
-    job.tell_images(stream, options.images)
+    it = options.stream
+    names = [it.data] if isinstance(it.data, str) else list(it.data)
+    stream = data.open_tasks(names, it.size, data_dir=it.data_dir, tasks=it.tasks, images=it.images)
+    job.tell_images(stream, it.images)
     images = sum(len(task.train) for task in stream.tasks)
     console.print(f"{stream.name}: {len(stream.tasks)} tasks, {len(stream.classes)} classes, {images} images")
     return stream
 
 
 @contextlib.contextmanager
-def opened(options: argparse.Namespace, stream: TaskStream, net: ModularNet) -> Iterator[Session]:
+def opened(options: Any, stream: TaskStream, net: ModularNet) -> Iterator[Session]:
     """The run, once this network is seen to be possible. What it may be started again with is no setting of its."""
-    images = jax.ShapeDtypeStruct((len(net.classes), 2, options.size, options.size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((len(net.classes), 2, *[options.stream.size] * 2, 3), jnp.float32)
     jax.eval_shape(net.init, jax.random.key(0), images)
     free = ("runs", "tensorboard", "seeds", "data_dir", "analysis_images")
-    config = {k: v for k, v in vars(options).items() if k not in free}
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
-    settings = Settings(
-        options.steps, options.batch, options.learning_rate, route=options.route, phases=tuple(options.phases)
-    )
+    config = {key: value for key, value in line.flat(options).items() if key not in free}
+    chosen, place = options.training, options.place
+    settings = Settings(chosen.steps, chosen.batch, chosen.learning_rate, route=chosen.route, phases=chosen.phases)
     with (
-        open_run(options.runs / options.name, config, tensorboard=options.tensorboard) as run,
+        open_run(place.runs / place.name, config, tensorboard=place.tensorboard) as run,
         progress_bar(console=console) as progress,
     ):
         yield Session(options, stream, settings, run, progress)
@@ -110,10 +114,10 @@ def about(session: Session, net: ModularNet, tasks: Sequence[Task] | None = None
     was taken up again."""
     options, tasks = session.options, session.stream.tasks if tasks is None else tasks
     seconds = sum(read_json(path)["seconds"] for path in (session.run.folder / "parts").iterdir())
-    shape = modular.NetShape(*(getattr(net, key) for key in modular.NetShape._fields[:-1]), options.size)
+    shape = modular.NetShape(*(getattr(net, key) for key in modular.NetShape._fields[:-1]), session.size)
     images = ({task.name: len(getattr(task, split)) for task in tasks} for split in ("train", "test"))
     return modular.Job(
-        options.name, session.stream.name, tuple(options.seeds), seconds, shape, session.settings, *images
+        options.place.name, session.stream.name, options.place.seeds, seconds, shape, session.settings, *images
     )
 
 
@@ -148,7 +152,7 @@ def train(
     settings = session.settings if order is None else session.settings._replace(phases=FIXED)
     clock, splits = time.perf_counter(), [task.train for task in tasks]
     trained = session.learner(net, settings).train(
-        initial(net, session.options.size, seed, order), splits, seed, folder, **session.logged(label, f"seed {seed}")
+        initial(net, session.size, seed, order), splits, seed, folder, **session.logged(label, f"seed {seed}")
     )
     return trained, time.perf_counter() - clock
 

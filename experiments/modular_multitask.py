@@ -10,35 +10,52 @@ seed a pool with its templates and tasks. A killed run goes on where it was, a f
 first takes a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
-import argparse
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
-import job
+import modular_options
+import options as line
 from job import closing, console
-from modular_options import modular_parser, parsed
+from modular_options import Place, Tasks, Training
+from options import OPEN, Count, names, number
 
 BASELINES = ("single-task", "hard-sharing", "hard-sharing-bn", "random")
 PRESETS = {
-    "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": [4], "steps": 250, "batch": 16, "images": 50},
+    "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": (4,), "steps": 250, "batch": 16, "images": 50},
     "cifar100": {"steps": 750, "batch": 16, "width": 16},
 }
-PRESET = {"size": 32, "layers": 8, "width": 32, "templates": [8], "steps": 1000, "batch": 32}
+PRESET = {"layers": 8, "width": 32, "templates": (8,), "steps": 1000, "batch": 32}
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = modular_parser(__doc__)
-    add = parser.add_argument
-    add("--data", nargs="+", default=["glyphs"], help="glyphs, or names of TFDS image classification sets")
-    add("--tasks", type=job.count, help="tasks that a divided set gives; default all")
-    add("--templates", type=job.count, nargs="+", help="modules; several numbers make several networks")
-    add("--bn", choices=["task", "layer", "template"], default="task", help="of learned orders and random routes")
-    add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
-    add("--analysis-images", type=job.count, default=50, help="test images of a task that modules are removed on")
-    options = parsed(parser, arguments, PRESETS, PRESET)
-    if options.templates[0] == 1:
-        parser.refuse("with one template, which can't be removed", "analysis_images")
-    return options
+@dataclass(frozen=True)
+class Nets(modular_options.Net):
+    """The networks"""
+
+    templates: Annotated[tuple[int, ...] | None, number(int, 1, many="*"), OPEN] = None
+    """modules; several numbers make several networks (default: the set's)"""
+    bn: Literal["task", "layer", "template"] = "task"
+    """whose batch norm, of learned orders and random routes"""
+    baselines: Annotated[tuple[str, ...], names(BASELINES)] = BASELINES
+    """what learned orders are held against"""
+    analysis_images: Count = 50
+    """test images of a task that modules are removed on"""
+
+
+@dataclass(frozen=True)
+class Options:
+    stream: Tasks
+    net: Nets
+    training: Training
+    place: Place
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    options = line.parse(Options, __doc__, arguments)
+    if (options.net.templates or (0,))[0] == 1:
+        line.refuse(options.net, "with one template, which can't be removed", "analysis_images")
+    return modular_options.completed(options, "modular-multitask", PRESETS, PRESET)
 
 
 if __name__ == "__main__":
@@ -53,7 +70,7 @@ from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, MultitaskMethod, routes
 
 
-def networks(options: argparse.Namespace, classes: tuple[int, ...]) -> tuple[dict[str, ModularNet], list[str]]:
+def networks(options: Nets, classes: tuple[int, ...]) -> tuple[dict[str, ModularNet], list[str]]:
     """The network of each method, and the names of those whose order is learned."""
     shape = {key: getattr(options, key) for key in ("layers", "width", "patch", "block")}
     single = ModularNet(classes, templates=options.layers, **shape)  # each block once
@@ -76,7 +93,7 @@ def alone(session: Session, net: ModularNet, seed: int, folder: Path) -> Multita
         accuracy += modular_job.accuracies(session, one, trained.variables, [task]).tolist()
         parameters += modular.parameters(trained.variables["params"], route=False)
         seconds += took
-    return MultitaskMethod(accuracy, parameters, modular.macs(net, session.options.size), seconds)
+    return MultitaskMethod(accuracy, parameters, modular.macs(net, session.size), seconds)
 
 
 def fixed(session: Session, net: ModularNet, name: str, seed: int, folder: Path) -> MultitaskMethod:
@@ -87,7 +104,7 @@ def fixed(session: Session, net: ModularNet, name: str, seed: int, folder: Path)
     trained, seconds = modular_job.train(session, net, tasks, name, seed, folder, order)
     accuracy = modular_job.accuracies(session, net, trained.variables, tasks)
     parameters = modular.parameters(trained.variables["params"], route=False)
-    return MultitaskMethod(accuracy, parameters, modular.macs(net, session.options.size), seconds)
+    return MultitaskMethod(accuracy, parameters, modular.macs(net, session.size), seconds)
 
 
 def learned(session: Session, net: ModularNet, name: str, seed: int, folder: Path) -> MultitaskMethod:
@@ -103,7 +120,7 @@ def learned(session: Session, net: ModularNet, name: str, seed: int, folder: Pat
     soft = routes.soft(trained.before["params"]["route"], session.settings.temperature[1])
     order = modular.LearnedOrder(routes.indices(params["route"]), np.round(soft, 4), gap, curves)
     parameters = modular.parameters(params)
-    return MultitaskMethod(gap.finetuned, parameters, modular.macs(net, session.options.size), seconds, order)
+    return MultitaskMethod(gap.finetuned, parameters, modular.macs(net, session.size), seconds, order)
 
 
 def pool(session: Session, name: str, seed: int) -> Path:
@@ -113,7 +130,7 @@ def pool(session: Session, name: str, seed: int) -> Path:
 # -- what a learned order says -----------------------------------------------------------------------------------------
 def analysed(session: Session, name: str, method: MultitaskMethod, templates: int) -> modular.OrderAnalysis:
     """Of the first seed: its routes beside random ones, what each template is worth, and a forecast by curvature."""
-    seed, tasks, images = session.options.seeds[0], session.stream.tasks, session.options.analysis_images
+    seed, tasks, images = session.options.place.seeds[0], session.stream.tasks, session.options.net.analysis_images
     random = modular.beside_random(np.eye(templates)[method.order.hard[0]], jax.random.key(0))
     if templates == 1:
         return modular.OrderAnalysis(name, random, None, None, None)
@@ -143,10 +160,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     stream = modular_job.open_tasks(options)
     classes = tuple(len(task.classes) for task in stream.tasks)
-    nets, ordered = networks(options, classes)
+    nets, ordered = networks(options.net, classes)
     with modular_job.opened(options, stream, nets[ordered[0]]) as session:
         results = {name: [] for name in nets}
-        for seed in options.seeds:
+        for seed in options.place.seeds:
             for name, net in nets.items():
                 make = partial(learned if name in ordered else fixed, session, net, name, seed)
                 make = partial(alone, session, net, seed) if name == "single-task" else make

@@ -11,28 +11,53 @@ was, a finished one may be given more seeds. The first takes a few minutes on 2 
 README.md.
 """
 
-import argparse
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-import job
+import modular_options
+import options as line
 from job import closing, console
-from modular_options import modular_parser, parsed
+from modular_options import Images, Place, Training
+from options import OpenCount
 
 PRESETS = {
     "glyphs": {"layers": 2, "width": 16, "steps": 400, "batch": 64, "tasks": 4, "images": 50},
     "cifar100": {"layers": 3, "steps": 1600},
 }
-PRESET = {"tasks": None, "size": 32, "layers": 4, "width": 32, "steps": 2000, "batch": 128}
+PRESET = {"layers": 4, "width": 32, "steps": 2000, "batch": 128}
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = modular_parser(__doc__)
-    add = parser.add_argument
-    add("--data", default="glyphs", help="glyphs, or the name of a TFDS image classification set")
-    add("--tasks", type=job.count, help="scripts whose characters are the classes (rendered characters); default all")
-    add("--bn", choices=["template", "task"], default="template", help="whose scale and bias: the block's, the layer's")
-    return parsed(parser, arguments, PRESETS, PRESET)
+@dataclass(frozen=True)
+class OneTask(Images):
+    """What is learned"""
+
+    data: str = "glyphs"
+    """glyphs, or the name of a TFDS image classification set"""
+    tasks: OpenCount = None
+    """scripts whose characters are the classes, of rendered characters (default: all)"""
+
+
+@dataclass(frozen=True)
+class Net(modular_options.Net):
+    """The network"""
+
+    bn: Literal["template", "task"] = "template"
+    """whose scale and bias: the block's, the layer's"""
+
+
+@dataclass(frozen=True)
+class Options:
+    stream: OneTask
+    net: Net
+    training: Training
+    place: Place
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    options = line.parse(Options, __doc__, arguments)
+    return modular_options.completed(options, "modular-reuse", PRESETS, PRESET)
 
 
 if __name__ == "__main__":
@@ -46,7 +71,7 @@ from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, ReuseMethod, routes
 
 
-def orders(options: argparse.Namespace, classes: int) -> dict[str, tuple[ModularNet, np.ndarray | str]]:
+def orders(options: Net, classes: int) -> dict[str, tuple[ModularNet, np.ndarray | str]]:
     """The network of each method and the order of its blocks: fixed, drawn at "random" or "learned"."""
     shape, blocks = {key: getattr(options, key) for key in ("width", "patch", "block", "bn")}, np.arange(options.layers)
     short = ModularNet((classes,), layers=len(blocks), templates=len(blocks), **shape)
@@ -81,7 +106,7 @@ def measured(
         gap = session.learner(net, session.settings).gap(trained, [task.train], seed, [task.test])
         pool = session.run.folder / "pools" / f"learned-{seed}"
         modular_job.store_network(pool, net, trained.variables, [task], [accuracy], seed)
-    costs = modular.parameters(params, route=learns), modular.macs(net, session.options.size)
+    costs = modular.parameters(params, route=learns), modular.macs(net, session.size)
     return ReuseMethod(accuracy, of_train, *costs, seconds, net.templates, routes.indices(params["route"])[0], gap)
 
 
@@ -89,11 +114,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     stream = modular_job.open_tasks(options)
     task = data.pooled(stream)
-    methods = orders(options, len(task.classes))
+    methods = orders(options.net, len(task.classes))
     deep = methods["learned"][0]
     with modular_job.opened(options, stream, deep) as session:
         results = {name: [] for name in methods}
-        for seed in options.seeds:
+        for seed in options.place.seeds:
             for name, (net, order) in methods.items():
                 made = part(
                     session, f"{seed}-{name}", ReuseMethod, partial(measured, session, task, name, net, order, seed)
@@ -102,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
                 console.print(f"seed {seed}: {name} {100 * made.accuracy:.1f} % in {made.seconds:.0f} s")
         job, reference = modular_job.about(session, deep, [task]), next(iter(methods))
         stacked = {name: modular.stacked(made) for name, made in results.items()}
-        reached = modular.ReuseResults(job, len(task.classes), options.layers, reference, stacked)
+        reached = modular.ReuseResults(job, len(task.classes), options.net.layers, reference, stacked)
         modular_job.finish(session, reached, report.reuse_page, report.reuse_table)
 
 

@@ -11,66 +11,72 @@ report.html and a pool of templates and source tasks for each seed. A killed run
 a finished one may be given more seeds. The first takes a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
-import argparse
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-import job
+import modular_options
+import options as line
 from job import closing, console
-from modular_options import modular_parser, parsed
+from modular_options import Place, Tasks, Templates, Training
+from options import OPEN, Count, OpenCount, Rate, number
 
 PRESETS = {
     "glyphs": {
-        "tasks": 5,
-        "layers": 4,
-        "width": 16,
-        "templates": 4,
-        "steps": 250,
-        "batch": 16,
-        "budgets": [5, 0],
-        "new_steps": 80,
-        "images": 50,
+        "tasks": 5, "layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16, "budgets": (5, 0),
+        "new_steps": 80, "images": 50,
     },
     "cifar100": {"width": 16, "steps": 750, "batch": 16},
-}
+}  # fmt: skip
 PRESET = {
-    "size": 32, "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32,
-    "budgets": [10, 100, 0], "new_steps": 150,
+    "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "budgets": (10, 100, 0), "new_steps": 150,
 }  # fmt: skip
 PARTS = ("head", "head+route", "head+bn", "head+bn+route", "all")  # those of modular.PARTS
 CONTROLS = ("head, random route", "head+route, new route", "head+route, untrained templates")
 METHODS = (*PARTS, "scratch", *CONTROLS)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = modular_parser(__doc__)
-    add = parser.add_argument
-    add("--data", nargs="+", default=["glyphs"], help="glyphs, or names of TFDS image classification sets")
-    add("--tasks", type=job.count, help="tasks that a divided set gives; default all")
-    add("--templates", type=job.count, help="modules")
-    add("--held-out", type=job.count, default=1, help="tasks left out, drawn by the seed")
-    add("--budgets", type=job.number(int, 0), nargs="+", help="labelled images of each class of a new task; 0 for all")
-    add("--new-steps", type=job.count, help="steps of a new task's training")
-    add("--new-batch", type=job.count, default=32)
-    add("--new-learning-rate", type=job.rate, default=1e-2)
-    add(
-        "--smoothing",
-        type=job.number(float, above=0, below=1),
-        default=0.3,
-        help="of the source's route, where a new one starts from it",
-    )
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="; ".join(METHODS))
-    options = parsed(parser, arguments, PRESETS, PRESET)
-    if "head" not in options.methods:
+@dataclass(frozen=True)
+class NewTask:
+    """A new task"""
+
+    held_out: Count = 1
+    """tasks left out, drawn by the seed"""
+    budgets: Annotated[tuple[int, ...] | None, number(int, 0, many="*"), OPEN] = None
+    """labelled images of each class of a new task; 0 for all (default: the set's)"""
+    methods: Annotated[tuple[str, ...], line.names(METHODS)] = METHODS
+    """what of its network is trained; scratch and three controls beside"""
+    new_steps: OpenCount = None
+    """of its training (default: the set's)"""
+    new_batch: Count = 32
+    """images in a step of its training"""
+    new_learning_rate: Rate = 1e-2
+    """of its training"""
+    smoothing: Annotated[float, number(float, above=0, below=1)] = 0.3
+    """of the source's route, where a new one starts from it"""
+
+
+@dataclass(frozen=True)
+class Options:
+    stream: Tasks
+    net: Templates
+    training: Training
+    new: NewTask
+    place: Place
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    options = line.parse(Options, __doc__, arguments)
+    if "head" not in options.new.methods:
         raise ValueError("the other methods are held against head: name it among --methods, too")
-    if not {"head+route", "head+bn+route", "all"} & set(options.methods):
-        parser.refuse("where no method learns the source's route", "smoothing")
-    if 1 in options.budgets:
+    if not {"head+route", "head+bn+route", "all"} & set(options.new.methods):
+        line.refuse(options.new, "where no method learns the source's route", "smoothing")
+    if 1 in (options.new.budgets or ()):
         raise ValueError(
             "--budgets are 2 or more, for the nearest source is told by two images of each class; 0 for all"
         )
-    return options
+    return modular_options.completed(options, "modular-transfer", PRESETS, PRESET)
 
 
 if __name__ == "__main__":
@@ -107,11 +113,7 @@ def few(task: data.Task, budget: int, seed: int) -> data.ArraySplit:
     return data.ArraySplit(task.train.images(rows), task.train.labels[rows])
 
 
-def shape(options: argparse.Namespace) -> dict:
-    return {key: getattr(options, key) for key in ("layers", "templates", "width", "patch", "block")}
-
-
-def check(options: argparse.Namespace, stream: data.TaskStream) -> None:
+def check(options: NewTask, stream: data.TaskStream) -> None:
     """ValueError for what these tasks can't give."""
     if not 1 <= options.held_out <= len(stream.tasks) - 1:
         raise ValueError(f"{options.held_out} of {len(stream.tasks)} tasks can't be left out: one must stay at least")
@@ -127,7 +129,7 @@ def check(options: argparse.Namespace, stream: data.TaskStream) -> None:
 # -- the templates, by the other tasks ---------------------------------------------------------------------------------
 def templates(session: Session, division: Division, folder: Path) -> Sources:
     seed, tasks = division.seed, division.sources
-    net = ModularNet(tuple(len(task.classes) for task in tasks), **shape(session.options))
+    net = ModularNet(tuple(len(task.classes) for task in tasks), **vars(session.options.net))
     trained, _ = modular_job.train(session, net, tasks, "sources", seed, folder)
     accuracy = modular_job.accuracies(session, net, trained.variables, tasks)
     modular_job.store_network(modular_job.pool(session, seed), net, trained.variables, tasks, accuracy, seed)
@@ -135,32 +137,32 @@ def templates(session: Session, division: Division, folder: Path) -> Sources:
 
 
 # -- the tasks left out ------------------------------------------------------------------------------------------------
-def start(options: argparse.Namespace, method: str, net: ModularNet, variables: dict, source: int, classes: int, key):
+def start(options: Options, method: str, net: ModularNet, variables: dict, source: int, classes: int, key):
     """(network, variables) that a method starts a new task from."""
     if method in ("scratch", "head+route, untrained templates"):
         alone = net.clone(classes=(classes,))
-        order = np.arange(options.layers) % options.templates if method == "scratch" else None
-        return alone, modular_job.initial(alone, options.size, int(jax.random.randint(key, (), 0, 2**30)), order)
+        order = np.arange(options.net.layers) % options.net.templates if method == "scratch" else None
+        return alone, modular_job.initial(alone, options.stream.size, int(jax.random.randint(key, (), 0, 2**30)), order)
     if method == "head+route, new route":
         return modular.new_task(net, variables, key, classes)
     one, begun = modular.new_task(net, variables, key, classes, like=source)
     chosen = routes.hard(begun["params"]["route"])
     if method == "head, random route":
-        return one, modular.set_route(begun, routes.random(key, chosen.shape[:-1], options.templates))
-    return one, modular.set_route(begun, routes.to_logits(chosen, options.smoothing))
+        return one, modular.set_route(begun, routes.random(key, chosen.shape[:-1], options.net.templates))
+    return one, modular.set_route(begun, routes.to_logits(chosen, options.new.smoothing))
 
 
 def learned(session: Session, division: Division, budget: int, folder: Path) -> NewTasks:
     """Every method on every task left out, from this many labelled images of each class."""
     options, seed = session.options, division.seed
     net, variables = modular_job.load_network(modular_job.pool(session, seed), len(division.sources))
-    accuracy, chosen = {name: [] for name in options.methods}, []
+    accuracy, chosen = {name: [] for name in options.new.methods}, []
     for h, task in enumerate(division.new):
         split, key = few(task, budget, seed), jax.random.fold_in(jax.random.key(seed), h)
         source = modular.nearest_source(net, variables, session.stream.prepare, split)
         chosen.append(division.sources[source].name)
         about = f"{task.name}, {budget or 'all'} labels, seed {seed}"
-        for method in options.methods:
+        for method in options.new.methods:
             one, begun = start(options, method, net, variables, source, len(task.classes), key)
             fixed = {"phases": modular_job.FIXED} if method == "scratch" else {}
             learner = session.learner(one, new_training(session)._replace(**fixed), part_of(method))
@@ -170,10 +172,8 @@ def learned(session: Session, division: Division, budget: int, folder: Path) -> 
 
 
 def new_training(session: Session) -> modular.Settings:
-    options = session.options
-    return session.settings._replace(
-        steps=options.new_steps, batch=options.new_batch, learning_rate=options.new_learning_rate
-    )
+    new = session.options.new
+    return session.settings._replace(steps=new.new_steps, batch=new.new_batch, learning_rate=new.new_learning_rate)
 
 
 def part_of(method: str) -> str:
@@ -181,31 +181,31 @@ def part_of(method: str) -> str:
     return "all" if method == "scratch" else method.split(",")[0]
 
 
-def sizes(options: argparse.Namespace, classes: int) -> dict[str, tuple[int, int]]:
+def sizes(options: Options, classes: int) -> dict[str, tuple[int, int]]:
     """Of each method (scalars that learn, scalars that a new task adds to the pool)."""
-    params = modular_job.initial(ModularNet((classes,), **shape(options)), options.size, 0)["params"]
+    params = modular_job.initial(ModularNet((classes,), **vars(options.net)), options.stream.size, 0)["params"]
     count = modular.parameters
     whole, shared = count(params), count({key: params[key] for key in ("stem", "templates")})
-    trained = {name: count(tree.partition(params, modular.PARTS[part_of(name)])[0]) for name in options.methods}
+    trained = {name: count(tree.partition(params, modular.PARTS[part_of(name)])[0]) for name in options.new.methods}
     alone = {"scratch": (count(params, route=False),) * 2}
-    pairs = {name: (trained[name], whole if part_of(name) == "all" else whole - shared) for name in options.methods}
+    pairs = {name: (trained[name], whole if part_of(name) == "all" else whole - shared) for name in options.new.methods}
     return pairs | {name: pair for name, pair in alone.items() if name in pairs}
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     stream = modular_job.open_tasks(options)
-    check(options, stream)
-    console.print(f"left out: {options.held_out}")
-    first = ModularNet((len(stream.tasks[0].classes),), **shape(options))
-    divisions = [divided(stream, options.held_out, seed) for seed in options.seeds]
+    check(options.new, stream)
+    console.print(f"left out: {options.new.held_out}")
+    first = ModularNet((len(stream.tasks[0].classes),), **vars(options.net))
+    divisions = [divided(stream, options.new.held_out, seed) for seed in options.place.seeds]
     with modular_job.opened(options, stream, first) as session:
-        sources, results = [], {budget: [] for budget in options.budgets}
+        sources, results = [], {budget: [] for budget in options.new.budgets}
         for division in divisions:
             seed = division.seed
             sources.append(part(session, f"{seed}-sources", Sources, partial(templates, session, division)))
             console.print(f"seed {seed}: sources {100 * sources[-1].accuracy.mean():.1f} %")
-            for budget in options.budgets:
+            for budget in options.new.budgets:
                 made = part(session, f"{seed}-{budget}", NewTasks, partial(learned, session, division, budget))
                 results[budget].append(made)
                 means = ", ".join(f"{name} {100 * values.mean():.1f}" for name, values in made.accuracy.items())
@@ -216,10 +216,10 @@ def main(arguments: list[str] | None = None) -> None:
         reached = modular.TransferResults(
             modular_job.about(session, first),
             new_training(session),
-            tuple(budget or None for budget in options.budgets),
+            tuple(budget or None for budget in options.new.budgets),
             tuple(names(division.new) for division in divisions),
             tuple(names(division.sources) for division in divisions),
-            {name: TransferMethod(*costs[name], name in CONTROLS) for name in options.methods},
+            {name: TransferMethod(*costs[name], name in CONTROLS) for name in options.new.methods},
             tuple(sources),
             tuple(map(tuple, results.values())),
         )

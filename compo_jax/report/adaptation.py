@@ -43,8 +43,8 @@ def _names(results: AdaptationResults) -> dict[str, str]:
     return {name: name + " †" * (results.methods[name] == "oracle") for name in order}
 
 
-def adaptation_table(results: AdaptationResults) -> Table:
-    """Every method's accuracy (%) on each target, its difference to the baseline and its objective."""
+def adaptation_table(results: AdaptationResults, *, won: bool = False) -> Table:
+    """Every method's accuracy (%) on each target, difference to the baseline (with the pairs `won`) and objective."""
     names, several = _names(results), len(results.targets) > 1
     accuracies, images = [results.accuracy(name) for name in names], results.job.test_images
     columns = [
@@ -55,7 +55,7 @@ def adaptation_table(results: AdaptationResults) -> Table:
     rows = [
         [
             shown, GROUPS[results.methods[name]].label, *cells,
-            "" if name == results.baseline else paired_text(results.against_baseline(name)),
+            "" if name == results.baseline else paired_text(results.against_baseline(name), won=won),
             spread(results.objective(name).mean(1), 2),
         ]
         for (name, shown), cells in zip(names.items(), zip(*columns, strict=True), strict=True)
@@ -246,5 +246,5 @@ def adaptation_page(folder: str | os.PathLike, results: AdaptationResults) -> Pa
     rate = f"{adapting}, of a route at {results.adapting.route_rate:g} times that"
     told = facts(job, pairs, [targets] * len(job.seeds), adaptation=rate)
     return write_page(
-        folder, Page(job.name, lead, told, _tiles(results), [adaptation_table(results)], _blocks(results))
+        folder, Page(job.name, lead, told, _tiles(results), [adaptation_table(results, won=True)], _blocks(results))
     )

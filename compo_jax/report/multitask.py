@@ -22,15 +22,16 @@ PHASES = ("free", "hardening", "fixed")
 _COUNTED = "Layers and templates count from 0; first seed."
 
 
-def _against(methods: Mapping[str, MultitaskMethod], name: str, reference: str = REFERENCE) -> str:
+def _against(methods: Mapping[str, MultitaskMethod], name: str, reference: str = REFERENCE, won: bool = False) -> str:
     """The difference to a method, by seed, as text in points; empty where there is none."""
     if name == reference or reference not in methods:
         return ""
-    return paired_text(paired(methods[name].accuracy.mean(1), methods[reference].accuracy.mean(1)))
+    return paired_text(paired(methods[name].accuracy.mean(1), methods[reference].accuracy.mean(1)), won=won)
 
 
-def multitask_table(results: MultitaskResults) -> Table:
-    """Every method's accuracy (%), mean over tasks, its difference to single-task networks, and its costs."""
+def multitask_table(results: MultitaskResults, *, won: bool = False) -> Table:
+    """Every method's accuracy (%), mean over tasks, its difference to single-task networks, with the seeds `won`, and
+    its costs."""
     methods, single = results.methods, results.methods.get(REFERENCE)
     images = sum(results.job.test_images.values())
     best = accuracy_cells([method.accuracy.mean(1) for method in methods.values()], images)
@@ -40,7 +41,7 @@ def multitask_table(results: MultitaskResults) -> Table:
     )  # fmt: skip
     rows = [
         [
-            name, accuracy, _against(methods, name), f"{method.parameters[0]:,}",
+            name, accuracy, _against(methods, name, won=won), f"{method.parameters[0]:,}",
             decimal(100 * method.parameters[0] / single.parameters[0]) if single else "",
             decimal(method.macs[0] / 1e6), spread(method.seconds, 0),
         ]
@@ -60,7 +61,7 @@ def methods_figure(methods: Mapping[str, MultitaskMethod]) -> Figure:
     if REFERENCE in methods:
         charts.reference(left, "x", runs[REFERENCE].mean())
     charts.dots(left, list(methods), {"accuracy": charts.Dots(runs, {"color": COLOURS[0], "marker": "D"})})
-    parameters = [method.parameters[0] for method in methods.values()]
+    parameters = [float(method.parameters[0]) for method in methods.values()]
     right.plot(parameters, range(len(methods)), "s", color=COLOURS[1], markersize=6, **charts.EDGE)
     charts.number_ticks(left, "x", 6)
     charts.log_axis(right, "x", parameters, lambda x: f"{x:,.0f}" if x < 1e6 else f"{x / 1e6:g} M")
@@ -344,4 +345,6 @@ def multitask_page(folder: str | os.PathLike, results: MultitaskResults) -> Path
         f"{job.net.templates} templates unless the method's name says otherwise."
     )
     told = facts(job, "seeds")
-    return write_page(folder, Page(job.name, lead, told, _tiles(results), [multitask_table(results)], _blocks(results)))
+    return write_page(
+        folder, Page(job.name, lead, told, _tiles(results), [multitask_table(results, won=True)], _blocks(results))
+    )

@@ -24,12 +24,12 @@ WORDS = {  # of the tiles
 }
 
 
-def _millions(count: float) -> str:
+def _millions(count: int | np.integer) -> str:
     return decimal(count / 1e6, 1 if count >= 1e7 else 2)
 
 
-def reuse_table(results: ReuseResults) -> Table:
-    """Every network's size and accuracy (%), and its difference to the one without reuse."""
+def reuse_table(results: ReuseResults, *, won: bool = False) -> Table:
+    """Every network's size and accuracy (%), and its difference to the one without reuse; with the seeds `won`."""
     methods = results.methods
     images = sum(results.job.test_images.values())
     test = accuracy_cells([method.accuracy for method in methods.values()], images)
@@ -37,14 +37,13 @@ def reuse_table(results: ReuseResults) -> Table:
         [
             name, str(method.route.shape[1]), str(method.templates[0]), f"{method.parameters[0]:,}",
             _millions(method.macs[0]), accuracy, spread(100 * method.train_accuracy),
-            "" if name == results.reference else paired_text(results.against_reference(name)),
-            spread(method.seconds, 0),
+            "" if name == results.reference else paired_text(results.against_reference(name), won=won),
         ]
         for (name, method), accuracy in zip(methods.items(), test, strict=True)
     ]  # fmt: skip
     headings = (
-        "method", "layers", "templates", "parameters", "multiply-adds (M)", "test (%)", "train (%)",
-        f"difference to {results.reference} (points)", "time (s)",
+        "method", "layers", "blocks", "parameters", "multiply-adds (M)", "test (%)", "train (%)",
+        f"difference to {results.reference} (points)",
     )  # fmt: skip
     return Table(f"{results.job.name}: {results.classes} classes of {results.job.data}", headings, rows, [BOLD])
 
@@ -97,12 +96,13 @@ def _blocks(results: ReuseResults) -> Iterator[Block]:
     yield Block(
         by_cost(
             {name: method.accuracy for name, method in methods.items()},
-            {name: (method.parameters[0], method.macs[0]) for name, method in methods.items()},
+            {name: (float(method.parameters[0]), float(method.macs[0])) for name, method in methods.items()},
             results.reference,
         ),
         f"Left, what the networks store: reuse should lift the accuracy above the dashed line ({results.reference}) "
         f"without moving to the right. Right, what an image costs: reuse pays in multiply-adds{bound}. Small marks are "
         "seeds; networks of one size are moved apart.",
+        [Table("Time", ["method", "training time (s)"], [[n, spread(m.seconds, 0)] for n, m in methods.items()])],
     )
     learned = (
         " In a learned order see whether blocks repeat at once, come back in loops, or stay unused, and whether seeds "
@@ -110,7 +110,7 @@ def _blocks(results: ReuseResults) -> Iterator[Block]:
     )
     yield Block(
         route_figures.orders(_routes(results), max(int(method.templates[0]) for method in methods.values())),
-        "A cell is the block that a layer calls, counted from 0: a colour that comes back is a block used again."
+        "A cell is the template, one of the blocks, that a layer calls: a colour that comes back is a block used again."
         f"{learned}",
     )
     gaps = {name: method.gap for name, method in methods.items() if method.gap is not None}
@@ -134,4 +134,4 @@ def reuse_page(folder: str | os.PathLike, results: ReuseResults) -> Path:
         if name in results.methods
     ]
     told = facts(job, "seeds")
-    return write_page(folder, Page(job.name, lead, told, tiles, [reuse_table(results)], _blocks(results)))
+    return write_page(folder, Page(job.name, lead, told, tiles, [reuse_table(results, won=True)], _blocks(results)))

@@ -35,7 +35,7 @@ def _layers(axes: Axes, count: int) -> None:
     axes.set_xlabel("layer")
 
 
-def _templates(axes: Axes, routes: Mapping[str, Int[np.ndarray, " layers"]], count: int) -> AxesImage:
+def _templates(axes: Axes, routes: Mapping[str, Int[np.ndarray, " _layers"]], count: int) -> AxesImage:
     longest = max(map(len, routes.values()))
     cells = np.full((len(routes), longest), np.nan)
     for row, route in zip(cells, routes.values(), strict=True):
@@ -48,7 +48,7 @@ def _templates(axes: Axes, routes: Mapping[str, Int[np.ndarray, " layers"]], cou
 
 @styled
 def orders(
-    routes: Mapping[str, Int[np.ndarray, " layers"]],
+    routes: Mapping[str, Int[np.ndarray, " _layers"]],
     templates: int,
     surety: Float[np.ndarray, "routes layers"] | None = None,
 ) -> Figure:

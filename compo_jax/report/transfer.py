@@ -108,7 +108,7 @@ def differences(
     figure = charts.figure("Difference to the head alone, pair by pair", height)
     largest = max(100 * np.max(np.abs(values[np.isfinite(values)]), initial=0) for values in pairs.values())
     for j, (axes, title) in enumerate(zip(charts.panels(figure, len(budgets), "points"), budgets, strict=True)):
-        charts.reference(axes, "x", 0, linestyle="-")
+        charts.reference(axes, "x", 0.0, linestyle="-")
         kinds = {
             name: charts.Dots({name: 100 * values[j][np.isfinite(values[j])]}, {**marks[name], "linestyle": "none"})
             for name, values in pairs.items()
@@ -133,7 +133,7 @@ def by_trained(
         for name, values in accuracies.items()
     }
     charts.scatter(axes, points, marks)
-    charts.log_axis(axes, "x", trained.values(), lambda x: f"{x:,.0f}")
+    charts.log_axis(axes, "x", [float(x) for x in trained.values()], lambda x: f"{x:,.0f}")
     axes.set(xlabel="scalars trained for a new task", ylabel="accuracy (%)")
     charts.legend(figure, {name: {**marks[name], "linestyle": "none"} for name in accuracies}, 2)
     return figure
