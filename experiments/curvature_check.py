@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import job
 from job import closing, console
@@ -45,7 +45,17 @@ import numpy as np
 import optax
 
 from compo_jax import adapters, curvature, incremental, report, tree
-from compo_jax.train import write_json
+from compo_jax.curvature.check_results import (
+    CurvatureResults,
+    Expansion,
+    FisherCheck,
+    FisherEstimate,
+    ForecastCheck,
+    ProductCheck,
+    SpectrumCheck,
+    Theorem,
+)
+from compo_jax.train import write_result
 from compo_jax.tree import Tree
 
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
@@ -109,7 +119,7 @@ def batches(given: Problem, size: int = 64) -> list[tuple]:
 
 
 # -- (a) products ----------------------------------------------------------------------------------------------------
-def check_products(model, given: Problem, seed: int) -> dict:
+def check_products(model, given: Problem, seed: int) -> ProductCheck:
     """A Hessian product in float64 and float32, against the dense matrix (reverse over reverse) and differences."""
     _, loss = functions(model)
     name = "blocks/attention/proj/bias"
@@ -152,19 +162,19 @@ def check_products(model, given: Problem, seed: int) -> dict:
         dense, asymmetry = dense_product(x, v)
         steps = 10.0 ** np.arange(0, -8, -0.5)
         differences = [gap((gradient(x + h * v) - gradient(x - h * v)) / (2 * h), dense) for h in steps]
-        return {
-            "leaf": name,
-            "dimension": x.size,
-            "error_float64": gap(product, dense),
-            "error_float32": gap(jnp.asarray(single, jnp.float64), dense),
-            "asymmetry_of_dense": float(asymmetry),
-            "difference_steps": steps.tolist(),
-            "difference_errors": differences,
-        }
+        return ProductCheck(
+            leaf=name,
+            dimension=x.size,
+            error_float64=gap(product, dense),
+            error_float32=gap(jnp.asarray(single, jnp.float64), dense),
+            asymmetry_of_dense=float(asymmetry),
+            difference_steps=steps,
+            difference_errors=np.array(differences),
+        )
 
 
 # -- (b) Fisher ------------------------------------------------------------------------------------------------------
-def check_fisher(model, given: Problem, count: int, batches: Sequence[int], seed: int) -> dict:
+def check_fisher(model, given: Problem, count: int, batches: Sequence[int], seed: int) -> FisherCheck:
     """Estimates of the Fisher against the exact Gauss-Newton matrix on the task vectors, at several batch sizes."""
     logits, loss = functions(model)
     frozen = given._replace(images=given.images[:count], labels=given.labels[:count])
@@ -251,14 +261,14 @@ def check_fisher(model, given: Problem, count: int, batches: Sequence[int], seed
         seconds = time.perf_counter() - clock
         reference = found if reference is None else reference
         numbers = compare(found, reference, exact, stacked)
-        rows.append({"estimate": name, "batch": size, "seconds": seconds} | jax.tree.map(float, numbers))
-    return {"images": count, "classes": given.head["bias"].size, "parameters": tree.size(given.weights), "rows": rows}
+        rows.append(FisherEstimate(name, size, seconds, **jax.tree.map(float, numbers)))
+    return FisherCheck(count, given.head["bias"].size, tree.size(given.weights), rows)
 
 
 # -- (c) forecast and theorem ----------------------------------------------------------------------------------------
-def check_forecast(model, given: Problem, count: int, seed: int) -> dict:
+def check_forecast(model, given: Problem, count: int, seed: int) -> ForecastCheck:
     """The landscape's forecasts of random compositions, around the base and around the uniform composition."""
-    _, loss = functions(model)
+    logits, loss = functions(model)
     tasks = len(given.deltas)
     uniform = np.full(tasks, 1 / tasks)
 
@@ -274,45 +284,50 @@ def check_forecast(model, given: Problem, count: int, seed: int) -> dict:
 
         return jax.lax.map(one, weights)
 
+    @jax.jit
+    def gain_error(given, best, uniform):
+        """The standard error, over the images, of the difference between the losses at two weightings."""
+        losses = [
+            optax.softmax_cross_entropy_with_integer_labels(
+                logits(given, tree.add(given.weights, tree.weighted_sum(given.deltas, w)), given.images), given.labels
+            )
+            for w in (best, uniform)
+        ]
+        return jnp.std(losses[0] - losses[1], ddof=1) / jnp.sqrt(len(given.labels))
+
     weights = np.random.default_rng(seed).dirichlet(np.ones(tasks), count)
     scales = np.linspace(0, 1.5, 7)
     moved = np.concatenate([scales[:, None] * uniform, *(scales[:, None] * e for e in np.eye(tasks))])
     true = np.asarray(true_losses(given, weights.astype(np.float32)))
     path = np.asarray(true_losses(given, moved.astype(np.float32))).reshape(tasks + 1, -1)
-    result: dict[str, Any] = {"true": true.tolist(), "anchors": {}}
+    anchors = {}
     for name, anchor in (("the base", np.zeros(tasks)), ("the uniform composition", uniform)):
         found = expand(given, batches(given), anchor.astype(np.float32))
         forecast = np.asarray(found.predict(weights))
         remainder = found.remainder()
         best = found.best_weights()
-        result["anchors"][name] = {
-            "forecast": forecast.tolist(),
-            "correlation": float(np.corrcoef(forecast, true)[0, 1]),
-            "relative_error": float(np.mean(np.abs(forecast - true) / true)),
-            "standard_error": float(np.mean(found.standard_error(weights))),
-            "remainder_loss": np.asarray(remainder.loss).tolist(),
-            "remainder_slope": np.asarray(remainder.slope).tolist(),
-            "gram_eigenvalues": np.linalg.eigvalsh(np.asarray(found.gram, np.float64)).tolist(),
-            "best_weights": best.tolist(),
-            "best_forecast": float(found.predict(best)),
-            "best_true": float(true_losses(given, best.astype(np.float32)[None])[0]),
-        }
+        anchors[name] = Expansion(
+            forecast=forecast,
+            correlation=float(np.corrcoef(forecast, true)[0, 1]),
+            relative_error=float(np.mean(np.abs(forecast - true) / true)),
+            standard_error=float(np.mean(found.standard_error(weights))),
+            remainder_loss=np.asarray(remainder.loss),
+            remainder_slope=np.asarray(remainder.slope),
+            gram_eigenvalues=np.linalg.eigvalsh(np.asarray(found.gram, np.float64)),
+            best_weights=best,
+            best_forecast=float(found.predict(best)),
+            best_true=float(true_losses(given, best.astype(np.float32)[None])[0]),
+            gain_error=float(gain_error(given, best.astype(np.float32), uniform.astype(np.float32))),
+        )
         if name == "the base":
             gap = scales**2 * float(found.gap(uniform))
-    individual = path[1:].mean(axis=0)
-    result["uniform_true"] = float(path[0][np.argmin(np.abs(scales - 1))])
-    result["theorem"] = {
-        "scale": scales.tolist(),
-        "individual": individual.tolist(),
-        "composed": path[0].tolist(),
-        "gap": gap.tolist(),
-        "measured_gap": (individual - path[0]).tolist(),
-    }
-    return result
+    single, composed = path[1:].mean(axis=0), path[0]
+    at_uniform = float(composed[np.argmin(np.abs(scales - 1))])
+    return ForecastCheck(true, at_uniform, anchors, Theorem(scales, single, composed, gap, single - composed))
 
 
 # -- (d) spectrum ----------------------------------------------------------------------------------------------------
-def check_spectrum(model, given: Problem, count: int, order: int, seed: int) -> dict:
+def check_spectrum(model, given: Problem, count: int, order: int, seed: int) -> SpectrumCheck:
     """The spectrum of the Hessian of the adapted weights at the base."""
     _, loss = functions(model)
     some = given._replace(images=given.images[:count], labels=given.labels[:count])
@@ -326,15 +341,16 @@ def check_spectrum(model, given: Problem, count: int, order: int, seed: int) -> 
 
     found, smallest = lanczos(some, batches(some), jax.random.key(seed))
     nodes, weights = np.asarray(found.nodes[0]), np.asarray(found.weights[0])
-    return {
-        "images": count,
-        "dimension": tree.size(given.weights),
-        "nodes": nodes.tolist(),
-        "weights": weights.tolist(),
-        "smallest": [float(x) for x in smallest],
-        "largest": float(nodes.max()),
-        "negative_mass": float(-(weights * nodes)[nodes < 0].sum() / (weights * np.abs(nodes)).sum()),
-    }
+    return SpectrumCheck(
+        images=count,
+        dimension=tree.size(given.weights),
+        nodes=nodes,
+        weights=weights,
+        smallest=float(smallest[0]),
+        bound=float(smallest[1]),
+        largest=float(nodes.max()),
+        negative_mass=float(-(weights * nodes)[nodes < 0].sum() / (weights * np.abs(nodes)).sum()),
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -367,25 +383,30 @@ def main(arguments: list[str] | None = None) -> None:
 
     _, loss = functions(run.model)
     curvature.hessian(partial(loss, first), first.weights, batches(first)[:1])  # refuses a loss that draws anything
-    metrics: dict[str, Any] = {
-        "name": folder.name,
-        "data": run.stream.name,
-        "backbone": run.backbone,
-        "tasks": [task.name for task in run.stream.tasks],
-        "images": labels,
-        "products": check_products(run.model, first, options.seed),
-    }
-    console.print(f"(a) Hessian products: relative error {metrics['products']['error_float64']:.1e} in float64")
-    metrics["fisher"] = check_fisher(run.model, first, options.fisher_images, sizes, options.seed)
-    console.print(report.fisher_table(metrics["fisher"]))
-    metrics["forecast"] = {n: check_forecast(run.model, k, options.weightings, options.seed) for n, k in kind.items()}
-    console.print(report.forecast_table(metrics["forecast"]))
-    found = metrics["spectrum"] = check_spectrum(run.model, first, min(128, labels), options.order, options.seed)
-    console.print(f"(d) Hessian at the base: eigenvalues from {found['smallest'][0]:.3g} to {found['largest']:.3g}")
-    metrics["seconds"] = time.perf_counter() - began
-    path = report.curvature(folder / "curvature", metrics)
-    write_json(folder / "curvature" / "metrics.json", metrics)
-    console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+    products = check_products(run.model, first, options.seed)
+    console.print(f"(a) Hessian products: relative error {products.error_float64:.1e} in float64")
+    fisher = check_fisher(run.model, first, options.fisher_images, sizes, options.seed)
+    console.print(report.fisher_table(fisher).rich())
+    forecast = {n: check_forecast(run.model, k, options.weightings, options.seed) for n, k in kind.items()}
+    console.print(report.forecast_table(forecast).rich())
+    spectrum = check_spectrum(run.model, first, min(128, labels), options.order, options.seed)
+    console.print(f"(d) Hessian at the base: eigenvalues from {spectrum.smallest:.3g} to {spectrum.largest:.3g}")
+    results = CurvatureResults(
+        name=folder.name,
+        data=run.stream.name,
+        backbone=run.backbone,
+        seed=options.seed,
+        tasks=[task.name for task in run.stream.tasks],
+        images=labels,
+        products=products,
+        fisher=fisher,
+        forecast=forecast,
+        spectrum=spectrum,
+        seconds=time.perf_counter() - began,
+    )
+    path = report.curvature_page(folder / "curvature", results)
+    write_result(folder / "curvature" / "metrics.json", results)
+    console.print(f"{results.seconds:.0f} s; report: {path}")
 
 
 if __name__ == "__main__":

@@ -165,8 +165,17 @@ import numpy as np
 
 from compo_jax import adapters, data, incremental, mesh, models, report, tree
 from compo_jax.incremental import Method, Settings
+from compo_jax.incremental.outcomes import Results, Skill, outcome
 from compo_jax.pool import ModulePool
-from compo_jax.train import Checkpoints, jit_runner, open_run, pmap_runner, progress_bar, read_json, write_json
+from compo_jax.train import (
+    Checkpoints,
+    jit_runner,
+    open_run,
+    pmap_runner,
+    progress_bar,
+    read_result,
+    write_result,
+)
 
 
 def class_means(z, labels, seed):
@@ -249,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
         progress_bar(console=console) as progress,
     ):
         if (run.folder / "metrics.json").exists():
-            console.print(report.table(read_json(run.folder / "metrics.json")))
+            console.print(report.incremental_table(read_result(run.folder / "metrics.json", Results)).rich())
             console.print(f"{run.folder} is finished: see its report.html. Remove the folder to start over.")
             return
 
@@ -285,14 +294,16 @@ def main(arguments: list[str] | None = None) -> None:
         ]
 
         # -- resume ----------------------------------------------------------------------------------------------------
-        # rows[m, t, s]: accuracy of method m after task t on task s, class-incremental and within the task
+        # rows[m, t, s]: accuracy of method m after task t on task s, class-incremental and within the task; the last m
+        # is the frozen features; elapsed: seconds of earlier starts
         checkpoints = Checkpoints(run.folder / "checkpoints" / "learned")
         kept = {
             "reference": reference,
             "memories": memories,
-            "rows": np.full((len(options.methods), tasks, tasks, 2), np.nan),
+            "rows": np.full((len(options.methods) + 1, tasks, tasks, 2), np.nan),
             "seconds": np.zeros(len(options.methods)),
             "position": np.zeros((), np.int64),
+            "elapsed": np.zeros(()),
         }
         first_task, begun = 0, reference
         if checkpoints.latest is not None:
@@ -301,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
             console.print(f"going on after {first_task} tasks")
         reference, memories = kept["reference"], kept["memories"]
         rows, seconds = np.array(kept["rows"]), np.array(kept["seconds"])
-        run.log.position = int(kept["position"])
+        run.log.position, began = int(kept["position"]), began - float(kept["elapsed"])
 
         # -- tasks at once ---------------------------------------------------------------------------------------------
         references, ahead = None, {}
@@ -358,9 +369,11 @@ def main(arguments: list[str] | None = None) -> None:
                 lift, head = CLASSIFIERS[name](np.concatenate([base_features(k) for k in seen]), labels, options.seed)
                 test = incremental.evaluator(lambda params, split, lift=lift: lift(extract(params, split)), stream)
                 rows[options.methods.index(name), t, : t + 1] = np.stack(test(base, head, t + 1), axis=-1)
+            rows[-1, t, : t + 1] = np.stack(evaluate(base, reference.head, t + 1), axis=-1)
             learned_state = {"reference": reference, "memories": memories, "rows": rows, "seconds": seconds}
+            learned_state["elapsed"] = np.array(time.perf_counter() - began)
             checkpoints.save(t + 1, learned_state | {"position": np.array(run.log.position, np.int64)})
-            means = rows[:, t, : t + 1, 0].mean(axis=1)
+            means = rows[:-1, t, : t + 1, 0].mean(axis=1)
             reached = [f"{name} {x:.3f}" for name, x in zip(options.methods, means, strict=True) if not np.isnan(x)]
             console.print(f"after {stream.tasks[t].name} ({t + 1}/{tasks}): {', '.join(reached)}")
 
@@ -370,7 +383,6 @@ def main(arguments: list[str] | None = None) -> None:
         # -- what the pool can do without training ---------------------------------------------------------------------
         pool, main = pools[tried[0].name], tried[0]
         composed, with_heads = members(main, names, tasks - 1)
-        frozen = evaluate(base, reference.head, tasks)
         params, head = pool.compose(base, composed), incremental.pool_head(pool, with_heads, reference.head)
         test = incremental.evaluator(of[main.name], stream)
         task_of = np.repeat(range(tasks), [len(task.classes) for task in stream.tasks])  # each column's
@@ -380,7 +392,7 @@ def main(arguments: list[str] | None = None) -> None:
             own = jax.tree.map(lambda h, r: np.where(np.isin(task_of, kept), h, r), head, reference.head)
             known = test(pool.compose(base, [names[k] for k in kept]), own, tasks).incremental
             others = float(np.delete(known, t).mean())
-            return {"task": stream.tasks[t].name, "target": float(known[t]), "control": others}
+            return Skill(stream.tasks[t].name, float(known[t]), others)
 
         apart = tasks > 1 and composed == names  # one module knows all tasks otherwise
         with ThreadPoolExecutor(2) as threads:  # a module is read while another is tested
@@ -391,40 +403,29 @@ def main(arguments: list[str] | None = None) -> None:
         # -- results ---------------------------------------------------------------------------------------------------
         records = run.log.records()
         rates = [r["images_per_second"] for r in records if r["run"] == main.name]
-        final = rows[options.methods.index(main.name), -1, :, 0]
-        results = {}
-        for i, name in enumerate(options.methods):
-            matrix = rows[i, ..., 0]
-            results[name] = {
-                "final_accuracy": incremental.final_accuracy(matrix),
-                "final_forgetting": None if name.startswith("joint") else incremental.final_forgetting(matrix),
-                "task_incremental_accuracy": float(rows[i, -1, :, 1].mean()),
-                "accuracy_matrix": [[None if np.isnan(x) else float(x) for x in row] for row in matrix],
-                "seconds": None if name in FROZEN else float(seconds[i]),
-            }
-        metrics = {
-            "name": options.name,
-            "data": stream.name,
-            "backbone": backbone,
-            "method": main.name,
-            "tasks": [task.name for task in stream.tasks],
-            "classes": [len(task.classes) for task in stream.tasks],
-            **{k: v for k, v in results[main.name].items() if k != "seconds"},
-            "frozen_features_accuracy": float(frozen.incremental.mean()),
-            "frozen_features_task_incremental_accuracy": float(frozen.within.mean()),
-            "composed": {task.name: float(a) for task, a in zip(stream.tasks, final, strict=True)},
-            "specialise": specialise,
-            "unlearn": unlearn,
-            "images_per_second": float(np.median(rates)) if rates else None,
-            "seconds": time.perf_counter() - began,
-            "methods": results,
-        }
+        taken = [None if name in FROZEN else float(x) for name, x in zip(options.methods, seconds, strict=True)]
+        results = Results(
+            name=options.name,
+            data=stream.name,
+            backbone=backbone,
+            seed=options.seed,
+            settings={"trained for": f"{options.epochs} epochs in batches of {options.batch}"},
+            tasks=[task.name for task in stream.tasks],
+            classes=[len(task.classes) for task in stream.tasks],
+            tested=[len(task.test) for task in stream.tasks],
+            methods={n: outcome(x, tasks - 1, s) for n, x, s in zip(options.methods, rows, taken, strict=False)},
+            frozen=outcome(rows[-1], tasks - 1, None),
+            specialise=specialise,
+            unlearn=unlearn,
+            images_per_second=float(np.median(rates)) if rates else None,
+            seconds=time.perf_counter() - began,
+        )
         np.savez(run.folder / "reference.npz", **reference.head)
-        path = report.incremental(run.folder, metrics, samples, records)
-        write_json(run.folder / "metrics.json", metrics)
+        path = report.incremental_page(run.folder, results, samples, records)
+        write_result(run.folder / "metrics.json", results)
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
-    console.print(report.table(metrics))
-    console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+    console.print(report.incremental_table(results).rich())
+    console.print(f"{results.seconds:.0f} s; report: {path}")
 
 
 def draw_samples(extract, stream, params, head, each: int = 4):
@@ -436,7 +437,7 @@ def draw_samples(extract, stream, params, head, each: int = 4):
         z = extract(params, data.ArraySplit(images, labels))
         predicted, _ = incremental.predictions(z, head, first, len(task.classes))
         samples += [
-            (image, task.name, task.classes[label], stream.classes[guess])
+            report.Sample(image, task.name, task.classes[label], stream.classes[guess])
             for image, label, guess in zip(images, labels, predicted, strict=True)
         ]
     return samples

@@ -28,11 +28,14 @@ parser.add_argument("--data-dir", type=job.path, help="where the runs' TFDS set 
 if __name__ == "__main__":
     closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
+import numpy as np
+
 from compo_jax import incremental, report
-from compo_jax.train import write_json
+from compo_jax.incremental.unlearning_results import PoolSkills, RunSkills, UnlearningResults
+from compo_jax.train import write_result
 
 
-def measure(run: incremental.FinishedRun, name: str) -> dict:
+def measure(run: incremental.FinishedRun, name: str) -> PoolSkills:
     """Accuracy on every task (columns) with no module, all modules, and for each task the modules left (rows)."""
     pool, tasks = run.pools[name], len(run.stream.tasks)
     names = pool.names()
@@ -43,7 +46,7 @@ def measure(run: incremental.FinishedRun, name: str) -> dict:
         without = [other for other in names if other not in kept]
         head = incremental.pool_head(pool, names, run.head, without=without)
         params = pool.compose(run.base, kept if reached is None else reached, weights)
-        return test(params, head, tasks).incremental.tolist()
+        return test(params, head, tasks).incremental
 
     def others(t):
         return [*names[:t], *names[t + 1 :]]
@@ -52,13 +55,13 @@ def measure(run: incremental.FinishedRun, name: str) -> dict:
         """The mean of the others, less the share that the module had."""
         return [-1 / tasks if s == t else 1 / (tasks - 1) for s in range(tasks)]
 
-    return {
-        "frozen": test(run.base, run.head, tasks).incremental.tolist(),
-        "all": known(names),
-        "specialise": [known([name]) for name in names],
-        "unlearn": [known(others(t)) for t in range(tasks)],
-        "subtract": [known(others(t), less(t), names) for t in range(tasks)],
-    }
+    return PoolSkills(
+        frozen=test(run.base, run.head, tasks).incremental,
+        composed=known(names),
+        specialise=np.array([known([name]) for name in names]),
+        unlearn=np.array([known(others(t)) for t in range(tasks)]),
+        subtract=np.array([known(others(t), less(t), names) for t in range(tasks)]),
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -69,26 +72,23 @@ def main(arguments: list[str] | None = None) -> None:
     methods = incremental.common_methods(runs, options.methods)
     if any(len(run.stream.tasks) < 2 for run in runs):
         raise ValueError("a run of one task has nothing to unlearn it from: give runs of two tasks or more")
-    measured = {name: [] for name in methods}
+    measured = []
     for run in runs:
+        pools = {}
         for name in methods:
-            measured[name].append(measure(run, name))
+            pools[name] = measure(run, name)
             console.print(f"{run.folder.name}: {name}")
-    metrics = {
-        "name": "unlearning",
-        "data": runs[0].stream.name,
-        "backbone": runs[0].backbone,
-        "runs": [run.folder.name for run in runs],
-        "tasks": [[task.name for task in run.stream.tasks] for run in runs],
-        "methods": {name: {key: [m[key] for m in found] for key in found[0]} for name, found in measured.items()},
-        "seconds": time.perf_counter() - began,
-    }
+        tasks, tested = zip(*((task.name, len(task.test)) for task in run.stream.tasks), strict=True)
+        measured.append(RunSkills(run.folder.name, run.config["seed"], list(tasks), np.array(tested), pools))
+    seconds = time.perf_counter() - began
+    results = UnlearningResults("unlearning", runs[0].stream.name, runs[0].backbone, measured, seconds)
     folder = folders[0] / "unlearning"
     folder.mkdir(exist_ok=True)
-    write_json(folder / "metrics.json", metrics)
-    path = report.unlearning(folder, metrics)
-    console.print(report.unlearning_table(metrics))
-    console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+    write_result(folder / "metrics.json", results)
+    path = report.unlearning_page(folder, results)
+    for table in report.unlearning_tables(results):
+        console.print(table.rich())
+    console.print(f"{seconds:.0f} s; report: {path}")
 
 
 if __name__ == "__main__":

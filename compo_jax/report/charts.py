@@ -276,7 +276,7 @@ def dots(axes: Axes, rows: Sequence[str], kinds: Mapping[str, Dots], *, length: 
         if small:
             quiet = {"markersize": 3, "alpha": 0.5, "markeredgewidth": 0, "label": f"runs of {label}"}
             axes.plot(*np.array(small).T, **look | quiet)
-        means = [np.mean(runs[row]) for row in chosen]
+        means = np.array([np.mean(runs[row]) for row in chosen])
         bars = np.nan_to_num([errors.get(row, standard_error(runs[row])) for row in chosen])
         axes.errorbar(means, at, xerr=bars, ecolor=INK, elinewidth=1, label=label, **look)
     name_ticks(axes, "y", [middle(row, length) for row in rows], length=length)

@@ -138,7 +138,7 @@ def accuracy_matrix(matrix: Matrix, tasks: Sequence[str], method: str) -> Figure
     figure = charts.figure(f"Accuracy on each task as tasks are learned, {method}", 4.9)
     axes = figure.add_subplot()
     texts = "{:.0f}".format if len(tasks) <= charts.ANNOTATED else None
-    image = charts.heat(axes, 100 * matrix, (0, 100), tasks, tasks, texts=texts)
+    image = charts.heat(axes, 100 * matrix, (0.0, 100.0), tasks, tasks, texts=texts)
     axes.set(xlabel="accuracy on task", ylabel="after learning task")
     charts.colour_bar(figure, image, axes, "accuracy (%)")
     return figure

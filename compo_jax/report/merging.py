@@ -45,7 +45,7 @@ def _row(
     merged: list[MergedPool] | None = None,
 ) -> _Row:
     """Of each run's accuracies, and of what a rule made where there is one."""
-    images, nothing = sum(results.runs[0].tested), np.full(len(pools), np.nan)
+    images, nothing = int(sum(results.runs[0].tested)), np.full(len(pools), np.nan)
     known = np.array([accuracy.mean() for accuracy in accuracies])
     normalised = np.array([pool.normalised(accuracy).mean() for pool, accuracy in zip(pools, accuracies, strict=True)])
     # of a single run it is the accuracy's error, in units of the accuracy that the modules have alone
@@ -97,15 +97,18 @@ def merging_tables(results: MergingResults) -> list[Table]:
                    [row[i].error for row in rules.values()])
             for i in range(3)
         ]  # fmt: skip
-        columns += [[_seconds(row.seconds) for row in rules.values()], [spread(row.memory) for row in rules.values()]]
+        columns += [
+            [_seconds(row.seconds) for row in rules.values()],
+            [decimal(np.mean(row.memory)) for row in rules.values()],
+        ]
         alone = _row(results, pools, [pool.individual for pool in pools])
         base = _row(results, pools, [pool.base for pool in pools])
         tables.append(Table(
             f"{name}: {counted(len(results.runs[0].tasks), 'module')} of {results.data}",
             ("rule", *HEADINGS),
             [
-                *((label, row.known.text(), ABSENT, row.normalised.text(), ABSENT, ABSENT)
-                  for label, row in ((ALONE, alone), (BASE, base))),
+                (ALONE, alone.known.text(), ABSENT, "100.0", ABSENT, ABSENT),
+                (BASE, base.known.text(), ABSENT, base.normalised.text(), ABSENT, ABSENT),
                 *zip([rule + DAGGER * (rule in warned) for rule in rules], *columns, strict=True),
             ],
             [BOLD, *(["† had warnings."] if warned else [])],
@@ -131,7 +134,7 @@ def normalised(results: MergingResults) -> Figure:
     order = sorted(means, key=lambda rule: -np.nan_to_num(np.mean(means[rule]), nan=-np.inf))
     figure = charts.figure("Normalised accuracy of the rules", 1.7 + len(order) * (0.16 + 0.09 * len(pools)))
     axes = figure.add_subplot()
-    charts.reference(axes, "x", 100)
+    charts.reference(axes, "x", 100.0)
     kinds = {}
     for i, (name, own) in enumerate(pools.items()):
         marks[name] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": "none"}
@@ -196,12 +199,11 @@ def _costs(pools: list[PoolMerges], rules: Mapping[str, _Row]) -> list[Table]:
     taken = {
         kind: np.array([pool.curvature_seconds[kind] for pool in pools], float) for kind in pools[0].curvature_seconds
     }
+    rows = [(rule, _seconds(row.seconds), decimal(np.mean(row.memory)), options[rule]) for rule, row in rules.items()]
     return [
-        Table("rules", ["rule", *HEADINGS[3:], "options"],
-              [(rule, _seconds(row.seconds), spread(row.memory), options[rule]) for rule, row in rules.items()]),
-        Table("curvature, for all rules", ["curvature", "time (s)"],
-              [(kind, _seconds(values)) for kind, values in taken.items()]),
-    ]  # fmt: skip
+        Table("rules", ["rule", *HEADINGS[3:], "options"], rows),
+        Table("curvature, for all rules", ["kind", "time (s)"], [(kind, _seconds(x)) for kind, x in taken.items()]),
+    ]
 
 
 def _across(results: MergingResults, cell: Callable[[_Row], str]) -> list[tuple[str, ...]]:
@@ -228,7 +230,7 @@ def _blocks(results: MergingResults) -> Iterator[Block]:
     for name, pool in first.pools.items():
         rows = [(rule, *map(percent, values)) for rule, values in _by_task(pool).items()]
         yield Block(
-            by_task(name, pool, first.tasks, (0, 10 * np.ceil(10 * highest))),
+            by_task(name, pool, first.tasks, (0.0, 10 * float(np.ceil(10 * highest)))),
             "A dark cell is a task that a rule gave up for the others; a dark column is a task that no rule keeps. "
             f"Run {first.run}.",
             [Table(name, ["rule (%)", *first.tasks], rows)],

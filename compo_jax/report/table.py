@@ -53,7 +53,7 @@ class Table(NamedTuple):
         return drawn
 
 
-def binomial_error(accuracy: np.ndarray | float, images: np.ndarray | float) -> np.ndarray:
+def binomial_error(accuracy: float | np.ndarray, images: int | np.integer | np.ndarray) -> float | np.ndarray:
     """The standard error of an accuracy in [0, 1] on so many test images: `sqrt(a (1 - a) / n)`.
 
     Of an accuracy of 0 or 1 it is taken half an image away from there, for a few images prove nothing.
@@ -89,7 +89,7 @@ class Score(NamedTuple):
         return spread(100 * self.runs) if len(self.runs) > 1 else with_error(100 * self.mean, 100 * self.error)
 
 
-def score(runs: Float[np.ndarray, " runs"], images: float | None = None) -> Score:
+def score(runs: Float[np.ndarray, " runs"], images: int | None = None) -> Score:
     """The accuracy of each run in [0, 1], with its error from the runs, or, of one, from the number of test images."""
     if len(runs) > 1:
         return Score(runs, standard_error(runs))

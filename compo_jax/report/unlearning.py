@@ -31,7 +31,7 @@ def _pools(results: UnlearningResults) -> dict[str, list[PoolSkills]]:
 
 def _scores(results: UnlearningResults, mean: Callable[[PoolSkills], float]) -> dict[str, Score]:
     """Of each method, a mean of its pool's accuracies."""
-    images = sum(results.runs[0].tested)
+    images = int(sum(results.runs[0].tested))
     return {name: score(np.array([mean(pool) for pool in pools]), images) for name, pools in _pools(results).items()}
 
 
@@ -88,10 +88,12 @@ def changes(results: UnlearningResults) -> Figure:
 
 
 @styled
-def change_maps(method: str, maps: dict[str, Float[np.ndarray, "tasks tasks"]], tasks: Sequence[str]) -> Figure:
+def change_maps(
+    method: str, maps: dict[str, Float[np.ndarray, "tasks tasks"]], tasks: Sequence[str], limit: float
+) -> Figure:
     """A heat map for each operation: the change of accuracy (points) on the task of a column, asked for that of a row.
 
-    The colours go from -100 to 100 points.
+    The colours go from -`limit` to `limit` points.
     """
     beside = len(tasks) <= charts.ANNOTATED
     height = 3.3 if beside else 0.6 + 3.7 * len(maps)
@@ -99,7 +101,7 @@ def change_maps(method: str, maps: dict[str, Float[np.ndarray, "tasks tasks"]], 
     axes = charts.panels(figure, len(maps), "tested on", "asked for", lines=1 if beside else len(maps), sharex=False)
     for one, (operation, change) in zip(axes, maps.items(), strict=True):
         texts = (lambda x: signed(x / 100, 0)) if len(tasks) <= charts.ANNOTATED // 2 else None
-        image = charts.heat(one, 100 * change, (-100, 100), tasks, tasks, colours="RdBu", texts=texts, length=12)
+        image = charts.heat(one, 100 * change, (-limit, limit), tasks, tasks, colours="RdBu", texts=texts, length=12)
         one.set_title(operation)
     charts.colour_bar(figure, image, axes, "points")
     return figure
@@ -115,12 +117,18 @@ def _blocks(results: UnlearningResults) -> Iterator[Block]:
         "round one should stay and the square go left. See for which methods both move together.",
     )
     first = results.runs[0]
-    for name, pool in first.methods.items():
-        maps = {operation: getattr(pool, operation) - pool.composed for operation in ("unlearn", "specialise")}
+    maps_of = {
+        name: {operation: getattr(pool, operation) - pool.composed for operation in ("unlearn", "specialise")}
+        for name, pool in first.methods.items()
+    }
+    largest = max(100 * np.nanmax(np.abs(change), initial=0) for maps in maps_of.values() for change in maps.values())
+    limit = next(limit for limit in (25.0, 50.0, 100.0) if largest <= limit)
+    for name, maps in maps_of.items():
         yield Block(
-            change_maps(name, maps, first.tasks),
+            change_maps(name, maps, first.tasks, limit),
             "Red is lost, blue gained, in points against all modules. Unlearning one task alone is a red diagonal on "
-            f"white; specialising is a white or blue diagonal on red. Run {first.run}.",
+            f"white; specialising is a white or blue diagonal on red. The colours are the same for all methods. Run "
+            f"{first.run}.",
             [
                 Table(operation, [f"{operation} (points)", *first.tasks], [
                     (task, *map(signed, row)) for task, row in zip(first.tasks, change, strict=True)
