@@ -110,7 +110,7 @@ if __name__ == "__main__":
 import jax.numpy as jnp
 import modular_job
 import numpy as np
-from modular_job import Session, part
+from modular_job import Session, part, pool
 
 from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, Sources, Target, routes
@@ -132,16 +132,12 @@ def others(session: Session, target: data.Task) -> list[data.Task]:
     return [domain for domain in session.stream.tasks if domain.name != target.name]
 
 
-def pool(session: Session, target: data.Task, seed: int) -> Path:
-    return session.run.folder / "pools" / f"{seed}-{target.name}"
-
-
 # -- the sources -------------------------------------------------------------------------------------------------------
 def sources(session: Session, net: ModularNet, target: data.Task, seed: int, folder: Path) -> Sources:
     tasks = others(session, target)
     trained, _ = modular_job.train(session, net, tasks, f"without {target.name}", seed, folder)
     accuracy = modular_job.accuracies(session, net, trained.variables, tasks)
-    modular_job.store_network(pool(session, target, seed), net, trained.variables, tasks, accuracy, seed)
+    modular_job.store_network(pool(session, f"{seed}-{target.name}"), net, trained.variables, tasks, accuracy, seed)
     return Sources(accuracy)
 
 
@@ -162,7 +158,7 @@ def adaptation(net: ModularNet, stream: data.TaskStream, settings: modular.Setti
 def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Target:
     """All methods on one target, whose labels only the accuracies and the oracle see."""
     prepare, names = session.stream.prepare, [task.name for task in others(session, target)]
-    net, variables = modular_job.load_network(pool(session, target, seed), len(names))
+    net, variables = modular_job.load_network(pool(session, f"{seed}-{target.name}"), len(names))
     score = modular.accuracies(net, prepare)(variables, [target.test] * len(names))
     best = int(np.argmin(modular.source_objectives(net, prepare, variables, target, bn="target")))
     bound = int(np.argmax(score))

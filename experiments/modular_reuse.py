@@ -65,7 +65,7 @@ if __name__ == "__main__":
 
 import modular_job
 import numpy as np
-from modular_job import Session, part
+from modular_job import Session, part, pool
 
 from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, ReuseMethod, routes
@@ -104,8 +104,7 @@ def measured(
     params = trained.variables["params"]
     if learns:
         gap = session.learner(net, session.settings).gap(trained, [task.train], seed, [task.test])
-        pool = session.run.folder / "pools" / f"learned-{seed}"
-        modular_job.store_network(pool, net, trained.variables, [task], [accuracy], seed)
+        modular_job.store_network(pool(session, f"learned-{seed}"), net, trained.variables, [task], [accuracy], seed)
     costs = modular.parameters(params, route=learns), modular.macs(net, session.size)
     return ReuseMethod(accuracy, of_train, *costs, seconds, net.templates, routes.indices(params["route"])[0], gap)
 

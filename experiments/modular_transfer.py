@@ -85,7 +85,7 @@ if __name__ == "__main__":
 import jax
 import modular_job
 import numpy as np
-from modular_job import Session, part
+from modular_job import Session, part, pool
 
 from compo_jax import data, modular, report, tree
 from compo_jax.modular import ModularNet, NewTasks, Sources, TransferMethod, routes
@@ -132,7 +132,7 @@ def templates(session: Session, division: Division, folder: Path) -> Sources:
     net = ModularNet(tuple(len(task.classes) for task in tasks), **vars(session.options.net))
     trained, _ = modular_job.train(session, net, tasks, "sources", seed, folder)
     accuracy = modular_job.accuracies(session, net, trained.variables, tasks)
-    modular_job.store_network(modular_job.pool(session, seed), net, trained.variables, tasks, accuracy, seed)
+    modular_job.store_network(pool(session, str(seed)), net, trained.variables, tasks, accuracy, seed)
     return Sources(accuracy)
 
 
@@ -155,7 +155,7 @@ def start(options: Options, method: str, net: ModularNet, variables: dict, sourc
 def learned(session: Session, division: Division, budget: int, folder: Path) -> NewTasks:
     """Every method on every task left out, from this many labelled images of each class."""
     options, seed = session.options, division.seed
-    net, variables = modular_job.load_network(modular_job.pool(session, seed), len(division.sources))
+    net, variables = modular_job.load_network(pool(session, str(seed)), len(division.sources))
     accuracy, chosen = {name: [] for name in options.new.methods}, []
     for h, task in enumerate(division.new):
         split, key = few(task, budget, seed), jax.random.fold_in(jax.random.key(seed), h)

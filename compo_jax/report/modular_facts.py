@@ -21,7 +21,7 @@ def paired_text(pair: Paired, *, won: bool = True) -> str:
 
 def accuracy_cells(accuracies: Sequence[Float[np.ndarray, " seeds"]], images: int) -> list[Cell]:
     """A column of accuracies on so many test images, with emphasis on the clear best."""
-    scores = [score(accuracy, float(images)) for accuracy in accuracies]
+    scores = [score(accuracy, images) for accuracy in accuracies]
     return column(
         [score.text() for score in scores], [score.mean for score in scores], [score.error for score in scores]
     )

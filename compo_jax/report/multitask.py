@@ -64,7 +64,7 @@ def methods_figure(methods: Mapping[str, MultitaskMethod]) -> Figure:
     parameters = [float(method.parameters[0]) for method in methods.values()]
     right.plot(parameters, range(len(methods)), "s", color=COLOURS[1], markersize=6, **charts.EDGE)
     charts.number_ticks(left, "x", 6)
-    charts.log_axis(right, "x", parameters, lambda x: f"{x:,.0f}" if x < 1e6 else f"{x / 1e6:g} M")
+    charts.log_axis(right, "x", parameters, lambda x: f"{x / 1e3:g} k" if x < 1e6 else f"{x / 1e6:g} M")
     left.set_xlabel("accuracy (%)")
     right.set_xlabel("parameters, all tasks")
     right.grid()

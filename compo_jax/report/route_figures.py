@@ -82,8 +82,7 @@ def gap(gaps: Mapping[str, Gap]) -> Figure:
     axes.set_xticks(range(len(POINTS)), POINTS)
     axes.set(ylabel="accuracy (%)", xlim=(-0.3, len(POINTS) - 0.7))
     axes.grid(axis="y")
-    if len(gaps) > 1:
-        charts.legend(figure, looks, 2)
+    charts.legend(figure, looks, 2)
     return figure
 
 
