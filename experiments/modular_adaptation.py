@@ -12,96 +12,20 @@ target. A killed run goes on behind its last finished target, a finished one may
 a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated
 
 import job
 import modular_options
-import options as line
 from job import closing, console
-from modular_options import Images, Names, Place, Templates, Training
-from options import OpenCount, Rate
+from modular_options import ADAPTED, BASELINE, MEAN, ORACLE, UNADAPTED
+from modular_options import Adaptation as Options
 
-PRESETS = {
-    "rendered": {
-        "layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16, "adapt_steps": 40, "adapt_batch": 32,
-        "images": 50,
-    },
-    "digits": {"steps": 500, "width": 16},
-    "pacs64": {"size": 64, "patch": 8, "steps": 700},
-}  # fmt: skip
-PRESET = {
-    "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "adapt_steps": 100, "adapt_batch": 64,
-}  # fmt: skip
-BASELINE = "best source (by objective)"
-ORACLE = "best source (by labels)"
-MEAN = "mean of sources"
-# name: (start, what of the route is learned, BN, group); see modular.adaptation
-METHODS = {
-    BASELINE: ("best", "fixed", "source", "sources"),
-    MEAN: ("mean", "fixed", "source", "sources"),
-    ORACLE: ("best", "fixed", "source", "oracle"),
-    "route from best source": ("best", "free", "source", "order"),
-    "route from mean": ("mean", "free", "source", "order"),
-    "convex mixture": ("mean", "convex", "source", "order"),
-    "AdaBN, best source": ("best", "fixed", "target", "bn"),
-    "AdaBN, mean of sources": ("mean", "fixed", "target", "bn"),
-    "Tent, best source": ("best", "fixed", "affine", "bn"),
-    "route from best source + AdaBN": ("best", "free", "target", "order+bn"),
-    "route from mean + AdaBN": ("mean", "free", "target", "order+bn"),
-    "convex mixture + AdaBN": ("mean", "convex", "target", "order+bn"),
-    "route from best source + Tent": ("best", "free", "affine", "order+bn"),
-}
-ADAPTED = tuple(name for name, (_, route, bn, _) in METHODS.items() if (route, bn) != ("fixed", "source"))
-
-
-@dataclass(frozen=True)
-class Domains(Images):
-    """What is learned"""
-
-    data: str = "rendered"
-    """rendered; digits; or a TFDS set whose splits are domains"""
-    targets: Names = ()
-    """domains left out in turn (default: all)"""
-
-
-@dataclass(frozen=True)
-class Adapting:
-    """A domain without labels"""
-
-    methods: Annotated[tuple[str, ...], line.names(ADAPTED)] = ADAPTED
-    """what is adapted, and where it starts: see the table in README.md"""
-    adapt_steps: OpenCount = None
-    """steps of an adaptation (default: the set's)"""
-    adapt_batch: OpenCount = None
-    """images in such a step (default: the set's)"""
-    adapt_learning_rate: Rate = 1e-3
-    """of batch norm"""
-    route_rate: Rate = 100.0
-    """of a route, in multiples of that rate"""
-
-
-@dataclass(frozen=True)
-class Options:
-    stream: Domains
-    net: Templates
-    training: Training
-    adapting: Adapting
-    place: Place
+METHODS = UNADAPTED | ADAPTED
 
 
 def parse(arguments: list[str] | None = None) -> Options:
-    options = line.parse(Options, __doc__, arguments)
-    methods, when = [METHODS[name] for name in options.adapting.methods], "with these --methods"
-    if not methods:
-        line.refuse(options.adapting, when, "adapt_batch")
-    if not any(route != "fixed" or bn == "affine" for _, route, bn, _ in methods):
-        line.refuse(options.adapting, when, "adapt_steps", "adapt_learning_rate")
-    if not any(route != "fixed" for _, route, _, _ in methods):
-        line.refuse(options.adapting, when, "route_rate")
-    return modular_options.completed(options, "modular-adaptation", PRESETS, PRESET)
+    return modular_options.parse(Options, __doc__, arguments)
 
 
 if __name__ == "__main__":
@@ -116,7 +40,7 @@ from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, Sources, Target, routes
 
 
-def open_domains(options: Domains) -> data.TaskStream:
+def open_domains(options: modular_options.Domains) -> data.TaskStream:
     stream = data.open_domains(options.data, options.size, data_dir=options.data_dir, images=options.images)
     job.tell_images(stream, options.images)
     domains = [task.name for task in stream.tasks]
@@ -211,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
             stream.tasks[0].classes,
             "the domains are one set of digits, rendered in four ways" if stream.name == "rendered" else "",
             BASELINE,
-            {name: METHODS[name][-1] for name in (BASELINE, MEAN, *options.adapting.methods, ORACLE)},
+            {name: METHODS[name].group for name in (BASELINE, MEAN, *options.adapting.methods, ORACLE)},
             tuple(map(tuple, trained.values())),
             tuple(map(tuple, made.values())),
         )

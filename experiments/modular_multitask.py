@@ -10,52 +10,16 @@ seed a pool with its templates and tasks. A killed run goes on where it was, a f
 first takes a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
 import modular_options
-import options as line
 from job import closing, console
-from modular_options import Place, Tasks, Training
-from options import OPEN, Count, names, number
-
-BASELINES = ("single-task", "hard-sharing", "hard-sharing-bn", "random")
-PRESETS = {
-    "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": (4,), "steps": 250, "batch": 16, "images": 50},
-    "cifar100": {"steps": 750, "batch": 16, "width": 16},
-}
-PRESET = {"layers": 8, "width": 32, "templates": (8,), "steps": 1000, "batch": 32}
-
-
-@dataclass(frozen=True)
-class Nets(modular_options.Net):
-    """The networks"""
-
-    templates: Annotated[tuple[int, ...] | None, number(int, 1, many="*"), OPEN] = None
-    """modules; several numbers make several networks (default: the set's)"""
-    bn: Literal["task", "layer", "template"] = "task"
-    """whose batch norm, of learned orders and random routes"""
-    baselines: Annotated[tuple[str, ...], names(BASELINES)] = BASELINES
-    """what learned orders are held against"""
-    analysis_images: Count = 50
-    """test images of a task that modules are removed on"""
-
-
-@dataclass(frozen=True)
-class Options:
-    stream: Tasks
-    net: Nets
-    training: Training
-    place: Place
+from modular_options import Multitask as Options
 
 
 def parse(arguments: list[str] | None = None) -> Options:
-    options = line.parse(Options, __doc__, arguments)
-    if (options.net.templates or (0,))[0] == 1:
-        line.refuse(options.net, "with one template, which can't be removed", "analysis_images")
-    return modular_options.completed(options, "modular-multitask", PRESETS, PRESET)
+    return modular_options.parse(Options, __doc__, arguments)
 
 
 if __name__ == "__main__":
@@ -70,7 +34,7 @@ from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, MultitaskMethod, routes
 
 
-def networks(options: Nets, classes: tuple[int, ...]) -> tuple[dict[str, ModularNet], list[str]]:
+def networks(options: modular_options.Nets, classes: tuple[int, ...]) -> tuple[dict[str, ModularNet], list[str]]:
     """The network of each method, and the names of those whose order is learned."""
     shape = {key: getattr(options, key) for key in ("layers", "width", "patch", "block")}
     single = ModularNet(classes, templates=options.layers, **shape)  # each block once

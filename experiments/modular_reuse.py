@@ -11,53 +11,16 @@ was, a finished one may be given more seeds. The first takes a few minutes on 2 
 README.md.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import modular_options
-import options as line
 from job import closing, console
-from modular_options import Images, Place, Training
-from options import OpenCount
-
-PRESETS = {
-    "glyphs": {"layers": 2, "width": 16, "steps": 400, "batch": 64, "tasks": 4, "images": 50},
-    "cifar100": {"layers": 3, "steps": 1600},
-}
-PRESET = {"layers": 4, "width": 32, "steps": 2000, "batch": 128}
-
-
-@dataclass(frozen=True)
-class OneTask(Images):
-    """What is learned"""
-
-    data: str = "glyphs"
-    """glyphs, or the name of a TFDS image classification set"""
-    tasks: OpenCount = None
-    """scripts whose characters are the classes, of rendered characters (default: all)"""
-
-
-@dataclass(frozen=True)
-class Net(modular_options.Net):
-    """The network"""
-
-    bn: Literal["template", "task"] = "template"
-    """whose scale and bias: the block's, the layer's"""
-
-
-@dataclass(frozen=True)
-class Options:
-    stream: OneTask
-    net: Net
-    training: Training
-    place: Place
+from modular_options import Reuse as Options
 
 
 def parse(arguments: list[str] | None = None) -> Options:
-    options = line.parse(Options, __doc__, arguments)
-    return modular_options.completed(options, "modular-reuse", PRESETS, PRESET)
+    return modular_options.parse(Options, __doc__, arguments)
 
 
 if __name__ == "__main__":
@@ -71,7 +34,7 @@ from compo_jax import data, modular, report
 from compo_jax.modular import ModularNet, ReuseMethod, routes
 
 
-def orders(options: Net, classes: int) -> dict[str, tuple[ModularNet, np.ndarray | str]]:
+def orders(options: modular_options.Blocks, classes: int) -> dict[str, tuple[ModularNet, np.ndarray | str]]:
     """The network of each method and the order of its blocks: fixed, drawn at "random" or "learned"."""
     shape, blocks = {key: getattr(options, key) for key in ("width", "patch", "block", "bn")}, np.arange(options.layers)
     short = ModularNet((classes,), layers=len(blocks), templates=len(blocks), **shape)

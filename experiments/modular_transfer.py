@@ -11,72 +11,18 @@ report.html and a pool of templates and source tasks for each seed. A killed run
 a finished one may be given more seeds. The first takes a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import modular_options
-import options as line
 from job import closing, console
-from modular_options import Place, Tasks, Templates, Training
-from options import OPEN, Count, OpenCount, Rate, number
-
-PRESETS = {
-    "glyphs": {
-        "tasks": 5, "layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16, "budgets": (5, 0),
-        "new_steps": 80, "images": 50,
-    },
-    "cifar100": {"width": 16, "steps": 750, "batch": 16},
-}  # fmt: skip
-PRESET = {
-    "layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "budgets": (10, 100, 0), "new_steps": 150,
-}  # fmt: skip
-PARTS = ("head", "head+route", "head+bn", "head+bn+route", "all")  # those of modular.PARTS
-CONTROLS = ("head, random route", "head+route, new route", "head+route, untrained templates")
-METHODS = (*PARTS, "scratch", *CONTROLS)
-
-
-@dataclass(frozen=True)
-class NewTask:
-    """A new task"""
-
-    held_out: Count = 1
-    """tasks left out, drawn by the seed"""
-    budgets: Annotated[tuple[int, ...] | None, number(int, 0, many="*"), OPEN] = None
-    """labelled images of each class of a new task; 0 for all (default: the set's)"""
-    methods: Annotated[tuple[str, ...], line.names(METHODS)] = METHODS
-    """what of its network is trained; scratch and three controls beside"""
-    new_steps: OpenCount = None
-    """of its training (default: the set's)"""
-    new_batch: Count = 32
-    """images in a step of its training"""
-    new_learning_rate: Rate = 1e-2
-    """of its training"""
-    smoothing: Annotated[float, number(float, above=0, below=1)] = 0.3
-    """of the source's route, where a new one starts from it"""
-
-
-@dataclass(frozen=True)
-class Options:
-    stream: Tasks
-    net: Templates
-    training: Training
-    new: NewTask
-    place: Place
+from modular_options import CONTROLS
+from modular_options import Transfer as Options
 
 
 def parse(arguments: list[str] | None = None) -> Options:
-    options = line.parse(Options, __doc__, arguments)
-    if "head" not in options.new.methods:
-        raise ValueError("the other methods are held against head: name it among --methods, too")
-    if not {"head+route", "head+bn+route", "all"} & set(options.new.methods):
-        line.refuse(options.new, "where no method learns the source's route", "smoothing")
-    if 1 in (options.new.budgets or ()):
-        raise ValueError(
-            "--budgets are 2 or more, for the nearest source is told by two images of each class; 0 for all"
-        )
-    return modular_options.completed(options, "modular-transfer", PRESETS, PRESET)
+    return modular_options.parse(Options, __doc__, arguments)
 
 
 if __name__ == "__main__":
@@ -113,7 +59,7 @@ def few(task: data.Task, budget: int, seed: int) -> data.ArraySplit:
     return data.ArraySplit(task.train.images(rows), task.train.labels[rows])
 
 
-def check(options: NewTask, stream: data.TaskStream) -> None:
+def check(options: modular_options.NewTask, stream: data.TaskStream) -> None:
     """ValueError for what these tasks can't give."""
     if not 1 <= options.held_out <= len(stream.tasks) - 1:
         raise ValueError(f"{options.held_out} of {len(stream.tasks)} tasks can't be left out: one must stay at least")

@@ -28,7 +28,7 @@ def test_a_killed_multitask_run_that_is_given_more_seeds_ends_as_a_whole_one(tmp
     for name in "ab":
         done = run(*MULTITASK, "--seeds", 0, 1, "--runs", tmp_path, "--name", name, **job)
         both.append(results_of(done, tmp_path / name, modular.MultitaskResults))
-    first, second = both
+    first, _ = both
     assert comparable(tmp_path / "a") == comparable(tmp_path / "b")
     assert not list((tmp_path / "a" / "checkpoints").iterdir())
     timeless = []

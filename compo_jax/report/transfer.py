@@ -107,10 +107,11 @@ def differences(
     height = 0.7 + charts.lines_of(len(budgets)) * (0.4 + 0.28 * len(pairs))
     figure = charts.figure("Difference to the head alone, pair by pair", height)
     largest = max(100 * np.max(np.abs(values[np.isfinite(values)]), initial=0) for values in pairs.values())
+    look = lambda name: {**marks[name], "linestyle": "none", "markerfacecolor": marks[name]["color"]}
     for j, (axes, title) in enumerate(zip(charts.panels(figure, len(budgets), "points"), budgets, strict=True)):
         charts.reference(axes, "x", 0.0, linestyle="-")
         kinds = {
-            name: charts.Dots({name: 100 * values[j][np.isfinite(values[j])]}, {**marks[name], "linestyle": "none"})
+            name: charts.Dots({name: 100 * values[j][np.isfinite(values[j])]}, look(name))
             for name, values in pairs.items()
             if np.isfinite(values[j]).any()
         }
