@@ -19,6 +19,8 @@ from compo_jax.report.text import counted, decimal, middle, percent, spread
 
 Cells = Float[np.ndarray, "seeds targets"]
 
+HOLLOW = {"markerfacecolor": "none", "markeredgewidth": 1.2}
+
 
 class Group(NamedTuple):
     """What methods of a group adapt, in words, and how they are drawn."""
@@ -32,7 +34,7 @@ GROUPS = {
     "order": Group("order", {"color": COLOURS[0], "marker": "o"} | EDGE),
     "bn": Group("BN", {"color": COLOURS[1], "marker": "D"} | EDGE),
     "order+bn": Group("order + BN", {"color": COLOURS[2], "marker": "^"} | EDGE),
-    "oracle": Group("(labels)", {"color": COLOURS[5], "marker": "v", "markerfacecolor": "none"}),
+    "oracle": Group("(labels)", {"color": COLOURS[5], "marker": "v", **HOLLOW, "markeredgecolor": COLOURS[5]}),
 }
 UNLABELLED = [group for group in GROUPS if group != "oracle"]
 

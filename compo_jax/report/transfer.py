@@ -110,13 +110,10 @@ def differences(
     look = lambda name: {**marks[name], "linestyle": "none", "markerfacecolor": marks[name]["color"]}
     for j, (axes, title) in enumerate(zip(charts.panels(figure, len(budgets), "points"), budgets, strict=True)):
         charts.reference(axes, "x", 0.0, linestyle="-")
-        kinds = {
-            name: charts.Dots({name: 100 * values[j][np.isfinite(values[j])]}, look(name))
-            for name, values in pairs.items()
-            if np.isfinite(values[j]).any()
-        }
-        for name, dots in kinds.items():
-            charts.dots(axes, list(pairs), {name: dots}, length=24)
+        for name, values in pairs.items():
+            known = values[j][np.isfinite(values[j])]
+            if len(known):
+                charts.dots(axes, list(pairs), {name: charts.Dots({name: 100 * known}, look(name))}, length=24)
         axes.set_title(title)
         _points_axis(axes, largest)
     return figure
