@@ -7,10 +7,15 @@ import logging
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import filelock
+
+if TYPE_CHECKING:
+    import safetensors
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
@@ -84,14 +89,56 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
+def safetensors_file(path: Path) -> Iterator["safetensors.safe_open"]:
+    """The safetensors file `path`, open; nothing of it is read but its header.
+
+    FileNotFoundError where there is none; ValueError, with what to do, where it is another kind of file or isn't whole.
+    """
+    import safetensors
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint file {path}: check the path, or download the file first")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:  # looks at the whole header, and the file's size
+            yield file
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is {_foreign(path, error)}") from error
+
+
+JOIN = "join the arrays of all of them (safetensors.numpy.load_file gives a file's), for models.from_timm say"
+
+
+def _foreign(path: Path, error: Exception) -> str:
+    """What a file is that isn't read, and what to do."""
+    if path.name.endswith(".json"):
+        return f"no checkpoint but a list of the files that hold it: {JOIN}"
+    if path.suffix in (".npz", ".npy"):
+        return (
+            "a NumPy archive, as AugReg's checkpoints are, which isn't read: load it into timm's model "
+            "(timm.models.load_checkpoint) and write that with safetensors.torch.save_file(model.state_dict(), ...)"
+        )
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        return (
+            "a PyTorch pickle, which isn't read as it can run code. Convert it once, where PyTorch is: "
+            f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), "
+            f"{path.with_suffix('.safetensors').name!r})"
+        )
+    return (
+        f"no complete safetensors file ({error}): it may be a truncated download, a Git LFS pointer, or another "
+        "format; download it again"
+    )
+
+
+@contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A hidden path beside `path`, to write the new file to: it takes the place of the old one in the end, whole, or is
-    removed where an error is raised."""
+    """A hidden path beside `path`, to write the new file or folder to: it takes the place of the old one in the end,
+    whole, or is removed where an error is raised."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield aside
         os.replace(aside, path)
     finally:
+        shutil.rmtree(aside, ignore_errors=True)
         with contextlib.suppress(OSError):
             aside.unlink()
 

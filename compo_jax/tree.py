@@ -6,7 +6,7 @@ parameters are two such trees, and so is a weight delta, where None means "no ch
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,10 @@ def _is_none(leaf) -> bool:
     return leaf is None
 
 
+def _key_name(key) -> str:
+    return jax.tree_util.keystr((key,), simple=True)
+
+
 def path_name(path) -> str:
     """A key path as text: `("blocks", "attention", "qkv", "kernel")` is `blocks/attention/qkv/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -29,6 +33,47 @@ def path_name(path) -> str:
 def names(tree: Tree) -> list[str]:
     """The path of every leaf, in `jax.tree.leaves` order."""
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def by_name(tree: Tree) -> dict[str, Any]:
+    """The leaves by their paths."""
+    return dict(zip(names(tree), jax.tree.leaves(tree), strict=True))
+
+
+def place(values: Mapping[str, Any], like: Tree) -> Tree:
+    """The values at their paths in a tree shaped as `like`, None where there is none: the inverse of `by_name`."""
+    return map_with_name(lambda name, _: values.get(name), like)
+
+
+def nested(tree: Tree) -> dict[str, Any]:
+    """The leaves and None holes in plain dictionaries, one for each part of their paths: for files, which know no other
+    containers. Inverse: `regrown`."""
+    root: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none):
+        *stem, last = map(_key_name, path)
+        branch = root
+        for key in stem:
+            branch = branch.setdefault(key, {})
+        branch[last] = leaf
+    return root
+
+
+def regrown(values: Mapping[str, Any], like: Tree) -> Tree:
+    """What `values`, nested dictionaries, hold at the paths of the leaves of `like`, in its containers; None elsewhere.
+
+    ValueError, with the paths, where something in `values` is at none of them.
+    """
+
+    def at(path, _):
+        value = values
+        for key in map(_key_name, path):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    tree = jax.tree_util.tree_map_with_path(at, like)
+    if lost := sorted(set(names(values)) - set(names(tree))):
+        raise ValueError(f"there is no {', '.join(lost)} among {', '.join(names(like)) or 'nothing'}")
+    return tree
 
 
 def map_with_name(function: Callable, tree: Tree, *rest: Tree) -> Tree:
@@ -222,16 +267,30 @@ def require_finite(tree: Tree, what: str) -> None:
         )
 
 
+def mismatches(shapes: Mapping[str, tuple], expected: Mapping[str, tuple]) -> list[str]:
+    """A line each for the names that are missing, unexpected and mis-shaped; [] where all is as expected."""
+    lists = {
+        "missing": [name for name in expected if name not in shapes],
+        "unexpected": [f"{name} {shape}" for name, shape in shapes.items() if name not in expected],
+        "mis-shaped": [
+            f"{name} {shape} instead of {expected[name]}"
+            for name, shape in shapes.items()
+            if expected.get(name, shape) != shape
+        ],
+    }
+    return [f"{kind} ({len(entries)}): {', '.join(entries)}" for kind, entries in lists.items() if entries]
+
+
 def require_like(tree: Tree, like: Tree, what: str) -> None:
     """ValueError that lists every path where `tree` is not shaped as `like`; None in `tree` fits anything."""
     have = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)}
     want = {path_name(p): np.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(like)}
     holes = [path for path, leaf in have.items() if leaf is None]
-    found = {path: np.shape(leaf) for path, leaf in have.items() if leaf is not None}
+    shapes = {path: np.shape(leaf) for path, leaf in have.items() if leaf is not None}
     covered = {p for p in want for hole in holes if p == hole or p.startswith(f"{hole}/") or not hole}
-    problems = [f"{p} is missing" for p in want if p not in found and p not in covered]
-    problems += [f"{p} is unknown" for p in found if p not in want]
-    problems += [f"{p} is {found[p]} and should be {want[p]}" for p in want if p in found and found[p] != want[p]]
+    problems = [f"{p} is missing" for p in want if p not in shapes and p not in covered]
+    problems += [f"{p} is unknown" for p in shapes if p not in want]
+    problems += [f"{p} is {shapes[p]} and should be {want[p]}" for p in want if p in shapes and shapes[p] != want[p]]
     if problems:
         raise ValueError(f"{what} doesn't fit the parameters: {'; '.join(problems)}")
     try:

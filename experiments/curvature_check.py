@@ -192,12 +192,11 @@ def check_fisher(model, given: Problem, count: int, batches: Sequence[int], seed
             return x.reshape(-1, size, *x.shape[1:])
 
         squares = jax.lax.map(one, (grouped(frozen.images), grouped(frozen.labels)))
-        return jax.tree.map(lambda x: jnp.mean(x, axis=0), squares)
+        return curvature.as_curvature(jax.tree.map(lambda x: jnp.mean(x, axis=0), squares))
 
     def diagonal(frozen, size, **options):
         apply = partial(logits, frozen)
-        found = curvature.fisher_diagonal(apply, frozen.weights, frozen.images, chunk=size, **options)
-        return found.mean
+        return curvature.fisher_diagonal(apply, frozen.weights, frozen.images, chunk=size, **options)
 
     def factors(frozen, size, **options):
         apply = partial(logits, frozen)
@@ -220,24 +219,15 @@ def check_fisher(model, given: Problem, count: int, batches: Sequence[int], seed
         "EKFAC": corrected,
     }
 
-    def product(found, v):
-        return found.matvec(v) if hasattr(found, "matvec") else jax.tree.map(jnp.multiply, found, v)
-
-    def diagonal_of(found, like):
-        if not hasattr(found, "matvec"):
-            return found
-        by_name = found.diagonal()
-        return tree.map_with_name(lambda name, x: None if x is None else by_name[name], like)
-
     @jax.jit
     def exact_products(frozen, stacked):
         return jax.vmap(lambda v: curvature.ggnvp(partial(logits, frozen), frozen.weights, v, frozen.images))(stacked)
 
     @jax.jit
-    def compare(found, exact_diagonal, exact, stacked):
-        ours = jax.vmap(partial(product, found))(stacked)
+    def compare(estimate, reference, exact, stacked):
+        ours, exact_diagonal = jax.vmap(estimate.matvec)(stacked), reference.diagonal()
         dots = jax.vmap(tree.dot)
-        diagonal = diagonal_of(found, exact_diagonal)
+        diagonal = tree.place(tree.by_name(estimate.diagonal()), exact_diagonal)
         cosine = dots(ours, exact) / jnp.sqrt(dots(ours, ours) * dots(exact, exact))
         form, true = dots(stacked, ours), dots(stacked, exact)
         norm = jnp.sqrt(tree.dot(diagonal, diagonal) * tree.dot(exact_diagonal, exact_diagonal))

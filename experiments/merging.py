@@ -66,9 +66,10 @@ def with_curvature(run: incremental.FinishedRun, name: str, images: int, seed: i
     None where some was kept already)."""
     pool, kept = run.pools[name], ModulePool(run.folder / "merging" / "pools" / f"{name}-{images}-{seed}")
     settings = incremental.Settings(fisher_images=images, fisher_method="monte_carlo", eval_batch=images)
+    setup = incremental.Setup(run.model, run.base, run.stream, settings, seed)
     seconds = {}
     for kind in ("diagonal", "kronecker"):
-        fisher = task_fisher(run.model, run.stream, settings, PATTERNS, [kind])
+        fisher = task_fisher(setup, PATTERNS, [kind])
         clock, count = time.perf_counter(), 0
         for t, (module, task) in enumerate(zip(pool.names(), run.stream.tasks, strict=True)):
             if module not in kept:
@@ -123,7 +124,11 @@ def ingredients(run: incremental.FinishedRun, kept: ModulePool, head, images: in
 
 def alone(z, task, first: int, head) -> float:
     """A module's accuracy on its own task, which is known."""
-    return float(np.mean(incremental.predictions(z, head, first, len(task.classes))[1] == task.test.labels))
+    return float(
+        np.mean(
+            incremental.predictions(z @ head["kernel"] + head["bias"], first, len(task.classes))[1] == task.test.labels
+        )
+    )
 
 
 class Program(NamedTuple):
@@ -207,7 +212,7 @@ def merged_pool(
 
 def merged_run(run: incremental.FinishedRun, pools: dict[str, PoolMerges]) -> MergingRun:
     tasks, tested = zip(*((task.name, len(task.test)) for task in run.stream.tasks), strict=True)
-    return MergingRun(run.folder.name, run.config["seed"], list(tasks), np.array(tested), pools)
+    return MergingRun(run.folder.name, run.config["seed"], list(tasks), list(tested), pools)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -34,10 +34,10 @@ if __name__ == "__main__":
 import jax.numpy as jnp
 import modular_job
 import numpy as np
-from modular_job import Session, part, pool
+from modular_job import Session, part
 
 from compo_jax import data, modular, report
-from compo_jax.modular import ModularNet, Sources, Target, routes
+from compo_jax.modular import ModularNet, Network, Sources, Target, routes
 
 
 def open_domains(options: modular_options.Domains) -> data.TaskStream:
@@ -61,7 +61,8 @@ def sources(session: Session, net: ModularNet, target: data.Task, seed: int, fol
     tasks = others(session, target)
     trained, _ = modular_job.train(session, net, tasks, f"without {target.name}", seed, folder)
     accuracy = modular_job.accuracies(session, net, trained.variables, tasks)
-    modular_job.store_network(pool(session, f"{seed}-{target.name}"), net, trained.variables, tasks, accuracy, seed)
+    network = Network(net, trained.variables)
+    modular_job.store_network(session, f"{seed}-{target.name}", network, tasks, accuracy, seed)
     return Sources(accuracy)
 
 
@@ -82,11 +83,12 @@ def adaptation(net: ModularNet, stream: data.TaskStream, settings: modular.Setti
 def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Target:
     """All methods on one target, whose labels only the accuracies and the oracle see."""
     prepare, names = session.stream.prepare, [task.name for task in others(session, target)]
-    net, variables = modular_job.load_network(pool(session, f"{seed}-{target.name}"), len(names))
+    network = modular_job.load_network(session, f"{seed}-{target.name}", len(names))
+    net, variables = network
     score = modular.accuracies(net, prepare)(variables, [target.test] * len(names))
-    best = int(np.argmin(modular.source_objectives(net, prepare, variables, target, bn="target")))
+    best = int(np.argmin(modular.source_objectives(network, prepare, target, bn="target")))
     bound = int(np.argmax(score))
-    of_source = modular.source_objectives(net, prepare, variables, target)
+    of_source = modular.source_objectives(network, prepare, target)
     accuracy, objective = (
         {BASELINE: score[best], ORACLE: score[bound]},
         {BASELINE: of_source[best], ORACLE: of_source[bound]},
@@ -96,9 +98,9 @@ def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Tar
         start, route, bn, _ = METHODS[name]
         smoothing = 1e-6 if route == "fixed" else 0.05  # a route that is to be learned starts a little soft
         if start == "best":
-            one, begun = modular.one_source(net, variables, best, smoothing)
+            one, begun = modular.one_source(network, best, smoothing)
         else:
-            one, begun = modular.mean_source(net, variables, smoothing)
+            one, begun = modular.mean_source(network, smoothing)
         if name != MEAN:
             adapt = adaptation(one, session.stream, adapting(session), route, bn, session.options.training.runner)
             mixed = hard if route == "convex" else None

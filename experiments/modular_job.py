@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from compo_jax import data, modular
 from compo_jax.data import Task, TaskStream
-from compo_jax.modular import ModularNet, Settings, routes
+from compo_jax.modular import ModularNet, Network, Settings, routes
 from compo_jax.pool import ModulePool
 from compo_jax.report.table import Table
 from compo_jax.train import Run, jit_runner, once, open_run, pmap_runner, progress_bar, read_json, write_json
@@ -164,27 +164,21 @@ def accuracies(
     return modular.accuracies(net, session.stream.prepare)(variables, [task.test for task in tasks])
 
 
-def pool(session: Session, name: str) -> Path:
-    """The folder of the pool of one of the run's networks."""
-    return session.run.folder / "pools" / name
-
-
 def store_network(
-    folder: Path, net: ModularNet, variables: dict, tasks: Sequence[Task], accuracy: Sequence[float], seed: int
+    session: Session, name: str, network: Network, tasks: Sequence[Task], accuracy: Sequence[float], seed: int
 ) -> None:
-    """Puts a network's templates and its tasks into a pool."""
-    pool = ModulePool(folder)
-    modular.save_templates(pool, "templates", net, variables, seed=seed, overwrite=True)
+    """Puts a network's templates and its tasks into a pool of the run."""
+    pool = ModulePool(session.run.folder / "pools" / name)
+    modular.save_templates(pool, "templates", network, seed=seed, overwrite=True)
     for t, task in enumerate(tasks):
         modular.save_task(
-            pool, f"task-{t:03d}", net, variables, t,
+            pool, f"task-{t:03d}", network, t,
             task=task.name, classes=task.classes, metrics={"accuracy": float(accuracy[t])}, seed=seed, overwrite=True,
         )  # fmt: skip
 
 
-def load_network(folder: Path, tasks: int) -> tuple[ModularNet, dict]:
+def load_network(session: Session, name: str, tasks: int) -> Network:
     """The network put together again from its pool."""
-    pool = ModulePool(folder)
+    pool = ModulePool(session.run.folder / "pools" / name)
     shared = modular.load_templates(pool, "templates")
-    parts = [modular.load_task(pool, f"task-{t:03d}", shared) for t in range(tasks)]
-    return functools.reduce(lambda joined, part: modular.add_task(*joined, *part), parts)
+    return functools.reduce(modular.add_task, [modular.load_task(pool, f"task-{t:03d}", shared) for t in range(tasks)])

@@ -28,10 +28,10 @@ if __name__ == "__main__":
 import jax
 import modular_job
 import numpy as np
-from modular_job import Session, part, pool
+from modular_job import Session, part
 
 from compo_jax import data, modular, report
-from compo_jax.modular import ModularNet, MultitaskMethod, routes
+from compo_jax.modular import ModularNet, MultitaskMethod, Network, routes
 
 
 def networks(options: modular_options.Nets, classes: tuple[int, ...]) -> tuple[dict[str, ModularNet], list[str]]:
@@ -77,7 +77,8 @@ def learned(session: Session, net: ModularNet, name: str, seed: int, folder: Pat
     trained, seconds = modular_job.train(session, net, tasks, name, seed, folder)
     train, test = [task.train for task in tasks], [task.test for task in tasks]
     gap = session.learner(net, session.settings).gap(trained, train, seed, test)
-    modular_job.store_network(pool(session, f"{name}-{seed}"), net, trained.variables, tasks, gap.finetuned, seed)
+    network = Network(net, trained.variables)
+    modular_job.store_network(session, f"{name}-{seed}", network, tasks, gap.finetuned, seed)
     lines = [line for line in session.run.log.records() if (line["run"], line["task"]) == (name, f"seed {seed}")]
     curves = modular.Curves(*([line[key] for line in lines] for key in modular.Curves._fields))
     params = trained.variables["params"]
@@ -96,15 +97,16 @@ def analysed(session: Session, name: str, method: MultitaskMethod, templates: in
         return modular.OrderAnalysis(name, random, None, None, None)
 
     def removed(_):
-        net, variables = modular_job.load_network(pool(session, f"{name}-{seed}"), len(tasks))
+        net, variables = modular_job.load_network(session, f"{name}-{seed}", len(tasks))
         few = [some(task.test, images) for task in tasks]
         accuracies = modular.accuracies(net, session.stream.prepare)
         score = lambda logits: accuracies(modular.set_route(variables, logits), few)
         return modular.analysis.removal(score, variables["params"]["route"], jax.random.key(seed))
 
     def rerouted(_):
-        net, variables = modular_job.load_network(pool(session, f"{name}-{seed}"), len(tasks))
-        return modular.rerouting(net, variables, session.stream.prepare, some(tasks[0].train, 256), 0, net.layers // 2)
+        network = modular_job.load_network(session, f"{name}-{seed}", len(tasks))
+        few, layer = some(tasks[0].train, 256), network.net.layers // 2
+        return modular.rerouting(network, session.stream.prepare, few, 0, layer)
 
     removal = part(session, f"{seed}-removal", modular.analysis.Removal, removed)
     rerouting = part(session, f"{seed}-bridge", modular.Rerouting, rerouted)

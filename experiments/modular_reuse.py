@@ -28,10 +28,10 @@ if __name__ == "__main__":
 
 import modular_job
 import numpy as np
-from modular_job import Session, part, pool
+from modular_job import Session, part
 
 from compo_jax import data, modular, report
-from compo_jax.modular import ModularNet, ReuseMethod, routes
+from compo_jax.modular import ModularNet, Network, ReuseMethod, routes
 
 
 def orders(options: modular_options.Blocks, classes: int) -> dict[str, tuple[ModularNet, np.ndarray | str]]:
@@ -67,7 +67,8 @@ def measured(
     params = trained.variables["params"]
     if learns:
         gap = session.learner(net, session.settings).gap(trained, [task.train], seed, [task.test])
-        modular_job.store_network(pool(session, f"learned-{seed}"), net, trained.variables, [task], [accuracy], seed)
+        network = Network(net, trained.variables)
+        modular_job.store_network(session, f"learned-{seed}", network, [task], [accuracy], seed)
     costs = modular.parameters(params, route=learns), modular.macs(net, session.size)
     return ReuseMethod(accuracy, of_train, *costs, seconds, net.templates, routes.indices(params["route"])[0], gap)
 

@@ -31,10 +31,10 @@ if __name__ == "__main__":
 import jax
 import modular_job
 import numpy as np
-from modular_job import Session, part, pool
+from modular_job import Session, part
 
 from compo_jax import data, modular, report, tree
-from compo_jax.modular import ModularNet, NewTasks, Sources, TransferMethod, routes
+from compo_jax.modular import ModularNet, Network, NewTasks, Sources, TransferMethod, routes
 
 
 class Division(NamedTuple):
@@ -78,38 +78,39 @@ def templates(session: Session, division: Division, folder: Path) -> Sources:
     net = ModularNet(tuple(len(task.classes) for task in tasks), **vars(session.options.net))
     trained, _ = modular_job.train(session, net, tasks, "sources", seed, folder)
     accuracy = modular_job.accuracies(session, net, trained.variables, tasks)
-    modular_job.store_network(pool(session, str(seed)), net, trained.variables, tasks, accuracy, seed)
+    modular_job.store_network(session, str(seed), Network(net, trained.variables), tasks, accuracy, seed)
     return Sources(accuracy)
 
 
 # -- the tasks left out ------------------------------------------------------------------------------------------------
-def start(options: Options, method: str, net: ModularNet, variables: dict, source: int, classes: int, key):
-    """(network, variables) that a method starts a new task from."""
+def start(options: Options, method: str, network: Network, source: int, classes: int, key) -> Network:
+    """What a method starts a new task from."""
     if method in ("scratch", "head+route, untrained templates"):
-        alone = net.clone(classes=(classes,))
+        alone, seed = network.net.clone(classes=(classes,)), int(jax.random.randint(key, (), 0, 2**30))
         order = np.arange(options.net.layers) % options.net.templates if method == "scratch" else None
-        return alone, modular_job.initial(alone, options.stream.size, int(jax.random.randint(key, (), 0, 2**30)), order)
+        return Network(alone, modular_job.initial(alone, options.stream.size, seed, order))
     if method == "head+route, new route":
-        return modular.new_task(net, variables, key, classes)
-    one, begun = modular.new_task(net, variables, key, classes, like=source)
+        return modular.new_task(network, key, classes)
+    one, begun = modular.new_task(network, key, classes, like=source)
     chosen = routes.hard(begun["params"]["route"])
+    logits = routes.to_logits(chosen, options.new.smoothing)
     if method == "head, random route":
-        return one, modular.set_route(begun, routes.random(key, chosen.shape[:-1], options.net.templates))
-    return one, modular.set_route(begun, routes.to_logits(chosen, options.new.smoothing))
+        logits = routes.random(key, chosen.shape[:-1], options.net.templates)
+    return Network(one, modular.set_route(begun, logits))
 
 
 def learned(session: Session, division: Division, budget: int, folder: Path) -> NewTasks:
     """Every method on every task left out, from this many labelled images of each class."""
     options, seed = session.options, division.seed
-    net, variables = modular_job.load_network(pool(session, str(seed)), len(division.sources))
+    network = modular_job.load_network(session, str(seed), len(division.sources))
     accuracy, chosen = {name: [] for name in options.new.methods}, []
     for h, task in enumerate(division.new):
         split, key = few(task, budget, seed), jax.random.fold_in(jax.random.key(seed), h)
-        source = modular.nearest_source(net, variables, session.stream.prepare, split)
+        source = modular.nearest_source(network, session.stream.prepare, split)
         chosen.append(division.sources[source].name)
         about = f"{task.name}, {budget or 'all'} labels, seed {seed}"
         for method in options.new.methods:
-            one, begun = start(options, method, net, variables, source, len(task.classes), key)
+            one, begun = start(options, method, network, source, len(task.classes), key)
             fixed = {"phases": modular_job.FIXED} if method == "scratch" else {}
             learner = session.learner(one, new_training(session)._replace(**fixed), part_of(method))
             trained = learner.train(begun, [split], seed, **session.logged(method, about)).variables

@@ -28,7 +28,6 @@ parser.add_argument("--data-dir", type=job.path, help="where the runs' TFDS set 
 if __name__ == "__main__":
     closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
-import numpy as np
 
 from compo_jax import incremental, report
 from compo_jax.incremental.unlearning_results import PoolSkills, RunSkills, UnlearningResults
@@ -40,27 +39,11 @@ def measure(run: incremental.FinishedRun, name: str) -> PoolSkills:
     pool, tasks = run.pools[name], len(run.stream.tasks)
     names = pool.names()
     test = incremental.evaluator(incremental.features(run.model, run.stream, 256), run.stream)
-
-    def known(kept, weights=None, reached=None):
-        """With the deltas of `reached`, and of the heads' training what belongs to `kept`."""
-        without = [other for other in names if other not in kept]
-        head = incremental.pool_head(pool, names, run.head, without=without)
-        params = pool.compose(run.base, kept if reached is None else reached, weights)
-        return test(params, head, tasks).incremental
-
-    def others(t):
-        return [*names[:t], *names[t + 1 :]]
-
-    def less(t):
-        """The mean of the others, less the share that the module had."""
-        return [-1 / tasks if s == t else 1 / (tasks - 1) for s in range(tasks)]
-
+    head = incremental.pool_head(pool, names, run.head)
     return PoolSkills(
         frozen=test(run.base, run.head, tasks).incremental,
-        composed=known(names),
-        specialise=np.array([known([name]) for name in names]),
-        unlearn=np.array([known(others(t)) for t in range(tasks)]),
-        subtract=np.array([known(others(t), less(t), names) for t in range(tasks)]),
+        composed=test(pool.compose(run.base), head, tasks).incremental,
+        **{way: incremental.skills(way, pool, run.base, run.head, test) for way in incremental.WEIGHTINGS},
     )
 
 
@@ -79,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
             pools[name] = measure(run, name)
             console.print(f"{run.folder.name}: {name}")
         tasks, tested = zip(*((task.name, len(task.test)) for task in run.stream.tasks), strict=True)
-        measured.append(RunSkills(run.folder.name, run.config["seed"], list(tasks), np.array(tested), pools))
+        measured.append(RunSkills(run.folder.name, run.config["seed"], list(tasks), list(tested), pools))
     seconds = time.perf_counter() - began
     results = UnlearningResults("unlearning", runs[0].stream.name, runs[0].backbone, measured, seconds)
     folder = folders[0] / "unlearning"

@@ -311,7 +311,7 @@ def test_a_module_of_another_base_is_refused_by_name(kind):
     act = [lambda: adapter.delta(module, base)]
     if kind != "full":
         act.append(lambda: adapters.adapted(nn.Dense(4), adapter)(base["a"], module["a"], jnp.ones((2, 3))))
-        act.append(lambda: adapters.weighted_sum([module], base, [1.0]))
+        act.append(lambda: adapter.sum([module], base, [1.0]))
     for one in act:
         with pytest.raises(ValueError, match=r"the module doesn't fit .*kernel is \(3, "):
             one()

@@ -76,9 +76,9 @@ def close(kind, found, expected, base, tolerance=1e-12):
 def test_a_multiple_of_a_module(kind, factor):
     with X64(True):
         base, own = weights(), module(kind, 1)
-        scaled = jax.jit(adapters.scale)(own, base, factor)
+        scaled = jax.jit(KINDS[kind].scale)(own, base, factor)
         close(kind, scaled, {name: factor * x for name, x in dense(kind, own, base).items()}, base)
-        twice = adapters.scale(adapters.scale(own, base, -1), base, -1)
+        twice = KINDS[kind].scale(KINDS[kind].scale(own, base, -1), base, -1)
         close(kind, twice, dense(kind, own, base), base)
 
 
@@ -87,7 +87,7 @@ def test_a_sum_of_modules_is_exact(kind):
     with X64(True):
         base, own = weights(), [module(kind, seed) for seed in range(3)]
         factors = [0.5, -1.5, 2.0]
-        total = adapters.weighted_sum(iter(own), base, factors)
+        total = KINDS[kind].sum(iter(own), base, factors)
         deltas = [dense(kind, m, base) for m in own]
         expected = {k: sum(w * d[k] for w, d in zip(factors, deltas, strict=True)) for k in deltas[0]}
         close(kind, total, expected, base)
@@ -100,7 +100,7 @@ def test_ranks_add_up_and_a_module_may_leave_leaves_out():
     with X64(True):
         base = weights()
         first, second = lora(1, 2), lora(2, 1, names=("fc1",))
-        total = adapters.weighted_sum([first, second], base, [1, 2])
+        total = KINDS["lora"].sum([first, second], base, [1, 2])
         assert total["fc1"]["kernel"]["a"].shape == (8, 3)
         assert total["qkv"]["kernel"]["b"].shape == (3, 6, 24)
         assert total["fc1"]["bias"] is None
@@ -134,7 +134,7 @@ def test_recompression_is_the_best_of_its_rank_and_says_its_error(kind, rank):
 def test_recompression_of_a_sum_loses_nothing_where_the_rank_suffices():
     with X64(True):
         base, own = weights(), [lora(1, 1), lora(2, 1)]
-        total = adapters.weighted_sum([*own, own[0]], base, [1, 1, -0.5])
+        total = KINDS["lora"].sum([*own, own[0]], base, [1, 1, -0.5])
         found = adapters.recompress(total, base, 2, (("qkv/kernel", 3), "fc1/kernel"))
         assert found.module["qkv"]["kernel"]["a"].shape == (3, 8, 6)
         assert found.error < 1e-14
@@ -235,7 +235,7 @@ def test_a_module_of_factors_and_full_deltas_is_scaled_summed_and_run():
         adapter = adapters.lora(2, "kernel")
         mixed = adapters.recompress(delta, base, 2).module
         change = adapter.delta(mixed, base)
-        total = adapters.weighted_sum([mixed, adapters.scale(mixed, base, -0.25)], base, [1.0, 2.0])
+        total = adapter.sum([mixed, adapter.scale(mixed, base, -0.25)], base, [1.0, 2.0])
         for a, b in zip(*map(jax.tree.leaves, (adapter.delta(total, base), change)), strict=True):
             np.testing.assert_allclose(a, 0.5 * b, rtol=1e-12, atol=1e-12)
         found = adapters.adapted(model, adapter)(base, mixed, x)
@@ -264,7 +264,7 @@ def test_kernels_with_heads_are_no_stack_to_recompression():
 def test_sums_of_16_bit_modules_are_rounded_once(kind, dtype):
     base, terms, share = weights(), 64, 1 / 64
     own = jax.tree.map(lambda x: jnp.asarray(1 + 0.01 * x, dtype), module(kind, 1))
-    total = adapters.weighted_sum([own] * terms, base, [share] * terms)
+    total = KINDS[kind].sum([own] * terms, base, [share] * terms)
     exact = dense(kind, jax.tree.map(lambda x: np.asarray(x, np.float64), own), base)
     found = dense(kind, jax.tree.map(lambda x: np.asarray(x, np.float64), total), base)
     assert {leaf.dtype for leaf in jax.tree.leaves(total)} == {jnp.dtype(dtype)}
@@ -286,10 +286,10 @@ def damaged(tree_, value):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_is_told_and_passes_on_purpose_only(value):
-    base, own = weights(), module("full", 1)
+    base, own, full = weights(), module("full", 1), KINDS["full"]
     bad = damaged(own, value)
     acts = {
-        "module 1": lambda **k: adapters.weighted_sum([own, bad], base, [1, 1], **k),
+        "module 1": lambda **k: full.sum([own, bad], base, [1, 1], **k),
         "the module": lambda **k: adapters.recompress(bad, base, 1, stacked="^qkv/", **k),
         "the delta": lambda **k: adapters.fuse(base, bad, **k),
     }
@@ -301,35 +301,37 @@ def test_what_is_not_finite_is_told_and_passes_on_purpose_only(value):
     assert np.isfinite(acts["the module"](check_finite=False).module["qkv"]["kernel"]["a"]).all()
     for factor in (value, -value, jnp.asarray(value)):
         with pytest.raises(ValueError, match="a module's weight is one finite number"):
-            adapters.scale(own, base, factor)
+            full.scale(own, base, factor)
         with pytest.raises(ValueError, match="a module's weight is one finite number"):
-            adapters.weighted_sum([own], base, [factor])
-    jax.eval_shape(lambda: adapters.weighted_sum([bad, bad], base, [1.0, 1.0], check_finite=False))
-    jax.jit(lambda: adapters.scale(own, base, 0.5))()  # arrays that a traced function closes over
-    jax.eval_shape(lambda: adapters.weighted_sum([own], base, [0.5]))
+            full.sum([own], base, [factor])
+    jax.eval_shape(lambda: full.sum([bad, bad], base, [1.0, 1.0], check_finite=False))
+    jax.jit(lambda: full.scale(own, base, 0.5))()  # arrays that a traced function closes over
+    jax.eval_shape(lambda: full.sum([own], base, [0.5]))
     with pytest.raises(ValueError, match="module 0 holds NaN"):
-        jax.eval_shape(lambda: adapters.weighted_sum([bad], base, [0.5]))
+        jax.eval_shape(lambda: full.sum([bad], base, [0.5]))
 
 
 def test_bad_input():
-    base = weights()
+    base, total = weights(), KINDS["lora"].sum
     with pytest.raises(ValueError, match="the module's tree isn't the base's"):
-        adapters.scale({"fc1": lora(1, 1)["fc1"]}, base, 2)
+        KINDS["lora"].scale({"fc1": lora(1, 1)["fc1"]}, base, 2)
     with pytest.raises(ValueError, match="at least one module"):
-        adapters.weighted_sum([], base, [])
+        total([], base, [])
     with pytest.raises(ValueError, match="one weight for each module: 2 were given for 1"):
-        adapters.weighted_sum([lora(1, 1)], base, [1, 2])
+        total([lora(1, 1)], base, [1, 2])
+    with pytest.raises(ValueError, match=r"entries for fc1/kernel, qkv/kernel aren't those of lora .* or arrays: take"):
+        total([lora(1, 1), module("ia3", 1)], base, [1, 1])
     with pytest.raises(
-        ValueError, match="fc1/kernel is adapted by modules of the kinds ia3 and lora.*add their deltas"
+        ValueError, match="fc1/kernel is adapted by modules of the kinds arrays and lora.*add their"
     ):
-        adapters.weighted_sum([lora(1, 1), module("ia3", 1)], base, [1, 1])
+        total([lora(1, 1), module("full", 1)], base, [1, 1])
     with pytest.raises(ValueError, match="1 are fewer than the modules"):
-        adapters.weighted_sum([lora(1, 1)] * 2, base, [1])
+        total([lora(1, 1)] * 2, base, [1])
     with pytest.raises(ValueError, match="others='skip' is not among keep, drop"):
         inspect.unwrap(adapters.recompress)(lora(1, 1), base, 1, others="skip")
     with pytest.raises(ValueError, match="at least 1, not 0"):
         adapters.recompress(lora(1, 1), base, 0)
-    with pytest.raises(ValueError, match=r"is \(IA\)³'s, which has no rank"):
+    with pytest.raises(ValueError, match="aren't those of lora"):
         adapters.recompress(module("ia3", 1), base, 1)
     vectors = tree.map_with_name(lambda name, x: x if x.ndim == 1 else None, base)
     with pytest.raises(ValueError, match="changes no matrices but .* alone.*adapters.full"):

@@ -464,7 +464,7 @@ def test_composing_moves_each_module_once_and_the_base_twice(tasks):
     modules = [adapter.init(jax.random.key(t), weights) for t in range(tasks)]
 
     def summed(base, modules):
-        return tree.add(base, adapter.delta(adapters.weighted_sum(modules, base, [1 / tasks] * tasks), base))
+        return tree.add(base, adapter.delta(adapter.sum(modules, base, [1 / tasks] * tasks), base))
 
     if tasks > 2:  # the product of the factors is written once and read once, whatever their number
         assert moved(summed, modules) <= tasks + 2

@@ -1,4 +1,5 @@
-"""Paths that are no files of this machine, `~` wherever a path is taken, and locks that end with their process."""
+"""Paths that are no files of this machine, `~` wherever a path is taken, locks that end with their process, and files
+and folders that are replaced whole."""
 
 import contextlib
 import errno
@@ -153,3 +154,20 @@ def test_a_file_system_without_locks_is_said_so(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"the file system of .*lock has no locks \(Function not implemented\)"):
         files.lock(tmp_path / "lock")
     assert not files._held
+
+
+def test_a_folder_that_fails_half_way_leaves_nothing(tmp_path):
+    target = tmp_path / "out"
+
+    def write(text):
+        with files.replaced(target) as aside:
+            aside.mkdir()
+            (aside / "part").write_text(text)
+            if text == "half":
+                raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write("half")
+    assert not list(tmp_path.iterdir())
+    write("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (target / "part").read_text() == "whole"

@@ -66,6 +66,19 @@ def defines(node, name):
     return isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
 
 
+#: Rooms whose files are told apart from what they export.
+TOLD_APART = ("adapters", "compose", "curvature", "pool")
+
+
+@pytest.mark.parametrize("room", TOLD_APART)
+def test_no_file_is_called_what_its_room_exports(room):
+    folder = ROOT / "compo_jax" / room
+    face = ast.parse((folder / "__init__.py").read_text())
+    exported = {alias.asname for node in face.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    exported |= {node.name for node in face.body if isinstance(node, ast.FunctionDef)}
+    assert exported and not exported & {path.stem for path in folder.glob("*.py")}
+
+
 def test_the_face_names_every_room():
     rooms = FLOORS.keys() - {"__init__"}
     assert {path.relative_to(ROOT / "compo_jax").parts[0].removesuffix(".py") for path in FILES} == FLOORS.keys()

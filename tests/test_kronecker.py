@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from compo_jax import tree
 from compo_jax.curvature import fisher_diagonal, ggnvp
-from compo_jax.curvature.kronecker import eigenvalue_corrected, kronecker, merge_kronecker
+from compo_jax.curvature.kfac import eigenvalue_corrected, kronecker, merge_kronecker
 from compo_jax.curvature.layers import tap
 from compo_jax.models import ViT
 

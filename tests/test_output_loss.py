@@ -190,6 +190,15 @@ def test_ignored_tokens_take_no_part_and_images_without_others_are_not_counted()
             found = fisher_diagonal(apply, params, x, labels=labels, ignore=-1, method=method, tolerance=0.0)
             assert found.count == 5
             close(found.total, jax.tree.map(jnp.add, shorter, whole))
+        batches = [(x[:2], labels[:2]), (x[2:3], labels[2:3]), (x[3:], labels[3:])]  # of the second nothing takes part
+        operator = ggn(apply, params, batches, ignore=-1)
+        assert operator.count == 5
+        close(operator.diagonal(), found.mean)
+        close(ggnvp(apply, params, params, x, labels, ignore=-1), operator(params))
+        with pytest.raises(ValueError, match="ignore=-1 is one of the labels: give labels after the inputs"):
+            ggnvp(apply, params, params, x, ignore=-1)
+        with pytest.raises(ValueError, match="ignore=-1 is for softmax_loss"):
+            ggnvp(apply, params, params, x, labels, ignore=-1, output_loss=lambda z, y: jnp.mean(z))
 
 
 BAD = [

@@ -191,7 +191,7 @@ def test_unknown_names_list_the_known(pool, base):
         ({"x": np.array([object()])}, {}, "object.* at /x"),
         ({"a/b": np.ones(1)}, {}, "key 'a/b'"),
         ({0: np.ones(1)}, {}, "key 0 in /"),
-        (adapters.lora(), {}, "to_state_dict"),
+        (adapters.lora(), {}, "tree.nested"),
         ({}, {}, "no array in part 'module'"),
         ({"a": None}, {}, "no array"),
         (None, {}, "no array"),

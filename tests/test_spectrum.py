@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from compo_jax.curvature.spectrum import density, diagonal, frobenius_norm, spectrum, top_eigenvalues, trace
+from compo_jax.curvature.lanczos import density, diagonal, frobenius_norm, spectrum, top_eigenvalues, trace
 
 X64 = jax.enable_x64
 KEY = jax.random.key(0)

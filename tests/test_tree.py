@@ -1,3 +1,5 @@
+"""Pytree algebra: holes, paths, sums, other containers, and what is wrong with a tree."""
+
 import weakref
 
 import jax
@@ -157,3 +159,30 @@ def test_integers_move_by_whole_traced_scales_and_by_no_nan():
     for scale in (np.nan, np.inf, 0.5, jnp.float32(0.5)):
         with pytest.raises(ValueError, match="n is of type int32 and can't move by a fraction"):
             tree.add(counts, counts, scale)
+
+
+def test_leaves_by_name_are_placed_again():
+    holed = {"block": {"qkv": {"kernel": jnp.ones((2, 3)), "bias": None}}, "head": [jnp.arange(4.0)]}
+    values = tree.by_name(holed)
+    assert list(values) == ["block/qkv/kernel", "head/0"]
+    back = tree.place(values, PARAMS)
+    assert jax.tree.structure(back) == jax.tree.structure(holed)
+    assert back["head"][0] is holed["head"][0]
+
+
+def test_other_containers_go_into_dictionaries_and_come_back():
+    tracked = [(jnp.ones(2), {"bias": None}), jnp.zeros(3)]
+    plain = tree.nested(tracked)
+    assert plain.keys() == {"0", "1"} and plain["0"]["1"] == {"bias": None}
+    like = [(jnp.ones(2), {"bias": jnp.ones(1)}), jnp.zeros(3)]
+    assert jax.tree.structure(tree.regrown(plain, like)) == jax.tree.structure(tracked)
+    entries = {"0": {"0": {"a": jnp.ones(1)}}}  # in the place of a leaf, whatever there is
+    assert tree.regrown(entries, like)[0][0] == entries["0"]["0"]
+    with pytest.raises(ValueError, match="there is no 0/2, x among 0/0, 0/1/bias, 1"):
+        tree.regrown({"x": jnp.ones(1), "0": {"2": jnp.ones(1)}}, like)
+
+
+def test_mismatches_are_listed_by_kind():
+    lines = tree.mismatches({"a": (2,), "b": (3,), "d": (1,)}, {"a": (2,), "b": (4,), "c": (5,)})
+    assert lines == ["missing (1): c", "unexpected (1): d (1,)", "mis-shaped (1): b (3,) instead of (4,)"]
+    assert not tree.mismatches({"a": (2,)}, {"a": (2,)})

@@ -1,8 +1,8 @@
 """What an adapter is: a way to say a change of some weights with few numbers."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,31 +21,95 @@ VIT_TARGETS = ((r"qkv/kernel$", 3), (r"(proj|fc1|fc2)/kernel$", 1))
 STACKED = (r"(^|/)blocks/(?!\d+/)",)
 
 
+@runtime_checkable
+class Init(Protocol):
+    """Where training begins."""
+
+    def __call__(self, key: jax.Array, base: Tree) -> Tree:
+        """The module: shaped as `base`, with None where nothing is adapted and the adapter's numbers in place of an
+        adapted leaf; an array of the leaf's shape is a full delta of it."""
+        ...
+
+
+@runtime_checkable
+class Delta(Protocol):
+    """What a module changes."""
+
+    def __call__(self, module: Tree, base: Tree) -> Tree:
+        """A tree shaped as `base`, None where nothing changes; the adapted model is `base + delta`."""
+        ...
+
+
+@runtime_checkable
+class Dense(Protocol):
+    """The short cut through a dense layer."""
+
+    def __call__(self, x: jax.Array, y: jax.Array, entry: Tree, bias: jax.Array | None) -> jax.Array:
+        """The adapted output of a layer with input `x`, frozen output `y` and frozen `bias` (None where it has none;
+        `y` includes it), by the module's `entry` for its kernel, without ever forming the delta."""
+        ...
+
+
+@runtime_checkable
+class Scale(Protocol):
+    """Multiples of modules."""
+
+    def __call__(self, module: Tree, base: Tree, factor: int | float | jax.Array) -> Tree:
+        """The module whose delta is `factor` times that of `module`: -1 negates it. `base` gives the structure alone.
+
+        ValueError where the module isn't shaped as the base, or the factor is no finite number."""
+        ...
+
+
+@runtime_checkable
+class Sum(Protocol):
+    """Sums of modules."""
+
+    def __call__(
+        self,
+        modules: Iterable[Tree],
+        base: Tree,
+        weights: Iterable[int | float | jax.Array],
+        *,
+        check_finite: bool = True,
+    ) -> Tree:
+        """The module whose delta is `Σ_t weights[t] delta_t`, exactly; `modules` are read one after another. A leaf
+        that some don't adapt counts as zero there.
+
+        ValueError for no modules, other numbers of weights than modules, weights that are no finite numbers, modules of
+        another adapter, and one that holds NaN or infinities, unless `check_finite` is False."""
+        ...
+
+
 class Adapter(NamedTuple):
-    """Two pure functions, and what it takes to make them again.
+    """A way to say a change of some weights with few numbers: pure functions, and what it takes to make them again.
+
+    For an adapter of your own give at least `init` and `delta`, and what else is wanted of it; with a `name`, and
+    `adapters.register`, pools store its modules.
 
     Attributes:
-      init: `(key, base) -> module`, the trainable tree: shaped as `base`, with None where nothing is adapted and the
-        adapter's own numbers in place of an adapted leaf; an array of the leaf's shape is a full delta of it.
-      delta: `(module, base) -> tree` shaped as `base`, None where nothing changes; the adapted model is `base + delta`.
-      dense: `(x, y, entry, bias) -> y`, the output of a dense layer with input `x`, frozen output `y` and frozen
-        `bias` (None where it has none; `y` includes it), adapted by the module's `entry` for its kernel, without ever
-        forming the delta; None where there is no such short cut.
+      init: `(key, base) -> module`.
+      delta: `(module, base) -> delta`.
+      dense: `(x, y, entry, bias) -> y`, for the fast path of Linen models; None where there is no such short cut.
+      scale: `(module, base, factor) -> module`.
+      sum: `(modules, base, weights) -> module`.
       name, settings: `adapters.build(name, settings)` returns this adapter.
-      mixed: whether `delta` takes full deltas, arrays of the leaves' shapes, among its own entries.
+      mixed: whether a module may hold full deltas, arrays of the leaves' shapes, among the adapter's own entries.
     """
 
-    init: Callable[[jax.Array, Tree], Tree]
-    delta: Callable[[Tree, Tree], Tree]
-    dense: Callable[[jax.Array, jax.Array, Tree, jax.Array | None], jax.Array] | None = None
+    init: Init
+    delta: Delta
+    dense: Dense | None = None
+    scale: Scale | None = None
+    sum: Sum | None = None
     name: str = ""
     settings: dict[str, Any] = {}
     mixed: bool = False
 
 
-def patterns(given: str | Iterable[str]) -> tuple[str, ...]:
+def patterns(expressions: str | Iterable[str]) -> tuple[str, ...]:
     """One or several regular expressions as a tuple; ValueError for one that is none."""
-    listed = (given,) if isinstance(given, str) else tuple(given)
+    listed = (expressions,) if isinstance(expressions, str) else tuple(expressions)
     for pattern in listed:
         try:
             re.compile(pattern)
@@ -79,11 +143,11 @@ def rules(targets: Targets) -> tuple[tuple[str, int], ...]:
 def select(base: Tree, targets: Targets) -> Tree:
     """The adapted leaves of `base`, with None holes; ValueError where a pattern matches no leaf, or one that isn't of
     floating-point numbers."""
-    found = tree.names(base)
+    names = tree.names(base)
     for pattern, _ in rules(targets):
-        if not any(re.search(pattern, name) for name in found):
+        if not any(re.search(pattern, name) for name in names):
             raise ValueError(
-                f"the adapter's pattern {pattern!r} matches no parameter; the parameters are: {', '.join(found)}"
+                f"the adapter's pattern {pattern!r} matches no parameter; the parameters are: {', '.join(names)}"
             )
     chosen = tree.partition(base, [pattern for pattern, _ in rules(targets)])[0]
     for name, leaf in zip(tree.names(chosen), jax.tree.leaves(chosen), strict=True):
@@ -119,56 +183,13 @@ def require_matrix(name: str, leaf: Any, what: str, stacked: str | Sequence[str]
 
 
 def alike(module: Tree, base: Tree) -> Tree:
-    """`module` in the container of `base`, where one of them is a FrozenDict and the other a dict."""
-    if isinstance(module, dict) and hasattr(base, "unfreeze"):  # asked so, this needs no Flax
-        return type(base)(module)
-    unfreeze = getattr(module, "unfreeze", None)
-    return unfreeze() if unfreeze and isinstance(base, dict) else module
+    """`module` in the containers of `base`, where one of them is a dict, as it comes out of a pool, and the other not.
 
-
-def kind(entry: Tree) -> str:
-    """What a module holds for one leaf: `lora` ({"a", "b"}), `ia3` ({"l"}), `full` (an array), or `unknown`."""
-    if not isinstance(entry, dict):
-        return "full"
-    return {("a", "b"): "lora", ("l",): "ia3"}.get(tuple(sorted(entry)), "unknown")
-
-
-def _fits(entry: Tree, shape: tuple[int, ...]) -> bool:
-    """Whether an entry is of a leaf of this shape."""
-    if kind(entry) == "full":
-        return np.shape(entry) == shape
-    if len(shape) < 2:
-        return False
-    *stack, fan_in, fan_out = shape
-    if kind(entry) == "ia3":
-        return np.shape(entry["l"]) == (*stack, fan_out)
-    a, b = np.shape(entry["a"]), np.shape(entry["b"])
-    return a == (*stack, fan_in, *a[-1:]) and b == (*stack, *a[-1:], fan_out)
-
-
-def entries(module: Tree, base: Tree, kinds: Sequence[str] = ("full", "ia3", "lora")) -> dict[str, Tree]:
-    """What the module holds for each adapted leaf of `base`, by path; ValueError where it isn't shaped as `base`, or
-    holds an entry of none of these kinds."""
-    try:
-        found = jax.tree.structure(base).flatten_up_to(alike(module, base))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the module's tree isn't the base's ({str(error).splitlines()[0][:200]}): it was made for other "
-            "parameters, or it isn't the module that `init` returned. Containers count too: flax.core.unfreeze makes "
-            "dictionaries of a FrozenDict"
-        ) from error
-    named = dict(zip(tree.names(base), zip(found, jax.tree.leaves(base), strict=True), strict=True))
-    named = {name: pair for name, pair in named.items() if jax.tree.leaves(pair[0])}
-    if foreign := [name for name, (entry, _) in named.items() if kind(entry) not in kinds]:
-        told = {"full": "arrays", "ia3": "ia3 ({'l'})", "lora": "lora ({'a', 'b'})"}
-        raise ValueError(
-            f"the module's entries for {', '.join(foreign)} aren't those of {' or '.join(told[k] for k in kinds)}: "
-            "take the adapter that made them"
-        )
-    if wrong := [
-        f"{name} is {np.shape(leaf)} and its entry {jax.tree.map(np.shape, entry)}"
-        for name, (entry, leaf) in named.items()
-        if not _fits(entry, np.shape(leaf))
-    ]:
-        raise ValueError(f"the module doesn't fit the base: {'; '.join(wrong)}: it was made for other parameters")
-    return {name: entry for name, (entry, _) in named.items()}
+    ValueError where a dict holds something that isn't at the path of a leaf of the base.
+    """
+    unfreeze = getattr(module, "unfreeze", None)  # asked so, this needs no Flax
+    if unfreeze and isinstance(base, dict):
+        return unfreeze()
+    if not isinstance(module, dict) or isinstance(base, dict):
+        return module
+    return type(base)(module) if hasattr(base, "unfreeze") else tree.regrown(module, base)

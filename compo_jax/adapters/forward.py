@@ -1,12 +1,14 @@
-"""The forward pass of an adapted Linen model, by the adapter's short cut through dense layers where it has one."""
+"""The forward pass of an adapted model: of any framework, and a fast one for Linen models."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 
 from compo_jax import tree
-from compo_jax.adapters.adapter import Adapter, alike, kind
+from compo_jax.adapters.adapter import Adapter, alike
+from compo_jax.adapters.entries import ARRAY
+from compo_jax.tree import Tree
 
 if TYPE_CHECKING:
     import flax.linen
@@ -14,8 +16,36 @@ if TYPE_CHECKING:
 _COLLECTION = "adapter"
 
 
-def adapted(model: "flax.linen.Module", adapter: Adapter) -> Callable:
-    """`(base, module, *args, **kwargs) -> output` of `model` at `base + adapter.delta(module, base)`.
+@runtime_checkable
+class Forward(Protocol):
+    """The forward pass of an adapted model."""
+
+    def __call__(self, base: Tree, module: Tree, *args: Any, **kwargs: Any) -> Any:
+        """The model's output for the other arguments at `base + adapter.delta(module, base)`."""
+        ...
+
+
+def merged(apply: Callable[..., Any], adapter: Adapter) -> Forward:
+    """The forward pass of any `apply(params, *args, **kwargs)`, such as a model of Equinox or Flax NNX:
+
+        params, static = eqx.partition(model, eqx.is_inexact_array)
+        forward = merged(lambda params, x: jax.vmap(eqx.combine(params, static))(x), lora(4, r"weight$"))
+
+        graph, params = nnx.split(model)
+        forward = merged(lambda params, x: nnx.merge(graph, params)(x), lora(4, "kernel"))
+
+    The sum of base and delta is formed, as large as the base. Patterns are searched for in `tree.names(params)`. LoRA
+    doesn't mind how a weight lies; (IA)³ multiplies its last axis, the outputs in Flax but the inputs in Equinox.
+    """
+
+    def forward(base, module, *args, **kwargs):
+        return apply(tree.add(base, adapter.delta(module, base)), *args, **kwargs)
+
+    return forward
+
+
+def adapted(model: "flax.linen.Module", adapter: Adapter) -> Forward:
+    """The forward pass of a Linen model, fast where the adapter has a short cut through dense layers.
 
     With an adapter that has `dense` the sum is never formed: the module travels as a variable collection `adapter` and
     each `nn.Dense` that has an entry adds its term, so that with `base` frozen no gradient of its size exists. Any
@@ -25,14 +55,11 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Callable:
     """
     import flax.linen as nn
 
-    def merged(base, module, *args, **kwargs):
-        return model.apply({"params": tree.add(base, adapter.delta(module, base))}, *args, **kwargs)
-
     def factored(base, module, *args, **kwargs):
         reached, module = set(), alike(module, base)
         jax.eval_shape(adapter.delta, module, base)  # which tells a module of another base or adapter
         if adapter.mixed:
-            is_entry = lambda at: lambda _, entry: entry if (kind(entry) == "full") is at else None
+            is_entry = lambda at: lambda _, entry: entry if ARRAY.holds(entry) is at else None
             base = tree.add(base, jax.tree.map(is_entry(True), base, module))
             module = jax.tree.map(is_entry(False), base, module)
 
@@ -60,4 +87,6 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Callable:
             )
         return output
 
-    return merged if adapter.dense is None else factored
+    if adapter.dense is None:
+        return merged(lambda params, *args, **kwargs: model.apply({"params": params}, *args, **kwargs), adapter)
+    return factored

@@ -8,8 +8,6 @@ import json
 import math
 import os
 import re
-import secrets
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from compo_jax import tree
-from compo_jax.adapters import peft_config
-from compo_jax.adapters.adapter import Adapter, entries
-from compo_jax.adapters.ia3 import ia3
-from compo_jax.adapters.lora import lora
-from compo_jax.files import local_path
+from compo_jax.adapters import low_rank, peft_config, rescaling
+from compo_jax.adapters.adapter import Adapter
+from compo_jax.adapters.entries import entries
+from compo_jax.adapters.low_rank import lora
+from compo_jax.adapters.rescaling import ia3
+from compo_jax.files import local_path, replaced, safetensors_file
 from compo_jax.tree import Tree
 
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -50,8 +49,8 @@ class _Layer(NamedTuple):
 
 def _layers(base: Tree, modules: Mapping[str, str]) -> dict[str, _Layer]:
     """The linear layers of `base` that have a name in `modules`, by that name, blocks in order."""
-    found = {}
-    for path, kernel in _leaves(base).items():
+    by_torch_name = {}
+    for path, kernel in tree.by_name(base).items():
         if path not in modules:
             continue
         stacked = "{block}" in modules[path]
@@ -59,12 +58,8 @@ def _layers(base: Tree, modules: Mapping[str, str]) -> dict[str, _Layer]:
             shape = "(layers, in, out)" if stacked else "(in, out)"
             raise ValueError(f"{path} is {np.shape(kernel)} and not {shape}, as {modules[path]!r} in modules= says")
         for block in range(kernel.shape[0]) if stacked else [None]:
-            found[modules[path].format(block=block)] = _Layer(path, block, *kernel.shape[-2:])
-    return found
-
-
-def _leaves(params: Tree) -> dict[str, Any]:
-    return dict(zip(tree.names(params), jax.tree.leaves(params), strict=True))
+            by_torch_name[modules[path].format(block=block)] = _Layer(path, block, *kernel.shape[-2:])
+    return by_torch_name
 
 
 def _keys(layer: str) -> dict[str, str]:
@@ -103,13 +98,13 @@ def save_peft(
             f"only lora and ia3 can be written for PEFT, and not {adapter.name!r}: approximate a full delta with "
             "adapters.recompress"
         )
-    found = entries(module, base, (adapter.name,))
+    factors_of = entries(module, base, (low_rank.FACTORS if adapter.name == "lora" else rescaling.FACTORS,))
     if check_finite:
         tree.require_finite(module, "the module")
-    if unknown := sorted(found.keys() - modules.keys()):
+    if unknown := sorted(factors_of.keys() - modules.keys()):
         raise ValueError(f"PyTorch's names of {', '.join(unknown)} are not known: give them in modules=")
-    found = jax.tree.map(np.asarray, found)
-    layers = {name: layer for name, layer in _layers(base, modules).items() if layer.path in found}
+    factors_of = jax.tree.map(np.asarray, factors_of)
+    layers = {name: layer for name, layer in _layers(base, modules).items() if layer.path in factors_of}
     config = {
         "base_model_name_or_path": base_model,
         "fan_in_fan_out": False,
@@ -119,13 +114,13 @@ def save_peft(
         "task_type": None,
     }
     if adapter.name == "lora":
-        ranks = {name: found[layer.path]["a"].shape[-1] for name, layer in layers.items()}
+        ranks = {name: factors_of[layer.path]["a"].shape[-1] for name, layer in layers.items()}
         common = Counter(ranks.values()).most_common(1)[0][0]
         pattern = {name: rank for name, rank in ranks.items() if rank != common}
         config |= {"peft_type": "LORA", "r": common, "lora_alpha": common, "bias": "none", "use_rslora": False}
         config |= {"rank_pattern": pattern, "alpha_pattern": pattern, "lora_dropout": 0.0, "init_lora_weights": True}
     else:
-        leaves, delta = _leaves(base), jax.eval_shape(adapter.delta, module, base)
+        leaves, delta = tree.by_name(base), jax.eval_shape(adapter.delta, module, base)
         scaled = tree.names(jax.eval_shape(ia3((), bias=True).delta, module, base))
         if left := [name for name in scaled if name not in tree.names(delta) and np.any(leaves[name])]:
             raise ValueError(
@@ -136,9 +131,9 @@ def save_peft(
 
     arrays = {}
     for name, layer in layers.items():
-        for factor, leaf in found[layer.path].items():
-            own = leaf if layer.block is None else leaf[layer.block]
-            arrays[_keys(name)[factor]] = np.ascontiguousarray(own[:, None] if factor == "l" else own.T)
+        for factor, leaf in factors_of[layer.path].items():
+            x = leaf if layer.block is None else leaf[layer.block]
+            arrays[_keys(name)[factor]] = np.ascontiguousarray(x[:, None] if factor == "l" else x.T)
     _write(local_path(folder), config, arrays)
 
 
@@ -147,16 +142,13 @@ def _write(folder: Path, config: dict[str, Any], arrays: dict[str, np.ndarray]) 
 
     if folder.exists():
         raise FileExistsError(f"there is something at {folder}: remove it, or choose another folder")
-    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    hidden.mkdir(parents=True)
     try:
-        safetensors.numpy.save_file(arrays, hidden / _WEIGHTS, {"format": "pt"})
-        (hidden / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-        hidden.rename(folder)
+        with replaced(folder) as aside:
+            aside.mkdir(parents=True)
+            safetensors.numpy.save_file(arrays, aside / _WEIGHTS, {"format": "pt"})
+            (aside / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     except safetensors.SafetensorError as error:
         raise OSError(f"{folder} is not written ({error}): look at the space left on its disk") from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def load_peft(
@@ -200,28 +192,28 @@ def load_peft(
 
     def entry(name: str, width: int, dtype: Any) -> dict[str, np.ndarray]:
         _, _, fan_in, fan_out = layers[name]
-        own = {factor: arrays[key].astype(dtype) for factor, key in _keys(name).items() if key in arrays}
+        factors = {factor: arrays[key].astype(dtype) for factor, key in _keys(name).items() if key in arrays}
         if not scales:
-            return {"l": own["l"][:, 0] if own else np.ones(fan_out, dtype)}
+            return {"l": factors["l"][:, 0] if factors else np.ones(fan_out, dtype)}
         rank, scale = scales.get(name, (0, 0.0))
         a, b = np.zeros((fan_in, width), dtype), np.zeros((width, fan_out), dtype)
-        if own:
-            a[:, :rank], b[:rank] = own["a"].T, own["b"].T.astype(tree.wide_type(own["b"])) * scale
+        if factors:
+            a[:, :rank], b[:rank] = factors["a"].T, factors["b"].T.astype(tree.wide_type(factors["b"])) * scale
         return {"a": a, "b": b}
 
-    found, widths = {}, {}
-    leaves = _leaves(base)
+    adapted, widths = {}, {}
+    leaves = tree.by_name(base)
     for path in dict.fromkeys(layers[name].path for name in chosen):
-        own = [name for name, layer in layers.items() if layer.path == path]
-        widths[path] = max(scales.get(name, (1, 0))[0] for name in own)
-        types = {arrays[key].dtype for name in own for key in _keys(name).values() if key in arrays}
+        blocks = [name for name, layer in layers.items() if layer.path == path]
+        widths[path] = max(scales.get(name, (1, 0))[0] for name in blocks)
+        types = {arrays[key].dtype for name in blocks for key in _keys(name).values() if key in arrays}
         dtype = jnp.result_type(leaves[path].dtype, *types)
-        parts = [entry(name, widths[path], dtype) for name in own]
-        stacked = layers[own[0]].block is not None
-        found[path] = jax.tree.map(lambda *x: jnp.asarray(np.stack(x) if stacked else x[0]), *parts)  # noqa: B023
-    module = tree.map_with_name(lambda name, _: found.get(name), base)
-    targets = {path: f"^{re.escape(path)}$" for path in found}
-    stacked = [targets[path] for path in found if "{block}" in modules[path]]
+        parts = [entry(name, widths[path], dtype) for name in blocks]
+        stacked = layers[blocks[0]].block is not None
+        adapted[path] = jax.tree.map(lambda *x: jnp.asarray(np.stack(x) if stacked else x[0]), *parts)  # noqa: B023
+    module = tree.place(adapted, base)
+    targets = {path: f"^{re.escape(path)}$" for path in adapted}
+    stacked = [targets[path] for path in adapted if "{block}" in modules[path]]
     if not scales:
         return ia3(list(targets.values()), bias=True, stacked=stacked), module
     common = math.gcd(*widths.values())
@@ -230,8 +222,6 @@ def load_peft(
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    import safetensors.numpy
-
     if not (folder / _CONFIG).is_file():
         raise FileNotFoundError(f"there is no {_CONFIG} in {folder}: a PEFT folder has one; check the path")
     config = peft_config.read(folder / _CONFIG)
@@ -243,26 +233,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         )
     if not path.is_file():
         raise FileNotFoundError(f"there is no {_WEIGHTS} in {folder}: download the whole folder")
-    try:
-        return config, safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is no complete safetensors file ({error}): it may be a truncated download or a Git LFS pointer; "
-            "download it again"
-        ) from error
+    with safetensors_file(path) as file:
+        return config, {name: file.get_tensor(name) for name in file.offset_keys()}
 
 
 def _check(folder: Path, shapes: Mapping[str, tuple], expected: Mapping[str, tuple]) -> None:
-    lists = {
-        "missing": [name for name in expected if name not in shapes],
-        "unexpected": [f"{name} {shape}" for name, shape in shapes.items() if name not in expected],
-        "mis-shaped": [
-            f"{name} {shapes[name]} instead of {shape}"
-            for name, shape in expected.items()
-            if shapes.get(name, shape) != shape
-        ],
-    }
-    lines = [f"{kind} ({len(names)}): {', '.join(names)}" for kind, names in lists.items() if names]
+    lines = tree.mismatches(shapes, expected)
     if not expected:
         lines.append("no layer of the base is adapted: give modules= the names of its layers in PyTorch")
     if lines:

@@ -1,4 +1,7 @@
-"""Modules into one model: arithmetic on task vectors, merge rules, and solves with the tasks' exact curvature."""
+"""Modules into one model: arithmetic on task vectors, merge rules, and solves with the tasks' exact curvature.
+
+`compose` for weights that are known, `merge` for a rule by its name: `compose.rules` says which to take.
+"""
 
 from compo_jax.compose.arithmetic import compose as compose
 from compo_jax.compose.arithmetic import task_arithmetic as task_arithmetic
@@ -9,13 +12,13 @@ from compo_jax.compose.kronecker import kronecker_merge as kronecker_merge
 from compo_jax.compose.kronecker import regmean as regmean
 from compo_jax.compose.rules import RULES as RULES
 from compo_jax.compose.rules import Rule as Rule
+from compo_jax.compose.rules import dare as dare
 from compo_jax.compose.rules import find_rule as find_rule
 from compo_jax.compose.rules import merge as merge
 from compo_jax.compose.solve import Solution as Solution
 from compo_jax.compose.solve import Solved as Solved
 from compo_jax.compose.solve import conjugate_gradients as conjugate_gradients
 from compo_jax.compose.solve import solve_merge as solve_merge
-from compo_jax.compose.sparse import dare as dare
 from compo_jax.compose.sparse import drop as drop
 from compo_jax.compose.sparse import ties as ties
 from compo_jax.compose.sparse import trim as trim

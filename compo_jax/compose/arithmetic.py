@@ -53,7 +53,7 @@ def compose(base: Tree, deltas: Sequence[Tree], weights: Weights | None = None, 
       check_finite: ValueError, naming the module and its leaves, where a delta holds NaN or an infinity; False lets
         them through. Nothing can be looked at under jit.
 
-    Leaves that no delta changes are the base's own arrays. ValueError where a delta doesn't fit the base (with all
+    Leaves that no delta changes are the base's arrays. ValueError where a delta doesn't fit the base (with all
     paths), moves an integer leaf, or has no weight; so do all rules that take a base and deltas. A UserWarning where a
     delta looks like a model's parameters, not like their difference from the base.
     """

@@ -13,7 +13,7 @@ import numpy as np
 
 from compo_jax.compose.entries import Deferred
 from compo_jax.compose.rules import RULES, find_rule, merge
-from compo_jax.files import local_path, replaced
+from compo_jax.files import local_path, replaced, safetensors_file
 
 #: The types that are merged; tensors of others (counts, masks) are the same in all checkpoints, and are copied.
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
@@ -95,7 +95,7 @@ def merge_files(
       base: the checkpoint that all were trained from. Without one the parameters themselves are merged, in the rules
         average, slerp and karcher.
       check_finite: see `merge`; an error names the first tensor that isn't finite.
-      options: the rule's own and what it needs, as in `merge`: `weights`, `key`, `density`, ...
+      options: of the rule, and what it needs, as in `merge`: `weights`, `key`, `density`, ...
 
     Tensors of whole numbers aren't merged: they are the same in all checkpoints. ValueError, before anything is
     written, for a file that is no complete safetensors file and for checkpoints that differ, with all differences;
@@ -104,7 +104,7 @@ def merge_files(
     """
     last = options.get("rule", "average") if name == "dare" else name
     if not (find_rule(name).leafwise and find_rule(last).leafwise):
-        able = ", ".join(known for known in RULES if RULES[known].leafwise)
+        able = ", ".join(other for other in RULES if RULES[other].leafwise)
         raise ValueError(
             f"the rule {last!r} solves for all leaves at once and doesn't merge files leaf by leaf, as {able} do: load "
             "the checkpoints, and call merge"
@@ -145,26 +145,16 @@ def _place(out: str | os.PathLike) -> Path:
 
 def _opened(path: str | os.PathLike) -> _Checkpoint:
     """The header of a safetensors file; ValueError where the file is none, or isn't whole."""
-    import safetensors
-
     path = local_path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint file {path}: check the path, or download the file first")
-    try:
-        with safetensors.safe_open(path, framework="numpy"):  # looks at the whole header, and the file's size
-            pass
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is no complete safetensors file ({error}): it may be a truncated download, a Git LFS pointer, or "
-            "another format; download it again"
-        ) from error
+    with safetensors_file(path):
+        pass
     with open(path, "rb") as file:  # the library doesn't tell where tensors are, and would copy each to read it
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     metadata, tensors = header.pop("__metadata__", None), {}
-    for name, told in header.items():
-        start, stop = told["data_offsets"]
-        tensors[name] = _Tensor(told["dtype"], tuple(told["shape"]), 8 + length + start, stop - start)
+    for name, tensor in header.items():
+        start, stop = tensor["data_offsets"]
+        tensors[name] = _Tensor(tensor["dtype"], tuple(tensor["shape"]), 8 + length + start, stop - start)
     return _Checkpoint(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), metadata)
 
 
@@ -172,20 +162,20 @@ def _require_alike(like: _Checkpoint, models: Sequence[_Checkpoint]) -> None:
     """ValueError with every tensor that isn't in all checkpoints, of one shape and type."""
     problems = []
     for model in models:
-        theirs, own = model.tensors, like.tensors
-        problems += [f"{model.path} lacks {name}" for name in own if name not in theirs]
-        problems += [f"{model.path} has {name}, and {like.path} hasn't" for name in theirs if name not in own]
-        for name in (name for name in own if name in theirs):
-            if own[name][:2] != theirs[name][:2]:
-                problems.append(f"{name} is {theirs[name]} in {model.path} and {own[name]} in {like.path}")
-            elif own[name].dtype not in _FLOATS and not np.array_equal(like.row(name), model.row(name)):
-                problems.append(f"{name}, of type {own[name].dtype}, isn't merged and differs in {model.path}")
+        theirs, expected = model.tensors, like.tensors
+        problems += [f"{model.path} lacks {name}" for name in expected if name not in theirs]
+        problems += [f"{model.path} has {name}, and {like.path} hasn't" for name in theirs if name not in expected]
+        for name in (name for name in expected if name in theirs):
+            if expected[name][:2] != theirs[name][:2]:
+                problems.append(f"{name} is {theirs[name]} in {model.path} and {expected[name]} in {like.path}")
+            elif expected[name].dtype not in _FLOATS and not np.array_equal(like.row(name), model.row(name)):
+                problems.append(f"{name}, of type {expected[name].dtype}, isn't merged and differs in {model.path}")
     if problems:
         raise ValueError(f"the checkpoints don't fit together: {'; '.join(problems)}")
 
 
 def _write(out: Path, like: _Checkpoint, params: Mapping[str, Any]) -> None:
-    """A file with the tensors of `like`, those of `params` instead of its own; each is made, written and let go."""
+    """A file with the tensors of `like`, those of `params` in their places; each is made, written and let go."""
     # by hand, as safetensors' own functions take all tensors at once
     header: dict[str, Any] = {"__metadata__": like.metadata} if like.metadata else {}
     place = 0

@@ -92,7 +92,7 @@ def entrywise(
     spare = [_empty(PIECE, jnp.result_type(x)) for x in leaves]
     with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):  # constants of a function that is traced
         for place, first in pieces(rows[0], size):
-            cut = [_ready(x, own) for x, own in zip([first, *(row[place] for row in rows[1:])], spare, strict=True)]
+            cut = [_ready(x, s) for x, s in zip([first, *(row[place] for row in rows[1:])], spare, strict=True)]
             out[place] = np.asarray(_compiled(function, wide, dtype, numbers, *cut))[: first.size]
     return jax.device_put(out.reshape(shape))
 

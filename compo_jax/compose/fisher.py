@@ -14,28 +14,20 @@ from compo_jax.compose.entries import entrywise, on_host, total
 from compo_jax.compose.leaves import assembled
 from compo_jax.compose.modules import require_finite, same
 from compo_jax.compose.numbers import Scalar, Weights, require_not_negative, weigh
-from compo_jax.curvature import FisherDiagonal
+from compo_jax.curvature import Curvature, summed_diagonal
 from compo_jax.tree import Tree
 
 
-def _total(fisher: FisherDiagonal | Tree) -> tuple[Tree, Any]:
-    """(a sum over images, their number); (the tree, 1) of one that is no `FisherDiagonal`."""
-    if not isinstance(fisher, FisherDiagonal):
-        return fisher, 1.0
-    _ = fisher._replace(total={}).mean  # which looks at the number
-    return fisher.total, fisher.count
-
-
-def _totals(fishers: Sequence[FisherDiagonal | Tree], like: Tree, check_finite: bool) -> tuple[list[Tree], list[Any]]:
-    """The Fishers' sums at the leaves of `like`, and the numbers of images; errors as `diagonals`."""
-    found, counts = [], []
+def _totals(fishers: Sequence[Curvature | Tree], like: Tree, check_finite: bool) -> tuple[list[Tree], list[Any]]:
+    """The diagonals' sums at the leaves of `like`, and the numbers of images; errors as `diagonals`."""
+    totals, counts = [], []
     for t, fisher in enumerate(fishers):
-        summed, count = _total(fisher)
-        entries = dict(zip(tree.names(summed), jax.tree.leaves(summed), strict=True))
+        summed, count = summed_diagonal(fisher)
+        entries = tree.by_name(summed)
         picked = tree.map_with_name(lambda name, x, e=entries: None if x is None else e.get(name), like)
         tree.require_like(picked, like, f"Fisher {t}")
         covered = tree.names(picked)
-        if not covered or (found and covered != tree.names(found[0])):
+        if not covered or (totals and covered != tree.names(totals[0])):
             raise ValueError(
                 f"Fisher {t} covers {', '.join(covered) or 'none'} of the merged leaves, and all must cover the same: "
                 f"take compo_jax.curvature.fisher_diagonal of the parameters {', '.join(tree.names(like))}"
@@ -46,13 +38,13 @@ def _totals(fishers: Sequence[FisherDiagonal | Tree], like: Tree, check_finite: 
             below = np.min(np.asarray(x), initial=0) < 0 if on_host(x) else jnp.any(x < 0)
             if tree.concrete(below) and below:
                 raise ValueError(f"Fisher {t} has an entry in {name} that is negative: no curvature has")
-        found.append(picked)
+        totals.append(picked)
         counts.append(count)
-    return found, counts
+    return totals, counts
 
 
-def diagonals(fishers: Sequence[FisherDiagonal | Tree], like: Tree, *, check_finite: bool = True) -> list[Tree]:
-    """The means of `FisherDiagonal`s (other trees as they are) at the leaves of `like`; None where there is none.
+def diagonals(fishers: Sequence[Curvature | Tree], like: Tree, *, check_finite: bool = True) -> list[Tree]:
+    """The diagonals of curvature (trees as they are) at the leaves of `like`; None where there is none.
 
     A Fisher may cover more leaves than `like`, or fewer. ValueError where it covers none, or others than the first
     does, or has another shape, or an entry that is below zero or, with `check_finite`, not finite.
@@ -67,7 +59,7 @@ def diagonals(fishers: Sequence[FisherDiagonal | Tree], like: Tree, *, check_fin
 
 def fisher_merge(
     params: Sequence[Tree],
-    fishers: Sequence[FisherDiagonal | Tree],
+    fishers: Sequence[Curvature | Tree],
     weights: Weights | None = None,
     *,
     damping: Scalar = 0.0,
@@ -81,7 +73,8 @@ def fisher_merge(
 
     Args:
       params: T models, or their deltas: the merged delta comes out.
-      fishers: one a task, `FisherDiagonal` (its mean is taken) or a tree shaped as the parameters; may have holes.
+      fishers: one a task, curvature of any kind, of which the diagonal is taken, or a diagonal, a tree shaped as the
+        parameters; may have holes.
       weights: (tasks,), of the tasks' mean losses, default 1/T; `counts / sum(counts)` for the mean over all images.
         Not negative.
       damping: added to every task's diagonal, pulls to the weighted average. Not negative.
@@ -103,7 +96,7 @@ def fisher_merge(
 def fisher_compose(
     base: Tree,
     deltas: list[Tree],
-    fishers: Sequence[FisherDiagonal | Tree],
+    fishers: Sequence[Curvature | Tree],
     weights: Weights | None = None,
     *,
     damping: Scalar = 0.0,

@@ -76,7 +76,7 @@ def regmean(
 ) -> Tree:
     """RegMean (Jin et al., 2023, arXiv 2212.09849): `(Σ w_t A_t)⁻¹ Σ w_t A_t W_t` in each dense layer.
 
-    A_t is the mean Gram matrix of the layer's inputs: the merged layer's outputs are nearest to the tasks' own in the
+    A_t is the mean Gram matrix of the layer's inputs: the merged layer's outputs are nearest to the tasks' in the
     weighted mean square. Leaves without factors are averaged.
 
     Args:

@@ -39,7 +39,7 @@ def assembled(
         None in the lists where a tree has none.
       beside: what else is read leaf by leaf, such as curvature.
 
-    Where no delta has a leaf, it is the base's own. A leaf of the base that is `Deferred` stays so, and is made when it
+    Where no delta has a leaf, it is the base's. A leaf of the base that is `Deferred` stays so, and is made when it
     is read. Errors as `require_sound`.
     """
     count = len(deltas)
@@ -72,8 +72,8 @@ def weighed(base: Tree, deltas: Sequence[Tree], weights: Sequence, *, check_fini
     """`base + Σ w_t delta_t`, rounded once."""
 
     def leaf(_, b, row, __):
-        own, there = zip(*[(w, x) for w, x in zip(weights, row, strict=True) if x is not None], strict=True)
-        return entrywise(moved_by, [b, *there], own)
+        shares, present = zip(*[(w, x) for w, x in zip(weights, row, strict=True) if x is not None], strict=True)
+        return entrywise(moved_by, [b, *present], shares)
 
     return assembled(base, deltas, leaf, check_finite=check_finite)
 
@@ -94,11 +94,11 @@ def layers(base: Tree, delta: Tree, stacked: Stacked) -> set[str]:
             if not shapes[name]:
                 raise ValueError(f"{name} is a scalar and has no axis of layers: narrow the patterns {stacked!r}")
             depths.setdefault(stack, {})[name] = shapes[name][0]
-    for stack, found in depths.items():
-        if len(set(found.values())) > 1:
-            told = ", ".join(f"{name} {depth}" for name, depth in found.items())
+    for stack, counts in depths.items():
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {depth}" for name, depth in counts.items())
             raise ValueError(
-                f"the leaves under {stack} would be stacks of different numbers of layers ({told}): say which leaves "
+                f"the leaves under {stack} would be stacks of different numbers of layers ({listed}): say which leaves "
                 "have layers on axis 0 by stacked=, patterns of their paths, () for none"
             )
     return {name for name in shapes if is_stacked(name, stacked)}
@@ -120,8 +120,8 @@ def moved(base: Tree, delta: Tree, scale: Scalar = 1.0, *, check_finite: bool = 
 def require_sound(params: Tree, base: Tree, deltas: Sequence[Tree] = ()) -> None:
     """ValueError where NaN or an infinity is in what was merged, naming the delta or the base that it came from.
 
-    An infinity that is the base's own and still there is none of the merge's: biases of masked classes are -inf. One
-    pass over the leaves that aren't the base's own; nothing is looked at while a function is traced.
+    An infinity that was in the base already is none of the merge's: biases of masked classes are -inf. One
+    pass over the leaves that aren't the base's; nothing is looked at while a function is traced.
     """
     pairs = list(zip(*map(jax.tree.leaves, (params, base)), strict=True))
     merged = [p for p, b in pairs if p is not b and not isinstance(p, Deferred)]

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 
 class MergedPool(NamedTuple):
@@ -52,7 +52,7 @@ class MergingRun(NamedTuple):
     run: str
     seed: int
     tasks: list[str]
-    tested: Int[np.ndarray, " tasks"]
+    tested: list[int]
     pools: dict[str, PoolMerges]
 
 

@@ -21,9 +21,9 @@ def kth_largest(leaves: Sequence[Any], k: int) -> np.generic | Array:
         return _by_bits([jnp.asarray(x, wide) for x in leaves], k)
     low, high = _guess(leaves, k, wide)
     while True:
-        found, low, high = _between(leaves, k, low, high, wide)
-        if found is not None:
-            return found
+        value, low, high = _between(leaves, k, low, high, wide)
+        if value is not None:
+            return value
 
 
 def _sizes(x: np.ndarray) -> np.ndarray:
@@ -77,9 +77,9 @@ def _by_bits(leaves: list[Array], k: int | Array) -> Array:
     bits = [jax.lax.bitcast_convert_type(jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)), whole) for x in leaves]
     highest = 8 * leaves[0].dtype.itemsize - 2
 
-    def step(i, found):
-        tried = found | jax.lax.shift_left(jnp.ones((), whole), (highest - i).astype(whole))
-        return jnp.where(sum(jnp.sum(x >= tried) for x in bits) >= k, tried, found)
+    def step(i, so_far):
+        tried = so_far | jax.lax.shift_left(jnp.ones((), whole), (highest - i).astype(whole))
+        return jnp.where(sum(jnp.sum(x >= tried) for x in bits) >= k, tried, so_far)
 
-    found = jax.lax.fori_loop(0, highest + 1, step, jnp.zeros((), whole))
-    return jax.lax.bitcast_convert_type(found, leaves[0].dtype)
+    so_far = jax.lax.fori_loop(0, highest + 1, step, jnp.zeros((), whole))
+    return jax.lax.bitcast_convert_type(so_far, leaves[0].dtype)

@@ -2,8 +2,8 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,11 @@ from compo_jax.compose.leaves import moved
 from compo_jax.compose.modules import aligned, same
 from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_not_negative, weigh
 from compo_jax.compose.sphere import gram
-from compo_jax.curvature import FisherDiagonal
+from compo_jax.curvature import Curvature
 from compo_jax.lapack import eigh
 from compo_jax.tree import Tree
 
-Matvec = Callable[[Tree], Tree]
+Matvec = Callable[[Tree], Tree]  # such as every `Curvature` is
 
 
 class Solution(NamedTuple):
@@ -40,6 +40,30 @@ class Solution(NamedTuple):
     iterations: Int[Array, ""]
     converged: Bool[Array, ""]
     curvature: Float[Array, "2"]
+
+
+class _Descent(NamedTuple):
+    """Conjugate gradients on their way.
+
+    Attributes:
+      x, residual, direction: as in the recurrence.
+      product: of the residual with the preconditioned one.
+      count: iterations made.
+      best, least: the iterate of the smallest residual, and its norm.
+      lowest, highest: the curvature met, per unit of length.
+      sound: False where the last direction had no curvature.
+    """
+
+    x: Tree
+    residual: Tree
+    direction: Tree
+    product: Array
+    count: Array | int
+    best: Tree
+    least: Array
+    lowest: Array
+    highest: Array
+    sound: Array
 
 
 class Solved(NamedTuple):
@@ -90,7 +114,7 @@ def conjugate_gradients(
     target = size * tolerance / 2  # the recurrence's residual drifts from the true one, which is judged
 
     def step(state):
-        x, r, p, rz, count, best, least, (lowest, highest), _ = state
+        x, r, p, rz, count, best, least, lowest, highest, _ = state
         image = matvec(p)
         curved, length = tree.dot(p, image), tree.dot(p, p)
         lowest, highest = jnp.minimum(lowest, curved / length), jnp.maximum(highest, curved / length)
@@ -103,18 +127,20 @@ def conjugate_gradients(
         norm = jnp.sqrt(tree.dot(r, r))
         better = norm < least
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), x, best)
-        return x, r, p, following, count + 1, best, jnp.where(better, norm, least), (lowest, highest), sound
+        least = jnp.where(better, norm, least)
+        return _Descent(x, r, p, following, count + 1, best, least, lowest, highest, sound)
 
     def more(state):
-        return (state[6] > target) & (state[4] < max_iterations) & state[8]
+        return (state.least > target) & (state.count < max_iterations) & state.sound
 
     zero, z = jax.tree.map(jnp.zeros_like, b), precondition(b)
-    start = (zero, b, z, tree.dot(b, z), 0, zero, size, (size + jnp.inf, size - jnp.inf), jnp.array(True))
-    _, _, _, _, count, x, _, extremes, _ = jax.lax.while_loop(more, step, start)
-    rest = tree.add(b, matvec(x), -1.0)
+    start = _Descent(zero, b, z, tree.dot(b, z), 0, zero, size, size + jnp.inf, size - jnp.inf, jnp.array(True))
+    end = jax.lax.while_loop(more, step, start)
+    rest = tree.add(b, matvec(end.best), -1.0)
     residual = jnp.sqrt(tree.dot(rest, rest)) / jnp.where(size > 0, size, 1)
-    rounded = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), x, narrow)
-    return Solution(rounded, residual, jnp.asarray(count), residual <= tolerance, jnp.stack(extremes))
+    rounded = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), end.best, narrow)
+    extremes = jnp.stack([end.lowest, end.highest])
+    return Solution(rounded, residual, jnp.asarray(end.count), residual <= tolerance, extremes)
 
 
 def _product(matvec: Matvec, vector: Tree, like: Tree, what: str = "the curvature product") -> Tree:
@@ -149,7 +175,7 @@ def solve_merge(
     *,
     coordinates: str = "full",
     anchor: Weights | None = None,
-    preconditioner: Matvec | Sequence[FisherDiagonal | Tree] | None = None,
+    preconditioner: Matvec | Sequence[Curvature | Tree] | None = None,
     tolerance: Scalar | None = None,
     max_iterations: int = 200,
     check_finite: bool = True,
@@ -164,7 +190,7 @@ def solve_merge(
       matvecs: one `v -> G_t v` a task, tree to tree shaped as `base`, symmetric and positive: `curvature.ggn(apply,
         params_t, batches_t)`, or any other. Leaves that no delta changes stay.
       weights: (tasks,), of the tasks' mean losses, default 1/T. Not negative.
-      damping: λ. A Gauss-Newton matrix of few examples is singular; without damping the solution found is the one
+      damping: λ. A Gauss-Newton matrix of few examples is singular; without damping the solution is the one
         nearest to the anchor.
       coordinates: `full`, preconditioned conjugate gradients in the space of the parameters, T products an iteration;
         `modules`, x a combination `Σ c_t delta_t`, T² products and a T x T system: the best composition for the
@@ -195,66 +221,87 @@ def solve_merge(
     anchor = weigh([0.0] * tasks if anchor is None else anchor, tasks)
     types = jax.tree.map(lambda *d: tree.wide_type(*d), *deltas)
     wide = [jax.tree.map(jnp.asarray, delta, types) for delta in deltas]
+    problem = _Quadratics(base, wide, list(matvecs), weights, damping, anchor)
+    if coordinates == "modules":
+        merged, residual, weights = _in_modules(problem)
+        if check_finite and tree.concrete(residual) and not np.isfinite(residual):
+            problem.require_finite_products()
+        params = moved(base, merged, check_finite=check_finite)
+        return Solved(params, residual, jnp.array(0), residual <= jnp.finfo(residual.dtype).eps ** 0.5, weights)
+    merged, solution = _in_parameters(problem, preconditioner, tolerance, max_iterations, check_finite)
+    params = moved(base, merged, check_finite=check_finite)
+    return Solved(params, solution.residual, solution.iterations, solution.converged)
 
-    def product(matvec, vector):
-        return _product(matvec, vector, base)
 
-    def curvature(vector):
-        return tree.weighted_sum((product(matvec, vector) for matvec in matvecs), weights)
+class _Quadratics(NamedTuple):
+    """`½ Σ w_t ‖x - delta_t‖²_t + ½ λ ‖x - centre‖²`, to be minimised; the deltas in float32 at least."""
 
-    def require_products():
-        for t, (matvec, delta) in enumerate(zip(matvecs, wide, strict=True)):
-            tree.require_finite(product(matvec, delta), f"the curvature product of module {t}")
+    base: Tree
+    deltas: list[Tree]
+    matvecs: list[Matvec]
+    weights: list
+    damping: Scalar
+    anchor: list
+
+    def products(self, vectors: Iterable[Tree]) -> Iterator[Tree]:
+        """Each task's curvature times a vector of its own, one after another."""
+        return (_product(m, v, self.base) for m, v in zip(self.matvecs, vectors, strict=True))
+
+    def curvature(self, vector: Tree) -> Tree:
+        return tree.weighted_sum(self.products([vector] * len(self.matvecs)), self.weights)
+
+    def require_finite_products(self) -> NoReturn:
+        """ValueError for what isn't finite in a solve: the module whose product it is, or the whole."""
+        for t, image in enumerate(self.products(self.deltas)):
+            tree.require_finite(image, f"the curvature product of module {t}")
         raise ValueError("the solve comes to numbers that aren't finite: the curvature, or the damping, is too large")
 
-    if coordinates == "modules":
-        merged, residual, found = _in_modules(wide, matvecs, product, curvature, weights, damping, anchor)
-        if check_finite and tree.concrete(residual) and not np.isfinite(residual):
-            require_products()
-        params = moved(base, merged, check_finite=check_finite)
-        return Solved(params, residual, jnp.array(0), residual <= jnp.finfo(residual.dtype).eps ** 0.5, found)
 
-    centre = tree.weighted_sum(wide, anchor)
-    apart = [tree.add(delta, centre, -1.0) for delta in wide]
-    b = tree.weighted_sum((product(m, d) for m, d in zip(matvecs, apart, strict=True)), weights)
+def _in_parameters(
+    problem: _Quadratics, preconditioner: Any, tolerance: Scalar | None, max_iterations: int, check_finite: bool
+) -> tuple[Tree, Solution]:
+    """(the merged delta, how it was solved for)."""
+    damping = problem.damping
+    centre = tree.weighted_sum(problem.deltas, problem.anchor)
+    apart = [tree.add(delta, centre, -1.0) for delta in problem.deltas]
+    b = tree.weighted_sum(problem.products(apart), problem.weights)
     if preconditioner is not None and not callable(preconditioner):
-        preconditioner = _diagonal(preconditioner, weights, damping, b, check_finite)
-    found = conjugate_gradients(
-        lambda v: tree.add(curvature(v), v, damping),
+        preconditioner = _diagonal(preconditioner, problem.weights, damping, b, check_finite)
+    solution = conjugate_gradients(
+        lambda v: tree.add(problem.curvature(v), v, damping),
         b,
         preconditioner=preconditioner,
         tolerance=tolerance,
         max_iterations=max_iterations,
         check_finite=False,
     )
-    if tree.concrete(found, damping):
-        if np.isfinite(found.residual):
-            _judge(found, b, apart, damping)
+    if tree.concrete(solution, damping):
+        if np.isfinite(solution.residual):
+            _judge(solution, b, apart, damping)
         elif check_finite:
-            require_products()
-    params = moved(base, tree.add(centre, found.x), check_finite=check_finite)
-    return Solved(params, found.residual, found.iterations, found.converged)
+            problem.require_finite_products()
+    return tree.add(centre, solution.x), solution
 
 
-def _judge(found: Solution, b: Tree, apart: list[Tree], damping: Scalar) -> None:
+def _judge(solution: Solution, b: Tree, apart: list[Tree], damping: Scalar) -> None:
     blind = damping == 0 and tree.dot(b, b) == 0 and any(tree.dot(d, d) > 0 for d in apart)
-    lowest, highest = found.curvature
-    if not found.converged and lowest < -(jnp.finfo(lowest.dtype).eps ** 0.5) * abs(highest):
+    lowest, highest = solution.curvature
+    if not solution.converged and lowest < -(jnp.finfo(lowest.dtype).eps ** 0.5) * abs(highest):
         raise ValueError(
             f"the curvature isn't positive: {lowest:.1e} along some direction. Take Gauss-Newton products "
             "(compo_jax.curvature.ggn) instead of the Hessian's, or more damping"
         )
-    if blind or (found.residual >= 1 and found.iterations > 0 and lowest <= 0):
+    if blind or (solution.residual >= 1 and solution.iterations > 0 and lowest <= 0):
         raise ValueError(
             "the curvature is singular: it doesn't see the directions that the modules went. Give a damping above 0"
         )
-    if not found.converged:
+    if not solution.converged:
         warnings.warn(
-            f"conjugate gradients stopped after {found.iterations} iterations with a relative residual of "
-            f"{found.residual:.1e}, and the best iterate is returned: allow more iterations or a higher tolerance, "
+            f"conjugate gradients stopped after {solution.iterations} iterations with a relative residual of "
+            f"{solution.residual:.1e}, and the best iterate is returned: allow more iterations or a higher tolerance, "
             "give Fisher diagonals as the preconditioner, or more damping",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -276,20 +323,19 @@ def symmetric_solve(matrix: Array, b: Array) -> tuple[Array, Bool[Array, ""]]:
     return x.reshape(b.shape), ~jnp.all(regular)
 
 
-def _in_modules(
-    wide, matvecs, product, curvature, weights, damping, anchor
-) -> tuple[Tree, Float[Array, ""], Float[Array, " tasks"]]:
+def _in_modules(problem: _Quadratics) -> tuple[Tree, Float[Array, ""], Float[Array, " tasks"]]:
     """(the merged delta, the relative residual, its weights)."""
-    columns, own = [], None
-    for matvec, weight, delta in zip(matvecs, weights, wide, strict=True):
-        image = curvature(delta)
-        columns.append(jnp.stack([tree.dot(other, image) for other in wide]))
-        alone = tree.weighted_sum([product(matvec, delta)], [weight])
-        own = alone if own is None else tree.add(own, alone)
+    deltas, damping = problem.deltas, problem.damping
+    columns, pull = [], None
+    for image, weight, delta in zip(problem.products(deltas), problem.weights, deltas, strict=True):
+        curved = problem.curvature(delta)
+        columns.append(jnp.stack([tree.dot(other, curved) for other in deltas]))
+        alone = tree.weighted_sum([image], [weight])
+        pull = alone if pull is None else tree.add(pull, alone)
     seen = jnp.stack(columns, axis=1)
-    at = jnp.stack([jnp.asarray(a, seen.dtype) for a in anchor])
-    b = jnp.stack([tree.dot(delta, own) for delta in wide]) - jnp.matmul(seen, at, precision="highest")
-    matrix = (seen + seen.T) / 2 + damping * gram(wide)
+    at = jnp.stack([jnp.asarray(a, seen.dtype) for a in problem.anchor])
+    b = jnp.stack([tree.dot(delta, pull) for delta in deltas]) - jnp.matmul(seen, at, precision="highest")
+    matrix = (seen + seen.T) / 2 + damping * gram(deltas)
     step, singular = symmetric_solve(matrix, b)
     size = jnp.linalg.norm(b)
     residual = jnp.linalg.norm(b - jnp.matmul(matrix, step, precision="highest")) / jnp.where(size > 0, size, 1)
@@ -299,4 +345,4 @@ def _in_modules(
             "the solve in module coordinates is singular: modules depend on each other, or the curvature doesn't "
             "see where they went. Give a damping above 0, or leave modules out that others are made of"
         )
-    return tree.weighted_sum(wide, list(at + step), wide=True), residual, at + step
+    return tree.weighted_sum(deltas, list(at + step), wide=True), residual, at + step

@@ -1,7 +1,6 @@
-"""Rules that drop entries of the task vectors, by size (TIES) or by chance (DARE)."""
+"""Entries of the task vectors that are dropped: by size, and TIES that goes by what is left, or by chance."""
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Key
 
 from compo_jax import tree
-from compo_jax.compose.arithmetic import compose, task_arithmetic
 from compo_jax.compose.entries import PIECE, Deferred, entrywise, flat, on_host, total
 from compo_jax.compose.leaves import assembled, require_sound
 from compo_jax.compose.modules import aligned, same
@@ -127,9 +125,9 @@ class _Dropped(NamedTuple):
         if self.size <= PIECE:
             return np.asarray(_drop_small(self.key, self.rate, self._scaled(0, self.size)))[place]
         first = start // PIECE
-        found = [self._piece(number) for number in range(first, -(-stop // PIECE))]
+        numbered = [self._piece(number) for number in range(first, -(-stop // PIECE))]
         cut = slice(start - first * PIECE, stop - first * PIECE)
-        return found[0][cut] if len(found) == 1 else np.concatenate(found)[cut]
+        return numbered[0][cut] if len(numbered) == 1 else np.concatenate(numbered)[cut]
 
     def _piece(self, number: int) -> np.ndarray:
         x = self._scaled(number * PIECE, min((number + 1) * PIECE, self.size))
@@ -148,12 +146,12 @@ def dropped(key: Key[Array, ""], delta: Tree, rate: Scalar, *, deferred: bool = 
     keys = iter(jax.random.split(key, len(jax.tree.leaves(delta))))
 
     def one(x):
-        own, wide, shape = next(keys), tree.wide_type(x), np.shape(x)
-        if on_host(x, own, rate):
-            later = Deferred(shape, wide, lambda: _Dropped(flat(x), np.size(x), own, rate, wide))
+        leaf_key, wide, shape = next(keys), tree.wide_type(x), np.shape(x)
+        if on_host(x, leaf_key, rate):
+            later = Deferred(shape, wide, lambda: _Dropped(flat(x), np.size(x), leaf_key, rate, wide))
             return later if deferred else jnp.asarray(np.asarray(later))
         x = jnp.asarray(x, wide)
-        return jnp.where(_lost(own, rate, x.size).reshape(shape), 0, x / jnp.asarray(1 - rate, wide))
+        return jnp.where(_lost(leaf_key, rate, x.size).reshape(shape), 0, x / jnp.asarray(1 - rate, wide))
 
     return jax.tree.map(one, delta)
 
@@ -164,36 +162,10 @@ def drop(key: Key[Array, ""], delta: Tree, rate: Scalar, *, check_finite: bool =
     ValueError where the delta holds NaN or an infinity, or what is divided is too large for its type (`check_finite`).
     """
     (delta,) = same([delta], check_finite=check_finite)
-    found = jax.tree.map(lambda y, x: y.astype(jnp.result_type(x)), dropped(key, delta, rate), delta)
+    rest = jax.tree.map(lambda y, x: y.astype(jnp.result_type(x)), dropped(key, delta, rate), delta)
     if check_finite:
-        require_sound(found, delta)
-    return found
-
-
-def dare(
-    key: Key[Array, ""],
-    base: Tree,
-    deltas: Sequence[Tree],
-    weights: Weights | None = None,
-    *,
-    rate: Scalar = 0.9,
-    rule: Callable[..., Any] = compose,
-    check_finite: bool = True,
-    **options: Any,
-) -> Any:
-    """DARE (Yu et al., 2024, arXiv 2311.03099): drop entries by chance, rescale the rest, and merge by another rule.
-
-    Args:
-      key: each module's draw is independent of the others'.
-      rate: probability that an entry is dropped.
-      rule: `(base, deltas, weights, **options) -> params`, such as `compose`, `task_arithmetic`, `ties`; it gets the
-        rescaled deltas unrounded, in float32 at least.
-    """
-    deltas = aligned(base, deltas, check_finite=check_finite)
-    deltas = drop_each(key, deltas, rate, deferred=rule in (compose, task_arithmetic, ties))
-    if not check_finite and "check_finite" in inspect.signature(rule).parameters:
-        options["check_finite"] = False
-    return rule(base, deltas, weights, **options)
+        require_sound(rest, delta)
+    return rest
 
 
 def drop_each(key: Key[Array, ""], deltas: list[Tree], rate: Scalar, *, deferred: bool) -> list[Tree]:

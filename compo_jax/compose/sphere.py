@@ -6,6 +6,7 @@ weighted sum makes the result.
 
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,14 @@ def _slerp_weights(shares: Array, cosine: Array, norms: Array) -> Array:
     return turned * (shares @ norms) / norms
 
 
+class _Walk(NamedTuple):
+    """Towards a Karcher mean: the mean's weights so far, the angle of the last step in radians, the steps."""
+
+    mean: Array
+    size: Array
+    count: Array | int
+
+
 def karcher_mean(
     trees: Sequence[Tree],
     weights: Weights | None = None,
@@ -102,8 +111,8 @@ def karcher_mean(
     ValueError as `slerp`, and where the directions cancel; a UserWarning where the iterations end far from the mean.
     """
     trees = same(trees, check_finite=check_finite)
-    found = karcher_weights(trees, weights, check_finite, tolerance=tolerance, max_iterations=max_iterations)
-    return _sum(trees, found, wide)
+    shares = karcher_weights(trees, weights, check_finite, tolerance=tolerance, max_iterations=max_iterations)
+    return _sum(trees, shares, wide)
 
 
 def karcher_weights(
@@ -126,8 +135,8 @@ def karcher_weights(
     def length(c):
         return jnp.sqrt(jnp.maximum(jnp.einsum("s,st,t", c, cosines, c, precision="highest"), 0))
 
-    def step(state):
-        mean, _, count = state
+    def step(walk):
+        mean = walk.mean
         cosine = jnp.clip(jnp.matmul(cosines, mean, precision="highest"), -1, 1)
         near = 1 - cosine < eps
         angle = jnp.arccos(jnp.where(near, 0.0, cosine))
@@ -135,15 +144,15 @@ def karcher_weights(
         move = pull - jnp.dot(pull, cosine) * mean
         size = length(move)
         mean = jnp.cos(size) * mean + jnp.sinc(size / jnp.pi) * move
-        return mean / length(mean), size, count + 1
+        return _Walk(mean / length(mean), size, walk.count + 1)
 
     start = length(weights)
     if tree.concrete(start) and start < 10 * eps:
         raise ValueError("the directions of the trees cancel: points spread all around the sphere have no one mean")
     mean, size, _ = jax.lax.while_loop(
-        lambda s: (s[1] > tolerance) & (s[2] < max_iterations),
+        lambda walk: (walk.size > tolerance) & (walk.count < max_iterations),
         step,
-        (weights / start, jnp.full((), jnp.inf, norms.dtype), 0),
+        _Walk(weights / start, jnp.full((), jnp.inf, norms.dtype), 0),
     )
     if tree.concrete(size) and size > jnp.maximum(tolerance, eps**0.5):
         warnings.warn(

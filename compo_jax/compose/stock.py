@@ -14,7 +14,7 @@ from compo_jax.tree import Tree
 
 
 def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: Stacked = STACKED, check_finite: bool = True) -> Tree:
-    """Model Stock (Jang et al., 2024, arXiv 2403.19522): `base + r mean(delta)`, with r of each layer's own.
+    """Model Stock (Jang et al., 2024, arXiv 2403.19522): `base + r mean(delta)`, with an r for each layer.
 
     `r = T c / (1 + (T - 1) c)`, c the mean cosine between two task vectors of the layer: the point nearest to the
     centre that fine-tuned models scatter around. A mean cosine below zero counts as zero, which is the base, and
@@ -38,8 +38,8 @@ def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: Stacked = STACKE
         return cosine / (1 + (tasks - 1) * cosine)  # a task's: r / T
 
     def layer(b, *rows):
-        found = share(jnp.asarray(products(rows), tree.wide_type(*rows)))
-        return entrywise(moved_by, [b, *rows], [found] * tasks)
+        part = share(jnp.asarray(products(rows), tree.wide_type(*rows)))
+        return entrywise(moved_by, [b, *rows], [part] * tasks)
 
     def leaf(name, b, rows, _):
         if on_host(b, *rows):

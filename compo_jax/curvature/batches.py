@@ -78,17 +78,33 @@ def stack(batches: Iterable[tuple], mesh: Mesh | None = None) -> Batches:
     return Batches(stacked, counts)
 
 
-def mean(function: Callable[..., Tree], batches: Batches) -> Tree:
-    """The mean of `function(*batch)`, a mean over the batch's examples, over all examples; one result in memory."""
+def count(batches: Batches, examples: Callable[..., jax.Array] | None = None) -> Any:
+    """The number of all examples, or of those of each batch that `examples(*batch)` counts."""
+    if examples is None:
+        return sum(size * _length(group) for group, size in zip(*batches, strict=True))
+    return sum(jnp.sum(jax.lax.map(lambda batch: examples(*batch), group)) for group in batches.groups)
+
+
+def mean(function: Callable[..., Tree], batches: Batches, examples: Callable[..., jax.Array] | None = None) -> Tree:
+    """The mean of `function(*batch)`, a mean over the batch's examples, over all examples; one result in memory.
+
+    Args:
+      examples: `batch ->` how many of its examples the function's mean is over; default all.
+    """
     total = None
-    for group, count in zip(*batches, strict=True):
+    for group, size in zip(*batches, strict=True):
         like = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], group))
         # A sum in a 16-bit dtype stops growing after some hundred terms.
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), like)
-        part, _ = jax.lax.scan(lambda sum, batch: (jax.tree.map(jnp.add, sum, function(*batch)), None), zero, group)
-        part = jax.tree.map(lambda x, n=count: n * x, part)
+
+        def add(sum, batch):
+            share = 1 if examples is None else examples(*batch)
+            return jax.tree.map(lambda s, x: s + share * x, sum, function(*batch)), None
+
+        part, _ = jax.lax.scan(add, zero, group)
+        part = jax.tree.map(lambda x, n=size if examples is None else 1: n * x, part)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
-    number = sum(count * _length(group) for group, count in zip(*batches, strict=True))
+    number = count(batches, examples)
     return jax.tree.map(lambda x, y: (x / number).astype(y.dtype), total, like)
 
 

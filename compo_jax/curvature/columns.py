@@ -32,7 +32,7 @@ def ranks(
     """(columns of the pivoted Cholesky factor that leave at most `tolerance` of the trace, what is left, the trace)."""
 
     def one(z, part):
-        left = loss.pivoted(z)[1]
+        left = loss.pivoted(z).left
         needed = jnp.where(part, jnp.argmax(left[1:] <= tolerance * left[0]) + 1, 0)
         return needed, left[needed], left[0]
 
@@ -57,9 +57,9 @@ def columns(
     z = predictions(outputs)
     _, tokens, size = z.shape
     first = jax.vmap(jax.vmap(lambda z: loss.column(z, 0)))(z)
-    known = jnp.where(jnp.isnan(z + first).any(axis=(1, 2)), jnp.nan, 1).astype(z.dtype)  # or nan where the outputs are
-    drawn = jnp.full_like(known, jnp.nan)
-    scale = known[:, None, None] * part[..., None]
+    finite = jnp.where(jnp.isnan(z + first).any(axis=(1, 2)), jnp.nan, 1).astype(z.dtype)  # 1, or nan as the outputs
+    drawn = jnp.full_like(finite, jnp.nan)
+    scale = finite[:, None, None] * part[..., None]
 
     def shaped(v):
         return v.reshape(outputs.shape).astype(outputs.dtype)
@@ -73,15 +73,15 @@ def columns(
         return Columns(1, lambda k: v, drawn)
     if method == "exact":
         needed = jnp.full(z.shape[:2], size)
-        count, one, captured = tokens * size, loss.column, known
+        count, one, captured = tokens * size, loss.column, finite
     else:
         needed, left, trace = ranks(loss, z, part, tolerance)
         count = jnp.max(jnp.where(real, needed.sum(axis=1), 0))
-        one = lambda z, k: loss.pivoted(z)[0](k)
+        one = lambda z, k: loss.pivoted(z).column(k)
         weights = weights_of(loss, z, targets)[..., 0] * part
         whole = jnp.sum(weights * trace, axis=1)
         missed = jnp.sum(weights * left, axis=1) / jnp.where(whole > 0, whole, 1)
-        captured = known * jnp.where(whole > 0, 1 - missed, 1)
+        captured = finite * jnp.where(whole > 0, 1 - missed, 1)
 
     def column(k):
         ends = jnp.cumsum(needed, axis=1)
@@ -92,6 +92,6 @@ def columns(
             v = jnp.where(token < tokens, scale[at] * one(z[at], k - before[at]), 0)
             return jnp.zeros_like(z).at[at].set(v)
 
-        return shaped(known[:, None, None] * jax.vmap(of_image)(z, scale, token, ends - needed))
+        return shaped(finite[:, None, None] * jax.vmap(of_image)(z, scale, token, ends - needed))
 
     return Columns(count, column, captured)

@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information matrix of a model, at the given parameters."""
+"""The diagonal of the Fisher information matrix of a model, at its parameters."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,12 +9,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compo_jax import tree
-from compo_jax.curvature.pullback import Pulled, Reduction, pull_back
+from compo_jax.curvature.protocol import Curvature
+from compo_jax.curvature.pullback import Estimator, Pulled, Reduction, pull_back
+from compo_jax.curvature.sums import pooled, require_damping, sum_leaves
 from compo_jax.tree import Tree
 
 
 class FisherDiagonal(NamedTuple):
-    """A sum over images, and their number, kept apart so that means stay right when unequal sums are added.
+    """Curvature that is a diagonal: a sum over images, and their number, kept apart so that means stay right when
+    unequal sums are added. See `Curvature`.
 
     Attributes:
       total: shaped as the parameters, `sum_n sum_c p_c(x_n) (d log p_c(x_n) / d params)^2`.
@@ -39,6 +42,66 @@ class FisherDiagonal(NamedTuple):
             return (x.astype(wide) / jnp.asarray(self.count, wide)).astype(x.dtype)
 
         return jax.tree.map(one, self.total)
+
+    def diagonal(self) -> Tree:
+        return self.mean
+
+    def matvec(self, vector: Tree) -> Tree:
+        """`mean * vector`, zero where there is no diagonal; see `Curvature`."""
+        return self._entrywise(lambda f, x: f * x, vector)
+
+    __call__ = matvec
+
+    def quadratic(self, vector: Tree, other: Tree | None = None) -> Array:
+        def one(f, x, y):
+            if f is None or x is None or y is None:
+                return None
+            wide = tree.wide_type(f, x, y)
+            return jnp.sum(jnp.asarray(f, wide) * jnp.asarray(x, wide) * jnp.asarray(y, wide))
+
+        other = vector if other is None else other
+        products = jax.tree.map(one, self.mean, vector, other, is_leaf=lambda x: x is None)
+        return sum(jax.tree.leaves(products), start=jnp.zeros(()))
+
+    def trace(self) -> Array:
+        return sum_leaves(self.mean)
+
+    def solve(self, vector: Tree, damping: float | Array) -> Tree:
+        """`vector / (mean + damping)`; see `Solvable`."""
+        require_damping(damping)
+        return self._entrywise(lambda f, x: x / (f + damping), vector)
+
+    def _entrywise(self, function: Callable, vector: Tree) -> Tree:
+        def one(x, f):
+            if x is None:
+                return None
+            wide = tree.wide_type(x) if f is None else tree.wide_type(x, f)
+            return function(jnp.asarray(0 if f is None else f, wide), jnp.asarray(x, wide)).astype(jnp.result_type(x))
+
+        return jax.tree.map(one, vector, self.mean, is_leaf=lambda x: x is None)
+
+    def scale(self, factor: float | Array) -> "FisherDiagonal":
+        return self._replace(total=tree.weighted_sum([self.total], [factor]))
+
+    def __add__(self, other: Curvature) -> Curvature:
+        if not isinstance(other, FisherDiagonal):
+            return pooled(self, other)
+        worst = jnp.minimum(self.captured, other.captured)
+        worst = jnp.where(self.count == 0, other.captured, jnp.where(other.count == 0, self.captured, worst))
+        return FisherDiagonal(jax.tree.map(jnp.add, self.total, other.total), self.count + other.count, worst)
+
+
+def as_curvature(curvature: Curvature | Tree) -> Curvature:
+    """Curvature as it is; a tree shaped as the parameters, with None holes, as the diagonal that it is."""
+    return curvature if isinstance(curvature, Curvature) else FisherDiagonal(curvature, 1, jnp.nan)
+
+
+def summed_diagonal(curvature: Curvature | Tree) -> tuple[Tree, Any]:
+    """(the diagonal as a sum, what it is divided by): for rules that divide entry by entry, without a copy of it."""
+    if isinstance(curvature, FisherDiagonal):
+        _ = curvature._replace(total={}).mean  # which looks at the number of images
+        return curvature.total, curvature.count
+    return (curvature.diagonal() if isinstance(curvature, Curvature) else curvature), 1.0
 
 
 def squares(
@@ -86,7 +149,7 @@ def fisher_diagonal(
     """Diagonal of the Fisher of `softmax(apply(params, inputs))`, from the square of each image's own gradient.
 
     Pulling the columns of any V with `V Vᵀ = diag(p) - p pᵀ` back to the parameters, squaring and summing gives the
-    diagonal (Porrello et al., 2025). The weights of dense layers are found in `apply` (`layers.tap`), and of theirs the
+    diagonal (Porrello et al., 2025). `layers.tap` looks for the weights of dense layers in `apply`, and of theirs the
     gradient of one image and layer is the most that is held at once (on a GPU: of one layer and a chunk).
 
     Args:
@@ -95,10 +158,12 @@ def fisher_diagonal(
         (under vmap), and must not depend on each other.
       params: the leaves to differentiate; close over the frozen ones.
       inputs: array or tree of arrays with the batch on axis 0.
-      method: `exact`, one column a class and token; `low_rank`, for each image as many columns of the pivoted Cholesky
-        factor as leave at most `tolerance` of the trace (a lower bound of the exact diagonal, entry by entry; images
-        that need equally many are taken together); `monte_carlo`, one label a token drawn from p by `key`, unbiased;
-        `empirical`, the given true `labels`, which is not the Fisher but what many call by its name.
+      method: `exact`, one column a class and token: for up to some tens of classes, and as a reference; `low_rank`, for
+        each image as many columns of the pivoted Cholesky factor as leave at most `tolerance` of the trace (a lower
+        bound of the exact diagonal, entry by entry; images that need equally many are taken together): for many
+        classes, and says by `captured` what it left out; `monte_carlo`, one label a token drawn from p by `key`,
+        unbiased: the price of one gradient an image, for many images and penalties, which don't mind the noise;
+        `empirical`, the true `labels`, which is not the Fisher but what many call by its name.
       labels: integers (batch, *tokens), for a loss of numbers floats shaped as what `apply` returns; needed by
         `empirical`, and by every method where the loss weighs classes.
       key: one random key, `jax.random.key(0)`.
@@ -127,8 +192,8 @@ def fisher_diagonal(
                     return squares(pulled.inputs[name], jnp.where(real, pulled.outputs[name], 0), sum)
                 if rest is None:
                     return None
-                own = jnp.square(rest.astype(sum.dtype))
-                return sum + jnp.einsum("n...,n->...", own, pulled.real.astype(sum.dtype))
+                squared_rest = jnp.square(rest.astype(sum.dtype))
+                return sum + jnp.einsum("n...,n->...", squared_rest, pulled.real.astype(sum.dtype))
 
             return tree.map_with_name(add, total, pulled.rest)
 
@@ -140,17 +205,5 @@ def fisher_diagonal(
             ),
         )
 
-    pooled = pull_back(
-        apply,
-        params,
-        inputs,
-        squared,
-        method=method,
-        tolerance=tolerance,
-        labels=labels,
-        key=key,
-        chunk=chunk,
-        output_loss=output_loss,
-        ignore=ignore,
-    )
-    return FisherDiagonal(pooled.result, pooled.count, pooled.captured)
+    estimator = Estimator(method, tolerance, labels, key, chunk, output_loss, ignore)
+    return FisherDiagonal(*pull_back(apply, params, inputs, squared, estimator))

@@ -52,9 +52,9 @@ def linearise(function: Callable[[Tree], Tree], at: Tree) -> Linear:
 def _primitives(jaxpr: Jaxpr) -> set[str]:
     """The names of all primitives, in inner jaxprs, too. The tangent of a `jax.custom_vjp` is one that only reverse
     mode knows, and JAX says so when it is run or compiled, too late to be caught."""
-    found = {equation.primitive.name for equation in jaxpr.eqns}
+    names = {equation.primitive.name for equation in jaxpr.eqns}
     for equation in jaxpr.eqns:
         for value in jax.tree.leaves(list(equation.params.values())):
             inner = getattr(value, "jaxpr", value)
-            found |= _primitives(inner) if isinstance(inner, Jaxpr) else set()
-    return found
+            names |= _primitives(inner) if isinstance(inner, Jaxpr) else set()
+    return names

@@ -94,7 +94,7 @@ class _Interpreter:
 
     def __init__(self, probes: dict[str, Array] | None):
         self.probes = probes  # None while the layers are being looked for
-        self.found: dict[str, Dense] = {}
+        self.layers: dict[str, Dense] = {}
         self.outputs: dict[str, jax.ShapeDtypeStruct] = {}
         self.uses: dict[str, set] = {}  # call paths, of which scan may trace one more than once
         self.path: tuple[
@@ -116,10 +116,10 @@ class _Interpreter:
 
     def run(self, jaxpr: Jaxpr, consts, values, probes) -> tuple[list, dict[str, Array]]:
         """(outputs, inputs of the dense layers)."""
-        known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
+        values_of = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
         inputs: dict[str, Array] = {}
         for equation in jaxpr.eqns:
-            arguments = [v.val if isinstance(v, Literal) else known[v] for v in equation.invars]
+            arguments = [v.val if isinstance(v, Literal) else values_of[v] for v in equation.invars]
             rule = self.rules.get(equation.primitive)
             if rule is None or not any(isinstance(x, _Weight) for x in arguments):
                 results = self.bind(equation, arguments)
@@ -128,8 +128,8 @@ class _Interpreter:
                 results, more = rule(self, equation, arguments, probes)
                 self.path = outside
                 inputs |= more
-            known |= dict(zip(equation.outvars, results, strict=True))
-        results = [v.val if isinstance(v, Literal) else known[v] for v in jaxpr.outvars]
+            values_of |= dict(zip(equation.outvars, results, strict=True))
+        results = [v.val if isinstance(v, Literal) else values_of[v] for v in jaxpr.outvars]
         return [self.plain(x) for x in results], inputs
 
     def jit(self, equation, arguments, probes):
@@ -153,7 +153,7 @@ class _Interpreter:
             return self.bind(equation, [*consts, *carry, *scanned]), {}
         weights = [x if isinstance(x, _Weight) else None for x in scanned]
         slices = [x.value if isinstance(x, _Weight) else x for x in scanned]
-        own = {w.name: probes[w.name] for w in weights if w is not None and w.name in probes}
+        slices_of_probes = {w.name: probes[w.name] for w in weights if w is not None and w.name in probes}
 
         def body(carry, step):
             slices, probes = step
@@ -165,7 +165,7 @@ class _Interpreter:
             return results[: len(carry)], (results[len(carry) :], inputs)
 
         carry, (stacked, inputs) = jax.lax.scan(
-            body, carry, (slices, own), reverse=settings["reverse"], unroll=settings["unroll"]
+            body, carry, (slices, slices_of_probes), reverse=settings["reverse"], unroll=settings["unroll"]
         )
         return [*carry, *stacked], inputs
 
@@ -221,7 +221,7 @@ class _Interpreter:
         y = equation.primitive.bind(*(a.value if isinstance(a, _Weight) else a for a in arguments), **equation.params)
         free = tuple(i for i in range(weight.value.ndim) if i not in contracted)
         layer = Dense(weight.stack, tuple(contracted), free, weight.value.shape, rows.shape[0])
-        self.found[weight.name] = layer
+        self.layers[weight.name] = layer
         self.outputs[weight.name] = jax.ShapeDtypeStruct((*weight.stack, layer.tokens, layer.sizes[1]), y.dtype)
         self.uses.setdefault(weight.name, set()).add(self.path)
         if self.probes is None:
@@ -260,7 +260,7 @@ def tap(function: Callable[..., Any], params: Tree, *args: Any) -> Taps:
 
     search = _Interpreter(None)
     jax.eval_shape(lambda *a: interpret(search, set(names), {}, *a), params, *args)
-    layers = {name: layer for name, layer in search.found.items() if len(search.uses[name]) == 1}
+    layers = {name: layer for name, layer in search.layers.items() if len(search.uses[name]) == 1}
     probes = {name: search.outputs[name] for name in layers}
 
     def forward(probes, params, *args):

@@ -14,6 +14,18 @@ from compo_jax import tree
 Prediction = Float[Array, "*predictions outputs"]
 
 
+class Pivoted(NamedTuple):
+    """The pivoted Cholesky factor of the Hessian in one prediction.
+
+    Attributes:
+      column: `k -> (outputs,)`.
+      left: (outputs + 1,), what is left of the trace after none, one, two, ... columns.
+    """
+
+    column: Callable[[Any], Array]
+    left: Float[Array, " columns"]
+
+
 class OutputLoss(NamedTuple):
     """The loss of one prediction z (outputs,), which is the last axis of what a model puts out.
 
@@ -25,8 +37,7 @@ class OutputLoss(NamedTuple):
       value: `(z, target) -> loss`; plain JAX, for `hvp`, `hessian` and `landscape`, too.
       product: `(z, v) -> H v`, over leading axes as well.
       column: `(z, k) -> (outputs,)`, one of as many columns as there are outputs, of a V with `V Vᵀ = H`.
-      pivoted: `z -> (k -> (outputs,), left)`: the columns of H's pivoted Cholesky factor, and what is left of the trace
-        after none, one, two, ... of them (outputs + 1,).
+      pivoted: `z ->` the pivoted Cholesky factor of H.
       draw: `(key, z) -> like z`, the score `- d value / d z` at a target drawn from the model; its covariance is H.
       classes: a target is the index of one output (softmax), and not a number for each output.
       bounds: of a target that is a number.
@@ -37,7 +48,7 @@ class OutputLoss(NamedTuple):
     value: Callable[[Array, Array], Array]
     product: Callable[[Array, Array], Array]
     column: Callable[[Array, Any], Array]
-    pivoted: Callable[[Array], tuple[Callable, Array]]
+    pivoted: Callable[[Array], Pivoted]
     draw: Callable[[Array, Array], Array]
     classes: bool
     bounds: tuple[float, float] = (-np.inf, np.inf)
@@ -48,8 +59,8 @@ class OutputLoss(NamedTuple):
 # --------------------------------------------------------------------------- softmax
 
 
-def cholesky(p: Float[Array, " classes"]) -> tuple[Callable, Float[Array, " columns"]]:
-    """Pivoted Cholesky of `diag(p) - p pᵀ` in closed form: (k -> column k, trace left after k columns).
+def cholesky(p: Float[Array, " classes"]) -> Pivoted:
+    """Pivoted Cholesky of `diag(p) - p pᵀ` in closed form.
 
     After the classes S are taken, with the mass r = 1 - sum_S p left, the Schur complement of the others is
     `diag(p) - p pᵀ / r`, whose largest diagonal entry belongs to the largest p: the pivots are the classes in falling
@@ -71,7 +82,7 @@ def cholesky(p: Float[Array, " classes"]) -> tuple[Callable, Float[Array, " colu
         sorted_column = jnp.where(diagonal > 0, others.at[k].set(root), 0)
         return jnp.zeros_like(p).at[order].set(sorted_column)
 
-    return column, jnp.append(1 - jnp.sum(p**2), jnp.maximum(left, 0))
+    return Pivoted(column, jnp.append(1 - jnp.sum(p**2), jnp.maximum(left, 0)))
 
 
 def softmax_loss(weights: Sequence[float] | Array | np.ndarray | None = None, smoothing: float = 0.0) -> OutputLoss:
@@ -98,8 +109,8 @@ def softmax_loss(weights: Sequence[float] | Array | np.ndarray | None = None, sm
     def target_of(z, label):  # the gradient is this, less its sum times p
         classes, there = jnp.arange(z.shape[-1]), z != -jnp.inf
         each = jnp.ones_like(z) if weights is None else jnp.asarray(weights, z.dtype)
-        known = jnp.where((label >= 0) & (label < z.shape[-1]), each, jnp.nan)  # where a trace hides it from the check
-        return jnp.where(classes == label, (1 - smoothing) * known, 0 * known) + smoothing * each * there / there.sum()
+        sound = jnp.where((label >= 0) & (label < z.shape[-1]), each, jnp.nan)  # where a trace hides it from the check
+        return jnp.where(classes == label, (1 - smoothing) * sound, 0 * sound) + smoothing * each * there / there.sum()
 
     def value(z, label):
         target = target_of(z, label)
@@ -144,7 +155,7 @@ def _each_output(
         h = curvature(z)
         order = jnp.argsort(-h)
         left = jnp.cumsum(h[order][::-1])[::-1]
-        return lambda k: one(h, order[k]), jnp.append(left, 0.0)
+        return Pivoted(lambda k: one(h, order[k]), jnp.append(left, 0.0))
 
     def product(z, change):
         h = curvature(z)

@@ -56,6 +56,36 @@ class Reduction(NamedTuple):
     finish: Callable[[Tree, Array], Any] = lambda sums, count: sums
 
 
+class Estimator(NamedTuple):
+    """How the Hessian of the output loss is taken apart into columns, and over which images; see `fisher_diagonal`."""
+
+    method: str
+    tolerance: float
+    labels: Any
+    key: Any
+    chunk: int | None
+    output_loss: Any
+    ignore: int | None
+
+
+class Examples(NamedTuple):
+    """The images as a scan over chunks takes them, each leaf (chunks, images, ...).
+
+    Attributes:
+      images: tree of inputs.
+      real: False where an image fills up the last chunk.
+      part: (..., tokens), the predictions that take part.
+      targets: None where no label is needed.
+      keys: one an image, None where nothing is drawn.
+    """
+
+    images: Tree
+    real: Bool[Array, "chunks images"]
+    part: Bool[Array, "chunks images tokens"]
+    targets: Array | None
+    keys: Any
+
+
 class Pooled(NamedTuple):
     """What became of a reduction: its result, the images that took part, the smallest fraction captured of them."""
 
@@ -69,65 +99,21 @@ def pull_back(
     params: Tree,
     inputs: Any,
     reduction: Callable[[dict[str, Dense]], Reduction],
-    *,
-    method: str,
-    tolerance: float,
-    labels: Any,
-    key: Any,
-    chunk: int | None,
-    output_loss: Any,
-    ignore: int | None,
+    estimator: Estimator,
 ) -> Pooled:
-    """The reduction made for the dense layers that are found.
+    """The reduction that is made for the dense layers in `apply`, over all columns of all images.
 
     The other arguments, and the errors: see `curvature.fisher_diagonal`.
     """
-    tree.require_float(params, "params")
-    loss = require_output_loss(output_loss)
-    batch = examples(inputs)
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
-    if batch == 0:
-        raise ValueError("the curvature of no images was asked for: inputs are empty")
-    if method == "monte_carlo":
-        require_key(key, "method='monte_carlo' draws labels and needs a key")
-    if labels is None and method == "empirical":
-        raise ValueError("method='empirical' needs the true labels; the Fisher itself (method='exact') needs none")
-    if labels is None and loss.weight is not None:
-        raise ValueError("the loss weighs examples by their classes: give labels, whatever the method")
-    if labels is None and ignore is not None:
-        raise ValueError(f"ignore={ignore} says which labels are skipped, and no labels are given")
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance, the fraction of the trace that may be left out, is {tolerance}: 0 <= it < 1")
-    if chunk is not None:
-        require_count(chunk, f"a chunk holds at least one image, not {chunk}")
-    shape = jax.eval_shape(apply, params, inputs)
-    require_outputs(loss, shape, batch)
-    tokens = int(np.prod(shape.shape[1:-1]))
-    targets, part = None, jnp.ones((batch, tokens), bool)
-    if labels is not None:
-        targets, part = require_targets(loss, labels, shape.shape, ignore)
-    require_independent(apply, params, inputs)
+    method, tolerance = estimator.method, estimator.tolerance
+    loss, outputs, targets, part = _checked(apply, params, inputs, estimator)
 
     def outputs_of(params, image):
         return apply(params, jax.tree.map(lambda x: x[None], image))[0]
 
     taps = tap(outputs_of, params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs))
     rest = tree.map_with_name(lambda name, leaf: None if name in taps.layers else leaf, params)
-    held = tree.size(rest) + sum(
-        int(np.prod(layer.stack)) * layer.tokens * sum(layer.sizes) for layer in taps.layers.values()
-    )
-    if chunk is None:
-        most = _HELD_ON_CPU if jax.default_backend() == "cpu" else _HELD
-        chunk = max(1, most // max(1, held))
-        if method == "low_rank":  # several chunks, so that images that need few columns don't wait for those of many
-            chunk = min(chunk, max(8, batch // 8))
-    chunks = -(-batch // chunk)
-    chunk = -(-batch // chunks)  # as equal as can be: what fills the last one up is computed, too
-
-    def padded(x):  # the last chunk is filled up with image 0, which `real` leaves out of the sums
-        filled = jnp.concatenate([x, jnp.broadcast_to(x[:1], (chunks * chunk - batch, *x.shape[1:]))])
-        return filled.reshape(chunks, chunk, *x.shape[1:])
+    chunk = _chunk_size(estimator, part.shape[0], taps.layers, rest)
 
     if method == "low_rank":  # images that need equally many columns go together
 
@@ -151,12 +137,11 @@ def pull_back(
 
     start, column, each_chunk, finish = reduction(taps.layers)
 
-    def one_chunk(carry, xs):
+    def one_chunk(carry, examples: Examples):
         sums, captured = carry
-        images, real, part, targets, keys = xs
-        real = real & part.any(axis=1)
-        outputs, pull, x = linearise(images)  # once; then pulled back column by column
-        factor = columns(loss, outputs, real, part, method, tolerance, targets, keys)
+        real = examples.real & examples.part.any(axis=1)
+        outputs, pull, x = linearise(examples.images)  # once; then pulled back column by column
+        factor = columns(loss, outputs, real, examples.part, method, tolerance, examples.targets, examples.keys)
 
         def add(k, sums):
             gradients, others = pull(factor.column(k))
@@ -166,14 +151,64 @@ def pull_back(
         worst = jnp.min(jnp.where(real, factor.captured, jnp.inf)).astype(captured.dtype)
         return (sums, jnp.minimum(captured, worst)), None
 
-    xs = (
-        jax.tree.map(padded, inputs),
-        (jnp.arange(chunks * chunk) < batch).reshape(chunks, chunk),
-        padded(part),
-        jax.tree.map(padded, targets),
-        padded(jax.random.split(key, batch)) if method == "monte_carlo" else None,
-    )
-    first = jnp.array(jnp.inf, tree.wide_type(shape.dtype))
-    (sums, captured), _ = jax.lax.scan(one_chunk, (start, first), xs)
+    keys = jax.random.split(estimator.key, part.shape[0]) if method == "monte_carlo" else None
+    first = jnp.array(jnp.inf, tree.wide_type(outputs.dtype))
+    (sums, captured), _ = jax.lax.scan(one_chunk, (start, first), _chunks(inputs, part, targets, keys, chunk))
     count = jnp.sum(part.any(axis=1))
     return Pooled(finish(sums, count), count, captured)
+
+
+def _checked(apply: Callable, params: Tree, inputs: Any, estimator: Estimator) -> tuple:
+    """(the loss, the outputs' shape and type, targets or None, which predictions take part (images, tokens))."""
+    method, tolerance, labels, key, chunk, output_loss, ignore = estimator
+    tree.require_float(params, "params")
+    loss = require_output_loss(output_loss)
+    batch = examples(inputs)
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
+    if batch == 0:
+        raise ValueError("the curvature of no images was asked for: inputs are empty")
+    if method == "monte_carlo":
+        require_key(key, "method='monte_carlo' draws labels and needs a key")
+    if labels is None and method == "empirical":
+        raise ValueError("method='empirical' needs the true labels; the Fisher itself (method='exact') needs none")
+    if labels is None and loss.weight is not None:
+        raise ValueError("the loss weighs examples by their classes: give labels, whatever the method")
+    if labels is None and ignore is not None:
+        raise ValueError(f"ignore={ignore} says which labels are skipped, and no labels are given")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance, the fraction of the trace that may be left out, is {tolerance}: 0 <= it < 1")
+    if chunk is not None:
+        require_count(chunk, f"a chunk holds at least one image, not {chunk}")
+    outputs = jax.eval_shape(apply, params, inputs)
+    require_outputs(loss, outputs, batch)
+    targets, part = None, jnp.ones((batch, int(np.prod(outputs.shape[1:-1]))), bool)
+    if labels is not None:
+        targets, part = require_targets(loss, labels, outputs.shape, ignore)
+    require_independent(apply, params, inputs)
+    return loss, outputs, targets, part
+
+
+def _chunk_size(estimator: Estimator, batch: int, layers: dict[str, Dense], rest: Tree) -> int:
+    """Images of a chunk, so that all are as equal as can be: what fills the last one up is computed, too."""
+    chunk = estimator.chunk
+    if chunk is None:
+        held = tree.size(rest) + sum(int(np.prod(d.stack)) * d.tokens * sum(d.sizes) for d in layers.values())
+        most = _HELD_ON_CPU if jax.default_backend() == "cpu" else _HELD
+        chunk = max(1, most // max(1, held))
+        if estimator.method == "low_rank":  # several, so that images that need few columns don't wait for others
+            chunk = min(chunk, max(8, batch // 8))
+    return -(-batch // -(-batch // chunk))
+
+
+def _chunks(inputs: Tree, part: Array, targets: Array | None, keys: Any, chunk: int) -> Examples:
+    """The images in chunks, of which the last is filled up with image 0."""
+    batch = part.shape[0]
+    chunks = -(-batch // chunk)
+
+    def padded(x):
+        filled = jnp.concatenate([x, jnp.broadcast_to(x[:1], (chunks * chunk - batch, *x.shape[1:]))])
+        return filled.reshape(chunks, chunk, *x.shape[1:])
+
+    real = (jnp.arange(chunks * chunk) < batch).reshape(chunks, chunk)
+    return Examples(*jax.tree.map(padded, (inputs,)), real, *jax.tree.map(padded, (part, targets, keys)))

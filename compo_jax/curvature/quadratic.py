@@ -23,7 +23,7 @@ def minimise(
     conditions make the objective linear in the weights and multipliers, and which bounds are active is a choice of 0 or
     1: a mixed-integer linear programme (Xia, Vera and Zuluaga, 2020, arXiv 1810.02307), which SciPy's HiGHS solves to
     the end, in seconds for 20 weights; where it takes longer than a minute it stops, with a warning, at the best that
-    it has. Either way the KKT system of the active set that was found is then solved to machine precision. A slope of a
+    it has. Either way the KKT system of that active set is then solved to machine precision. A slope of a
     millionth of the curvature and below can escape HiGHS, and the value then is above the minimum by some 1e-7 of its
     largest term.
 
@@ -54,15 +54,15 @@ def minimise(
         w = _convex(gram, slope, lower, upper, sum_to)
         if _is_minimum(gram, slope, lower, upper, w, sum_to):
             return w
-    found = [_polish(gram, slope, lower, upper, w, sum_to) for w in _global(gram, slope, lower, upper, sum_to)]
-    return min(found, key=lambda w: slope @ w + 0.5 * w @ gram @ w)
+    minima = [_polish(gram, slope, lower, upper, w, sum_to) for w in _global(gram, slope, lower, upper, sum_to)]
+    return min(minima, key=lambda w: slope @ w + 0.5 * w @ gram @ w)
 
 
 def _convex(gram, slope, lower, upper, sum_to) -> Vector:
     from scipy.optimize import LinearConstraint, minimize
 
     middle = np.clip(np.full(len(slope), (sum_to or 0) / len(slope)), lower, upper)
-    found = minimize(
+    result = minimize(
         lambda w: (slope @ w + 0.5 * w @ gram @ w, slope + gram @ w),
         middle,
         jac=True,
@@ -71,7 +71,7 @@ def _convex(gram, slope, lower, upper, sum_to) -> Vector:
         constraints=[] if sum_to is None else LinearConstraint(np.ones(len(slope)), sum_to, sum_to),
         options={"ftol": 1e-15, "maxiter": 1000},
     )
-    return _polish(gram, slope, lower, upper, np.clip(found.x, lower, upper), sum_to)
+    return _polish(gram, slope, lower, upper, np.clip(result.x, lower, upper), sum_to)
 
 
 def _is_minimum(gram, slope, lower, upper, w, sum_to) -> bool:
@@ -121,25 +121,25 @@ def _global(gram, slope, lower, upper, sum_to) -> list[Vector]:
     }
     # With its presolve HiGHS has lost a minimum where slopes were 1e-6; without, it has called a programme infeasible.
     options = {"mip_rel_gap": 0.0, "time_limit": 30.0}
-    found = [milp(**programme, options=options | {"presolve": presolve}) for presolve in (True, False)]
-    if all(result.x is None for result in found):
+    results = [milp(**programme, options=options | {"presolve": presolve}) for presolve in (True, False)]
+    if all(result.x is None for result in results):
         raise RuntimeError("HiGHS found no weights though there are some: look at the Gram matrix for extreme numbers")
-    if all(result.status == 1 for result in found):
+    if all(result.status == 1 for result in results):
         warnings.warn(
             f"the best of {n} weights were not proven so within a minute: the Gram matrix has negative eigenvalues, "
             "and such a programme takes a time that grows exponentially",
             stacklevel=4,
         )
-    return [np.clip(result.x[:n], lower, upper) for result in found if result.x is not None]
+    return [np.clip(result.x[:n], lower, upper) for result in results if result.x is not None]
 
 
 def _polish(gram, slope, lower, upper, w, sum_to) -> Vector:
     """The best feasible KKT solution with the weights that are close to a bound put on it; `w` where there is none."""
     # A solver stops within some 1e-6 of a bound, and the minimum may itself lie that close to one: all readings count.
-    found = [_stationary(gram, slope, lower, upper, w, sum_to, near) for near in (1e-5, 1e-7, 1e-9)]
-    found = [x for x in found if np.all(x >= lower) and np.all(x <= upper)]
-    found = [x for x in found if sum_to is None or abs(x.sum() - sum_to) < 1e-12 * (1 + np.abs(x).sum())]
-    return min(found, key=lambda x: slope @ x + 0.5 * x @ gram @ x, default=w)
+    readings = [_stationary(gram, slope, lower, upper, w, sum_to, near) for near in (1e-5, 1e-7, 1e-9)]
+    readings = [x for x in readings if np.all(x >= lower) and np.all(x <= upper)]
+    readings = [x for x in readings if sum_to is None or abs(x.sum() - sum_to) < 1e-12 * (1 + np.abs(x).sum())]
+    return min(readings, key=lambda x: slope @ x + 0.5 * x @ gram @ x, default=w)
 
 
 def _stationary(gram, slope, lower, upper, w, sum_to, near) -> Vector:

@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from compo_jax import tree
-from compo_jax.curvature import FisherDiagonal, Kronecker, fisher_diagonal, kronecker, merge_kronecker
-from compo_jax.data import Split, TaskStream
+from compo_jax.curvature import FisherDiagonal, Kronecker, fisher_diagonal, kronecker
+from compo_jax.data import Split
 from compo_jax.incremental.classifier import Head, logits, masked
 from compo_jax.incremental.regularisers import Curvature
-from compo_jax.incremental.settings import Settings
+from compo_jax.incremental.settings import Setup
 from compo_jax.tree import Tree
 
 Fisher = FisherDiagonal | Kronecker
-_ESTIMATORS = {"diagonal": fisher_diagonal, "kronecker": kronecker}
 
 
 class TaskFisher(NamedTuple):
@@ -32,27 +31,30 @@ class TaskFisher(NamedTuple):
     zero: Callable[[Tree, Head], dict[str, Fisher]]
 
 
-def together(a: Fisher, b: Fisher) -> Fisher:
-    """Two tasks' Fisher as one's; `b` is of some images."""
-    if isinstance(a, Kronecker):
-        return merge_kronecker([a, b])
-    total = jax.tree.map(jnp.add, a.total, b.total)
-    return FisherDiagonal(total, a.count + b.count, jnp.minimum(a.captured, b.captured))
+class Kind(NamedTuple):
+    """A kind of curvature.
+
+    Attributes:
+      estimate: `(apply, params, images, **options) -> Fisher`.
+      mean: `(Fisher, epsilon) ->` what penalties take: over the images, zero over none.
+    """
+
+    estimate: Callable[..., Fisher]
+    mean: Callable[[Fisher, float], Curvature]
 
 
-def mean(found: Fisher, epsilon: float) -> Curvature:
-    """Over the images, zero over none; a diagonal plus `epsilon`."""
-    if isinstance(found, Kronecker):
-        return found
-    return jax.tree.map(lambda f: f / jnp.maximum(found.count, 1) + epsilon, found.total)
+def _damped(fisher: FisherDiagonal, epsilon: float) -> Tree:
+    return jax.tree.map(lambda f: f / jnp.maximum(fisher.count, 1) + epsilon, fisher.total)
 
 
-def task_fisher(
-    model, stream: TaskStream, settings: Settings, adapted: Sequence[str], kinds: Sequence[str]
-) -> TaskFisher:
+KINDS = {"diagonal": Kind(fisher_diagonal, _damped), "kronecker": Kind(kronecker, lambda fisher, epsilon: fisher)}
+
+
+def task_fisher(setup: Setup, adapted: Sequence[str], kinds: Sequence[str]) -> TaskFisher:
     """The Fisher of the weights whose paths match `adapted`; ValueError for an unknown kind."""
-    if unknown := sorted(set(kinds) - set(_ESTIMATORS)):
-        raise ValueError(f"unknown curvature {unknown[0]!r}; known are {', '.join(_ESTIMATORS)}")
+    model, stream, settings = setup.model, setup.stream, setup.settings
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        raise ValueError(f"unknown curvature {unknown[0]!r}; known are {', '.join(KINDS)}")
     options = {"method": settings.fisher_method, "tolerance": settings.fisher_tolerance}
 
     @jax.jit
@@ -64,7 +66,7 @@ def task_fisher(
             return masked(logits(head, z), jnp.arange(head["bias"].shape[0]) < seen)
 
         images = stream.prepare(images)
-        return {kind: _ESTIMATORS[kind](apply, kept, images, key=key, labels=labels, **options) for kind in kinds}
+        return {kind: KINDS[kind].estimate(apply, kept, images, key=key, labels=labels, **options) for kind in kinds}
 
     def of(params, split: Split, head, past, seen, key, *, seed):
         chosen = np.random.default_rng(seed).permutation(len(split))[: settings.fisher_images or None]
@@ -73,7 +75,7 @@ def task_fisher(
             part = chosen[first : first + settings.eval_batch]
             labels = jnp.asarray(split.labels[part] + past)
             one = batch(params, split.images(part), head, seen, jax.random.fold_in(key, first), labels)
-            found = one if found is None else {kind: together(found[kind], one[kind]) for kind in kinds}
+            found = one if found is None else {kind: found[kind] + one[kind] for kind in kinds}
         return found
 
     def zero(params, head):
@@ -85,10 +87,6 @@ def task_fisher(
             return found
 
         shapes = jax.eval_shape(leaves, jnp.zeros((1, stream.size, stream.size, 3), jnp.uint8))
-        nothing = jax.tree.unflatten(structure, [jnp.zeros(x.shape, x.dtype) for x in shapes])
-        return {
-            kind: f._replace(captured=jnp.ones_like(f.captured)) if isinstance(f, FisherDiagonal) else f
-            for kind, f in nothing.items()
-        }
+        return jax.tree.unflatten(structure, [jnp.zeros(x.shape, x.dtype) for x in shapes])
 
     return TaskFisher(of, zero)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 
 class PoolSkills(NamedTuple):
@@ -28,7 +28,7 @@ class RunSkills(NamedTuple):
     run: str
     seed: int
     tasks: list[str]
-    tested: Int[np.ndarray, " tasks"]
+    tested: list[int]
     methods: dict[str, PoolSkills]
 
 

@@ -1,7 +1,7 @@
 """Models in Flax Linen, and checkpoints that others trained."""
 
-from compo_jax.models.backbone import backbone as backbone
-from compo_jax.models.embedded import embedded as embedded
+from compo_jax.models.bases import backbone as backbone
+from compo_jax.models.bases import embedded as embedded
 from compo_jax.models.isometric import IsometricNet as IsometricNet
 from compo_jax.models.pretrained import from_timm as from_timm
 from compo_jax.models.pretrained import load as load

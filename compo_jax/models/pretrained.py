@@ -18,7 +18,7 @@ import safetensors.numpy
 from jaxtyping import Array, Float
 
 from compo_jax import tree
-from compo_jax.files import local_path, replaced
+from compo_jax.files import JOIN, local_path, replaced, safetensors_file
 from compo_jax.models.sizes import whole_numbers
 from compo_jax.models.vit import ViT
 from compo_jax.tree import Tree
@@ -102,8 +102,8 @@ def _architecture(shapes: Shapes) -> ViT:
     """The ViT that most of the shapes agree on; what no shape tells is ViT-B/16's. One head: no shape tells it."""
 
     def length(pattern: str, rank: int, axis: int) -> int:
-        found = Counter(s[axis] for name, s in shapes.items() if len(s) == rank and re.fullmatch(pattern, name))
-        return found.most_common(1)[0][0] if found else 0
+        lengths = Counter(s[axis] for name, s in shapes.items() if len(s) == rank and re.fullmatch(pattern, name))
+        return lengths.most_common(1)[0][0] if lengths else 0
 
     width = length(r"(blocks\.\d+\.norm[12]|norm|patch_embed\.proj)\.(weight|bias)", 1, 0) or 768
     patch = length(r"patch_embed\.proj\.weight", 4, -1) or 16
@@ -115,27 +115,18 @@ def _architecture(shapes: Shapes) -> ViT:
 
 
 def _check(shapes: Shapes, expected: Shapes, model: ViT) -> None:
-    missing = [name for name in expected if name not in shapes]
-    unexpected = [f"{name} {shapes[name]}" for name in shapes if name not in expected]
-    misshaped = [
-        f"{name} {shapes[name]} instead of {expected[name]}"
-        for name in shapes
-        if name in expected and shapes[name] != expected[name]
-    ]
-    if not (missing or unexpected or misshaped):
+    lines = tree.mismatches(shapes, expected)
+    if not lines:
         return
     summary = (
         f"the arrays don't fit a ViT of width {model.width}, depth {model.depth}, patch {model.patch}, RGB images of "
         f"{model.image_size}x{model.image_size} and {model.classes} classes, which most of their shapes speak for:"
     )
-    lists = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
-    lines = [summary]
-    lines += [f"{kind} ({len(entries)}): {', '.join(entries)}" for kind, entries in lists.items() if entries]
     variants = [text for pattern, text in _VARIANTS if any(re.search(pattern, name) for name in shapes)]
     lines += [f"this is {text}: ViT has no such part, take a checkpoint of the plain ViT" for text in variants]
-    if len(missing) == len(expected):
+    if not expected.keys() & shapes.keys():
         lines.append("no name is timm's: strip a common prefix of the names, or convert the checkpoint with timm")
-    raise ValueError("\n".join(lines))
+    raise ValueError("\n".join([summary, *lines]))
 
 
 def _heads(model: ViT, position: np.ndarray, heads: int | None) -> int:
@@ -225,7 +216,7 @@ def to_timm(params: Tree) -> dict[str, np.ndarray]:
     Takes any tree shaped as the parameters (a Fisher, a delta): a leaf that is None or absent is left out.
     Raises ValueError for a leaf that ViT doesn't have.
     """
-    leaves = dict(zip(tree.names(params), jax.tree.leaves(params), strict=True))
+    leaves = tree.by_name(params)
     if unknown := sorted(leaves.keys() - {row.path for row in TIMM}):
         raise ValueError(
             f"timm's ViT has no counterpart of {', '.join(unknown)}: give the tree under 'params', shaped as a ViT's "
@@ -241,28 +232,6 @@ def to_timm(params: Tree) -> dict[str, np.ndarray]:
 
 
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
-_JOIN = "join the arrays of all of them (safetensors.numpy.load_file gives a file's) and give them to models.from_timm"
-
-
-def _foreign(path: Path, error: Exception) -> str:
-    """What a file is that isn't read, and what to do."""
-    if path.name.endswith(".json"):
-        return f"no checkpoint but a list of the files that hold it: {_JOIN}"
-    if path.suffix in (".npz", ".npy"):
-        return (
-            "a NumPy archive, as AugReg's checkpoints are, which isn't read: load it into timm's model "
-            "(timm.models.load_checkpoint) and write that with safetensors.torch.save_file(model.state_dict(), ...)"
-        )
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        return (
-            "a PyTorch pickle, which isn't read as it can run code. Convert it once, where PyTorch is: "
-            f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), "
-            f"{path.with_suffix('.safetensors').name!r})"
-        )
-    return (
-        f"no complete safetensors file ({error}): it may be a truncated download, a Git LFS pointer, or another "
-        "format; download it again"
-    )
 
 
 def load(
@@ -280,14 +249,9 @@ def load(
     path = local_path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the .safetensors file in it")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint file {path}: check the path, or download the file first")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.offset_keys()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is {_foreign(path, error)}") from error
+    with safetensors_file(path) as file:
+        metadata = file.metadata() or {}
+        arrays = {name: file.get_tensor(name) for name in file.offset_keys()}
     if heads is None and "heads" in metadata:
         if not metadata["heads"].isdecimal():
             raise ValueError(f"{path}: the metadata's heads is {metadata['heads']!r} and not a number: pass heads=")
@@ -296,7 +260,7 @@ def load(
         return from_timm(arrays, heads=heads, image_size=image_size, dtype=dtype, check_finite=check_finite)
     except ValueError as error:
         if _SHARD.search(path.name):
-            raise ValueError(f"{path} is one of a checkpoint's several files: {_JOIN}") from error
+            raise ValueError(f"{path} is one of a checkpoint's several files: {JOIN}") from error
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -315,9 +279,9 @@ def save(path: str | Path, params: Tree, metadata: Mapping[str, Any] | None = No
         cast = {name: np.ascontiguousarray(array.astype(dtype)) for name, array in arrays.items()}
     if lost := [name for name in cast if np.isinf(cast[name]).any() and not np.isinf(arrays[name]).any()]:
         raise ValueError(f"{', '.join(lost)}: values beyond the range of {np.dtype(dtype)}; save with dtype=np.float32")
-    told = {str(key): str(value) for key, value in (metadata or {}).items()}
+    texts = {str(key): str(value) for key, value in (metadata or {}).items()}
     try:
         with replaced(path) as aside:
-            safetensors.numpy.save_file(cast, aside, told)
+            safetensors.numpy.save_file(cast, aside, texts)
     except safetensors.SafetensorError as error:
         raise OSError(f"{path} is not written ({error}): look at the space left on its disk") from error

@@ -125,17 +125,17 @@ def removal(
     count = logits.shape[-1]
     if count < 2:
         raise ValueError("one module can't be removed: no other is left to take its layers")
-    own = routes.indices(logits)
+    taken = routes.indices(logits)
     whole = score(logits)
-    drop = np.stack([whole - score(rerouted(logits, jnp.full(own.shape, m))) for m in range(count)])
-    found = np.zeros((draws, count, len(whole)))
+    drop = np.stack([whole - score(rerouted(logits, jnp.full(taken.shape, m))) for m in range(count)])
+    drops = np.zeros((draws, count, len(whole)))
     for draw in range(draws):
-        order = jax.random.permutation(jax.random.fold_in(key, draw), own.size)
+        order = jax.random.permutation(jax.random.fold_in(key, draw), taken.size)
         for m in range(count):
-            chosen = jnp.zeros(own.size, bool).at[order[: int(jnp.sum(own == m))]].set(True).reshape(own.shape)
-            found[draw, m] = whole - score(rerouted(logits, jnp.where(chosen, own, -1)))
-    deviation = found.std(0, ddof=1) if draws > 1 else np.full(drop.shape, np.nan)
-    return Removal(drop, found.mean(0), deviation)
+            chosen = jnp.zeros(taken.size, bool).at[order[: int(jnp.sum(taken == m))]].set(True).reshape(taken.shape)
+            drops[draw, m] = whole - score(rerouted(logits, jnp.where(chosen, taken, -1)))
+    deviation = drops.std(0, ddof=1) if draws > 1 else np.full(drop.shape, np.nan)
+    return Removal(drop, drops.mean(0), deviation)
 
 
 class Null(NamedTuple):

@@ -12,9 +12,8 @@ from compo_jax.data import Split
 from compo_jax.modular import routes
 from compo_jax.modular.bridge import route_landscape
 from compo_jax.modular.edit import take_tasks
-from compo_jax.modular.net import ModularNet
-from compo_jax.modular.objective import Prepare
-from compo_jax.tree import Tree
+from compo_jax.modular.losses import Prepare
+from compo_jax.modular.net import Network
 
 
 class Rerouting(NamedTuple):
@@ -40,8 +39,7 @@ class Rerouting(NamedTuple):
 
 
 def rerouting(
-    net: ModularNet,
-    variables: Tree,
+    network: Network,
     prepare: Prepare,
     split: Split,
     task: int,
@@ -49,9 +47,9 @@ def rerouting(
     amounts: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0),
 ) -> Rerouting:
     """Of a network with two templates or more, on all images of the split as one batch; see `route_landscape`."""
-    one, taken = take_tasks(net, variables, [task])
+    one, taken = take_tasks(network, [task])
     images, labels = prepare(split.images(np.arange(len(split)))), jnp.asarray(split.labels)
-    landscape = route_landscape(net, variables, task, layer, images, labels)
+    landscape = route_landscape(network, task, layer, images, labels)
     whole = routes.hard(taken["params"]["route"])
 
     @jax.jit
@@ -60,10 +58,10 @@ def rerouting(
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     start = whole[0, layer]
-    moved = start + jnp.asarray(amounts)[:, None] * (jnp.eye(net.templates)[:, None] - start)
+    moved = start + jnp.asarray(amounts)[:, None] * (jnp.eye(one.templates)[:, None] - start)
     true = np.array([[float(loss(weights)) for weights in row] for row in moved])
     forecast = np.array([[float(landscape.predict(weights)) for weights in row] for row in moved])
     template, trained = int(start.argmax()), float(loss(start))
-    others = np.arange(net.templates) != template
+    others = np.arange(one.templates) != template
     error = np.median(np.abs(forecast - true)[others] / np.abs(true - trained)[others], axis=0)
     return Rerouting(task, layer, template, len(split), trained, np.array(amounts), true, forecast, error)

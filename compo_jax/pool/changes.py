@@ -154,11 +154,11 @@ def clean(pool: Path) -> list[str]:
 
 def _clean_hidden(folder: Path) -> bool:
     try:
-        found = set(os.listdir(folder))
-        if not found and time.time() - folder.stat().st_mtime > _UNLOCKED:  # killed before it was locked
+        entries = set(os.listdir(folder))
+        if not entries and time.time() - folder.stat().st_mtime > _UNLOCKED:  # killed before it was locked
             folder.rmdir()
             return True
-        if manifests.LOCK not in found or not found <= _CONTENTS:  # another program's
+        if manifests.LOCK not in entries or not entries <= _CONTENTS:  # another program's
             return False
         descriptor = files.lock(folder / manifests.LOCK, wait=False, create=False)
     except OSError:  # its writer lives, or is another user's; or removed just now
@@ -177,8 +177,8 @@ def _clean_module(folder: Path) -> list[str]:
     with contextlib.suppress(ValueError, FileNotFoundError, PermissionError):
         if left():
             with locked(folder):
-                found = left()  # a writer that lives has taken its own away
-                for entry in found:
+                leftovers = left()  # a writer that lives has taken its own away
+                for entry in leftovers:
                     shutil.rmtree(folder / entry, ignore_errors=True)
-                return found
+                return leftovers
     return []

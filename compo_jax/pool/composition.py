@@ -13,20 +13,20 @@ def deltas(
     base: Tree, names: Sequence[str], manifest: Callable[[str], Manifest], load: Callable[[str], Tree]
 ) -> Iterator[Tree]:
     """The modules' deltas, each read when it is asked for; see `ModulePool.deltas`."""
-    own = tree.fingerprint(base)
+    of_base = tree.fingerprint(base)
     listed = [manifest(name) for name in names]
-    if other := [f"{m.name} (on {m.base[:12]})" for m in listed if m.base != own]:
+    if other := [f"{m.name} (on {m.base[:12]})" for m in listed if m.base != of_base]:
         raise ValueError(
-            f"modules were made on another base than this one ({own[:12]}): {', '.join(other)}. Load the very "
+            f"modules were made on another base than this one ({of_base[:12]}): {', '.join(other)}. Load the very "
             "parameters that they were trained on (same checkpoint, dtype and leaves), or leave these modules out of "
             "`names`"
         )
-    made = [_adapter(known) for known in listed]
+    made = [_adapter(listed_manifest) for listed_manifest in listed]
 
-    def read(known, adapter):
-        module = load(known.name)
-        if _made(manifest(known.name)) != _made(known):
-            raise ValueError(f"module {known.name!r} was replaced while it was read: read it again")
+    def read(listed_manifest, adapter):
+        module = load(listed_manifest.name)
+        if _made(manifest(listed_manifest.name)) != _made(listed_manifest):
+            raise ValueError(f"module {listed_manifest.name!r} was replaced while it was read: read it again")
         return adapter.delta(module, base)
 
     return map(read, listed, made)  # which keeps no delta alive while the next is read

@@ -30,13 +30,13 @@ class Manifest(NamedTuple):
       name: the module's name in its pool.
       adapter, settings: `compo_jax.adapters.build(adapter, settings)` makes its adapter again.
       base: `compo_jax.tree.fingerprint` of the base parameters that it was trained on.
-      task, classes, metrics, seed, extra: of the run that made it, as given.
+      task, classes, metrics, seed, extra: of the run that made it, as `add` was told.
       versions: of the packages that wrote it; "unknown" for one that was not installed.
       created: time of writing, ISO 8601, UTC.
       parts: for each stored tree its fingerprint and its leaves, `{path: [shape, dtype]}`.
       curvature: for each kind kept, "diagonal" or "kronecker", its `count` of images and what else is no array.
       files: for each part its folder, and the SHA-256 of every file in it; what older versions wrote has none.
-      base_leaves: the base's leaves, as those of a part; {} where only its fingerprint was given.
+      base_leaves: the base's leaves, as those of a part; {} where only its fingerprint was told.
     """
 
     name: str

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Sharding
 
 from compo_jax import adapters, files, mesh
-from compo_jax.curvature import FisherDiagonal, Kronecker
+from compo_jax.curvature import Curvature
 from compo_jax.pool import changes, composition, search, storage
 from compo_jax.pool import curvature as curvatures
 from compo_jax.pool import manifest as records
@@ -77,7 +77,7 @@ class ModulePool:
         curvature: str | None = None,
         where: Callable[[Manifest], bool] | None = None,
     ) -> list[str]:
-        """The names of the modules that all that is given is true of, sorted; no array is read.
+        """The names of the modules that all of this is true of, sorted; no array is read.
 
         Args:
           base: the parameters that a module was trained on, or their fingerprint.
@@ -132,7 +132,7 @@ class ModulePool:
         metrics: dict[str, Any] | None = None,
         seed: int = 0,
         extra: dict[str, Any] | None = None,
-        curvature: FisherDiagonal | Kronecker | None = None,
+        curvature: Curvature | None = None,
         overwrite: bool = False,
         check_finite: bool = True,
         check_adapter: bool = True,
@@ -146,7 +146,8 @@ class ModulePool:
           base: the parameters that the module was trained on, or their `tree.fingerprint`.
           adapter: an `Adapter`, which knows its own settings, or the name of one and its `settings`.
           task, classes, metrics, seed, extra: kept in the manifest; plain values.
-          curvature: of the base on the module's data, to be kept with it; `attach` adds it later, or another kind.
+          curvature: of the base on the module's data, to be kept with it, a Fisher diagonal or Kronecker factors;
+            `attach` adds it later, or another kind.
           overwrite: replace a module of that name and all that was kept with it; it is visible all the time.
           check_finite: False stores NaN and infinite numbers on purpose.
           check_adapter: False stores a module of an adapter that `adapters.build` doesn't know, to be loaded and not to
@@ -195,7 +196,7 @@ class ModulePool:
         self,
         name: str,
         *,
-        curvature: FisherDiagonal | Kronecker | None = None,
+        curvature: Curvature | None = None,
         check_finite: bool = True,
         **parts: Tree,
     ) -> Manifest:
@@ -219,10 +220,10 @@ class ModulePool:
             files = storage.write(hidden / "new", stored)
             if mesh.is_writer():
                 with self._locked(name) as folder:
-                    known = records.read(folder)  # another may have attached something since
-                    storage.require_own(folder, known, stored.keys() & known.parts.keys())
-                    manifest = known._replace(
-                        parts=known.parts | described, curvature=known.curvature | kinds, files=known.files | files
+                    before = records.read(folder)  # another may have attached something since
+                    storage.require_own(folder, before, stored.keys() & before.parts.keys())
+                    manifest = before._replace(
+                        parts=before.parts | described, curvature=before.curvature | kinds, files=before.files | files
                     )
                     changes.replace(folder, hidden / "new", hidden / "old", manifest)
         mesh.barrier("parts are there")
@@ -270,7 +271,7 @@ class ModulePool:
         """
         return self._reading(name, part, lambda *at: storage.load(*at, sharding))
 
-    def curvature(self, name: str, kind: str | None = None) -> FisherDiagonal | Kronecker:
+    def curvature(self, name: str, kind: str | None = None) -> Curvature:
         """The curvature kept with a module, JAX arrays with the bits that were stored.
 
         Args:
@@ -281,7 +282,7 @@ class ModulePool:
         kind = curvatures.choose(self.manifest(name), kind)
 
         def read(folder, manifest, part):
-            return curvatures.unpack(kind, manifest.curvature[kind], storage.load(folder, manifest, part))
+            return curvatures.restored(kind, manifest, storage.load(folder, manifest, part))
 
         return self._reading(name, curvatures.part(kind), read)
 
@@ -328,8 +329,8 @@ class ModulePool:
 
     def _folder(self, name: str) -> Path:
         if name not in self:
-            known = ", ".join(self.names()) or "none"
-            raise KeyError(f"the pool {self.path} has no module {name!r}; its modules: {known}")
+            names = ", ".join(self.names()) or "none"
+            raise KeyError(f"the pool {self.path} has no module {name!r}; its modules: {names}")
         return self.path / name
 
     @contextlib.contextmanager
@@ -346,8 +347,8 @@ class ModulePool:
         for _ in range(100):
             manifest = self.manifest(name)
             if part not in manifest.parts:
-                known = ", ".join(manifest.parts)
-                raise KeyError(f"module {name!r} of the pool {self.path} has no part {part!r}; its parts: {known}")
+                parts = ", ".join(manifest.parts)
+                raise KeyError(f"module {name!r} of the pool {self.path} has no part {part!r}; its parts: {parts}")
             try:
                 return read(self.path / name, manifest, part)
             except storage.Damage as error:

@@ -91,12 +91,12 @@ def predicate(
     where: Callable[[Manifest], bool] | None,
 ) -> Callable[[Manifest], bool]:
     """See `ModulePool.find`."""
-    own = None if base is None else fingerprint(base)
+    of_base = None if base is None else fingerprint(base)
     wanted = None if classes is None else {classes} if isinstance(classes, str) else set(classes)
     if curvature is not None:
         curvatures.part(curvature)  # ValueError for an unknown kind
     return lambda manifest: bool(
-        (own is None or manifest.base == own)
+        (of_base is None or manifest.base == of_base)
         and (adapter is None or manifest.adapter == adapter)
         and (task is None or manifest.task == task)
         and (wanted is None or wanted & set(manifest.classes))

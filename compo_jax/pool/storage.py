@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from compo_jax import files, mesh, tree
+from compo_jax.curvature import Curvature, pack
 from compo_jax.pool import curvature as curvatures
 from compo_jax.pool import manifest as manifests
 from compo_jax.pool.manifest import Manifest
@@ -50,29 +51,29 @@ def _alone() -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     from orbax.checkpoint import v1 as ocp
 
-    context, own = ocp.Context(), jax.process_index()
-    context.multiprocessing.primary_host, context.multiprocessing.active_processes = own, {own}
+    context, process = ocp.Context(), jax.process_index()
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = process, {process}
     return context
 
 
 def stored(
-    name: str, parts: dict[str, Tree], curvature: Any, check_finite: bool
+    name: str, parts: dict[str, Tree], curvature: Curvature | None, check_finite: bool
 ) -> tuple[dict[str, Tree], dict[str, dict]]:
     """(parts as NumPy arrays, entries of the kinds of curvature), all of which can be stored."""
     if taken := [part for part in parts if checked(part, "part").split(".")[0] == "curvature"]:
         raise ValueError(f"the part {taken[0]!r} is where a pool keeps curvature: give it as `curvature=`")
     kinds = {}
     if curvature is not None:
-        kind, entry, factors = curvatures.pack(curvature)
-        parts, kinds = parts | {curvatures.part(kind): factors}, {kind: entry}
-    found = {part: arrays(part, value) for part, value in parts.items()}
-    if empty := [part for part, own in found.items() if not jax.tree.leaves(own)]:
+        packed = pack(curvature)
+        parts, kinds = parts | {curvatures.part(packed.kind): packed.arrays}, {packed.kind: packed.plain}
+    checked_parts = {part: arrays(part, value) for part, value in parts.items()}
+    if empty := [part for part, value in checked_parts.items() if not jax.tree.leaves(value)]:
         raise ValueError(f"there is no array in part {empty[0]!r} of module {name!r}")
-    for part, own in found.items():
-        _require_apart(part, own)
+    for part, value in checked_parts.items():
+        _require_apart(part, value)
         if check_finite:
-            tree.require_finite(curvatures.measured(part, own), f"part {part!r} of module {name!r}")
-    return found, kinds
+            tree.require_finite(curvatures.measured(part, value), f"part {part!r} of module {name!r}")
+    return checked_parts, kinds
 
 
 def arrays(part: str, value: Tree, path: str = "") -> Tree:
@@ -89,8 +90,8 @@ def arrays(part: str, value: Tree, path: str = "") -> Tree:
     if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_)):
         raise ValueError(
             f"part {part!r} has a {type(value).__name__} ({dtype}) at {path or '/'}, which would not be restored as "
-            "one: a pool stores dictionaries and lists of numeric arrays and None (`flax.serialization.to_state_dict` "
-            "makes dictionaries of other containers, `jax.random.key_data` an array of a key)"
+            "one: a pool stores dictionaries and lists of numeric arrays and None (`tree.nested` makes dictionaries of "
+            "other containers, `jax.random.key_data` an array of a key)"
         )
     array = np.asarray(mesh.fetch(value))
     return array.astype(array.dtype.newbyteorder("="))  # orbax reads back the machine's own byte order only
@@ -126,11 +127,11 @@ def _sha256(file: str | Path) -> str:
 
 def _files(folder: Path) -> list[str]:
     """All files below `folder`, and links, which are not followed."""
-    found = []
+    paths = []
     for at, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(at, name))]
-        found += [os.path.relpath(os.path.join(at, name), folder) for name in names + links]
-    return sorted(path.replace(os.sep, "/") for path in found)
+        paths += [os.path.relpath(os.path.join(at, name), folder) for name in names + links]
+    return sorted(path.replace(os.sep, "/") for path in paths)
 
 
 def save(folder: Path, value: Tree) -> dict[str, Any]:
@@ -154,10 +155,10 @@ def _place(folder: Path, manifest: Manifest, part: str) -> tuple[Path, str]:
     """Where orbax wrote a part, and under which name."""
     if part not in manifest.files:
         return folder / manifests.ARRAYS, part
-    own = manifest.files[part]["folder"]
-    if not manifests.PART.fullmatch(own):
-        raise Damage(f"its manifest names the folder {own!r}, which no pool makes")
-    return folder / own, _TREE
+    name = manifest.files[part]["folder"]
+    if not manifests.PART.fullmatch(name):
+        raise Damage(f"its manifest names the folder {name!r}, which no pool makes")
+    return folder / name, _TREE
 
 
 def folders(manifest: Manifest) -> set[str]:
@@ -179,28 +180,28 @@ def leftover(folder: Path, entry: str, manifest: Manifest) -> bool:
 
 def foreign(folder: Path, manifest: Manifest, parts: Iterable[str] | None = None) -> list[str]:
     """What lies in a module's folder, or in those of some of its parts, and is none of it."""
-    found = []
+    others = []
     if parts is None:
-        own = {manifests.FILE, manifests.LOCK, *folders(manifest)}
-        found = [e for e in os.listdir(folder) if e not in own and not leftover(folder, e, manifest)]
-        found = [e for e in found if os.path.lexists(folder / e)]  # else a writer has just taken it away
+        ours = {manifests.FILE, manifests.LOCK, *folders(manifest)}
+        others = [e for e in os.listdir(folder) if e not in ours and not leftover(folder, e, manifest)]
+        others = [e for e in others if os.path.lexists(folder / e)]  # else a writer has just taken it away
         parts = manifest.parts
     for part in parts:
         if part in manifest.files:
             place, _ = _place(folder, manifest, part)
             if place.is_symlink():
-                found.append(place.name)
+                others.append(place.name)
             else:
-                found += [f"{place.name}/{path}" for path in set(_files(place)) - set(manifest.files[part]["sha256"])]
-    return sorted(found)
+                others += [f"{place.name}/{path}" for path in set(_files(place)) - set(manifest.files[part]["sha256"])]
+    return sorted(others)
 
 
 def require_own(folder: Path, manifest: Manifest, parts: Iterable[str] | None = None) -> None:
     """ValueError where something else would be removed with a module, or with some of its parts."""
-    if found := foreign(folder, manifest, parts):
+    if others := foreign(folder, manifest, parts):
         raise ValueError(
-            f"in {folder} lies what is none of the module's ({', '.join(found[:8])}): move it elsewhere, or remove the "
-            f"module with all that lies there, `remove({folder.name!r}, force=True)`"
+            f"in {folder} lies what is none of the module's ({', '.join(others[:8])}): move it elsewhere, or remove "
+            f"the module with all that lies there, `remove({folder.name!r}, force=True)`"
         )
 
 
@@ -234,19 +235,19 @@ def check(folder: Path, manifest: Manifest, part: str) -> None:
 def _planned(sharding: Sharding | Callable | Tree, leaves: dict[str, list]) -> dict[str, Sharding]:
     """The sharding of every leaf; ValueError for one that does not fit it."""
     if not isinstance(sharding, Sharding) and not callable(sharding):
-        given = dict(zip(tree.names(sharding), jax.tree.leaves(sharding), strict=True))
-        if missing := [path for path in leaves if path not in given]:
+        shardings = tree.by_name(sharding)
+        if missing := [path for path in leaves if path not in shardings]:
             raise ValueError(f"there is no sharding for {', '.join(missing)}: give a tree with one at each leaf's path")
     else:
-        given = {path: sharding if isinstance(sharding, Sharding) else sharding(path) for path in leaves}
+        shardings = {path: sharding if isinstance(sharding, Sharding) else sharding(path) for path in leaves}
     for path, (shape, _) in leaves.items():
-        if not isinstance(given[path], Sharding):
-            raise ValueError(f"the sharding of {path} is {given[path]!r}: make one with `compo_jax.mesh`")
+        if not isinstance(shardings[path], Sharding):
+            raise ValueError(f"the sharding of {path} is {shardings[path]!r}: make one with `compo_jax.mesh`")
         try:
-            given[path].shard_shape(tuple(shape))
+            shardings[path].shard_shape(tuple(shape))
         except ValueError as error:
             raise ValueError(f"the sharding of {path} does not fit its shape {tuple(shape)}: {error}") from error
-    return given
+    return shardings
 
 
 def load(folder: Path, manifest: Manifest, part: str, sharding: Sharding | Callable | Tree | None = None) -> Tree:
@@ -278,19 +279,19 @@ def load(folder: Path, manifest: Manifest, part: str, sharding: Sharding | Calla
                 target = tree.map_with_name(abstract, ocp.checkpointables_metadata(place).metadata[name])
         with _alone(), files.one_error():
             loaded = tree.map_with_name(restored, ocp.load_checkpointables(place, {name: target})[name])
-        found = leaves(loaded)
+        restored_leaves = leaves(loaded)
         if plan is not None and part in manifest.files:
-            whole = found == described
+            whole = restored_leaves == described
         else:
             whole = describe(loaded) == manifest.parts[part]
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # orbax and TensorStore raise many types for a damaged file
         raise Damage(str(error).split(" [")[0][:400]) from error
-    wide = [path for path in found if path in described and described[path][1].endswith(("64", "128"))]
-    if rounded := [path for path in wide if described[path][1] != found[path][1]]:
+    wide = [path for path in restored_leaves if path in described and described[path][1].endswith(("64", "128"))]
+    if rounded := [path for path in wide if described[path][1] != restored_leaves[path][1]]:
         raise ValueError(
-            f"{rounded[0]} is {described[rounded[0]][1]}, which JAX rounded to {found[rounded[0]][1]}: call "
+            f"{rounded[0]} is {described[rounded[0]][1]}, which JAX rounded to {restored_leaves[rounded[0]][1]}: call "
             "`jax.config.update('jax_enable_x64', True)` (orbax's threads don't see a context), or load it unsharded"
         )
     if not whole:

@@ -45,7 +45,7 @@ def _row(
     merged: list[MergedPool] | None = None,
 ) -> _Row:
     """Of each run's accuracies, and of what a rule made where there is one."""
-    images, nothing = int(sum(results.runs[0].tested)), np.full(len(pools), np.nan)
+    images, nothing = sum(results.runs[0].tested), np.full(len(pools), np.nan)
     known = np.array([accuracy.mean() for accuracy in accuracies])
     normalised = np.array([pool.normalised(accuracy).mean() for pool, accuracy in zip(pools, accuracies, strict=True)])
     # of a single run it is the accuracy's error, in units of the accuracy that the modules have alone

@@ -11,6 +11,8 @@ from rich.text import Text
 
 from compo_jax.report.text import counted, spread, with_error
 
+Numbers = Sequence[float | None] | Float[np.ndarray, " values"]
+
 
 class Cell(NamedTuple):
     """A text, with or without emphasis."""
@@ -63,7 +65,7 @@ def binomial_error(accuracy: float | np.ndarray, images: int | np.integer | np.n
     return np.sqrt(inside * (1 - inside) / images)
 
 
-def mean_error(errors: Float[np.ndarray, "... values"]) -> Float[np.ndarray, "..."]:
+def mean_error(errors: Float[np.ndarray, "... values"]) -> float | np.ndarray:
     """The standard error of the mean of values with these (independent) errors; nan among them is left out."""
     return np.sqrt(np.nansum(errors**2, axis=-1)) / np.isfinite(errors).sum(axis=-1)
 
@@ -96,7 +98,7 @@ def score(runs: Float[np.ndarray, " runs"], images: int | None = None) -> Score:
     return Score(runs, float("nan") if images is None else float(binomial_error(runs[0], images)))
 
 
-def clear_best(values: Sequence[float | None], errors: Sequence[float | None], *, largest: bool = True) -> int | None:
+def clear_best(values: Numbers, errors: Numbers, *, largest: bool = True) -> int | None:
     """The place of the best value, where it leads each other by more than two standard errors of the difference.
 
     None where nothing leads so clearly, where a value stands alone, and where an error isn't there (None, nan): a
@@ -117,9 +119,7 @@ def clear_best(values: Sequence[float | None], errors: Sequence[float | None], *
     return int(best) if leads.all() else None
 
 
-def column(
-    texts: Sequence[str], values: Sequence[float | None], errors: Sequence[float | None], *, largest: bool = True
-) -> list[Cell]:
+def column(texts: Sequence[str], values: Numbers, errors: Numbers, *, largest: bool = True) -> list[Cell]:
     """The texts as cells, with emphasis on the clear best (see `clear_best`), if there is one."""
     best = clear_best(values, errors, largest=largest)
     return [Cell(text, i == best) for i, text in enumerate(texts)]

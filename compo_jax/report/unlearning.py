@@ -31,7 +31,7 @@ def _pools(results: UnlearningResults) -> dict[str, list[PoolSkills]]:
 
 def _scores(results: UnlearningResults, mean: Callable[[PoolSkills], float]) -> dict[str, Score]:
     """Of each method, a mean of its pool's accuracies."""
-    images = int(sum(results.runs[0].tested))
+    images = sum(results.runs[0].tested)
     return {name: score(np.array([mean(pool) for pool in pools]), images) for name, pools in _pools(results).items()}
 
 

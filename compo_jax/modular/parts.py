@@ -8,11 +8,10 @@ import numpy as np
 
 from compo_jax.data.stream import Augmentation, Split
 from compo_jax.modular import routes
-from compo_jax.modular.learner import Learner, learner
-from compo_jax.modular.net import ModularNet
-from compo_jax.modular.objective import Prepare
+from compo_jax.modular.losses import Prepare
+from compo_jax.modular.net import ModularNet, Network
 from compo_jax.modular.settings import Settings
-from compo_jax.tree import Tree
+from compo_jax.modular.training import Learner, learner
 
 PARTS: dict[str, tuple[str, ...]] = {
     "head": ("^head",),
@@ -46,7 +45,7 @@ def transfer(
     return learner(net, prepare, settings, augment, trained=PARTS[part], **more)
 
 
-def nearest_source(net: ModularNet, variables: Tree, prepare: Prepare, split: Split, images: int = 250) -> int:
+def nearest_source(network: Network, prepare: Prepare, split: Split, images: int = 250) -> int:
     """The task whose hard route tells the classes of these labelled images apart best, and so is a new one's start.
 
     By the accuracy of nearest centroids on the features, cross-validated in at most five folds, on about as many images
@@ -55,7 +54,7 @@ def nearest_source(net: ModularNet, variables: Tree, prepare: Prepare, split: Sp
     from sklearn.model_selection import cross_val_score
     from sklearn.neighbors import NearestCentroid
 
-    counts = np.bincount(split.labels)
+    net, counts = network.net, np.bincount(split.labels)
     if counts.min() < 2:
         raise ValueError(f"a class has {counts.min()} images, and the nearest source is told by two of each or more")
     rows = np.concatenate(
@@ -67,7 +66,7 @@ def nearest_source(net: ModularNet, variables: Tree, prepare: Prepare, split: Sp
             variables, jnp.stack([images] * len(net.classes)), routes.hard, True,
             method="features", mutable=["batch_stats"],
         )[0]
-    )(variables, prepare(split.images(rows)))  # fmt: skip
+    )(network.variables, prepare(split.images(rows)))  # fmt: skip
     folds = int(min(5, np.bincount(labels).min()))
     scores = [cross_val_score(NearestCentroid(), np.asarray(x), labels, cv=folds).mean() for x in features]
     return int(np.argmax(scores))

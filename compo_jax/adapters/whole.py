@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import VIT_TARGETS, Adapter, Targets, alike, rules, select
+from compo_jax.adapters.entries import ARRAY, scale_of, sum_of
 
 
 def full(targets: Targets = VIT_TARGETS) -> Adapter:
@@ -22,4 +23,5 @@ def full(targets: Targets = VIT_TARGETS) -> Adapter:
         tree.require_like(module, base, "the module")
         return module
 
-    return Adapter(init, delta, None, "full", {"targets": [list(rule) for rule in rules(targets)]})
+    settings = {"targets": [list(rule) for rule in rules(targets)]}
+    return Adapter(init, delta, None, scale_of((ARRAY,)), sum_of((ARRAY,)), "full", settings)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import (
@@ -13,19 +14,39 @@ from compo_jax.adapters.adapter import (
     VIT_TARGETS,
     Adapter,
     Targets,
-    entries,
-    kind,
     patterns,
     require_matrix,
     rules,
     select,
     whole_number,
 )
+from compo_jax.adapters.entries import ARRAY, Entry, entries, scale_of, sum_of, times
+
+
+def _fit(entry: Any, shape: tuple[int, ...]) -> bool:
+    if len(shape) < 2:
+        return False
+    *stack, fan_in, fan_out = shape
+    a, b = np.shape(entry["a"]), np.shape(entry["b"])
+    return a == (*stack, fan_in, *a[-1:]) and b == (*stack, *a[-1:], fan_out)
+
+
+#: Two thin matrices; in a sum they are put side by side, so that the ranks add up (see `recompress`).
+FACTORS = Entry(
+    "lora ({'a', 'b'})",
+    holds=lambda entry: isinstance(entry, dict) and set(entry) == {"a", "b"},
+    fits=_fit,
+    term=lambda entry, weight: [{"a": entry["a"], "b": times(weight, entry["b"]).astype(entry["b"].dtype)}],
+    total=lambda terms, _: {
+        factor: jnp.concatenate([term[factor] for term in terms], axis) for factor, axis in (("a", -1), ("b", -2))
+    },
+)
+KINDS = (FACTORS, ARRAY)
 
 
 def _product(entry: Any) -> Any:
     """What an entry adds to its leaf: 16-bit factors are multiplied and summed wide, and rounded once."""
-    if entry is None or kind(entry) == "full":
+    if entry is None or ARRAY.holds(entry):
         return entry
     a, b = entry["a"], entry["b"]
     wide = tree.wide_type(a, b)
@@ -80,14 +101,14 @@ def lora(
         return tree.map_with_name(lambda name, leaf: None if leaf is None else factors(next(keys), name, leaf), chosen)
 
     def delta(module, base):
-        found = entries(module, base, ("lora", "full"))
-        if "lora" not in map(kind, found.values()):
-            entries(module, base, ("lora",))  # full deltas alone are another adapter's
-        return tree.map_with_name(lambda name, _: _product(found.get(name)), base)
+        held = entries(module, base, KINDS)
+        if not any(map(FACTORS.holds, held.values())):
+            entries(module, base, (FACTORS,))  # full deltas alone are another adapter's
+        return tree.place({name: _product(entry) for name, entry in held.items()}, base)
 
     def dense(x, y, entry, bias):
         del bias
         rows = x.reshape(-1, x.shape[-1])  # XLA's thin matrix products on a CPU are faster in two dimensions
         return y + ((rows @ entry["a"]) @ entry["b"]).reshape(y.shape)
 
-    return Adapter(init, delta, dense, "lora", settings, mixed=True)
+    return Adapter(init, delta, dense, scale_of(KINDS), sum_of(KINDS), "lora", settings, mixed=True)

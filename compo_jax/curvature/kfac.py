@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,7 +13,9 @@ from jaxtyping import Array, Float
 from compo_jax import tree
 from compo_jax.curvature.fisher import squares
 from compo_jax.curvature.layers import Dense
-from compo_jax.curvature.pullback import Pulled, Reduction, pull_back
+from compo_jax.curvature.protocol import Curvature
+from compo_jax.curvature.pullback import Estimator, Pulled, Reduction, pull_back
+from compo_jax.curvature.sums import Sum, pooled, require_damping, sum_leaves
 from compo_jax.lapack import eigh
 from compo_jax.tree import Tree
 
@@ -43,7 +45,7 @@ def _mirrored(upper: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
 
 
 class _Blocks:
-    """A symmetric matrix with one block for each dense layer, applied to trees shaped as the parameters."""
+    """A symmetric matrix with one block for each dense layer; see `Curvature`."""
 
     layout: Layout
 
@@ -72,12 +74,14 @@ class _Blocks:
         """The product with a tree shaped as the parameters, None where it is zero."""
         return self._map(self.block, vector)
 
-    def quadratic(self, vector: Tree) -> Array:
+    __call__ = matvec
+
+    def quadratic(self, vector: Tree, other: Tree | None = None) -> Array:
         """`vᵀ G v`, of a task vector say: `tr(B Δ A Δᵀ)`, the penalty of TAK (2026, arXiv 2602.17385)."""
-        return tree.dot(vector, self.matvec(vector))
+        return tree.dot(vector, self.matvec(vector if other is None else other))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["basis", "values"], meta_fields=["layout"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["basis", "values", "count"], meta_fields=["layout"])
 @dataclass(frozen=True)
 class Eigen(_Blocks):
     """Blocks that are diagonal in a Kronecker product of two bases.
@@ -85,11 +89,13 @@ class Eigen(_Blocks):
     Attributes:
       basis: for each layer (U (*stack, in, in), V (*stack, out, out)), eigenvectors in columns.
       values: for each layer (*stack, in, out), the eigenvalue of the matrix `U[:, i] V[:, j]ᵀ`.
+      count: images.
     """
 
     basis: dict[str, tuple[Array, Array]]
     values: dict[str, Array]
     layout: Layout
+    count: Array
 
     def _in_basis(self, name, v, values):
         a, b = self.basis[name]
@@ -101,8 +107,7 @@ class Eigen(_Blocks):
 
     def solve(self, vector: Tree, damping: float | Array) -> Tree:
         """`(G + damping I)⁻¹ v`, exact; the damping is positive, for the factors of few images are singular."""
-        if not isinstance(damping, jax.core.Tracer) and not np.asarray(damping) > 0:  # jnp's would be traced in a loop
-            raise ValueError(f"damping must be positive, not {damping}: Kronecker factors may be singular")
+        require_damping(damping)
         return self._map(lambda name, v: self._in_basis(name, v, 1 / (self.values[name] + damping)), vector)
 
     def diagonal(self) -> dict[str, Array]:
@@ -117,7 +122,13 @@ class Eigen(_Blocks):
         }
 
     def trace(self) -> Array:
-        return sum(jnp.sum(values, dtype=tree.wide_type(values)) for values in self.values.values())
+        return sum_leaves(self.values)
+
+    def scale(self, factor: float | Array) -> "Eigen":
+        return replace(self, values=tree.weighted_sum([self.values], [factor]))
+
+    def __add__(self, other: Curvature) -> Sum:
+        return pooled(self, other)
 
 
 @functools.partial(
@@ -148,7 +159,7 @@ class Kronecker(_Blocks):
         a, b = ({name: _eigh(x) for name, x in part.items()} for part in (self.inputs, self.outputs))
         # The factors are Gram matrices: below zero there is but rounding.
         values = {n: jnp.maximum(a[n][0], 0)[..., :, None] * jnp.maximum(b[n][0], 0)[..., None, :] for n in a}
-        return Eigen({name: (a[name][1], b[name][1]) for name in a}, values, self.layout)
+        return Eigen({name: (a[name][1], b[name][1]) for name in a}, values, self.layout, self.count)
 
     def solve(self, vector: Tree, damping: float | Array) -> Tree:
         """`(A ⊗ B + damping I)⁻¹ v`, exact, by the factors' eigenvectors; solve often with `eigen()`, made once."""
@@ -167,6 +178,13 @@ class Kronecker(_Blocks):
             return jnp.trace(x, axis1=-2, axis2=-1, dtype=tree.wide_type(x))
 
         return sum(jnp.sum(traces(a) * traces(self.outputs[name])) for name, a in self.inputs.items())
+
+    def scale(self, factor: float | Array) -> "Kronecker":
+        return replace(self, outputs=tree.weighted_sum([self.outputs], [factor]))
+
+    def __add__(self, other: Curvature) -> Curvature:
+        """`merge_kronecker`, where the other has factors, too."""
+        return merge_kronecker([self, other]) if isinstance(other, Kronecker) else pooled(self, other)
 
 
 def kronecker(
@@ -229,8 +247,8 @@ def kronecker(
 
     tree.require_float(params, "params")
     dtype = tree.wide_type(*jax.tree.leaves(params))
-    options = {"method": method, "tolerance": tolerance, "labels": labels, "key": key, "chunk": chunk}
-    return pull_back(apply, params, inputs, grams, **options, output_loss=output_loss, ignore=ignore).result
+    estimator = Estimator(method, tolerance, labels, key, chunk, output_loss, ignore)
+    return pull_back(apply, params, inputs, grams, estimator).result
 
 
 def eigenvalue_corrected(
@@ -254,15 +272,15 @@ def eigenvalue_corrected(
     """
     _require_kronecker([factors])
     params = jax.tree.map(jnp.asarray, params)
-    basis, own = factors.eigen().basis, dict(factors.layout)
+    basis, layout = factors.eigen().basis, dict(factors.layout)
 
     def moments(layers):
         _require_dense(layers, params)
         if set(layers) != set(basis):
             raise ValueError(f"the factors are of {', '.join(basis)}, and params are {', '.join(layers)}")
         for name, layer in layers.items():
-            if layer._replace(tokens=0) != own[name]._replace(tokens=0):
-                raise ValueError(f"the factors of {name} are of another layer than params: {own[name]} and {layer}")
+            if layer._replace(tokens=0) != layout[name]._replace(tokens=0):
+                raise ValueError(f"the factors of {name} are of another layer than params: {layout[name]} and {layer}")
 
         def column(sums, pulled: Pulled):
             def add(name, sum):
@@ -279,9 +297,9 @@ def eigenvalue_corrected(
             finish=lambda sums, count: {name: sum / count.astype(sum.dtype) for name, sum in sums.items()},
         )
 
-    options = {"method": method, "tolerance": tolerance, "labels": labels, "key": key, "chunk": chunk}
-    found = pull_back(apply, params, inputs, moments, **options, output_loss=output_loss, ignore=ignore)
-    return Eigen(basis, found.result, factors.layout)
+    estimator = Estimator(method, tolerance, labels, key, chunk, output_loss, ignore)
+    pooled_moments = pull_back(apply, params, inputs, moments, estimator)
+    return Eigen(basis, pooled_moments.result, factors.layout, pooled_moments.count)
 
 
 def merge_kronecker(factors: Sequence[Kronecker], weights: Sequence[float] | Array | None = None) -> Kronecker:
@@ -303,13 +321,13 @@ def merge_kronecker(factors: Sequence[Kronecker], weights: Sequence[float] | Arr
     signless = weights is None or not tree.concrete(weights) or all(np.isfinite(w) and w >= 0 for w in weights)
     if not signless:
         raise ValueError(f"the tasks' weights must be finite and not negative, as curvature is, not {weights}")
-    total = sum(f.count for f in factors)
-    if tree.concrete(total) and not total > 0:
+    count = sum(f.count for f in factors)
+    if tree.concrete(count) and not count > 0:
         raise ValueError("Kronecker factors of no images don't merge: there is nothing to share between the tasks")
-    share = [f.count / total for f in factors]
+    share = [f.count / count for f in factors]
     inputs = tree.weighted_sum([f.inputs for f in factors], share)
     outputs = tree.weighted_sum([f.outputs for f in factors], share if weights is None else weights)
-    return Kronecker(inputs, outputs, total, factors[0].layout, factors[0].tokens)
+    return Kronecker(inputs, outputs, count, factors[0].layout, factors[0].tokens)
 
 
 def _require_kronecker(factors: Sequence) -> None:

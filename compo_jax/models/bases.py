@@ -1,13 +1,23 @@
-"""A ViT to build on, without its head."""
+"""A ViT to build on: the small one that ships with the package, or a checkpoint's."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from compo_jax.models.embedded import embedded
 from compo_jax.models.pretrained import load
 from compo_jax.models.vit import ViT
+
+_FILE = Path(__file__).with_name("embedded.safetensors")
+
+
+def embedded() -> tuple[ViT, Any, dict[str, Any]]:
+    """(model, params, how it was made): 32x32 images with values in [-1, 1], a head over 338 characters.
+
+    Pre-trained on Latin letters by experiments/pretrain.py.
+    """
+    return *load(_FILE), json.loads(_FILE.with_suffix(".json").read_text())
 
 
 def backbone(

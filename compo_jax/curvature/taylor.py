@@ -174,6 +174,33 @@ def _expansion(loss, slope, gram, step):
     )
 
 
+def _data(args: tuple, batches: Iterable[tuple] | None, mesh: Mesh | None) -> Batches:
+    if args and batches is not None:
+        raise ValueError("the data were given twice, as arguments and as batches: give one of them")
+    if batches is not None:
+        return stack(batches, mesh)
+    require_examples(args)  # one batch, of whatever the loss takes; nothing is said of its examples
+    return Batches((jax.tree.map(lambda x: jnp.asarray(x)[None], args),), (1,))
+
+
+def _points(anchor: Any, check: Any, tasks: int, dtype: Any) -> tuple[Array, Array]:
+    """The anchor (tasks,) and the points to check (points, tasks), or their defaults."""
+    if anchor is None:
+        anchor = np.zeros(tasks)
+    if check is None:
+        half = np.arange(tasks) < (tasks + 1) // 2
+        check = np.stack([np.full(tasks, 1 / tasks), half / half.sum()])
+    around, points = jnp.asarray(anchor, dtype), jnp.asarray(check, dtype)
+    if around.shape != (tasks,) or points.ndim != 2 or points.shape[1] != tasks:
+        raise ValueError(
+            f"{tasks} modules need an anchor of shape ({tasks},) and points to check of shape (points, {tasks}), not "
+            f"{around.shape} and {points.shape}"
+        )
+    if tree.concrete(around, points) and not all(np.all(np.isfinite(x)) for x in (around, points)):
+        raise ValueError(f"the anchor and the points to check must be finite weights, not {around} and {points}")
+    return around, points
+
+
 def landscape(
     loss: Callable[..., jax.Array],
     base: Tree,
@@ -217,30 +244,12 @@ def landscape(
     # Weights and gram are not for 16 bits, nor is the sum of the deltas.
     dtype = jnp.result_type(*(x.dtype for x in jax.tree.leaves(deltas)), jnp.float32)
     deltas = jax.tree.map(lambda x: x.astype(dtype), deltas)
-    if args and batches is not None:
-        raise ValueError("the data were given twice, as arguments and as batches: give one of them")
     if not args and batches is None:
         plain, args = loss, (np.zeros(1),)
         loss = lambda params, _: plain(params)
-    if batches is not None:
-        data = stack(batches, mesh)
-    else:  # one batch, of whatever the loss takes; nothing is said of its examples
-        require_examples(args)
-        data = Batches((jax.tree.map(lambda x: jnp.asarray(x)[None], args),), (1,))
+    data = _data(args, batches, mesh)
     require_deterministic(loss, base, *data.first)
-    if anchor is None:
-        anchor = np.zeros(tasks)
-    if check is None:
-        half = np.arange(tasks) < (tasks + 1) // 2
-        check = np.stack([np.full(tasks, 1 / tasks), half / half.sum()])
-    around, points = jnp.asarray(anchor, dtype), jnp.asarray(check, dtype)
-    if around.shape != (tasks,) or points.ndim != 2 or points.shape[1] != tasks:
-        raise ValueError(
-            f"{tasks} modules need an anchor of shape ({tasks},) and points to check of shape (points, {tasks}), not "
-            f"{around.shape} and {points.shape}"
-        )
-    if tree.concrete(around, points) and not all(np.all(np.isfinite(x)) for x in (around, points)):
-        raise ValueError(f"the anchor and the points to check must be finite weights, not {around} and {points}")
+    around, points = _points(anchor, check, tasks, dtype)
     if mesh is not None:
         base, deltas = jax.device_put((base, deltas), replicated(mesh))
     function = jax.checkpoint(loss) if rematerialise else loss

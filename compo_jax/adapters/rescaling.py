@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,16 +13,26 @@ from compo_jax.adapters.adapter import (
     VIT_TARGETS,
     Adapter,
     Targets,
-    entries,
     patterns,
     require_matrix,
     rules,
     select,
 )
+from compo_jax.adapters.entries import Entry, entries, scale_of, sum_of, times
 
 _END = r"(?=_?\d*(/value)?$)"  # nnx keeps an array at its variable's `value`
 _KERNEL = rf"(?<![A-Za-z])(kernel|weight|w|W){_END}"
 _BIASES = tuple((_KERNEL, bias) for bias in ("bias", "b", "B"))
+
+
+#: One number for each output; a sum adds what is above one.
+FACTORS = Entry(
+    "ia3 ({'l'})",
+    holds=lambda entry: isinstance(entry, dict) and set(entry) == {"l"},
+    fits=lambda entry, shape: len(shape) > 1 and np.shape(entry["l"]) == (*shape[:-2], shape[-1]),
+    term=lambda entry, weight: times(weight, jnp.asarray(entry["l"], tree.wide_type(entry["l"])) - 1),
+    total=lambda terms, dtype: {"l": (1 + terms).astype(dtype)},
+)
 
 
 def _layer(name: str) -> str:
@@ -34,8 +43,8 @@ def _bias_beside(name: str, shapes: dict[str, tuple], bias: bool | Sequence[Sequ
     """The path of the bias that belongs to the kernel `name`; None where its layer has none."""
     out = (*shapes[name][:-2], shapes[name][-1])
     for pattern, replacement in _BIASES if bias is True else bias:
-        beside, found = re.subn(pattern, replacement, name)
-        if found and beside in shapes and beside != name:
+        beside, replaced = re.subn(pattern, replacement, name)
+        if replaced and beside in shapes and beside != name:
             if shapes[beside] != out:
                 raise ValueError(f"{beside} {shapes[beside]} is no bias of {name} {shapes[name]}: it should be {out}")
             return beside
@@ -60,7 +69,7 @@ def ia3(
       targets: patterns searched for in the paths of `base`, first match wins. A matched leaf is a kernel (in, out), or
         (layers, in, out) where `stacked` says so. The multiples of LoRA's rank in them play no part.
       bias: False scales the kernel alone, as Porrello et al. (2025, arXiv 2405.16350) do; True scales the bias beside
-        it as well, the layer's whole output, as Hugging Face's PEFT does. It is found by its name (`bias` beside
+        it as well, the layer's whole output, as Hugging Face's PEFT does. It is told by its name (`bias` beside
         `kernel` or `weight`, `b` beside `w`); for other names give `[(pattern, replacement)]`, as of `re.sub`, that
         make the bias's path of the kernel's.
       stacked: patterns of the paths whose axis 0 counts layers; default: the blocks of our ViT.
@@ -80,9 +89,9 @@ def ia3(
 
     def biases(kernels: Sequence[str], base: Any) -> dict[str, str]:
         """The kernels by the paths of their biases."""
-        shapes = dict(zip(tree.names(base), map(np.shape, jax.tree.leaves(base)), strict=True))
-        found = {_bias_beside(name, shapes, bias): name for name in kernels} if bias else {}
-        return {beside: name for beside, name in found.items() if beside is not None}
+        shapes = {name: np.shape(leaf) for name, leaf in tree.by_name(base).items()}
+        pairs = {_bias_beside(name, shapes, bias): name for name in kernels} if bias else {}
+        return {beside: name for beside, name in pairs.items() if beside is not None}
 
     def init(key, base):
         del key
@@ -99,13 +108,13 @@ def ia3(
         return module
 
     def delta(module, base):
-        found = entries(module, base, ("ia3",))
-        kernels = biases(list(found), base)
+        held = entries(module, base, (FACTORS,))
+        kernels = biases(list(held), base)
 
         def change(name, leaf):
-            if name not in found and name not in kernels:
+            if name not in held and name not in kernels:
                 return None
-            scales = found[kernels.get(name, name)]["l"]
+            scales = held[kernels.get(name, name)]["l"]
             wide = tree.wide_type(leaf, scales)
             excess = jnp.asarray(scales, wide) - 1
             product = jnp.asarray(leaf, wide) * (excess if name in kernels else excess[..., None, :])
@@ -120,4 +129,4 @@ def ia3(
         product = y if frozen_bias is None else y - frozen_bias
         return y + product * (entry["l"] - 1)
 
-    return Adapter(init, delta, dense, "ia3", settings)
+    return Adapter(init, delta, dense, scale_of((FACTORS,)), sum_of((FACTORS,)), "ia3", settings)

@@ -49,8 +49,39 @@ class Spectrum(NamedTuple):
     weights: Float[Array, "samples order"]
 
 
-def _operator(matvec: Callable, like: Tree, key: Any, **at_least_one: Any) -> tuple[Callable, Array, Callable]:
-    """(matvec of flat vectors, a flat vector of zeros, flat vector -> tree), after the checks that all share."""
+class _Flat(NamedTuple):
+    """An operator on vectors.
+
+    Attributes:
+      apply: `v -> A v`.
+      zeros: such a vector.
+      unravel: a vector as a tree.
+    """
+
+    apply: Callable[[Array], Array]
+    zeros: Array
+    unravel: Callable[[Array], Tree]
+
+
+class _Ritz(NamedTuple):
+    """What the Lanczos recurrence comes to.
+
+    Attributes:
+      values, vectors: eigenvalues and eigenvectors (in columns) of the tridiagonal matrix.
+      basis: (order, n), orthonormal.
+      beta: the norm of what is left.
+      rounding: of the recurrence.
+    """
+
+    values: Array
+    vectors: Array
+    basis: Array
+    beta: Array
+    rounding: Array
+
+
+def _operator(matvec: Callable, like: Tree, key: Any, **at_least_one: Any) -> _Flat:
+    """The operator flattened, after the checks that all share."""
     require_key(key, "random vectors need a key")
     for name, value in at_least_one.items():
         require_count(value, f"{name} must be at least 1, not {value}: a whole number")
@@ -76,10 +107,10 @@ def _operator(matvec: Callable, like: Tree, key: Any, **at_least_one: Any) -> tu
         image = matvec(jax.tree.map(lambda x, d: x.astype(d.dtype), unravel(v), like))
         return ravel_pytree(image)[0].astype(v.dtype)
 
-    return apply, zeros, unravel
+    return _Flat(apply, zeros, unravel)
 
 
-def _mean(integrand: Callable, operator: tuple, key: Array, samples: int) -> tuple[Array, Array]:
+def _mean(integrand: Callable, operator: _Flat, key: Array, samples: int) -> tuple[Array, Array]:
     """Mean and standard error of `integrand(apply, signs)` by Welford's recurrence: no memory per sample."""
     apply, zeros, _ = operator
     draw = stochtrace.sampler_signs(zeros, num=1)
@@ -111,7 +142,7 @@ def diagonal(matvec: Callable, like: Tree, key: Any, samples: int) -> Estimate:
     Unbiased; the variance of entry i is `(‖A[i]‖² - A[i, i]²) / samples`.
     """
     operator = _operator(matvec, like, key, samples=samples)
-    return Estimate(*map(operator[2], _mean(stochtrace.monte_carlo_diagonal(), operator, key, samples)))
+    return Estimate(*map(operator.unravel, _mean(stochtrace.monte_carlo_diagonal(), operator, key, samples)))
 
 
 def frobenius_norm(matvec: Callable, like: Tree, key: Any, samples: int) -> Estimate:
@@ -125,10 +156,10 @@ def frobenius_norm(matvec: Callable, like: Tree, key: Any, samples: int) -> Esti
     return Estimate(norm, error / (2 * jnp.where(norm > 0, norm, 1)))
 
 
-def _lanczos(apply: Callable, draw: Callable, key: Array, order: int) -> tuple[Array, ...]:
-    """Eigenvalues and eigenvectors of the tridiagonal matrix, its basis (order, n), the last beta, and the rounding.
+def _lanczos(apply: Callable, draw: Callable, key: Array, order: int) -> _Ritz:
+    """`order` steps, fully orthogonal. Where the Krylov space ends, it goes on from a random orthogonal vector
+    with beta = 0, to find multiple eigenvalues.
 
-    Where the Krylov space ends, it goes on from a random orthogonal vector with beta = 0, to find multiple eigenvalues.
     matfree 0.6's divides by the vanished residual there: nan for the zero operator, -9 to 11 for the identity.
     """
     keys = jax.random.split(key, order + 1)
@@ -154,7 +185,7 @@ def _lanczos(apply: Callable, draw: Callable, key: Array, order: int) -> tuple[A
     init = (jnp.zeros((order, start.size), start.dtype), start / jnp.linalg.norm(start), jnp.zeros((), start.dtype))
     (basis, _, scale), (alpha, beta) = jax.lax.scan(step, init, (jnp.arange(order), keys[1:]))
     values, vectors = jnp.linalg.eigh(jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1))
-    return values, vectors, basis, beta[-1], rounding * scale
+    return _Ritz(values, vectors, basis, beta[-1], rounding * scale)
 
 
 def top_eigenvalues(
@@ -175,10 +206,10 @@ def top_eigenvalues(
     if not count <= order <= zeros.size:
         raise ValueError(f"{count=}, {order=} and dimension {zeros.size}: count <= order <= dimension is needed")
     draw = stochtrace.sampler_normal(zeros, num=1)  # signs are orthogonal to (1, -1) with probability 1/2
-    values, vectors, basis, beta, rounding = _lanczos(apply, draw, key, order)
-    chosen = jnp.argsort(ranks[which](values))[:count]
-    lifted = jax.vmap(unravel)(jnp.dot(vectors[:, chosen].T, basis, precision=HIGHEST))
-    return TopEigenvalues(values[chosen], lifted, beta * jnp.abs(vectors[-1, chosen]) + rounding)
+    ritz = _lanczos(apply, draw, key, order)
+    chosen = jnp.argsort(ranks[which](ritz.values))[:count]
+    lifted = jax.vmap(unravel)(jnp.dot(ritz.vectors[:, chosen].T, ritz.basis, precision=HIGHEST))
+    return TopEigenvalues(ritz.values[chosen], lifted, ritz.beta * jnp.abs(ritz.vectors[-1, chosen]) + ritz.rounding)
 
 
 def spectrum(matvec: Callable, like: Tree, key: Any, order: int, samples: int = 1) -> Spectrum:
@@ -193,8 +224,8 @@ def spectrum(matvec: Callable, like: Tree, key: Any, order: int, samples: int = 
     draw = stochtrace.sampler_signs(zeros, num=1)
 
     def one(key):
-        nodes, vectors, *_ = _lanczos(apply, draw, key, order)
-        return nodes, vectors[0] ** 2 if order < n else jnp.full_like(nodes, 1 / n)
+        ritz = _lanczos(apply, draw, key, order)
+        return ritz.values, ritz.vectors[0] ** 2 if order < n else jnp.full_like(ritz.values, 1 / n)
 
     nodes, weights = jax.lax.map(one, jax.random.split(key, samples))
     return Spectrum(nodes, weights / samples)
