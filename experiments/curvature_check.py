@@ -12,32 +12,40 @@ the base is positive. Under 4 minutes on 2 CPU cores with no arguments, the run 
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import job
+import options as line
 from job import closing, console
+from options import Count, Counts, OnRuns, Seed, number
 
 SMALL = ["ita-lora", "none-lora"]
 
-parser = job.Parser(__doc__)
-parser.add_argument(
-    "--run", type=job.path, help="folder of a finished run of incremental.py; default: make a small one"
-)
-parser.add_argument("--runs", type=job.path, default=Path("runs"), help="where a small run is made")
-parser.add_argument("--data-dir", type=job.path, help="where the run's TFDS set is now; default: where it was")
-parser.add_argument("--images", type=job.count, default=160, help="test images that losses are means over")
-parser.add_argument("--fisher-images", type=job.count, default=128, help="a multiple of 8 of them for Fisher estimates")
-parser.add_argument(
-    "--fisher-batches", type=job.count, nargs="+", default=[1, 8, 32, 128], help="tried where they divide it"
-)
-parser.add_argument("--weightings", type=job.number(int, 2), default=100, help="random compositions to forecast")
-parser.add_argument("--order", type=job.count, default=20, help="Lanczos steps")
-parser.add_argument("--seed", type=job.seed, default=0)
+
+@dataclass(frozen=True)
+class Options(OnRuns):
+    images: Count = 160
+    """test images that losses are means over"""
+    fisher_images: Count = 128
+    """a multiple of 8 of them for Fisher estimates"""
+    fisher_batches: Counts = (1, 8, 32, 128)
+    """batch sizes tried where they divide it"""
+    weightings: Annotated[int, number(int, 2)] = 100
+    """random compositions to forecast"""
+    order: Count = 20
+    """Lanczos steps"""
+    seed: Seed = 0
+    """of the images, the directions and the compositions"""
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    return line.parse(Options, __doc__, arguments)
+
 
 if __name__ == "__main__":
-    closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
+    closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
 import jax
 import jax.numpy as jnp
@@ -344,19 +352,21 @@ def check_spectrum(model, given: Problem, count: int, order: int, seed: int) -> 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     began = time.perf_counter()
     if options.fisher_images % 8 or options.fisher_images > options.images:
         raise ValueError(
             f"--fisher-images {options.fisher_images} must be a multiple of 8, at most the {options.images} of --images"
         )
     sizes = [b for b in options.fisher_batches if options.fisher_images % b == 0]
-    if not sizes or ("fisher_batches" in parser.given and len(sizes) < len(options.fisher_batches)):
+    if not sizes or (options.fisher_batches != Options.fisher_batches and len(sizes) < len(options.fisher_batches)):
         wrong = [b for b in options.fisher_batches if b not in sizes]
         raise ValueError(
             f"--fisher-batches {' '.join(map(str, wrong))}: not divisors of {options.fisher_images} images"
         )
-    (folder,) = job.finished_runs(parser, options, "curvature-pools", SMALL)
+    if len(options.run) > 1:
+        raise ValueError(f"--run names {len(options.run)} runs, and one is checked at a time: start it again for each")
+    (folder,) = job.finished_runs(options, "curvature-pools", SMALL)
     run = incremental.open_finished(folder, options.data_dir)
     if not run.pools:
         raise ValueError(f"{folder} has no pool of modules trained alone: give the run a method such as ita-lora")
@@ -364,7 +374,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"{folder} has one task only: compositions need two")
     if options.images < (tasks := len(run.stream.tasks)):
         raise ValueError(f"--images {options.images}: {folder} has {tasks} tasks, and each needs a test image at least")
-    kind = {name: problem(run, name, options.images, options.seed) for name in run.pools}
+    pools = incremental.common_methods([run], options.methods)
+    kind = {name: problem(run, name, options.images, options.seed) for name in pools}
     first = kind[next(iter(kind))]
     labels = len(first.labels)
     if options.fisher_images > labels:

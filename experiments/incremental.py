@@ -112,18 +112,17 @@ def main(arguments: list[str] | None = None) -> None:
         progress_bar(console=console) as progress,
     ):
         if (run.folder / "metrics.json").exists():
-            console.print(
-                report.incremental_table(read_result(run.folder / "metrics.json", incremental.Results)).rich()
-            )
+            results = read_result(run.folder / "metrics.json", incremental.Results)
+            console.print(report.incremental_table(results).rich())
             console.print(f"{run.folder} is finished: see its report.html. Remove the folder to start over.")
             return
 
         # -- tasks, one after another ----------------------------------------------------------------------------------
         runner = {"jit": jit_runner, "pmap": pmap_runner}[options.backbone.runner]
+        watched = {"log": run.log, "progress": progress, "extra": config, "began": began}
         for after in incremental.learn_stream(
-            learned, tried, run.folder, runner=runner, parallel=how.parallel, log=run.log, progress=progress, extra=config,
-            began=began,
-        ):  # fmt: skip
+            learned, tried, run.folder, runner=runner, parallel=how.parallel, **watched
+        ):
             reached = {name: outcome.final_accuracy for name, outcome in after.outcomes.items()}
             numbers = ", ".join(f"{name} {x:.3f}" for name, x in reached.items() if x is not None)
             again = "going on " * after.restored

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import options as line
 from rich.console import Console
 from rich.markup import escape
 
@@ -207,14 +208,14 @@ def _cause(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def finished_runs(parser: Parser, options: argparse.Namespace, small: str, tried: Sequence[str]) -> list[Path]:
+def finished_runs(options: line.OnRuns, small: str, tried: Sequence[str]) -> list[Path]:
     """The runs of incremental.py that `--run` names; without it a small one called `small`, with pools of the methods
     `tried`: made, a minute or two each, where it isn't finished."""
-    if options.run is not None:
-        parser.refuse("with --run, for a small run would be made there", "runs")
-        return options.run if isinstance(options.run, list) else [options.run]
-    parser.refuse("without --run, for the small run's characters are rendered", "data_dir")
-    if unknown := [name for name in getattr(options, "methods", None) or [] if name not in tried]:
+    if options.run:
+        line.refuse(options, "with --run, for a small run would be made there", "runs")
+        return list(options.run)
+    line.refuse(options, "without --run, for the small run's characters are rendered", "data_dir")
+    if unknown := [name for name in options.methods if name not in tried]:
         raise ValueError(f"the small run has no pool of {', '.join(unknown)}; it has {', '.join(tried)}")
     from incremental import main  # the script beside this one
 

@@ -13,13 +13,15 @@ cores with no arguments, the run included. Expected numbers: README.md.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import job
+import options as line
 from job import closing, console
+from options import OPEN, Count, OnRuns, Seed, names
 
 SMALL = ["none-lora", "none-full"]
 RULES = [  # those of compose.RULES
@@ -33,19 +35,23 @@ OPTIONS = {
     "ggn": {"damping": 1e-3, "max_iterations": 30, "tolerance": 1e-2},
 }
 
-parser = job.Parser(__doc__)
-parser.add_argument(
-    "--run", type=job.path, nargs="+", help="finished runs of incremental.py; default: make a small one"
-)
-parser.add_argument("--runs", type=job.path, default=Path("runs"), help="where a small run is made")
-parser.add_argument("--data-dir", type=job.path, help="where the runs' TFDS set is now; default: where it was")
-parser.add_argument("--images", type=job.count, default=64, help="training images of a task for its curvature")
-parser.add_argument("--methods", nargs="+", help="pools of the runs; default: all that all runs have")
-parser.add_argument("--rules", nargs="+", choices=RULES, help="default: all that take this many modules")
-parser.add_argument("--seed", type=job.seed, default=0)
+
+@dataclass(frozen=True)
+class Options(OnRuns):
+    images: Count = 64
+    """training images of a task for its curvature"""
+    rules: Annotated[tuple[str, ...], names(RULES), OPEN] = ()
+    """rules to compare (default: all that take this many modules)"""
+    seed: Seed = 0
+    """of the images and of the rules that draw"""
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    return line.parse(Options, __doc__, arguments)
+
 
 if __name__ == "__main__":
-    closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
+    closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
 import jax
 import jax.numpy as jnp
@@ -216,9 +222,9 @@ def merged_run(run: incremental.FinishedRun, pools: dict[str, PoolMerges]) -> Me
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     began = time.perf_counter()
-    folders = job.finished_runs(parser, options, "merging-pools", SMALL)
+    folders = job.finished_runs(options, "merging-pools", SMALL)
     runs = incremental.open_several(folders, options.data_dir)
     pools = incremental.common_methods(runs, options.methods)
     tasks = len(runs[0].stream.tasks)

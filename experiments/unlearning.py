@@ -10,23 +10,24 @@ CPU cores with no arguments, the run included. Expected numbers: README.md.
 """
 
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import job
+import options as line
 from job import closing, console
+from options import OnRuns
 
 SMALL = ["ita-lora", "iel-lora", "ita-ia3", "iel-ia3", "ita-full", "iel-full"]
 
-parser = job.Parser(__doc__)
-parser.add_argument(
-    "--run", type=job.path, nargs="+", help="finished runs of incremental.py; default: make a small one"
-)
-parser.add_argument("--methods", nargs="+", help="pools of the runs; default: all that all runs have")
-parser.add_argument("--runs", type=job.path, default=Path("runs"), help="where a small run is made")
-parser.add_argument("--data-dir", type=job.path, help="where the runs' TFDS set is now; default: where it was")
+Options = OnRuns
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    return line.parse(Options, __doc__, arguments)
+
 
 if __name__ == "__main__":
-    closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
+    closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
 
 from compo_jax import incremental, report
@@ -48,9 +49,9 @@ def measure(run: incremental.FinishedRun, name: str) -> PoolSkills:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     began = time.perf_counter()
-    folders = job.finished_runs(parser, options, "unlearning-pools", SMALL)
+    folders = job.finished_runs(options, "unlearning-pools", SMALL)
     runs = incremental.open_several(folders, options.data_dir)
     methods = incremental.common_methods(runs, options.methods)
     if any(len(run.stream.tasks) < 2 for run in runs):
