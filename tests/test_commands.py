@@ -143,8 +143,9 @@ print(json.dumps(told))
 
 def test_the_names_that_options_offer_are_the_library_s():
     assert list(compose.RULES) == load("merging").RULES
-    assert tuple(modular.PARTS) == load("modular_transfer").PARTS
-    assert tuple(load("incremental").CLASSIFIERS) == load("incremental").FROZEN
+    assert tuple(modular.PARTS) == load("modular_options").PARTS
+    offered = load("incremental_options").METHODS
+    assert {name.partition("-")[0] for name in offered} == set(incremental.WAYS)
 
 
 GLYPHS = "with glyphs, which are rendered"
@@ -157,7 +158,7 @@ GLYPHS = "with glyphs, which are rendered"
         ("incremental", "--by x --train-split y", f"--by and --train-split play no part {GLYPHS}"),
         ("incremental", "--data mnist --classes 3", "--classes plays no part with mnist"),
         ("incremental", "--heads 3 --image-size 32", "--heads and --image-size play no part without --backbone"),
-        ("incremental", "--compare --methods ita-lora", "--methods plays no part with --compare"),
+        ("incremental", "--compare --methods none-lora", "--methods plays no part with --compare"),
         ("incremental", "--parallel --runner pmap", "name one of the two"),
         ("incremental", "--parallel --methods iel-lora", "--parallel plays no part with iel-lora"),
         ("incremental", "--methods ita-ia3 --rank 3", "--rank plays no part with ita-ia3"),
@@ -171,7 +172,7 @@ GLYPHS = "with glyphs, which are rendered"
         ("merging", "--rules ties ties", "stands there twice"),
         ("modular_multitask", "--data-dir x", "--data-dir plays no part with glyphs"),
         ("modular_multitask", "--templates 1 --analysis-images 3", "--analysis-images plays no part with one template"),
-        ("modular_multitask", "--seeds 1 1", "--seeds has one of its values twice: 1 1"),
+        ("modular_multitask", "--seeds 1 1", "--seeds: one of the values stands there twice: 1 1"),
         ("modular_multitask", "--phases 0.9 0.1", "the first not after the second"),
         ("modular_reuse", "--batch 12", "--batch 12 can't be divided among 8 devices"),
         ("modular_transfer", "--new-batch 12", "--new-batch 12 can't be divided among 8 devices"),

@@ -139,8 +139,8 @@ def removal(
 
 
 class Null(NamedTuple):
-    """A number of trained routes and the same of random hard routes: its value, the null's mean and standard deviation
-    (of single draws), and the part of draws at least as large."""
+    """Numbers of trained routes and the same of random hard routes: their values, the null's mean and standard
+    deviation (of single draws), and the part of draws at least as large. Each is a tree as the statistic's."""
 
     value: Any
     mean: Any
@@ -153,8 +153,9 @@ def against_random(
 ) -> Null:
     """`statistic(weights)` beside hard routes of the same size drawn uniformly, two or more."""
     _draws(draws, 2)
-    value = np.asarray(statistic(weights))
+    value = jax.tree.map(np.asarray, statistic(weights))
     keys = jax.random.split(key, draws)
     drawn = [statistic(routes.random(k, np.shape(weights)[:-1], np.shape(weights)[-1])) for k in keys]
-    null = np.stack([np.asarray(x) for x in drawn])
-    return Null(value, null.mean(0), null.std(0, ddof=1), (null >= value).mean(0))
+    null = jax.tree.map(lambda *numbers: np.stack(numbers), *drawn)
+    mean, deviation = (jax.tree.map(f, null) for f in (lambda x: x.mean(0), lambda x: x.std(0, ddof=1)))
+    return Null(value, mean, deviation, jax.tree.map(lambda x, at: (x >= at).mean(0), null, value))

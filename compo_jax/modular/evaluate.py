@@ -124,10 +124,10 @@ class Gap(NamedTuple):
     """The accuracy of each task at four points: on the soft route at the end of the second phase; on its argmax, all
     else as it was; with the statistics taken again; after training on the fixed route."""
 
-    soft: Float[np.ndarray, " tasks"]
-    hard: Float[np.ndarray, " tasks"]
-    reestimated: Float[np.ndarray, " tasks"]
-    finetuned: Float[np.ndarray, " tasks"]
+    soft: Float[np.ndarray, "*seeds tasks"]
+    hard: Float[np.ndarray, "*seeds tasks"]
+    reestimated: Float[np.ndarray, "*seeds tasks"]
+    finetuned: Float[np.ndarray, "*seeds tasks"]
 
 
 def discretisation_gap(

@@ -283,8 +283,8 @@ def dots(axes: Axes, rows: Sequence[str], kinds: Mapping[str, Dots], *, length: 
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
     axes.tick_params(axis="y", which="minor", length=0)
-    axes.grid(axis="x")
-    axes.grid(axis="y", which="minor")
+    axes.grid(True, axis="x")
+    axes.grid(True, axis="y", which="minor")
 
 
 # -- scattered points ------------------------------------------------------------------------------------------------
