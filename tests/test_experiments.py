@@ -156,7 +156,7 @@ def several(tmp_path_factory):
     assert killed(runs / "several" / "pool" / "01-armenian", *arguments)
     done = run(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on after 1 tasks" in done.stdout
+    assert "going on after arabic (1/2)" in done.stdout
     return runs / "several"
 
 
