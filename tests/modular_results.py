@@ -64,7 +64,7 @@ def adaptation():
         sources = np.full(2, (0.2, 0.4)[target] + 0.1 * seed)
         return modular.Target(of(accuracy), of(objective), sources, "x", np.array([[0, 2], [1, 1]]), adapted)
 
-    own = tuple(modular.Sources(np.full(2, value)) for value in (0.9, 0.8))  # without photo, without art
+    at_home = tuple(modular.Sources(np.full(2, value)) for value in (0.9, 0.8))  # without photo, without art
     names = ("photo", "art <s>", "$sketch_{")
     return modular.AdaptationResults(
         job("adaptation <1>", dict.fromkeys(names, 20)),
@@ -75,7 +75,7 @@ def adaptation():
         "the domains are one set, <s>blurred",
         "best source",
         {"oracle": "oracle", "Tent": "bn", "best source": "sources", "<s>route": "order"},
-        (own, own),
+        (at_home, at_home),
         tuple(tuple(part(seed, target) for target in range(2)) for seed in range(2)),
     )
 

@@ -194,10 +194,10 @@ def test_orders_of_several_lengths():
 
 def test_maps_of_sources_and_routes():
     results = modular_results.adaptation()
-    on_targets, own = results.source_accuracy()
+    on_targets, at_home = results.source_accuracy()
     np.testing.assert_allclose(on_targets, [[np.nan, 0.45], [0.25, np.nan], [0.25, 0.45]])
-    np.testing.assert_allclose(own, [0.8, 0.9, 0.85])  # photo is a source of art alone
-    left, right, _ = adaptation.sources_figure(on_targets, own, ["a", "b", "c"], ["a", "b"]).axes
+    np.testing.assert_allclose(at_home, [0.8, 0.9, 0.85])  # photo is a source of art alone
+    left, right, _ = adaptation.sources_figure(on_targets, at_home, ["a", "b", "c"], ["a", "b"]).axes
     assert sorted(text.get_text() for text in left.texts) == ["25", "25", "45", "45"]
     assert [text.get_text() for text in right.texts] == ["80", "90", "85"]
     part = results.parts[0][0]
