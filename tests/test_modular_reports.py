@@ -8,8 +8,9 @@ from modular_results import UNKNOWN
 from pages import PlainPage as Page
 from pages import printed
 
-from compo_jax import modular, report
-from compo_jax.modular import paired
+from compo_jax import report
+from compo_jax.modular.comparison import paired
+from compo_jax.modular.results import ReuseMethod, stacked
 from compo_jax.report import adaptation, charts, modular_facts, reuse, route_figures, transfer
 from compo_jax.train import read_result, write_result
 
@@ -226,7 +227,7 @@ def test_nothing_known(tmp_path, kind):
 
 
 def test_stacked_seeds_have_an_axis_in_front():
-    one = modular.ReuseMethod(0.5, 0.6, 10, 20, 3.0, 2, np.array([0, 1]))
-    both = modular.stacked([one, one._replace(accuracy=0.7)])
+    one = ReuseMethod(0.5, 0.6, 10, 20, 3.0, 2, np.array([0, 1]))
+    both = stacked([one, one._replace(accuracy=0.7)])
     np.testing.assert_array_equal(both.accuracy, [0.5, 0.7])
     assert both.route.shape == (2, 2) and both.gap is None

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from compo_jax.modular import AdaptationResults, mean_known
+from compo_jax.modular.comparison import mean_known
+from compo_jax.modular.results import AdaptationResults
 from compo_jax.report import charts
 from compo_jax.report.charts import ANNOTATED, COLOURS, EDGE, GREY, styled
 from compo_jax.report.modular_facts import accuracy_cells, facts, paired_text, training_text

@@ -8,7 +8,10 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from compo_jax.modular import MultitaskMethod, MultitaskResults, OrderAnalysis, Rerouting, analysis, paired
+from compo_jax.modular import analysis
+from compo_jax.modular.comparison import paired
+from compo_jax.modular.forecast import Rerouting
+from compo_jax.modular.results import MultitaskMethod, MultitaskResults, OrderAnalysis
 from compo_jax.report import charts, route_figures
 from compo_jax.report.charts import COLOURS, styled
 from compo_jax.report.modular_facts import accuracy_cells, facts, paired_text

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from compo_jax.modular import ReuseResults
+from compo_jax.modular.results import ReuseResults
 from compo_jax.report import charts, route_figures
 from compo_jax.report.charts import styled
 from compo_jax.report.modular_facts import accuracy_cells, facts, paired_text

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 
-from compo_jax.modular import BesideRandom
 from compo_jax.modular.analysis import Removal
 from compo_jax.modular.evaluate import Gap
+from compo_jax.modular.random_routes import BesideRandom
 from compo_jax.report import charts
 from compo_jax.report.charts import ANNOTATED, COLOURS, EDGE, INK, styled
 from compo_jax.report.page import Block
