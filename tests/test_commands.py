@@ -144,7 +144,8 @@ print(json.dumps(told))
 def test_the_names_that_options_offer_are_the_library_s():
     assert list(compose.RULES) == load("merging").RULES
     assert tuple(modular.PARTS) == load("modular_options").PARTS
-    assert tuple(load("incremental").CLASSIFIERS) == load("incremental").FROZEN
+    offered = load("incremental_options").METHODS
+    assert {name.partition("-")[0] for name in offered} == set(incremental.WAYS)
 
 
 GLYPHS = "with glyphs, which are rendered"
@@ -157,7 +158,7 @@ GLYPHS = "with glyphs, which are rendered"
         ("incremental", "--by x --train-split y", f"--by and --train-split play no part {GLYPHS}"),
         ("incremental", "--data mnist --classes 3", "--classes plays no part with mnist"),
         ("incremental", "--heads 3 --image-size 32", "--heads and --image-size play no part without --backbone"),
-        ("incremental", "--compare --methods ita-lora", "--methods plays no part with --compare"),
+        ("incremental", "--compare --methods none-lora", "--methods plays no part with --compare"),
         ("incremental", "--parallel --runner pmap", "name one of the two"),
         ("incremental", "--parallel --methods iel-lora", "--parallel plays no part with iel-lora"),
         ("incremental", "--methods ita-ia3 --rank 3", "--rank plays no part with ita-ia3"),

@@ -130,7 +130,9 @@ def test_mixing_outputs_is_the_weighted_sum_of_the_branches_of_each_template():
         y = jnp.maximum(norm(conv(x, p["conv1"]["kernel"]), p["norm1"], s["norm1"]), 0)
         return x, norm(conv(y, p["conv2"]["kernel"]), p["norm2"], s["norm2"])
 
-    through = [branch(plain(net, set_route(variables, routes.fixed(np.full((2, 1), m), 3)))[1]) for m in range(3)]
+    through = [
+        branch(plain(Network(net, set_route(variables, routes.fixed(np.full((2, 1), m), 3))))[1]) for m in range(3)
+    ]
     x = through[0][0] + sum(a * y for a, (_, y) in zip(weights, through, strict=True))
     head = variables["params"]["head_0"]
     expected = jnp.maximum(x, 0).mean((1, 2)) @ head["kernel"] + head["bias"]

@@ -1,17 +1,20 @@
 """A way to learn is one file: a new one is written here, registered, and learns a stream beside the house's own."""
 
+import importlib
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jobs import ROOT
 
 from compo_jax import adapters, incremental
 from compo_jax.data import array_stream
 from compo_jax.incremental import Composition, Mode, Settings, Setup
+from compo_jax.mesh import data_mesh
 from compo_jax.models import ViT
-from compo_jax.train import read_result, write_result
+from compo_jax.train import jit_runner, read_result, write_result
 
 MODEL = ViT(image_size=16, patch=8, width=12, depth=1, heads=2, unroll=True)
 SETTINGS = Settings(
@@ -66,6 +69,20 @@ def setup():
     return Setup(MODEL, base, array_stream(*split(16), *split(6), tasks=[[0, 1], [2, 3, 4]]), SETTINGS, seed=0)
 
 
+RUNNERS = []
+
+
+def shared_runner(loss, optimizer, **options):
+    """One for all methods, whose steps differ in nothing but their context, to save compilations."""
+    if not RUNNERS:
+        RUNNERS.append(jit_runner(loss, optimizer, mesh=data_mesh(1), **options))
+    return RUNNERS[0]
+
+
+def learned(setup, methods, folder):
+    return incremental.learn_stream(setup, methods, folder, runner=shared_runner)
+
+
 def some_methods(*ways):
     lora = adapters.lora(1)
     return [incremental.method(w, *() if w == "ncm" else (lora,), learning_rate=1e-2) for w in ways]
@@ -73,7 +90,7 @@ def some_methods(*ways):
 
 def test_a_new_way_learns_a_stream_beside_others_and_goes_on_after_a_kill(tmp_path, setup, way):
     methods = some_methods("ita", "first", "joint", "ncm")
-    one, two = incremental.learn_stream(setup, methods, tmp_path / "whole")
+    one, two = learned(setup, methods, tmp_path / "whole")
     assert [*one.outcomes] == ["ita-lora", "first-lora", "joint-lora", "ncm"]
     assert [*one.learned] == ["ita-lora", "first-lora"] and [*two.learned] == ["ita-lora", "joint-lora"]
     for name in ("ita-lora", "first-lora", "ncm"):
@@ -86,18 +103,18 @@ def test_a_new_way_learns_a_stream_beside_others_and_goes_on_after_a_kill(tmp_pa
     assert two.learners["first-lora"].method.alpha == 0.5
     assert two.learners["first-lora"].pool.names() == one.learners["ita-lora"].pool.names()[:1]
 
-    stopped = incremental.learn_stream(setup, methods, tmp_path / "stopped")
+    stopped = learned(setup, methods, tmp_path / "stopped")
     next(stopped)
     stopped.close()
-    before, after = incremental.learn_stream(setup, methods, tmp_path / "stopped")
+    before, after = learned(setup, methods, tmp_path / "stopped")
     assert before.restored and not before.learned and not after.restored
     for found, expected in ((before, one), (after, two)):
         for name in found.outcomes:
             np.testing.assert_array_equal(found.outcomes[name].accuracy_matrix, expected.outcomes[name].accuracy_matrix)
-    (last,) = incremental.learn_stream(setup, methods, tmp_path / "stopped")  # all is learned: it is told once more
+    (last,) = learned(setup, methods, tmp_path / "stopped")  # all is learned: it is told once more
     assert last.restored and last.task == 1
 
-    results = incremental.summary(two, name="test", backbone="a small ViT", began=0.0)
+    results = incremental.summary(two, name="test", backbone="a small ViT")
     write_result(tmp_path / "results.json", results)
     again = read_result(tmp_path / "results.json", incremental.Results)
     for name, found in again.methods.items():
@@ -106,8 +123,8 @@ def test_a_new_way_learns_a_stream_beside_others_and_goes_on_after_a_kill(tmp_pa
 
 
 def test_modules_are_left_out_of_a_pool(tmp_path, setup):
-    *_, after = incremental.learn_stream(setup, some_methods("none"), tmp_path)
-    results = incremental.summary(after, name="test", backbone="a small ViT", began=0.0)
+    *_, after = learned(setup, some_methods("none"), tmp_path)
+    results = incremental.summary(after, name="test", backbone="a small ViT")
     pool, (first, second) = after.learners["none-lora"].pool, setup.stream.tasks
     assert [skill.task for skill in results.unlearn] == [first.name, second.name]
     # of two modules, all but one is the other alone
@@ -142,8 +159,15 @@ def test_a_method_s_options_go_before_its_way_s():
 
 def test_a_method_without_what_it_needs_and_two_of_one_name_are_told(tmp_path, setup):
     with pytest.raises(ValueError, match="'ita' trains modules and needs an adapter"):
-        next(incremental.learn_stream(setup, [incremental.method("ita")], tmp_path))
+        next(learned(setup, [incremental.method("ita")], tmp_path))
     with pytest.raises(ValueError, match="'ita-lora' can't train: it lacks a learning rate"):
-        next(incremental.learn_stream(setup, [incremental.method("ita", adapters.lora(1))], tmp_path))
+        next(learned(setup, [incremental.method("ita", adapters.lora(1))], tmp_path))
     with pytest.raises(ValueError, match="two methods have one name: none-lora, none-lora"):
-        next(incremental.learn_stream(setup, some_methods("none", "none"), tmp_path))
+        next(learned(setup, some_methods("none", "none"), tmp_path))
+
+
+def test_the_main_job_s_names_are_the_registry_s(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    options = importlib.import_module("incremental_options")
+    assert {name.partition("-")[0] for name in options.METHODS} == set(incremental.WAYS)
+    assert set(options.FROZEN) == {name for name in options.METHODS if "-" not in name}

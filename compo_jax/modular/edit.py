@@ -55,7 +55,7 @@ def add_task(network: Network, other: Network) -> Network:
             )
         raise ValueError(
             f"the tasks to add were trained with other shared weights ({', '.join(names)}): keep these frozen, with "
-            "one of `transfer.PARTS` that leaves them as they are"
+            "one of `modular.PARTS` that leaves them as they are"
         )
     net, count = network.net, len(network.net.classes)
     joined = join(net, "task", _without_heads(network).variables, _without_heads(other).variables)

@@ -118,19 +118,19 @@ def log_axis(axes: Axes, axis: str, values: Collection[float] = (), text: Callab
     """A logarithmic axis that names six decades at most, and 2 and 5 beside them where there are few.
 
     Args:
-      values: what is drawn; where they are known and positive, the axis ends at half the least and twice the largest.
+      values: what is drawn; of those that are positive, the axis ends at half the least and twice the largest.
       text: of a tick.
     """
     text = text or (lambda x: significant(x, 1))
-    known = np.array([x for x in values if np.isfinite(x) and x > 0])
-    few = len(known) > 0 and known.max() < 100 * known.min()
+    positive = np.array([x for x in values if np.isfinite(x) and x > 0])
+    few = len(positive) > 0 and positive.max() < 100 * positive.min()
     getattr(axes, f"set_{axis}scale")("log")
     chosen = getattr(axes, f"{axis}axis")
     chosen.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8 if few else 6))
     chosen.set_minor_locator(NullLocator())
     chosen.set_major_formatter(FuncFormatter(lambda x, _: text(x)))
-    if len(known):
-        getattr(axes, f"set_{axis}lim")(known.min() / 2, known.max() * 2)
+    if len(positive):
+        getattr(axes, f"set_{axis}lim")(positive.min() / 2, positive.max() * 2)
 
 
 def reference(axes: Axes, axis: str, value: float, label: str = "", **look: Any) -> None:
@@ -305,13 +305,13 @@ def scatter(
     bold: Collection[str] = (),
 ) -> None:
     """A mark with an error bar for each point that is finite; `named` at the right of the axes (see `name_points`)."""
-    known = {name: point for name, point in points.items() if np.isfinite(point.x) and np.isfinite(point.y)}
-    for name, (x, y, error) in known.items():
+    finite = {name: point for name, point in points.items() if np.isfinite(point.x) and np.isfinite(point.y)}
+    for name, (x, y, error) in finite.items():
         look = {"markersize": 6} | EDGE | dict(looks[name]) | {"linestyle": "none"}
         axes.errorbar(x, y, yerr=np.nan_to_num(error), elinewidth=1, label=name, **look)
     axes.grid()
     if named:
-        name_points(axes, {name: (x, y, INK) for name, (x, y, _) in known.items()}, bold)
+        name_points(axes, {name: (x, y, INK) for name, (x, y, _) in finite.items()}, bold)
 
 
 # -- heat maps -------------------------------------------------------------------------------------------------------

@@ -9,15 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from compo_jax.curvature.check_results import (
-    CurvatureResults,
-    Expansion,
-    FisherCheck,
-    FisherEstimate,
-    ForecastCheck,
-    ProductCheck,
-    SpectrumCheck,
-)
+from compo_jax.curvature.check_results import CurvatureResults, Expansion, FisherCheck, ForecastCheck
 from compo_jax.report import charts
 from compo_jax.report.charts import COLOURS, INK, Curve, styled
 from compo_jax.report.page import Block, Page, Tile, write_page
@@ -60,10 +52,12 @@ def forecast_table(forecast: Pools) -> Table:
     The truth at the best weights is bold where it is below that of uniform ones by more than two standard errors.
     """
     rows = []
-    for pool, anchor, check, found in _expansions(forecast):
-        clear = check.uniform_true - found.best_true > 2 * found.gain_error
-        best, at_best, uniform = (decimal(x, 3) for x in (found.best_forecast, found.best_true, check.uniform_true))
-        accuracy = decimal(found.correlation, 3), significant(100 * found.relative_error)
+    for pool, anchor, check, expansion in _expansions(forecast):
+        clear = check.uniform_true - expansion.best_true > 2 * expansion.gain_error
+        best, at_best, uniform = (
+            decimal(x, 3) for x in (expansion.best_forecast, expansion.best_true, check.uniform_true)
+        )
+        accuracy = decimal(expansion.correlation, 3), significant(100 * expansion.relative_error)
         rows.append((pool, anchor, *accuracy, best, Cell(at_best, clear), uniform))
     return Table(
         "Forecast of the loss of compositions (nats)",
@@ -75,10 +69,10 @@ def forecast_table(forecast: Pools) -> Table:
 
 # -- figures ---------------------------------------------------------------------------------------------------------
 @styled
-def differences(products: ProductCheck) -> Figure:
+def differences(results: CurvatureResults) -> Figure:
     """The error of central differences over their step size, and of exact products as horizontal lines."""
     figure = charts.figure("Error of Hessian products, against the dense Hessian", 3.6)
-    axes = figure.add_subplot()
+    axes, products = figure.add_subplot(), results.products
     looks = {
         "central differences of the gradient, float64": {"color": COLOURS[1], "marker": "o"},
         "exact product, float64": {"color": COLOURS[0]},
@@ -97,11 +91,12 @@ def differences(products: ProductCheck) -> Figure:
 
 
 @styled
-def estimates(title: str, rows: list[FisherEstimate], keys: tuple[str, ...]) -> Figure:
+def estimates(title: str, fisher: FisherCheck, keys: tuple[str, ...]) -> Figure:
     """A panel for each measure, a line for each estimate, a dot for each batch size, larger for larger batches.
 
     An axis is logarithmic where its values are positive and span more than a factor of 30.
     """
+    rows = fisher.rows
     names, sizes = list(dict.fromkeys(row.estimate for row in rows)), sorted({row.batch for row in rows})
     figure = charts.figure(title, 1.5 + 0.26 * len(names))
     shades = mpl.colormaps["viridis"](np.linspace(0.95, 0.3, len(sizes)))
@@ -153,8 +148,8 @@ def forecasts(forecast: Pools) -> Figure:
             if anchor not in check.anchors:
                 axes.set_axis_off()
                 continue
-            found = check.anchors[anchor]
-            x, y = [*found.forecast, found.best_forecast], [*check.true, found.best_true]
+            expansion = check.anchors[anchor]
+            x, y = [*expansion.forecast, expansion.best_forecast], [*check.true, expansion.best_true]
             drawn = np.array(x + y)
             low, high = (np.nanmin(drawn), np.nanmax(drawn)) if np.isfinite(drawn).any() else (0.0, 1.0)
             margin = 0.05 * (high - low) or 0.5
@@ -163,8 +158,8 @@ def forecasts(forecast: Pools) -> Figure:
             axes.plot(limits, limits, linewidth=1, **diagonal)
             axes.plot(x[:-1], y[:-1], **dots)
             axes.plot(x[-1:], y[-1:], markersize=6, **best)
-            error = significant(100 * found.relative_error)
-            title = f"around {short(anchor, 28)}\ncorrelation {decimal(found.correlation, 3)}, error {error} %"
+            error = significant(100 * expansion.relative_error)
+            title = f"around {short(anchor, 28)}\ncorrelation {decimal(expansion.correlation, 3)}, error {error} %"
             axes.set_title(title, fontsize=8)
             axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel="forecast loss (nats)")
             for axis in "xy":
@@ -208,10 +203,10 @@ def theorem(forecast: Pools) -> Figure:
 
 
 @styled
-def spectrum(check: SpectrumCheck) -> Figure:
+def spectrum(results: CurvatureResults) -> Figure:
     """The nodes of the quadrature as stems: eigenvalue across, share of the dimensions up; the negative in orange."""
     figure = charts.figure("Spectrum of the Hessian at the base", 3.2)
-    axes = figure.add_subplot()
+    axes, check = figure.add_subplot(), results.spectrum
     drawn = np.isfinite(check.nodes) & (check.weights > 0)
     nodes, weights = check.nodes[drawn], check.weights[drawn]
     charts.log_axis(axes, "y")
@@ -240,17 +235,17 @@ def _theorem_table(pool: str, check: ForecastCheck) -> Table:
 def _expansion_table(forecast: Pools) -> Table:
     headings = ("pool", "around", "correlation", "error (%)", "sampling error (nats)", "Gram eigenvalues")
     return Table("expansions", headings, [
-        (pool, anchor, decimal(found.correlation, 4), significant(100 * found.relative_error),
-         significant(found.standard_error),
-         " to ".join(significant(float(f(found.gram_eigenvalues))) for f in (min, max)))
-        for pool, anchor, _, found in _expansions(forecast)
+        (pool, anchor, decimal(expansion.correlation, 4), significant(100 * expansion.relative_error),
+         significant(expansion.standard_error),
+         " to ".join(significant(float(f(expansion.gram_eigenvalues))) for f in (min, max)))
+        for pool, anchor, _, expansion in _expansions(forecast)
     ])  # fmt: skip
 
 
 def _weight_table(results: CurvatureResults) -> Table:
     rows = [
-        (pool, anchor, *(decimal(w, 2) for w in found.best_weights))
-        for pool, anchor, _, found in _expansions(results.forecast)
+        (pool, anchor, *(decimal(w, 2) for w in expansion.best_weights))
+        for pool, anchor, _, expansion in _expansions(results.forecast)
     ]
     return Table("Best weights by the forecast", ["pool", "around", *results.tasks], rows)
 
@@ -272,22 +267,21 @@ def _blocks(results: CurvatureResults) -> Iterator[Block]:
         [_theorem_table(pool, one) for pool, one in forecast.items()],
     )
     yield Block(
-        estimates("Fisher estimates: the diagonal, by batch size", fisher.rows, ("trace_ratio", "diagonal_cosine")),
+        estimates("Fisher estimates: the diagonal, by batch size", fisher, ("trace_ratio", "diagonal_cosine")),
         "Dots around one another mean that the batch size, a matter of memory, does not change the estimate; the "
         "square of a batch's gradient is no Fisher: look how far it wanders off from the dashed line of the exact one.",
         [fisher_table(fisher)],
     )
     yield Block(
         estimates(
-            "Fisher estimates: what they see of the task vectors", fisher.rows,
-            ("form_ratio", "product_cosine", "seconds"),
+            "Fisher estimates: what they see of the task vectors", fisher, ("form_ratio", "product_cosine", "seconds")
         ),
         "An estimate F stands in for the exact Gauss-Newton matrix G on task vectors τ as well as it comes near the "
         "dashed line: see how much of τᵀGτ a diagonal misses, and what the better estimates cost.",
     )  # fmt: skip
     nodes = [(significant(x, 4), significant(w)) for x, w in zip(check.nodes, check.weights, strict=True)]
     yield Block(
-        spectrum(check),
+        spectrum(results),
         f"The smallest eigenvalue is {significant(check.smallest, 4)} (to within {significant(check.bound)}), the "
         f"largest {significant(check.largest, 4)}, and {percent(check.negative_mass)} % of the absolute spectrum lies "
         "below zero: Theorem 1 holds for any modules only if nothing does.",
@@ -295,7 +289,7 @@ def _blocks(results: CurvatureResults) -> Iterator[Block]:
     )
     errors = zip(products.difference_steps, products.difference_errors, strict=True)
     yield Block(
-        differences(products),
+        differences(results),
         f"Differences of gradients (on {products.leaf}, {products.dimension:,} dimensions) trade steps too long "
         "against rounding: look how far even their lowest error lies above the exact product in float64, which has no "
         "step to choose.",
@@ -309,7 +303,7 @@ def curvature_page(folder: str | os.PathLike, results: CurvatureResults) -> Path
     The first pool around its last anchor gives the tiles.
     """
     pool, check = next(iter(results.forecast.items()))
-    anchor, found = list(check.anchors.items())[-1]
+    anchor, expansion = list(check.anchors.items())[-1]
     lead = (
         f"Exact curvature of the pools {', '.join(results.forecast)} on {len(results.tasks)} tasks of {results.data}; "
         f"backbone: {results.backbone}. The table has the forecast's accuracy, and the best weights by each forecast."
@@ -321,8 +315,8 @@ def curvature_page(folder: str | os.PathLike, results: CurvatureResults) -> Path
     }
     tiles = [
         Tile("error of a Hessian product, float64", significant(results.products.error_float64)),
-        Tile(f"correlation of forecast and truth: {pool} around {anchor}", decimal(found.correlation, 3)),
-        Tile("relative error of that forecast", significant(100 * found.relative_error), "%"),
+        Tile(f"correlation of forecast and truth: {pool} around {anchor}", decimal(expansion.correlation, 3)),
+        Tile("relative error of that forecast", significant(100 * expansion.relative_error), "%"),
         Tile("smallest eigenvalue at the base", significant(results.spectrum.smallest, 3)),
         Tile("whole check", decimal(results.seconds, 0), "s"),
     ]

@@ -13,11 +13,11 @@ from compo_jax.incremental.outcomes import Outcome, Results, Skill
 from compo_jax.report import charts
 from compo_jax.report.charts import COLOURS, INK, Bars, Curve, styled
 from compo_jax.report.page import Block, Page, Tile, write_page
-from compo_jax.report.table import BOLD, Table, binomial_error, column, mean_error, run_facts
-from compo_jax.report.text import counted, decimal, percent, short, with_error
+from compo_jax.report.table import BOLD, Score, Table, binomial_error, mean_error, run_facts, score, score_column
+from compo_jax.report.text import counted, decimal, percent, short
 
 FROZEN = "frozen features"
-BANDS = 6  # lines up to which their bands can be told apart
+BANDS = 6  # lines up to which one can see whose a band is
 Matrix = Float[np.ndarray, "tasks tasks"]
 
 
@@ -31,32 +31,33 @@ class Sample(NamedTuple):
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
-def _errors(outcome: Outcome, tested: Sequence[int]) -> tuple[float, float, float]:
-    """Standard errors of final accuracy, forgetting and task-incremental accuracy, from the size of the test set.
+def _final(outcome: Outcome, tested: Sequence[int]) -> Score:
+    """The final accuracy, with the error of a mean over the tasks' test sets; nan where there is none."""
+    error = mean_error(binomial_error(outcome.accuracy_matrix[-1], np.array(tested)))
+    return Score(np.array([outcome.final_accuracy], float), float(error))
 
-    Forgetting is a difference of two accuracies, whose errors are taken as independent.
-    """
-    matrix, images = outcome.accuracy_matrix, np.array(tested)
-    last = binomial_error(matrix[-1], images)
-    best = np.nanmax(np.append(matrix[:-1], np.full((1, len(matrix)), -np.inf), axis=0), axis=0)
-    both = np.hypot(binomial_error(best, images), last)[:-1]
-    within = outcome.task_incremental_accuracy
-    return (
-        float(mean_error(last)),
-        float(mean_error(both)) if np.isfinite(both).any() else np.nan,
-        np.nan if within is None else float(binomial_error(within, images.sum())),
-    )
+
+def _forgetting(outcome: Outcome, tested: Sequence[int]) -> Score:
+    """The final forgetting: differences of two accuracies on each task, whose errors are taken as independent."""
+    value = np.array([outcome.final_forgetting], float)
+    if len(tested) < 2 or np.isnan(value[0]):
+        return Score(value, np.nan)
+    before, end = np.nanmax(outcome.accuracy_matrix[:-1, :-1], axis=0), outcome.accuracy_matrix[-1, :-1]
+    errors = [binomial_error(accuracy, np.array(tested[:-1])) for accuracy in (before, end)]
+    return Score(value, float(mean_error(np.hypot(*errors))))
+
+
+def _task_incremental(outcome: Outcome, tested: Sequence[int]) -> Score:
+    return score(np.array([outcome.task_incremental_accuracy], float), sum(tested))
 
 
 def incremental_table(results: Results) -> Table:
     """The methods and the frozen features, each number with its standard error from the size of the test set."""
     outcomes = {**results.methods, FROZEN: results.frozen._replace(final_forgetting=None)}
-    errors = np.array([_errors(outcome, results.tested) for outcome in outcomes.values()])
-    columns = []
-    for i, largest in enumerate((True, False, True)):
-        values = [outcome[i] for outcome in outcomes.values()]
-        texts = [with_error(None if x is None else 100 * x, 100 * e) for x, e in zip(values, errors[:, i], strict=True)]
-        columns.append(column(texts, values, errors[:, i], largest=largest))
+    columns = [
+        score_column([of(outcome, results.tested) for outcome in outcomes.values()], largest=of is not _forgetting)
+        for of in (_final, _forgetting, _task_incremental)
+    ]
     seconds = [decimal(outcome.seconds, 0) for outcome in outcomes.values()]
     return Table(
         f"{results.name}: {counted(len(results.tasks), 'task')} of {results.data}",
@@ -84,9 +85,9 @@ def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _so_far(matrix: Matrix, tested: Sequence[int], banded: bool) -> Curve:
     """The mean accuracy (%) over the tasks seen, where there is one."""
-    known = np.flatnonzero(np.isfinite(matrix).any(axis=1))
-    errors = mean_error(binomial_error(matrix[known], np.array(tested))) if banded else None
-    return Curve(known + 1, 100 * np.nanmean(matrix[known], axis=1), None if errors is None else 100 * errors)
+    rows = np.flatnonzero(np.isfinite(matrix).any(axis=1))
+    errors = 100 * mean_error(binomial_error(matrix[rows], np.array(tested))) if banded else None
+    return Curve(rows + 1, 100 * np.nanmean(matrix[rows], axis=1), errors)
 
 
 @styled
@@ -112,11 +113,9 @@ def accuracy_so_far(results: Results) -> Figure:
 @styled
 def final_accuracies(results: Results) -> Figure:
     """The final accuracy of each method as a bar, the best on top; the frozen features' is dashed."""
-    known = {n: (x, _errors(x, results.tested)[0]) for n, x in results.methods.items() if x.final_accuracy is not None}
-    names = sorted(known, key=lambda name: -known[name][0].final_accuracy)
-    values, errors = (
-        [100 * x for x in part] for part in zip(*((known[n][0][0], known[n][1]) for n in names), strict=True)
-    )
+    scores = {name: _final(outcome, results.tested) for name, outcome in results.methods.items()}
+    names = sorted((name for name in scores if np.isfinite(scores[name].mean)), key=lambda name: -scores[name].mean)
+    values, errors = ([100 * getattr(scores[name], key) for name in names] for key in ("mean", "error"))
     looks = _looks(list(results.methods))
     figure = charts.figure("Final accuracy of the methods", 1.3 + 0.3 * len(names))
     axes = figure.add_subplot()
@@ -168,7 +167,15 @@ def skills(results: Results) -> Figure:
         })  # fmt: skip
         for shift, height in ((-0.2, whole), (0.2, others)):
             name = "all modules" if shift > 0 else None
-            axes.plot(np.arange(len(whole)) + shift, height, "D", color=INK, markeredgecolor="white", label=name)
+            axes.plot(
+                np.arange(len(whole)) + shift,
+                height,
+                "D",
+                color=INK,
+                markersize=4.5,
+                markeredgecolor="white",
+                label=name,
+            )
         axes.set(title=label, ylim=(0, 100))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return figure
@@ -277,15 +284,14 @@ def _blocks(results: Results, samples: Sequence[Sample], records: Sequence[Mappi
 
 def _tiles(results: Results) -> list[Tile]:
     """The best of each kind, with the name of its method where there are several."""
-    tiles = []
-    for key, label, unit, largest in (
-        ("final_accuracy", "final accuracy", "%", True), ("final_forgetting", "forgetting", "points", False),
-        ("task_incremental_accuracy", "task-incremental", "%", True),
-    ):  # fmt: skip
-        known = {n: getattr(x, key) for n, x in results.methods.items() if getattr(x, key) is not None}
-        best = (max if largest else min)(known, key=known.get, default=None)
-        named = f"{'highest' if largest else 'least'} {label}: {best}" if len(results.methods) > 1 and best else label
-        tiles.append(Tile(named, percent(known.get(best)), unit))
+    tiles, several = [], len(results.methods) > 1
+    for i, label, unit, best in ((0, "final accuracy", "%", max), (1, "forgetting", "points", min),
+                                 (2, "task-incremental", "%", max)):  # fmt: skip
+        values = {name: outcome[i] for name, outcome in results.methods.items() if outcome[i] is not None}
+        name = best(values, key=values.get, default=None)
+        if several and name:
+            label = f"{'highest' if best is max else 'least'} {label}: {name}"
+        tiles.append(Tile(label, percent(values.get(name)), unit))
     tiles.insert(1, Tile(f"final accuracy: {FROZEN}", percent(results.frozen.final_accuracy), "%"))
     speed = results.images_per_second
     return [
@@ -308,11 +314,12 @@ def incremental_page(
       records: the lines of `metrics.jsonl`; the main method's are drawn.
     """
     names, tasks = list(results.methods), results.tasks
-    told = ", ".join(tasks if len(tasks) <= 12 else [*tasks[:6], "…", tasks[-1]])
+    who = names[0] if len(names) == 1 else counted(len(names), "method")
+    listed = ", ".join(tasks if len(tasks) <= 12 else [*tasks[:6], "…", tasks[-1]])
     lead = (
-        f"{names[0] if len(names) == 1 else counted(len(names), 'method')} learned {counted(len(tasks), 'task')} of "
-        f"{results.data} ({told}), {'one after another, ' if len(tasks) > 1 else ''}{sum(results.classes)} classes in "
-        f"all; backbone: {results.backbone}."
+        f"{who} learned {counted(len(tasks), 'task')} of {results.data} ({listed})"
+        f"{', one after another' if len(tasks) > 1 else ''}, {sum(results.classes)} classes in all; backbone: "
+        f"{results.backbone}."
     )
     if len(names) > 1:
         lead += f" Figures that show one method are of {results.method}."

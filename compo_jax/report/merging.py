@@ -1,7 +1,7 @@
 """The report of a comparison of merge rules."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from compo_jax.compose.rule_results import MergedPool, MergingResults, PoolMerges
+from compo_jax.compose.rule_results import MergingResults, PoolMerges
 from compo_jax.report import charts
-from compo_jax.report.charts import COLOURS, INK, MARKERS, Point, styled
+from compo_jax.report.charts import INK, Point, styled
 from compo_jax.report.page import Block, Page, Tile, write_page
-from compo_jax.report.table import BOLD, Cell, Score, Table, column, run_facts, score
+from compo_jax.report.table import BOLD, Score, Table, run_facts, score, score_column, standard_error
 from compo_jax.report.text import ABSENT, counted, decimal, middle, percent, spread
 
 HEADINGS = ("task known (%)", "all classes (%)", "normalised (%)", "time (s)", "memory (× base)")
@@ -23,14 +23,14 @@ Runs = Float[np.ndarray, " runs"]
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
-class _Row(NamedTuple):
-    """What a rule, the modules alone or the base reached on a pool, over runs."""
+class _Rule(NamedTuple):
+    """What a rule reached on a pool, over runs."""
 
-    known: Score
-    among_all: Score
+    within: Score
+    incremental: Score
     normalised: Score
     seconds: Runs
-    memory: Runs
+    memory: float
 
 
 def _pools(results: MergingResults) -> dict[str, list[PoolMerges]]:
@@ -38,31 +38,24 @@ def _pools(results: MergingResults) -> dict[str, list[PoolMerges]]:
     return {name: [run.pools[name] for run in results.runs] for name in results.runs[0].pools}
 
 
-def _row(
-    results: MergingResults,
-    pools: list[PoolMerges],
-    accuracies: list[Float[np.ndarray, " tasks"]],
-    merged: list[MergedPool] | None = None,
-) -> _Row:
-    """Of each run's accuracies, and of what a rule made where there is one."""
-    images, nothing = sum(results.runs[0].tested), np.full(len(pools), np.nan)
-    known = np.array([accuracy.mean() for accuracy in accuracies])
-    normalised = np.array([pool.normalised(accuracy).mean() for pool, accuracy in zip(pools, accuracies, strict=True)])
-    # of a single run it is the accuracy's error, in units of the accuracy that the modules have alone
-    ratio = score(normalised, images)
-    if len(pools) == 1:
-        ratio = ratio._replace(error=score(known, images).error / float(np.mean(pools[0].individual)))
-    if merged is None:
-        return _Row(score(known, images), score(nothing), ratio, nothing, nothing)
-    among_all = score(np.array([one.incremental.mean() for one in merged]), images)
-    seconds, memory = (np.array([one[i] for one in merged], float) for i in (2, 3))
-    return _Row(score(known, images), among_all, ratio, seconds, memory)
+def _scores(results: MergingResults, pools: list[PoolMerges], accuracies: list[np.ndarray]) -> tuple[Score, Score]:
+    """The mean over tasks of each run's accuracies, and of the normalised ones."""
+    mean = score(np.array([accuracy.mean() for accuracy in accuracies]), sum(results.runs[0].tested))
+    ratios = np.array([pool.normalised(accuracy).mean() for pool, accuracy in zip(pools, accuracies, strict=True)])
+    # that of a single run is the accuracy's error, in units of the accuracy that the modules have alone
+    error = standard_error(ratios) if len(pools) > 1 else mean.error / float(pools[0].individual.mean())
+    return mean, Score(ratios, error)
 
 
-def _rules(results: MergingResults, name: str) -> dict[str, _Row]:
-    pools = _pools(results)[name]
-    merged = {rule: [pool.rules[rule] for pool in pools] for rule in pools[0].rules}
-    return {rule: _row(results, pools, [one.within for one in ones], ones) for rule, ones in merged.items()}
+def _rules(results: MergingResults, pools: list[PoolMerges]) -> dict[str, _Rule]:
+    rules = {}
+    for name in pools[0].rules:
+        merged = [pool.rules[name] for pool in pools]
+        within, normalised = _scores(results, pools, [one.within for one in merged])
+        incremental, _ = _scores(results, pools, [one.incremental for one in merged])
+        seconds, memory = (np.array([one[i] for one in merged], float) for i in (2, 3))
+        rules[name] = _Rule(within, incremental, normalised, seconds, float(memory.mean()))
+    return rules
 
 
 def _warned(pools: list[PoolMerges]) -> list[str]:
@@ -91,28 +84,22 @@ def merging_tables(results: MergingResults) -> list[Table]:
     """A table for each pool: the modules alone, the base and every rule, of which the clear best is bold."""
     tables = []
     for name, pools in _pools(results).items():
-        rules, warned = _rules(results, name), _warned(pools)
-        columns: list[list[Cell] | list[str]] = [
-            column([row[i].text() for row in rules.values()], [row[i].mean for row in rules.values()],
-                   [row[i].error for row in rules.values()])
-            for i in range(3)
-        ]  # fmt: skip
-        columns += [
-            [_seconds(row.seconds) for row in rules.values()],
-            [decimal(np.mean(row.memory)) for row in rules.values()],
+        rules, warned = _rules(results, pools), _warned(pools)
+        columns = [score_column([rule[i] for rule in rules.values()]) for i in range(3)]
+        costs = [(_seconds(rule.seconds), decimal(rule.memory)) for rule in rules.values()]
+        alone, _ = _scores(results, pools, [pool.individual for pool in pools])
+        base, ratio = _scores(results, pools, [pool.base for pool in pools])
+        rows = [
+            (ALONE, alone.text(), ABSENT, "100.0", ABSENT, ABSENT),
+            (BASE, base.text(), ABSENT, ratio.text(), ABSENT, ABSENT),
+            *(
+                (_marked(rule, warned), *cells)
+                for rule, *cells in zip(rules, *columns, *zip(*costs, strict=True), strict=True)
+            ),
         ]
-        alone = _row(results, pools, [pool.individual for pool in pools])
-        base = _row(results, pools, [pool.base for pool in pools])
-        tables.append(Table(
-            f"{name}: {counted(len(results.runs[0].tasks), 'module')} of {results.data}",
-            ("rule", *HEADINGS),
-            [
-                (ALONE, alone.known.text(), ABSENT, "100.0", ABSENT, ABSENT),
-                (BASE, base.known.text(), ABSENT, base.normalised.text(), ABSENT, ABSENT),
-                *zip([rule + DAGGER * (rule in warned) for rule in rules], *columns, strict=True),
-            ],
-            [BOLD, *(["† had warnings."] if warned else [])],
-        ))  # fmt: skip
+        notes = [BOLD, *(["† had warnings."] if warned else [])]
+        title = f"{name}: {counted(len(results.runs[0].tasks), 'module')} of {results.data}"
+        tables.append(Table(title, ("rule", *HEADINGS), rows, notes))
     return tables
 
 
@@ -124,38 +111,35 @@ def _marked(rule: str, warned: list[str]) -> str:
 @styled
 def normalised(results: MergingResults) -> Figure:
     """Normalised accuracy of each rule, the best on top; dashed, each module alone; dotted, the base, by pool."""
-    pools, marks = _pools(results), {}
-    scores = {name: {rule: row.normalised for rule, row in _rules(results, name).items()} for name in pools}
-    warned = [rule for own in pools.values() for rule in _warned(own)]
-    means: dict[str, list[float]] = {}
-    for by_rule in scores.values():
-        for rule, one in by_rule.items():
-            means.setdefault(rule, []).append(one.mean)
+    pools, means = _pools(results), {}
+    warned = [rule for of_name in pools.values() for rule in _warned(of_name)]
+    scores = {
+        name: {_marked(rule, warned): row.normalised for rule, row in _rules(results, of_name).items()}
+        for name, of_name in pools.items()
+    }
+    for rule, one in (item for by_rule in scores.values() for item in by_rule.items()):
+        means.setdefault(rule, []).append(one.mean)
     order = sorted(means, key=lambda rule: -np.nan_to_num(np.mean(means[rule]), nan=-np.inf))
     figure = charts.figure("Normalised accuracy of the rules", 1.7 + len(order) * (0.16 + 0.09 * len(pools)))
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xlabel="normalised accuracy (%)")
     charts.reference(axes, "x", 100.0)
-    kinds = {}
-    for i, (name, own) in enumerate(pools.items()):
-        marks[name] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": "none"}
-        base = _row(results, own, [pool.base for pool in own]).normalised.mean
-        charts.reference(axes, "x", 100 * base, color=marks[name]["color"], linestyle=":", linewidth=1.4)
-        named = {_marked(rule, warned): one for rule, one in scores[name].items()}
-        kinds[name] = charts.percent_dots(named, marks[name])
-    charts.dots(axes, [_marked(rule, warned) for rule in order], kinds)
-    axes.set_xlabel("normalised accuracy (%)")
+    looks = {name: look | {"linestyle": "none"} for name, look in charts.looks(list(pools)).items()}
+    for name, of_name in pools.items():
+        _, base = _scores(results, of_name, [pool.base for pool in of_name])
+        charts.reference(axes, "x", 100 * base.mean, color=looks[name]["color"], linestyle=":", linewidth=1.4)
+    charts.dots(axes, order, {name: charts.percent_dots(scores[name], looks[name]) for name in pools})
     ends = {ALONE: {"color": INK, "linestyle": "--"}, BASE: {"color": INK, "linestyle": ":"}}
-    charts.legend(figure, {name: look | charts.EDGE for name, look in marks.items()} | ends, 2)
+    charts.legend(figure, {name: look | charts.EDGE for name, look in looks.items()} | ends, 2)
     return figure
 
 
 @styled
-def over_time(name: str, rules: Mapping[str, _Row], alone: float, warned: list[str], look: int) -> Figure:
-    """Accuracy of each rule over its seconds, named at the right; dashed, the modules alone. `look`: of the pool."""
+def over_time(name: str, rules: Mapping[str, _Rule], alone: float, warned: list[str], look: charts.Look) -> Figure:
+    """Accuracy of each rule over its seconds, named at the right; dashed, the modules alone. `look` is the pool's."""
     figure = charts.figure(f"Accuracy over the rule's time, {middle(name, 30)}", max(2.6, 1 + 0.165 * len(rules)))
     axes = figure.add_subplot()
     points = {
-        _marked(rule, warned): Point(float(np.mean(row.seconds)), 100 * row.known.mean, 100 * row.known.error)
+        _marked(rule, warned): Point(float(np.mean(row.seconds)), 100 * row.within.mean, 100 * row.within.error)
         for rule, row in rules.items()
     }
     charts.log_axis(axes, "x", [point.x for point in points.values()], "{:g}".format)
@@ -165,8 +149,7 @@ def over_time(name: str, rules: Mapping[str, _Row], alone: float, warned: list[s
     axes.set(xlabel="time (s)", ylabel="accuracy, task known (%)", ylim=(drawn.min() - margin, drawn.max() + margin))
     charts.number_ticks(axes, "y")
     charts.reference(axes, "y", 100 * alone, ALONE)
-    mark = {"color": COLOURS[look % len(COLOURS)], "marker": MARKERS[look % len(MARKERS)]}
-    charts.scatter(axes, points, dict.fromkeys(points, mark), named=True)
+    charts.scatter(axes, points, dict.fromkeys(points, look), named=True)
     return figure
 
 
@@ -190,41 +173,44 @@ def _by_task(pool: PoolMerges) -> dict[str, Float[np.ndarray, " tasks"]]:
 
 
 # -- page ------------------------------------------------------------------------------------------------------------
-def _costs(pools: list[PoolMerges], rules: Mapping[str, _Row]) -> list[Table]:
+def _costs(pools: list[PoolMerges], rules: Mapping[str, _Rule]) -> list[Table]:
     """Seconds, memory and options of a pool's rules, and the seconds of its curvature."""
-    options = {
-        rule: ", ".join(f"{key} {value:g}" for key, value in merged.options.items()) or ABSENT
-        for rule, merged in pools[0].rules.items()
-    }
-    taken = {
-        kind: np.array([pool.curvature_seconds[kind] for pool in pools], float) for kind in pools[0].curvature_seconds
-    }
-    rows = [(rule, _seconds(row.seconds), decimal(np.mean(row.memory)), options[rule]) for rule, row in rules.items()]
+    rows = [
+        (rule, _seconds(row.seconds), decimal(row.memory),
+         ", ".join(f"{key} {value:g}" for key, value in pools[0].rules[rule].options.items()) or ABSENT)
+        for rule, row in rules.items()
+    ]  # fmt: skip
+    kinds = [
+        (kind, _seconds(np.array([pool.curvature_seconds[kind] for pool in pools], float)))
+        for kind in pools[0].curvature_seconds
+    ]
     return [
         Table("rules", ["rule", *HEADINGS[3:], "options"], rows),
-        Table("curvature, for all rules", ["kind", "time (s)"], [(kind, _seconds(x)) for kind, x in taken.items()]),
+        Table("curvature, for all rules", ["kind", "time (s)"], kinds),
     ]
 
 
-def _across(results: MergingResults, cell: Callable[[_Row], str]) -> list[tuple[str, ...]]:
-    """A row for each rule of any pool, a cell for each pool."""
-    rules = {name: _rules(results, name) for name in _pools(results)}
-    names = dict.fromkeys(rule for pool in rules.values() for rule in pool)
-    return [(name, *(cell(pool[name]) if name in pool else ABSENT for pool in rules.values())) for name in names]
+def _normalised_table(results: MergingResults) -> Table:
+    """A row for each rule of any pool, a cell for each pool, and all warnings."""
+    rules = {name: _rules(results, pools) for name, pools in _pools(results).items()}
+    rows = [
+        (rule, *(of_pool[rule].normalised.text() if rule in of_pool else ABSENT for of_pool in rules.values()))
+        for rule in dict.fromkeys(rule for of_pool in rules.values() for rule in of_pool)
+    ]
+    return Table("normalised (%)", ["rule", *rules], rows, _warnings(results))
 
 
 def _blocks(results: MergingResults) -> Iterator[Block]:
     """The figures, each with what to look for in it."""
-    pools, warnings, first = _pools(results), _warnings(results), results.runs[0]
-    several = len(results.runs) > 1
+    pools, first = _pools(results), results.runs[0]
     yield Block(
         normalised(results),
         "What is left of each module's accuracy on its own task (dashed) when all are merged, mean over tasks; "
         "a rule should at least beat the base (dotted)."
         + (" See whether the order of the rules is the same in all pools." if len(pools) > 1 else "")
-        + (" See whether the runs (small) lie nearer together than the rules." if several else "")
-        + (" † had warnings, which stand with the numbers." if warnings else ""),
-        [Table("normalised (%)", ["rule", *pools], _across(results, lambda row: row.normalised.text()), warnings)],
+        + (" See whether the runs (small) lie nearer together than the rules." if len(results.runs) > 1 else "")
+        + (" † had warnings, which stand with the numbers." if _warnings(results) else ""),
+        [_normalised_table(results)],
     )
     highest = max(np.nanmax(list(_by_task(pool).values()), initial=1.0) for pool in first.pools.values())
     for name, pool in first.pools.items():
@@ -235,26 +221,28 @@ def _blocks(results: MergingResults) -> Iterator[Block]:
             f"Run {first.run}.",
             [Table(name, ["rule (%)", *first.tasks], rows)],
         )
-    for i, (name, own) in enumerate(pools.items()):
-        rules = _rules(results, name)
-        alone = float(np.mean([pool.individual.mean() for pool in own]))
+    for (name, of_name), look in zip(pools.items(), charts.looks(list(pools)).values(), strict=True):
+        rules = _rules(results, of_name)
+        alone = float(np.mean([pool.individual.mean() for pool in of_name]))
         yield Block(
-            over_time(name, rules, alone, _warned(own), i),
+            over_time(name, rules, alone, _warned(of_name), look),
             "Best are the rules at the top left. The time is of the rule alone; what the curvature took once, and what "
             "memory each rule asks for, stands with the numbers.",
-            _costs(own, rules),
+            _costs(of_name, rules),
         )
 
 
 def _tiles(results: MergingResults) -> list[Tile]:
-    rows = {(rule, name): row for name in _pools(results) for rule, row in _rules(results, name).items()}
+    rows = {
+        (rule, name): row for name, pools in _pools(results).items() for rule, row in _rules(results, pools).items()
+    }
     rule, name = max(rows, key=lambda one: np.nan_to_num(rows[one].normalised.mean, nan=-np.inf))
-    best, own = rows[rule, name], _pools(results)[name]
+    best, alone = rows[rule, name], np.mean([pool.individual.mean() for pool in _pools(results)[name]])
     return [
         Tile(f"highest normalised accuracy: {rule} on {name}", percent(best.normalised.mean), "%"),
-        Tile("its accuracy, task known", percent(best.known.mean), "%"),
-        Tile("its accuracy, all classes", percent(best.among_all.mean), "%"),
-        Tile(f"{ALONE}, there", percent(float(np.mean([pool.individual.mean() for pool in own]))), "%"),
+        Tile("its accuracy, task known", percent(best.within.mean), "%"),
+        Tile("its accuracy, all classes", percent(best.incremental.mean), "%"),
+        Tile(f"{ALONE}, there", percent(float(alone)), "%"),
         Tile("rules", str(len({rule for rule, _ in rows}))),
         Tile("whole comparison", decimal(results.seconds, 0), "s"),
     ]

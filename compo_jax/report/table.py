@@ -109,12 +109,12 @@ def clear_best(values: Numbers, errors: Numbers, *, largest: bool = True) -> int
       largest: whether the best is the largest.
     """
     number, error = np.array(values, float), np.array(errors, float)
-    known = np.flatnonzero(np.isfinite(number))
-    if len(known) < 2:
+    finite = np.flatnonzero(np.isfinite(number))
+    if len(finite) < 2:
         return None
     number = number if largest else -number
-    best = known[np.argmax(number[known])]
-    others = known[known != best]
+    best = finite[np.argmax(number[finite])]
+    others = finite[finite != best]
     leads = number[best] - number[others] > 2 * np.hypot(error[best], error[others])
     return int(best) if leads.all() else None
 
@@ -123,6 +123,12 @@ def column(texts: Sequence[str], values: Numbers, errors: Numbers, *, largest: b
     """The texts as cells, with emphasis on the clear best (see `clear_best`), if there is one."""
     best = clear_best(values, errors, largest=largest)
     return [Cell(text, i == best) for i, text in enumerate(texts)]
+
+
+def score_column(scores: Sequence[Score], *, largest: bool = True) -> list[Cell]:
+    """Scores as cells, with emphasis on the clear best, if there is one."""
+    texts, means, errors = zip(*((one.text(), one.mean, one.error) for one in scores), strict=True)
+    return column(texts, means, errors, largest=largest)
 
 
 BOLD = "Bold leads every other number of its column by more than two standard errors."

@@ -24,15 +24,13 @@ ITSELF, OTHERS = "the task itself", "the other tasks"
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
-def _pools(results: UnlearningResults) -> dict[str, list[PoolSkills]]:
-    """Of each method its pool in every run."""
-    return {name: [run.methods[name] for run in results.runs] for name in results.runs[0].methods}
-
-
 def _scores(results: UnlearningResults, mean: Callable[[PoolSkills], float]) -> dict[str, Score]:
-    """Of each method, a mean of its pool's accuracies."""
+    """Of each method, a mean of its pool's accuracies in every run."""
     images = sum(results.runs[0].tested)
-    return {name: score(np.array([mean(pool) for pool in pools]), images) for name, pools in _pools(results).items()}
+    return {
+        name: score(np.array([mean(run.methods[name]) for run in results.runs]), images)
+        for name in results.runs[0].methods
+    }
 
 
 def _itself(results: UnlearningResults, operation: str) -> dict[str, Score]:

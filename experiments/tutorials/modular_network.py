@@ -10,11 +10,11 @@ import numpy as np
 from compo_jax import data, modular
 
 # -- three scripts, four layers, four blocks ---------------------------------------------------------------------------
-stream = data.open_tasks(["glyphs"], size=16, tasks=4, images=20)
+stream = data.open_tasks(["glyphs"], size=16, tasks=4, images=50)
 *tasks, new = stream.tasks
 net = modular.ModularNet(tuple(len(task.classes) for task in tasks), layers=4, templates=4, width=16)
 variables = net.init(jax.random.key(0), jnp.zeros((3, 1, 16, 16, 3)))
-learner = modular.learner(net, stream.prepare, modular.Settings(steps=150))
+learner = modular.learner(net, stream.prepare, modular.Settings(steps=200, learning_rate=3e-3))
 trained, _ = learner.train(variables, [task.train for task in tasks], seed=0)
 network = modular.Network(net, trained)
 accuracy = modular.accuracies(net, stream.prepare)(trained, [task.test for task in tasks])
@@ -31,7 +31,7 @@ print("the ResNet of task 0 answers:", resnet.apply(weights, images).argmax(-1))
 
 # -- a fourth task: its head and its order alone are new, the blocks stay to the bit -----------------------------------
 one, begun = modular.new_task(network, jax.random.key(1), classes=len(new.classes))
-learner = modular.transfer(one, stream.prepare, modular.Settings(steps=100), "head+route")
+learner = modular.transfer(one, stream.prepare, modular.Settings(steps=100, learning_rate=1e-2), "head+route")
 measure = modular.accuracies(one, stream.prepare)
 before, after = (measure(variables, [new.test])[0] for variables in (begun, learner.train(begun, [new.train], 0)[0]))
 print(f"the new task before and after: {before:.2f}, {after:.2f}")
