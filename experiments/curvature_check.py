@@ -12,32 +12,40 @@ the base is positive. Under 4 minutes on 2 CPU cores with no arguments, the run 
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import job
+import options as line
 from job import closing, console
+from options import Count, Counts, OnRuns, Seed, number
 
 SMALL = ["ita-lora", "none-lora"]
 
-parser = job.Parser(__doc__)
-parser.add_argument(
-    "--run", type=job.path, help="folder of a finished run of incremental.py; default: make a small one"
-)
-parser.add_argument("--runs", type=job.path, default=Path("runs"), help="where a small run is made")
-parser.add_argument("--data-dir", type=job.path, help="where the run's TFDS set is now; default: where it was")
-parser.add_argument("--images", type=job.count, default=160, help="test images that losses are means over")
-parser.add_argument("--fisher-images", type=job.count, default=128, help="a multiple of 8 of them for Fisher estimates")
-parser.add_argument(
-    "--fisher-batches", type=job.count, nargs="+", default=[1, 8, 32, 128], help="tried where they divide it"
-)
-parser.add_argument("--weightings", type=job.number(int, 2), default=100, help="random compositions to forecast")
-parser.add_argument("--order", type=job.count, default=20, help="Lanczos steps")
-parser.add_argument("--seed", type=job.seed, default=0)
+
+@dataclass(frozen=True)
+class Options(OnRuns):
+    images: Count = 160
+    """test images that losses are means over"""
+    fisher_images: Count = 128
+    """a multiple of 8 of them for Fisher estimates"""
+    fisher_batches: Counts = (1, 8, 32, 128)
+    """batch sizes tried where they divide it"""
+    weightings: Annotated[int, number(int, 2)] = 100
+    """random compositions to forecast"""
+    order: Count = 20
+    """Lanczos steps"""
+    seed: Seed = 0
+    """of the images, the directions and the compositions"""
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    return line.parse(Options, __doc__, arguments)
+
 
 if __name__ == "__main__":
-    closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
+    closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +53,17 @@ import numpy as np
 import optax
 
 from compo_jax import adapters, curvature, incremental, report, tree
-from compo_jax.train import write_json
+from compo_jax.curvature.check_results import (
+    CurvatureResults,
+    Expansion,
+    FisherCheck,
+    FisherEstimate,
+    ForecastCheck,
+    ProductCheck,
+    SpectrumCheck,
+    Theorem,
+)
+from compo_jax.train import write_result
 from compo_jax.tree import Tree
 
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
@@ -109,7 +127,7 @@ def batches(given: Problem, size: int = 64) -> list[tuple]:
 
 
 # -- (a) products ----------------------------------------------------------------------------------------------------
-def check_products(model, given: Problem, seed: int) -> dict:
+def check_products(model, given: Problem, seed: int) -> ProductCheck:
     """A Hessian product in float64 and float32, against the dense matrix (reverse over reverse) and differences."""
     _, loss = functions(model)
     name = "blocks/attention/proj/bias"
@@ -152,19 +170,19 @@ def check_products(model, given: Problem, seed: int) -> dict:
         dense, asymmetry = dense_product(x, v)
         steps = 10.0 ** np.arange(0, -8, -0.5)
         differences = [gap((gradient(x + h * v) - gradient(x - h * v)) / (2 * h), dense) for h in steps]
-        return {
-            "leaf": name,
-            "dimension": x.size,
-            "error_float64": gap(product, dense),
-            "error_float32": gap(jnp.asarray(single, jnp.float64), dense),
-            "asymmetry_of_dense": float(asymmetry),
-            "difference_steps": steps.tolist(),
-            "difference_errors": differences,
-        }
+        return ProductCheck(
+            leaf=name,
+            dimension=x.size,
+            error_float64=gap(product, dense),
+            error_float32=gap(jnp.asarray(single, jnp.float64), dense),
+            asymmetry_of_dense=float(asymmetry),
+            difference_steps=steps,
+            difference_errors=np.array(differences),
+        )
 
 
 # -- (b) Fisher ------------------------------------------------------------------------------------------------------
-def check_fisher(model, given: Problem, count: int, batches: Sequence[int], seed: int) -> dict:
+def check_fisher(model, given: Problem, count: int, batches: Sequence[int], seed: int) -> FisherCheck:
     """Estimates of the Fisher against the exact Gauss-Newton matrix on the task vectors, at several batch sizes."""
     logits, loss = functions(model)
     frozen = given._replace(images=given.images[:count], labels=given.labels[:count])
@@ -241,14 +259,14 @@ def check_fisher(model, given: Problem, count: int, batches: Sequence[int], seed
         seconds = time.perf_counter() - clock
         reference = found if reference is None else reference
         numbers = compare(found, reference, exact, stacked)
-        rows.append({"estimate": name, "batch": size, "seconds": seconds} | jax.tree.map(float, numbers))
-    return {"images": count, "classes": given.head["bias"].size, "parameters": tree.size(given.weights), "rows": rows}
+        rows.append(FisherEstimate(name, size, seconds, **jax.tree.map(float, numbers)))
+    return FisherCheck(count, given.head["bias"].size, tree.size(given.weights), rows)
 
 
 # -- (c) forecast and theorem ----------------------------------------------------------------------------------------
-def check_forecast(model, given: Problem, count: int, seed: int) -> dict:
+def check_forecast(model, given: Problem, count: int, seed: int) -> ForecastCheck:
     """The landscape's forecasts of random compositions, around the base and around the uniform composition."""
-    _, loss = functions(model)
+    logits, loss = functions(model)
     tasks = len(given.deltas)
     uniform = np.full(tasks, 1 / tasks)
 
@@ -264,45 +282,50 @@ def check_forecast(model, given: Problem, count: int, seed: int) -> dict:
 
         return jax.lax.map(one, weights)
 
+    @jax.jit
+    def gain_error(given, best, uniform):
+        """The standard error, over the images, of the difference between the losses at two weightings."""
+        losses = [
+            optax.softmax_cross_entropy_with_integer_labels(
+                logits(given, tree.add(given.weights, tree.weighted_sum(given.deltas, w)), given.images), given.labels
+            )
+            for w in (best, uniform)
+        ]
+        return jnp.std(losses[0] - losses[1], ddof=1) / jnp.sqrt(len(given.labels))
+
     weights = np.random.default_rng(seed).dirichlet(np.ones(tasks), count)
     scales = np.linspace(0, 1.5, 7)
     moved = np.concatenate([scales[:, None] * uniform, *(scales[:, None] * e for e in np.eye(tasks))])
     true = np.asarray(true_losses(given, weights.astype(np.float32)))
     path = np.asarray(true_losses(given, moved.astype(np.float32))).reshape(tasks + 1, -1)
-    result: dict[str, Any] = {"true": true.tolist(), "anchors": {}}
+    anchors = {}
     for name, anchor in (("the base", np.zeros(tasks)), ("the uniform composition", uniform)):
         found = expand(given, batches(given), anchor.astype(np.float32))
         forecast = np.asarray(found.predict(weights))
         remainder = found.remainder()
         best = found.best_weights()
-        result["anchors"][name] = {
-            "forecast": forecast.tolist(),
-            "correlation": float(np.corrcoef(forecast, true)[0, 1]),
-            "relative_error": float(np.mean(np.abs(forecast - true) / true)),
-            "standard_error": float(np.mean(found.standard_error(weights))),
-            "remainder_loss": np.asarray(remainder.loss).tolist(),
-            "remainder_slope": np.asarray(remainder.slope).tolist(),
-            "gram_eigenvalues": np.linalg.eigvalsh(np.asarray(found.gram, np.float64)).tolist(),
-            "best_weights": best.tolist(),
-            "best_forecast": float(found.predict(best)),
-            "best_true": float(true_losses(given, best.astype(np.float32)[None])[0]),
-        }
+        anchors[name] = Expansion(
+            forecast=forecast,
+            correlation=float(np.corrcoef(forecast, true)[0, 1]),
+            relative_error=float(np.mean(np.abs(forecast - true) / true)),
+            standard_error=float(np.mean(found.standard_error(weights))),
+            remainder_loss=np.asarray(remainder.loss),
+            remainder_slope=np.asarray(remainder.slope),
+            gram_eigenvalues=np.linalg.eigvalsh(np.asarray(found.gram, np.float64)),
+            best_weights=best,
+            best_forecast=float(found.predict(best)),
+            best_true=float(true_losses(given, best.astype(np.float32)[None])[0]),
+            gain_error=float(gain_error(given, best.astype(np.float32), uniform.astype(np.float32))),
+        )
         if name == "the base":
             gap = scales**2 * float(found.gap(uniform))
-    individual = path[1:].mean(axis=0)
-    result["uniform_true"] = float(path[0][np.argmin(np.abs(scales - 1))])
-    result["theorem"] = {
-        "scale": scales.tolist(),
-        "individual": individual.tolist(),
-        "composed": path[0].tolist(),
-        "gap": gap.tolist(),
-        "measured_gap": (individual - path[0]).tolist(),
-    }
-    return result
+    single, composed = path[1:].mean(axis=0), path[0]
+    at_uniform = float(composed[np.argmin(np.abs(scales - 1))])
+    return ForecastCheck(true, at_uniform, anchors, Theorem(scales, single, composed, gap, single - composed))
 
 
 # -- (d) spectrum ----------------------------------------------------------------------------------------------------
-def check_spectrum(model, given: Problem, count: int, order: int, seed: int) -> dict:
+def check_spectrum(model, given: Problem, count: int, order: int, seed: int) -> SpectrumCheck:
     """The spectrum of the Hessian of the adapted weights at the base."""
     _, loss = functions(model)
     some = given._replace(images=given.images[:count], labels=given.labels[:count])
@@ -316,31 +339,34 @@ def check_spectrum(model, given: Problem, count: int, order: int, seed: int) -> 
 
     found, smallest = lanczos(some, batches(some), jax.random.key(seed))
     nodes, weights = np.asarray(found.nodes[0]), np.asarray(found.weights[0])
-    return {
-        "images": count,
-        "dimension": tree.size(given.weights),
-        "nodes": nodes.tolist(),
-        "weights": weights.tolist(),
-        "smallest": [float(x) for x in smallest],
-        "largest": float(nodes.max()),
-        "negative_mass": float(-(weights * nodes)[nodes < 0].sum() / (weights * np.abs(nodes)).sum()),
-    }
+    return SpectrumCheck(
+        images=count,
+        dimension=tree.size(given.weights),
+        nodes=nodes,
+        weights=weights,
+        smallest=float(smallest[0]),
+        bound=float(smallest[1]),
+        largest=float(nodes.max()),
+        negative_mass=float(-(weights * nodes)[nodes < 0].sum() / (weights * np.abs(nodes)).sum()),
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     began = time.perf_counter()
     if options.fisher_images % 8 or options.fisher_images > options.images:
         raise ValueError(
             f"--fisher-images {options.fisher_images} must be a multiple of 8, at most the {options.images} of --images"
         )
     sizes = [b for b in options.fisher_batches if options.fisher_images % b == 0]
-    if not sizes or ("fisher_batches" in parser.given and len(sizes) < len(options.fisher_batches)):
+    if not sizes or (options.fisher_batches != Options.fisher_batches and len(sizes) < len(options.fisher_batches)):
         wrong = [b for b in options.fisher_batches if b not in sizes]
         raise ValueError(
             f"--fisher-batches {' '.join(map(str, wrong))}: not divisors of {options.fisher_images} images"
         )
-    (folder,) = job.finished_runs(parser, options, "curvature-pools", SMALL)
+    if len(options.run) > 1:
+        raise ValueError(f"--run names {len(options.run)} runs, and one is checked at a time: start it again for each")
+    (folder,) = job.finished_runs(options, "curvature-pools", SMALL)
     run = incremental.open_finished(folder, options.data_dir)
     if not run.pools:
         raise ValueError(f"{folder} has no pool of modules trained alone: give the run a method such as ita-lora")
@@ -348,7 +374,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"{folder} has one task only: compositions need two")
     if options.images < (tasks := len(run.stream.tasks)):
         raise ValueError(f"--images {options.images}: {folder} has {tasks} tasks, and each needs a test image at least")
-    kind = {name: problem(run, name, options.images, options.seed) for name in run.pools}
+    pools = incremental.common_methods([run], options.methods)
+    kind = {name: problem(run, name, options.images, options.seed) for name in pools}
     first = kind[next(iter(kind))]
     labels = len(first.labels)
     if options.fisher_images > labels:
@@ -357,25 +384,30 @@ def main(arguments: list[str] | None = None) -> None:
 
     _, loss = functions(run.model)
     curvature.hessian(partial(loss, first), first.weights, batches(first)[:1])  # refuses a loss that draws anything
-    metrics: dict[str, Any] = {
-        "name": folder.name,
-        "data": run.stream.name,
-        "backbone": run.backbone,
-        "tasks": [task.name for task in run.stream.tasks],
-        "images": labels,
-        "products": check_products(run.model, first, options.seed),
-    }
-    console.print(f"(a) Hessian products: relative error {metrics['products']['error_float64']:.1e} in float64")
-    metrics["fisher"] = check_fisher(run.model, first, options.fisher_images, sizes, options.seed)
-    console.print(report.fisher_table(metrics["fisher"]))
-    metrics["forecast"] = {n: check_forecast(run.model, k, options.weightings, options.seed) for n, k in kind.items()}
-    console.print(report.forecast_table(metrics["forecast"]))
-    found = metrics["spectrum"] = check_spectrum(run.model, first, min(128, labels), options.order, options.seed)
-    console.print(f"(d) Hessian at the base: eigenvalues from {found['smallest'][0]:.3g} to {found['largest']:.3g}")
-    metrics["seconds"] = time.perf_counter() - began
-    path = report.curvature(folder / "curvature", metrics)
-    write_json(folder / "curvature" / "metrics.json", metrics)
-    console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+    products = check_products(run.model, first, options.seed)
+    console.print(f"(a) Hessian products: relative error {products.error_float64:.1e} in float64")
+    fisher = check_fisher(run.model, first, options.fisher_images, sizes, options.seed)
+    console.print(report.fisher_table(fisher).rich())
+    forecast = {n: check_forecast(run.model, k, options.weightings, options.seed) for n, k in kind.items()}
+    console.print(report.forecast_table(forecast).rich())
+    spectrum = check_spectrum(run.model, first, min(128, labels), options.order, options.seed)
+    console.print(f"(d) Hessian at the base: eigenvalues from {spectrum.smallest:.3g} to {spectrum.largest:.3g}")
+    results = CurvatureResults(
+        name=folder.name,
+        data=run.stream.name,
+        backbone=run.backbone,
+        seed=options.seed,
+        tasks=[task.name for task in run.stream.tasks],
+        images=labels,
+        products=products,
+        fisher=fisher,
+        forecast=forecast,
+        spectrum=spectrum,
+        seconds=time.perf_counter() - began,
+    )
+    path = report.curvature_page(folder / "curvature", results)
+    write_result(folder / "curvature" / "metrics.json", results)
+    console.print(f"{results.seconds:.0f} s; report: {path}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,7 @@
-"""What all experiments share: options with ranges, a console, an end in a line, a small run where none is given."""
+"""What all experiments share: a console, an end in a line, a small run where none is given."""
 
-import argparse
 import errno
 import logging
-import math
-import re
 import signal
 import sys
 import traceback
@@ -12,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import options as line
 from rich.console import Console
 from rich.markup import escape
 
-from compo_jax.files import local_path
 from compo_jax.memory import keep_memory
 
 if TYPE_CHECKING:
@@ -24,123 +21,9 @@ if TYPE_CHECKING:
 console = Console()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SPACE = "No space left on device"  # tensorstore raises a ValueError with it
-_LARGEST = 2**31 - 1
 
 
-# -- options ---------------------------------------------------------------------------------------------------------
-class number:
-    """The type of an option: a finite number in a range, which the help and the error tell.
-
-    Args:
-      kind: int or float.
-      least, most: ends that belong to the range.
-      above, below: ends that don't.
-    """
-
-    def __init__(self, kind: type, least=None, most=None, *, above=None, below=None):
-        self.kind = kind
-        self.ends = {"from": least, "above": above, "to": most, "below": below}
-
-    def __str__(self) -> str:
-        known = {word: end for word, end in self.ends.items() if end is not None}
-        ends = f"{known['from']} or more" if list(known) == ["from"] else " ".join(f"{w} {e}" for w, e in known.items())
-        return f"a {'whole ' * (self.kind is int)}number, {ends}"
-
-    def __call__(self, text: str) -> float:
-        try:
-            value = self.kind(text)
-        except ValueError:
-            value = math.nan
-        least, above, most, below = self.ends.values()
-        outside = (
-            not math.isfinite(value),
-            least is not None and value < least,
-            above is not None and value <= above,
-            most is not None and value > most,
-            below is not None and value >= below,
-        )
-        if any(outside):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {self}")
-        if self.kind is int and value > _LARGEST:
-            raise argparse.ArgumentTypeError(f"{text} is more than {_LARGEST}, the largest that a device counts to")
-        return value
-
-
-count = number(int, 1)
-rate = number(float, above=0)
-weight = number(float, 0)
-seed = number(int, 0)
-
-
-def name(text: str) -> str:
-    """The type of an option: the name of one folder."""
-    if not re.fullmatch(r"[^/\\\0]{1,200}", text) or text.strip(". ") == "":
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder: leave out slashes; --runs says where")
-    return text
-
-
-def path(text: str) -> Path:
-    """The type of an option: a path, with ~ for the home."""
-    if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no path")
-    try:
-        return local_path(text)
-    except ValueError as error:  # whose text argparse would drop
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-class Parser(argparse.ArgumentParser):
-    """Options whose help shows their ranges. What is wrong with a command line is a ValueError of one line.
-
-    Attributes:
-      given: the options that the last command line names, by their keys.
-    """
-
-    def __init__(self, documentation: str | None):
-        super().__init__(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.given: set[str] = set()
-        self._lists: set[str] = set()
-
-    def add_argument(self, *names, **options):
-        if isinstance(options.get("type"), number):
-            options["help"] = "; ".join(filter(None, (options.get("help"), str(options["type"]))))
-        action = super().add_argument(*names, **options)
-        if options.get("nargs") in ("+", "*"):
-            self._lists.add(action.dest)
-        return action
-
-    def error(self, message: str):
-        raise ValueError(message.removeprefix("argument "))
-
-    def parse_args(self, args=None, namespace=None):
-        options = super().parse_args(args, namespace)
-        named = super().parse_args(args, argparse.Namespace(**dict.fromkeys(vars(options))))
-        self.given = {key for key, value in vars(named).items() if value is not None}
-        for key in sorted(self.given & self._lists):
-            values = getattr(options, key)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{_flag(key)} has one of its values twice: {' '.join(map(str, values))}")
-        return options
-
-    def refuse(self, when: str, *keys: str) -> None:
-        """ValueError where the command line names one of these options, which play no part `when`."""
-        if there := [_flag(key) for key in keys if key in self.given]:
-            plural = len(there) > 1
-            raise ValueError(
-                f"{' and '.join(there)} {'play' if plural else 'plays'} no part {when}: leave "
-                f"{'them' if plural else 'it'} out"
-            )
-
-
-def _flag(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
-
-
-def plain(text: str) -> str:
-    """A run's default name as that of one folder: a set's name may have a slash."""
-    return re.sub(r"[^\w.+:-]+", "-", text)
-
-
+# -- what options can't know ---------------------------------------------------------------------------------------
 def divisible(batch: int, option: str) -> None:
     """ValueError where the devices can't share a batch."""
     import jax
@@ -207,14 +90,14 @@ def _cause(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def finished_runs(parser: Parser, options: argparse.Namespace, small: str, tried: Sequence[str]) -> list[Path]:
+def finished_runs(options: line.OnRuns, small: str, tried: Sequence[str]) -> list[Path]:
     """The runs of incremental.py that `--run` names; without it a small one called `small`, with pools of the methods
     `tried`: made, a minute or two each, where it isn't finished."""
-    if options.run is not None:
-        parser.refuse("with --run, for a small run would be made there", "runs")
-        return options.run if isinstance(options.run, list) else [options.run]
-    parser.refuse("without --run, for the small run's characters are rendered", "data_dir")
-    if unknown := [name for name in getattr(options, "methods", None) or [] if name not in tried]:
+    if options.run:
+        line.refuse(options, "with --run, for a small run would be made there", "runs")
+        return list(options.run)
+    line.refuse(options, "without --run, for the small run's characters are rendered", "data_dir")
+    if unknown := [name for name in options.methods if name not in tried]:
         raise ValueError(f"the small run has no pool of {', '.join(unknown)}; it has {', '.join(tried)}")
     from incremental import main  # the script beside this one
 

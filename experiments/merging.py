@@ -13,13 +13,15 @@ cores with no arguments, the run included. Expected numbers: README.md.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import job
+import options as line
 from job import closing, console
+from options import OPEN, Count, OnRuns, Seed, names
 
 SMALL = ["none-lora", "none-full"]
 RULES = [  # those of compose.RULES
@@ -33,19 +35,23 @@ OPTIONS = {
     "ggn": {"damping": 1e-3, "max_iterations": 30, "tolerance": 1e-2},
 }
 
-parser = job.Parser(__doc__)
-parser.add_argument(
-    "--run", type=job.path, nargs="+", help="finished runs of incremental.py; default: make a small one"
-)
-parser.add_argument("--runs", type=job.path, default=Path("runs"), help="where a small run is made")
-parser.add_argument("--data-dir", type=job.path, help="where the runs' TFDS set is now; default: where it was")
-parser.add_argument("--images", type=job.count, default=64, help="training images of a task for its curvature")
-parser.add_argument("--methods", nargs="+", help="pools of the runs; default: all that all runs have")
-parser.add_argument("--rules", nargs="+", choices=RULES, help="default: all that take this many modules")
-parser.add_argument("--seed", type=job.seed, default=0)
+
+@dataclass(frozen=True)
+class Options(OnRuns):
+    images: Count = 64
+    """training images of a task for its curvature"""
+    rules: Annotated[tuple[str, ...], names(RULES), OPEN] = ()
+    """rules to compare (default: all that take this many modules)"""
+    seed: Seed = 0
+    """of the images and of the rules that draw"""
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    return line.parse(Options, __doc__, arguments)
+
 
 if __name__ == "__main__":
-    closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
+    closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +59,10 @@ import numpy as np
 import optax
 
 from compo_jax import adapters, compose, curvature, incremental, report, tree
+from compo_jax.compose.rule_results import MergedPool, MergingResults, MergingRun, PoolMerges
 from compo_jax.incremental.fisher import task_fisher
 from compo_jax.pool import ModulePool
-from compo_jax.train import write_json
+from compo_jax.train import write_result
 
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
 
@@ -65,9 +72,10 @@ def with_curvature(run: incremental.FinishedRun, name: str, images: int, seed: i
     None where some was kept already)."""
     pool, kept = run.pools[name], ModulePool(run.folder / "merging" / "pools" / f"{name}-{images}-{seed}")
     settings = incremental.Settings(fisher_images=images, fisher_method="monte_carlo", eval_batch=images)
+    setup = incremental.Setup(run.model, run.base, run.stream, settings, seed)
     seconds = {}
     for kind in ("diagonal", "kronecker"):
-        fisher = task_fisher(run.model, run.stream, settings, PATTERNS, [kind])
+        fisher = task_fisher(setup, PATTERNS, [kind])
         clock, count = time.perf_counter(), 0
         for t, (module, task) in enumerate(zip(pool.names(), run.stream.tasks, strict=True)):
             if module not in kept:
@@ -122,7 +130,11 @@ def ingredients(run: incremental.FinishedRun, kept: ModulePool, head, images: in
 
 def alone(z, task, first: int, head) -> float:
     """A module's accuracy on its own task, which is known."""
-    return float(np.mean(incremental.predictions(z, head, first, len(task.classes))[1] == task.test.labels))
+    return float(
+        np.mean(
+            incremental.predictions(z @ head["kernel"] + head["bias"], first, len(task.classes))[1] == task.test.labels
+        )
+    )
 
 
 class Program(NamedTuple):
@@ -164,10 +176,55 @@ def timed(call: Callable) -> tuple:
     return found.params, min(seconds), [] if found.converged else [left]
 
 
+def merged_pool(
+    run: incremental.FinishedRun,
+    name: str,
+    rules: list[str],
+    programs: dict[tuple[str, str], Program],
+    images: int,
+    seed: int,
+) -> PoolMerges:
+    """A pool of the run under every rule; `programs` are those of earlier runs, and take in the new ones."""
+    tasks = len(run.stream.tasks)
+    extract = incremental.features(run.model, run.stream, 256)
+    test = incremental.evaluator(extract, run.stream)
+
+    # -- the modules alone, and what is known of them ------------------------------------------------------------------
+    kept, seconds = with_curvature(run, name, images, seed)
+    head = incremental.pool_head(kept, kept.names(), run.head)
+    individual = np.array([
+        alone(extract(kept.compose(run.base, [module], [1.0]), task.test), task, first, head)
+        for module, task, first in zip(kept.names(), run.stream.tasks, run.stream.offsets, strict=True)
+    ])  # fmt: skip
+    parts, seconds["landscape"] = ingredients(run, kept, jax.tree.map(jnp.asarray, head), images, seed)
+    deltas = list(kept.deltas(run.base))
+    pool = PoolMerges(individual, test(run.base, run.head, tasks).within, seconds, {})
+
+    # -- every rule ----------------------------------------------------------------------------------------------------
+    for rule in rules:
+        arrays = {what: parts[what] for what in compose.RULES[rule].needs}
+        if (name, rule) not in programs or "matvecs" in arrays:  # whose heads are of other widths in each run
+            programs[name, rule] = program(rule, run.base, deltas, arrays)
+        params, taken, warnings = timed(partial(programs[name, rule].call, run.base, deltas, arrays))
+        among_all, within = test(params, head, tasks)
+        memory, options = programs[name, rule].memory, OPTIONS.get(rule, {})
+        pool.rules[rule] = MergedPool(within, among_all, taken, memory, warnings, options)
+        console.print(
+            f"{run.folder.name} {name} {rule}: known {within.mean():.3f}, normalised "
+            f"{pool.normalised(within).mean():.3f}, all classes {among_all.mean():.3f}, {taken:.2f} s"
+        )
+    return pool
+
+
+def merged_run(run: incremental.FinishedRun, pools: dict[str, PoolMerges]) -> MergingRun:
+    tasks, tested = zip(*((task.name, len(task.test)) for task in run.stream.tasks), strict=True)
+    return MergingRun(run.folder.name, run.config["seed"], list(tasks), list(tested), pools)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     began = time.perf_counter()
-    folders = job.finished_runs(parser, options, "merging-pools", SMALL)
+    folders = job.finished_runs(options, "merging-pools", SMALL)
     runs = incremental.open_several(folders, options.data_dir)
     pools = incremental.common_methods(runs, options.methods)
     tasks = len(runs[0].stream.tasks)
@@ -180,62 +237,21 @@ def main(arguments: list[str] | None = None) -> None:
     if options.images > fewest:
         raise ValueError(f"--images {options.images}: a task has {fewest} training images; ask for that many at most")
     rules = options.rules or [rule for rule in compose.RULES if rule != "slerp" or tasks == 2]
-    found: dict = {name: {"individual": [], "base": [], "curvature_seconds": [], "rules": {}} for name in pools}
     programs: dict[tuple[str, str], Program] = {}
-    for run in runs:
-        extract = incremental.features(run.model, run.stream, 256)
-        test = incremental.evaluator(extract, run.stream)
-        for name in pools:
-            # -- the modules alone, and what is known of them ----------------------------------------------------------
-            kept, seconds = with_curvature(run, name, options.images, options.seed)
-            head = incremental.pool_head(kept, kept.names(), run.head)
-            own = [
-                alone(extract(kept.compose(run.base, [module], [1.0]), task.test), task, first, head)
-                for module, task, first in zip(kept.names(), run.stream.tasks, run.stream.offsets, strict=True)
-            ]
-            given, seconds["landscape"] = ingredients(
-                run, kept, jax.tree.map(jnp.asarray, head), options.images, options.seed
-            )
-            deltas = list(kept.deltas(run.base))
-            found[name]["individual"].append(own)
-            found[name]["base"].append(test(run.base, run.head, tasks).within.tolist())
-            found[name]["curvature_seconds"].append(seconds)
-
-            # -- every rule --------------------------------------------------------------------------------------------
-            for rule in rules:
-                arrays = {what: given[what] for what in compose.RULES[rule].needs}
-                if (name, rule) not in programs or "matvecs" in arrays:  # whose heads are of other widths in each run
-                    programs[name, rule] = program(rule, run.base, deltas, arrays)
-                params, taken, told = timed(partial(programs[name, rule].call, run.base, deltas, arrays))
-                known = test(params, head, tasks)
-                rows = found[name]["rules"]
-                if rule not in rows:
-                    rows[rule] = {key: [] for key in ("within", "incremental", "normalised", "seconds", "told")}
-                    rows[rule] |= {"options": OPTIONS.get(rule, {}), "memory": programs[name, rule].memory}
-                normalised = float(np.mean(known.within / np.array(own)))
-                measured = known._asdict() | {"normalised": normalised, "seconds": taken, "told": told}
-                for key, value in measured.items():
-                    rows[rule][key].append(value.tolist() if isinstance(value, np.ndarray) else value)
-                console.print(
-                    f"{run.folder.name} {name} {rule}: known {known.within.mean():.3f}, normalised {normalised:.3f}, "
-                    f"all classes {known.incremental.mean():.3f}, {taken:.2f} s"
-                )
-    metrics = {
-        "name": "merging",
-        "data": runs[0].stream.name,
-        "backbone": runs[0].backbone,
-        "runs": [run.folder.name for run in runs],
-        "tasks": [[task.name for task in run.stream.tasks] for run in runs],
-        "images": options.images,
-        "pools": found,
-        "seconds": time.perf_counter() - began,
-    }
+    measured = [
+        merged_run(run, {name: merged_pool(run, name, rules, programs, options.images, options.seed) for name in pools})
+        for run in runs
+    ]
+    results = MergingResults(
+        "merging", runs[0].stream.name, runs[0].backbone, options.images, measured, time.perf_counter() - began
+    )
     folder = folders[0] / "merging"
     folder.mkdir(exist_ok=True)
-    write_json(folder / "metrics.json", metrics)
-    path = report.merging(folder, metrics)
-    console.print(report.merging_table(metrics))
-    console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+    write_result(folder / "metrics.json", results)
+    path = report.merging_page(folder, results)
+    for table in report.merging_tables(results):
+        console.print(table.rich())
+    console.print(f"{results.seconds:.0f} s; report: {path}")
 
 
 if __name__ == "__main__":

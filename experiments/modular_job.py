@@ -1,49 +1,98 @@
-"""What the experiments on modular networks share: a run of several seeds, networks in and out of a pool."""
+"""What the experiments on modular networks share: a run of several seeds, trainings, networks in and out of a pool."""
 
-import argparse
 import contextlib
 import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import job
+import numpy as np
+import options as line
 from job import console
 from rich.progress import Progress
-from rich.table import Table
 
-from compo_jax import modular
-from compo_jax.data import Task
-from compo_jax.modular import ModularNet, Settings, routes
+from compo_jax import data, modular
+from compo_jax.data import Task, TaskStream
+from compo_jax.modular import ModularNet, Network, Settings, routes
+from compo_jax.modular.results import Job, NetShape
 from compo_jax.pool import ModulePool
+from compo_jax.report.table import Table
 from compo_jax.train import Run, jit_runner, once, open_run, pmap_runner, progress_bar, read_json, write_json
+from compo_jax.train.results import structured, unstructured, write_result
 
+Result = TypeVar("Result", bound=tuple)
 FIXED = (0.0, 0.0)  # phases of a training on a fixed route
+RUNNERS = {"jit": jit_runner, "pmap": pmap_runner}
+
+
+class Session(NamedTuple):
+    """What all parts of a run share; `settings` are those of a training with learned orders."""
+
+    options: Any
+    stream: TaskStream
+    settings: Settings
+    run: Run
+    progress: Progress
+
+    @property
+    def size(self) -> int:
+        """Side of the images, in pixels."""
+        return self.stream.size
+
+    def learner(self, net: ModularNet, settings: Settings, part: str | None = None) -> modular.Learner:
+        """Of this network, or with `part` of that part of a new task; made once."""
+        return _learner(net, self.stream, settings, part, RUNNERS[self.options.training.runner])
+
+    def logged(self, label: str, about: str) -> dict[str, Any]:
+        """Options of a training: its lines in the log carry these names."""
+        return {"log": self.run.log, "record": {"run": label, "task": about}, "progress": self.progress}
+
+
+@functools.cache
+def _learner(net, stream, settings, part, runner):
+    if part is None:
+        return modular.learner(net, stream.prepare, settings, stream.augment, runner=runner)
+    return modular.transfer(net, stream.prepare, settings, part, stream.augment, runner=runner)
+
+
+def open_tasks(options: Any) -> TaskStream:
+    """The tasks that the options ask for; says what they are."""
+    it = options.stream
+    names = [it.data] if isinstance(it.data, str) else list(it.data)
+    stream = data.open_tasks(names, it.size, data_dir=it.data_dir, tasks=it.tasks, images=it.images)
+    job.tell_images(stream, it.images)
+    images = sum(len(task.train) for task in stream.tasks)
+    console.print(f"{stream.name}: {len(stream.tasks)} tasks, {len(stream.classes)} classes, {images} images")
+    return stream
 
 
 @contextlib.contextmanager
-def opened(options: argparse.Namespace, net: ModularNet) -> Iterator[tuple[Run, Progress]]:
-    """The run's folder and a progress bar, once this network is seen to be possible. What a run may be started again
-    with is no part of its settings."""
-    images = jax.ShapeDtypeStruct((len(net.classes), 2, options.size, options.size, 3), jnp.float32)
+def opened(options: Any, stream: TaskStream, net: ModularNet) -> Iterator[Session]:
+    """The run, once this network is seen to be possible. What it may be started again with is no setting of its."""
+    images = jax.ShapeDtypeStruct((len(net.classes), 2, *[options.stream.size] * 2, 3), jnp.float32)
     jax.eval_shape(net.init, jax.random.key(0), images)
     free = ("runs", "tensorboard", "seeds", "data_dir", "analysis_images")
-    config = {k: v for k, v in vars(options).items() if k not in free}
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
+    config = {key: value for key, value in line.flat(options).items() if key not in free}
+    chosen, place = options.training, options.place
+    settings = Settings(chosen.steps, chosen.batch, chosen.learning_rate, route=chosen.route, phases=chosen.phases)
     with (
-        open_run(options.runs / options.name, config, tensorboard=options.tensorboard) as run,
+        open_run(place.runs / place.name, config, tensorboard=place.tensorboard) as run,
         progress_bar(console=console) as progress,
     ):
-        yield run, progress
+        yield Session(options, stream, settings, run, progress)
 
 
-def part(run: Run, name: str, make: Callable[[Path], dict]) -> dict:
-    """`make(folder for checkpoints)`, made once and its wall time kept; see `train.once`.
+def part(session: Session, name: str, kind: type[Result], make: Callable[[Path], Result]) -> Result:
+    """`make(folder for checkpoints)`, of this type, made once and its wall time kept; see `train.once`.
 
     Where it was killed, the log goes back to where it began, and checkpoints set it forward from there.
     """
+    run = session.run
     folder, began = run.folder / "checkpoints" / name, run.folder / "checkpoints" / f"{name}.json"
 
     def timed():
@@ -53,41 +102,34 @@ def part(run: Run, name: str, make: Callable[[Path], dict]) -> dict:
         else:
             write_json(began, run.log.position)
         clock = time.perf_counter()
-        return {"made": make(folder), "seconds": time.perf_counter() - clock}
+        return {"made": unstructured(make(folder)), "seconds": time.perf_counter() - clock}
 
-    found = once(run, name, timed)
+    stored = once(run, name, timed)
     shutil.rmtree(folder, ignore_errors=True)
     began.unlink(missing_ok=True)
-    return found["made"]
+    made = stored.get("made") if isinstance(stored, dict) else stored
+    return structured(made, kind, f"part {name} of {run.folder}", "remove it, and the same command makes it again")
 
 
-def finish(run: Run, metrics: dict, page: Callable[[Path, dict], Path], table: Callable[[dict], Table]) -> None:
-    """Writes the metrics and the page, and prints the table.
-
-    Adds its seconds: the wall time of all parts; of one that was killed, since it was taken up again.
-    """
-    seconds = sum(read_json(path)["seconds"] for path in (run.folder / "parts").iterdir())
-    metrics = metrics | {"seconds": seconds}
-    write_json(run.folder / "metrics.json", metrics)
-    path = page(run.folder, metrics)
-    console.print(table(metrics))
-    console.print(f"{seconds:.0f} s; report: {path}")
+def about(session: Session, net: ModularNet, tasks: Sequence[Task] | None = None) -> Job:
+    """What the results say of the run, whose seconds are the wall time of all parts: of one that was killed, since it
+    was taken up again."""
+    options, tasks = session.options, session.stream.tasks if tasks is None else tasks
+    seconds = sum(read_json(path)["seconds"] for path in (session.run.folder / "parts").iterdir())
+    shape = NetShape(*(getattr(net, key) for key in NetShape._fields[:-1]), session.size)
+    images = ({task.name: len(getattr(task, split)) for task in tasks} for split in ("train", "test"))
+    return Job(options.place.name, session.stream.name, options.place.seeds, seconds, shape, session.settings, *images)
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
-    shared = {"route": options.route, "phases": tuple(options.phases)}
-    return Settings(options.steps, options.batch, options.learning_rate, **shared)
+def finish(session: Session, results: Any, page: Callable[[Path, Any], Path], table: Callable[[Any], Table]) -> None:
+    """Writes the results and the page, and prints the table."""
+    write_result(session.run.folder / "metrics.json", results)
+    path = page(session.run.folder, results)
+    console.print(table(results).rich())
+    console.print(f"{results.job.seconds:.0f} s; report: {path}")
 
 
-def runner_of(options: argparse.Namespace) -> Callable:
-    return {"jit": jit_runner, "pmap": pmap_runner}[options.runner]
-
-
-def described(net: ModularNet, size: int) -> dict:
-    """The network's settings as the reports want them."""
-    return {key: getattr(net, key) for key in ("layers", "templates", "width", "patch", "block", "bn")} | {"size": size}
-
-
+# -- networks ----------------------------------------------------------------------------------------------------------
 @functools.cache
 def _init(net: ModularNet) -> Callable:
     return jax.jit(net.init)  # kept: random numbers take XLA seconds to compile
@@ -103,22 +145,38 @@ def initial(net: ModularNet, size: int, seed: int, order=None) -> dict:
     return modular.set_route(variables, jnp.broadcast_to(logits, variables["params"]["route"].shape))
 
 
+def train(
+    session: Session, net: ModularNet, tasks: Sequence[Task], label: str, seed: int, folder: Path, order=None
+) -> tuple[modular.Trained, float]:
+    """A new network trained on these tasks, and the seconds that it took; in this order, or else one that it learns."""
+    settings = session.settings if order is None else session.settings._replace(phases=FIXED)
+    clock, splits = time.perf_counter(), [task.train for task in tasks]
+    trained = session.learner(net, settings).train(
+        initial(net, session.size, seed, order), splits, seed, folder, **session.logged(label, f"seed {seed}")
+    )
+    return trained, time.perf_counter() - clock
+
+
+def accuracies(session: Session, net: ModularNet, variables: dict, tasks: Sequence[Task]) -> np.ndarray:
+    """On the test images of each task."""
+    return modular.accuracies(net, session.stream.prepare)(variables, [task.test for task in tasks])
+
+
 def store_network(
-    folder: Path, net: ModularNet, variables: dict, tasks: Sequence[Task], accuracy: Sequence[float], seed: int
+    session: Session, name: str, network: Network, tasks: Sequence[Task], accuracy: Sequence[float], seed: int
 ) -> None:
-    """Puts a network's templates and its tasks into a pool."""
-    pool = ModulePool(folder)
-    modular.save_templates(pool, "templates", net, variables, seed=seed, overwrite=True)
+    """Puts a network's templates and its tasks into a pool of the run."""
+    pool = ModulePool(session.run.folder / "pools" / name)
+    modular.save_templates(pool, "templates", network, seed=seed, overwrite=True)
     for t, task in enumerate(tasks):
         modular.save_task(
-            pool, f"task-{t:03d}", net, variables, t,
-            task=task.name, classes=task.classes, metrics={"accuracy": accuracy[t]}, seed=seed, overwrite=True,
+            pool, f"task-{t:03d}", network, t,
+            task=task.name, classes=task.classes, metrics={"accuracy": float(accuracy[t])}, seed=seed, overwrite=True,
         )  # fmt: skip
 
 
-def load_network(folder: Path, tasks: int) -> tuple[ModularNet, dict]:
+def load_network(session: Session, name: str, tasks: int) -> Network:
     """The network put together again from its pool."""
-    pool = ModulePool(folder)
+    pool = ModulePool(session.run.folder / "pools" / name)
     shared = modular.load_templates(pool, "templates")
-    parts = [modular.load_task(pool, f"task-{t:03d}", shared) for t in range(tasks)]
-    return functools.reduce(lambda joined, part: modular.add_task(*joined, *part), parts)
+    return functools.reduce(modular.add_task, [modular.load_task(pool, f"task-{t:03d}", shared) for t in range(tasks)])

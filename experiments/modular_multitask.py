@@ -10,49 +10,109 @@ seed a pool with its templates and tasks. A killed run goes on where it was, a f
 first takes a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
-import argparse
-import functools
-import time
+from functools import partial
+from pathlib import Path
 
-import job
+import modular_options
 from job import closing, console
-from modular_options import modular_parser, parsed
-
-BASELINES = ("single-task", "hard-sharing", "hard-sharing-bn", "random")
-PRESETS = {
-    "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": [4], "steps": 250, "batch": 16, "images": 50},
-    "cifar100": {"steps": 750, "batch": 16, "width": 16},
-}
-PRESET = {"size": 32, "layers": 8, "width": 32, "templates": [8], "steps": 1000, "batch": 32}
-AMOUNTS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of a re-routing
+from modular_options import Multitask as Options
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = modular_parser(__doc__)
-    add = parser.add_argument
-    add("--data", nargs="+", default=["glyphs"], help="glyphs, or names of TFDS image classification sets")
-    add("--tasks", type=job.count, help="tasks that a divided set gives; default all")
-    add("--templates", type=job.count, nargs="+", help="modules; several numbers make several networks")
-    add("--bn", choices=["task", "layer", "template"], default="task", help="of learned orders and random routes")
-    add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
-    add("--analysis-images", type=job.count, default=50, help="test images of a task that modules are removed on")
-    options = parsed(parser, arguments, PRESETS, PRESET)
-    if options.templates[0] == 1:
-        parser.refuse("with one template, which can't be removed", "analysis_images")
-    return options
+def parse(arguments: list[str] | None = None) -> Options:
+    return modular_options.parse(Options, __doc__, arguments)
 
 
 if __name__ == "__main__":
     closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
 import jax
-import jax.numpy as jnp
 import modular_job
 import numpy as np
-import optax
+from modular_job import Session, part
 
 from compo_jax import data, modular, report
-from compo_jax.modular import ModularNet, routes
+from compo_jax.modular import ModularNet, Network, routes
+from compo_jax.modular.forecast import Rerouting
+from compo_jax.modular.results import Curves, LearnedOrder, MultitaskMethod, MultitaskResults, OrderAnalysis, stacked
+
+
+def networks(options: modular_options.Nets, classes: tuple[int, ...]) -> tuple[dict[str, ModularNet], list[str]]:
+    """The network of each method, and the names of those whose order is learned."""
+    shape = {key: getattr(options, key) for key in ("layers", "width", "patch", "block")}
+    single = ModularNet(classes, templates=options.layers, **shape)  # each block once
+    baselines = {"single-task": single, "hard-sharing": single.clone(bn="layer"), "hard-sharing-bn": single}
+    ordered = {
+        f"ordered-{count}": ModularNet(classes, templates=count, bn=options.bn, **shape) for count in options.templates
+    }
+    random = {f"random-{net.templates}": net for net in ordered.values() if "random" in options.baselines}
+    chosen = {name: net for name, net in baselines.items() if name in options.baselines}
+    return chosen | random | ordered, list(ordered)
+
+
+# -- a method and a seed -----------------------------------------------------------------------------------------------
+def alone(session: Session, net: ModularNet, seed: int, folder: Path) -> MultitaskMethod:
+    """Every task's own network."""
+    accuracy, parameters, seconds = [], 0, 0.0
+    for t, task in enumerate(session.stream.tasks):
+        one, order = net.clone(classes=net.classes[t : t + 1]), np.arange(net.layers)
+        trained, took = modular_job.train(session, one, [task], f"alone: {task.name}", seed, folder / str(t), order)
+        accuracy += modular_job.accuracies(session, one, trained.variables, [task]).tolist()
+        parameters += modular.parameters(trained.variables["params"], route=False)
+        seconds += took
+    return MultitaskMethod(accuracy, parameters, modular.macs(net, session.size), seconds)
+
+
+def fixed(session: Session, net: ModularNet, name: str, seed: int, folder: Path) -> MultitaskMethod:
+    """One network whose tasks go through its blocks in the same order, or each in a random one."""
+    tasks, order = session.stream.tasks, np.arange(net.layers)
+    if name.startswith("random"):
+        order = np.random.default_rng(seed).integers(net.templates, size=(len(tasks), net.layers))
+    trained, seconds = modular_job.train(session, net, tasks, name, seed, folder, order)
+    accuracy = modular_job.accuracies(session, net, trained.variables, tasks)
+    parameters = modular.parameters(trained.variables["params"], route=False)
+    return MultitaskMethod(accuracy, parameters, modular.macs(net, session.size), seconds)
+
+
+def learned(session: Session, net: ModularNet, name: str, seed: int, folder: Path) -> MultitaskMethod:
+    """One network, each task with an order that it learns."""
+    tasks = session.stream.tasks
+    trained, seconds = modular_job.train(session, net, tasks, name, seed, folder)
+    train, test = [task.train for task in tasks], [task.test for task in tasks]
+    gap = session.learner(net, session.settings).gap(trained, train, seed, test)
+    network = Network(net, trained.variables)
+    modular_job.store_network(session, f"{name}-{seed}", network, tasks, gap.finetuned, seed)
+    lines = [line for line in session.run.log.records() if (line["run"], line["task"]) == (name, f"seed {seed}")]
+    curves = Curves(*([line[key] for line in lines] for key in Curves._fields))
+    params = trained.variables["params"]
+    soft = routes.soft(trained.before["params"]["route"], session.settings.temperature[1])
+    order = LearnedOrder(routes.indices(params["route"]), np.round(soft, 4), gap, curves)
+    parameters = modular.parameters(params)
+    return MultitaskMethod(gap.finetuned, parameters, modular.macs(net, session.size), seconds, order)
+
+
+# -- what a learned order says -----------------------------------------------------------------------------------------
+def analysed(session: Session, name: str, method: MultitaskMethod, templates: int) -> OrderAnalysis:
+    """Of the first seed: its routes beside random ones, what each template is worth, and a forecast by curvature."""
+    seed, tasks, images = session.options.place.seeds[0], session.stream.tasks, session.options.net.analysis_images
+    random = modular.beside_random(np.eye(templates)[method.order.hard[0]], jax.random.key(0))
+    if templates == 1:
+        return OrderAnalysis(name, random, None, None, None)
+
+    def removed(_):
+        net, variables = modular_job.load_network(session, f"{name}-{seed}", len(tasks))
+        few = [some(task.test, images) for task in tasks]
+        accuracies = modular.accuracies(net, session.stream.prepare)
+        score = lambda logits: accuracies(modular.set_route(variables, logits), few)
+        return modular.analysis.removal(score, variables["params"]["route"], jax.random.key(seed))
+
+    def rerouted(_):
+        network = modular_job.load_network(session, f"{name}-{seed}", len(tasks))
+        few, layer = some(tasks[0].train, 256), network.net.layers // 2
+        return modular.rerouting(network, session.stream.prepare, few, 0, layer)
+
+    removal = part(session, f"{seed}-removal", modular.analysis.Removal, removed)
+    rerouting = part(session, f"{seed}-bridge", Rerouting, rerouted)
+    return OrderAnalysis(name, random, removal, images, rerouting)
 
 
 def some(split: data.Split, count: int) -> data.ArraySplit:
@@ -60,193 +120,26 @@ def some(split: data.Split, count: int) -> data.ArraySplit:
     return data.ArraySplit(split.images(rows), split.labels[rows])
 
 
-def bridge(net, variables, prepare, task: int, layer: int, split: data.Split) -> dict:
-    """The loss when one layer is re-routed by and by to each template, and what its curvature forecasts."""
-    one, taken = modular.take_tasks(net, variables, [task])
-    images, labels = prepare(split.images(np.arange(len(split)))), jnp.asarray(split.labels)
-    found = modular.route_landscape(net, variables, task, layer, images, labels)
-    whole = routes.hard(taken["params"]["route"])
-
-    @jax.jit
-    def loss(weights):
-        logits = one.apply(taken, images[None], lambda _: whole.at[0, layer].set(weights))[0]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    start = whole[0, layer]
-    moved = start + jnp.asarray(AMOUNTS)[:, None] * (jnp.eye(net.templates)[:, None] - start)  # (M, amounts, M)
-    true = np.array([[float(loss(b)) for b in row] for row in moved])
-    forecast = np.array([[float(found.predict(b)) for b in row] for row in moved])
-    chosen, at = int(start.argmax()), float(loss(start))
-    others = np.arange(net.templates) != chosen
-    wrong = np.abs(forecast - true)[others] / np.abs(true - at)[others]
-    return {
-        "layer": layer,
-        "images": len(split),
-        "chosen": chosen,
-        "amounts": list(AMOUNTS),
-        "true": true.tolist(),
-        "forecast": forecast.tolist(),
-        "loss": at,
-        "error": np.median(wrong, axis=0).tolist(),
-    }
-
-
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-
-    # -- tasks and networks --------------------------------------------------------------------------------------------
-    stream = data.open_tasks(
-        options.data, options.size, data_dir=options.data_dir, tasks=options.tasks, images=options.images
-    )
-    job.tell_images(stream, options.images)
-    names, prepare = [task.name for task in stream.tasks], stream.prepare
-    train, test = [task.train for task in stream.tasks], [task.test for task in stream.tasks]
-    classes, layers = tuple(len(task.classes) for task in stream.tasks), options.layers
-    console.print(f"{stream.name}: {len(names)} tasks, {sum(classes)} classes, {sum(map(len, train))} images")
-    settings = modular_job.settings_of(options)
-    in_order = settings._replace(phases=modular_job.FIXED)
-    shape = {key: getattr(options, key) for key in ("layers", "width", "patch", "block")}
-    first = ModularNet(classes, templates=options.templates[0], bn=options.bn, **shape)
-    plain = ModularNet(classes, templates=layers, **shape)  # each block once
-    ordered = {f"ordered-{count}": first.clone(templates=count) for count in options.templates}
-    nets = {"single-task": plain, "hard-sharing": plain.clone(bn="layer"), "hard-sharing-bn": plain}
-    nets = {name: net for name, net in nets.items() if name in options.baselines}
-    if "random" in options.baselines:
-        nets |= {f"random-{net.templates}": net for net in ordered.values()}
-    nets |= ordered
-    runner = modular_job.runner_of(options)
-
-    @functools.cache
-    def learner(net, settings):
-        return modular.learner(net, prepare, settings, stream.augment, runner=runner)
-
-    with modular_job.opened(options, first) as (run, progress):
-
-        def fitted(net, settings, splits, seed, order, label, folder):
-            """(trained network, seconds)."""
-            variables, clock = modular_job.initial(net, options.size, seed, order), time.perf_counter()
-            record = {"run": label, "task": f"seed {seed}"}
-            found = learner(net, settings).train(
-                variables, splits, seed, folder, log=run.log, record=record, progress=progress
-            )
-            return found, time.perf_counter() - clock
-
-        # -- a method and a seed ---------------------------------------------------------------------------------------
-        def alone(seed, folder):
-            """Every task's own network."""
-            found = {"accuracy": [], "parameters": 0, "seconds": 0.0}
-            for t, task in enumerate(names):
-                net, order = plain.clone(classes=classes[t : t + 1]), np.arange(layers)
-                one, seconds = fitted(net, in_order, train[t : t + 1], seed, order, f"alone: {task}", folder / str(t))
-                found["accuracy"] += modular.accuracies(net, prepare)(one.variables, test[t : t + 1]).tolist()
-                found["parameters"] += modular.parameters(one.variables["params"], route=False)
-                found["seconds"] += seconds
-            return found
-
-        def fixed(name, seed, folder):
-            net, order = nets[name], np.arange(layers)
-            if name.startswith("random"):
-                order = np.random.default_rng(seed).integers(net.templates, size=(len(names), layers))
-            trained, seconds = fitted(net, in_order, train, seed, order, name, folder)
-            return {
-                "accuracy": modular.accuracies(net, prepare)(trained.variables, test).tolist(),
-                "parameters": modular.parameters(trained.variables["params"], route=False),
-                "seconds": seconds,
-            }
-
-        def learned(name, seed, folder):
-            net = nets[name]
-            trained, seconds = fitted(net, settings, train, seed, None, name, folder)
-            variables = trained.variables
-            gap = learner(net, settings).gap(trained, train, seed, test)
-            modular_job.store_network(pool(name, seed), net, variables, stream.tasks, gap.finetuned.tolist(), seed)
-            soft = routes.soft(trained.before["params"]["route"], settings.temperature[1])
-            lines = [r for r in run.log.records() if (r["run"], r["task"]) == (name, f"seed {seed}")]
-            keys = ("step", "cross_entropy", "accuracy", "entropy", "unused", "temperature")
-            return {
-                "accuracy": gap.finetuned.tolist(),
-                "parameters": modular.parameters(variables["params"]),
-                "seconds": seconds,
-                "gap": {key: value.tolist() for key, value in gap._asdict().items()},
-                "hard": routes.indices(variables["params"]["route"]).tolist(),
-                "soft": np.round(soft, 4).tolist(),
-                "curves": {key: [line[key] for line in lines] for key in keys},
-            }
-
-        def pool(name, seed):
-            return run.folder / "pools" / f"{name}-{seed}"
-
+    stream = modular_job.open_tasks(options)
+    classes = tuple(len(task.classes) for task in stream.tasks)
+    nets, ordered = networks(options.net, classes)
+    with modular_job.opened(options, stream, nets[ordered[0]]) as session:
         results = {name: [] for name in nets}
-        for seed in options.seeds:
-            for name in nets:
-                make = functools.partial(learned if name in ordered else fixed, name, seed)
-                make = functools.partial(alone, seed) if name == "single-task" else make
-                results[name].append(modular_job.part(run, f"{seed}-{name}", make))
-                accuracy = 100 * np.mean(results[name][-1]["accuracy"])
-                console.print(f"seed {seed}: {name} {accuracy:.1f} %, trained in {results[name][-1]['seconds']:.0f} s")
-
-        # -- what the first learned order says -------------------------------------------------------------------------
-        main_method, seed = next(iter(ordered)), options.seeds[0]
-
-        @functools.cache
-        def stored():
-            return modular_job.load_network(pool(main_method, seed), len(names))
-
-        def removed(folder):
-            net, variables = stored()
-            few = [some(split, options.analysis_images) for split in test]
-            score = modular.accuracies(net, prepare)
-            lost = modular.analysis.removal(
-                lambda logits: score(modular.set_route(variables, logits), few),
-                variables["params"]["route"], jax.random.key(seed),
-            )  # fmt: skip
-            return {key: value.tolist() for key, value in lost._asdict().items()} | {"images": options.analysis_images}
-
-        def bridged(folder):
-            net, variables = stored()
-            found = bridge(net, variables, prepare, 0, layers // 2, some(train[0], 256))
-            return {"method": main_method, "task": names[0], **found}
-
-        several = nets[main_method].templates > 1
-        removal = modular_job.part(run, f"{seed}-removal", removed) if several else None
-        forecast = modular_job.part(run, f"{seed}-bridge", bridged) if several else None
-
-        # -- report ----------------------------------------------------------------------------------------------------
-        points = modular.Gap._fields
-        by_seed = lambda name, key: [found[key] for found in results[name]]
-        metrics = {
-            "name": options.name,
-            "data": stream.name,
-            "tasks": names,
-            "classes": list(classes),
-            "seeds": options.seeds,
-            "net": modular_job.described(first, options.size),
-            "steps": options.steps,
-            "phases": list(settings.phases),
-            "methods": {
-                name: {
-                    "accuracy": by_seed(name, "accuracy"),
-                    "parameters": results[name][0]["parameters"],
-                    "macs": modular.macs(net, options.size),
-                    "seconds": by_seed(name, "seconds"),
-                }
-                for name, net in nets.items()
-            },
-            "gap": {name: {p: [found["gap"][p] for found in results[name]] for p in points} for name in ordered},
-            "curves": {
-                name: results[name][0]["curves"] | {"phases": list(settings.phases), "steps": options.steps}
-                for name in ordered
-            },
-            "routes": {
-                name: {
-                    "templates": net.templates, "hard": by_seed(name, "hard"), "soft": results[name][0]["soft"]
-                }
-                for name, net in ordered.items()
-            },
-            "removal": {main_method: removal} if removal else {},
-            "bridge": forecast,
-        }  # fmt: skip
-        modular_job.finish(run, metrics, report.multitask, report.multitask_table)
+        for seed in options.place.seeds:
+            for name, net in nets.items():
+                make = partial(learned if name in ordered else fixed, session, net, name, seed)
+                make = partial(alone, session, net, seed) if name == "single-task" else make
+                made = part(session, f"{seed}-{name}", MultitaskMethod, make)
+                results[name].append(made)
+                console.print(f"seed {seed}: {name} {100 * made.accuracy.mean():.1f} % in {made.seconds:.0f} s")
+        methods = {name: stacked(made) for name, made in results.items()}
+        analysis = analysed(session, ordered[0], methods[ordered[0]], nets[ordered[0]].templates)
+        names = tuple(task.name for task in stream.tasks)
+        job = modular_job.about(session, nets[ordered[0]])
+        reached = MultitaskResults(job, names, np.array(classes), methods, analysis)
+        modular_job.finish(session, reached, report.multitask_page, report.multitask_table)
 
 
 if __name__ == "__main__":

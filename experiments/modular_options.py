@@ -1,60 +1,327 @@
-"""The options that the experiments on modular networks share."""
+"""The options of the experiments on modular networks, in groups; what is left open is as the data set wants it."""
 
-import argparse
-import sys
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar
 
 import job
+import options as line
+from options import OPEN, Count, LocalPath, Name, OpenCount, OpenPath, Rate, Seeds, names, number, values
 
-PHASES = "parts of the steps after which routes begin to harden, and are fixed"
-
-
-def modular_parser(documentation: str | None) -> job.Parser:
-    """Options of all experiments on modular networks; those without a default have one for each data set."""
-    parser = job.Parser(documentation)
-    add = parser.add_argument
-    add("--data-dir", type=job.path, help="where TFDS has prepared the set")
-    add("--images", type=job.count, help="training images of a class; default: all of a real set")
-    add("--size", type=job.count, help="side of the images, in pixels")
-    add("--layers", type=job.count, help="layers of the network")
-    add("--width", type=job.count, help="channels")
-    add("--patch", type=job.count, default=4, help="side of the stem's patches, in pixels")
-    add("--block", choices=["basic", "bottleneck", "inverted"], default="basic")
-    add("--route", choices=["soft", "straight_through", "gumbel"], default="soft", help="how routes are learned")
-    add("--phases", type=job.number(float, 0, 1), nargs=2, default=(0.1, 0.4), metavar=("A", "B"), help=PHASES)
-    add("--steps", type=job.count, help="steps of a training")
-    add("--batch", type=job.count, help="images of each task in a step")
-    add("--learning-rate", type=job.rate, default=3e-3)
-    add("--runner", choices=["jit", "pmap"], default="jit")
-    add(
-        "--seeds",
-        type=job.seed,
-        nargs="+",
-        default=[0, 1, 2],
-        help="a finished run may be given more: name the old ones too",
-    )
-    add("--name", type=job.name, help="name of the run; default: made from the experiment and the data")
-    add("--runs", type=job.path, default=Path("runs"), help="folder of the runs")
-    add("--tensorboard", action="store_true")
-    return parser
+Options = TypeVar("Options")
+Names = Annotated[tuple[str, ...], values(str, "NAME", "*")]
+RENDERED = {"glyphs", "rendered"}
+NEEDED = ("data", "seeds", "templates", "budgets")
 
 
-def parsed(parser: job.Parser, arguments: list[str] | None, presets: dict, default: dict) -> argparse.Namespace:
-    """The options, each that the command line leaves open as this data set wants it; ValueError for what can't be."""
-    options = parser.parse_args(arguments)
-    sets = [options.data] if isinstance(options.data, str) else options.data
-    name = "+".join(sets)
-    if set(sets) <= {"glyphs", "rendered"}:
-        parser.refuse(f"with {name}, whose images are rendered", "data_dir")
-    for key, value in (default | presets.get(name, {})).items():
-        if getattr(options, key) is None:
-            setattr(options, key, value)
-    options.name = options.name or job.plain(f"{Path(sys.argv[0]).stem.replace('_', '-')}-{name}")
-    if options.size % options.patch:
-        raise ValueError(f"images of {options.size} pixels can't be cut into patches of {options.patch}")
-    if options.phases[0] > options.phases[1]:
-        raise ValueError(f"--phases begin one after the other, the first not after the second: not {options.phases}")
-    for key in ("batch", "new_batch", "adapt_batch"):
-        if hasattr(options, key):
-            job.divisible(getattr(options, key), f"--{key.replace('_', '-')}")
+@dataclass(frozen=True)
+class Images:
+    """What is learned"""
+
+    data_dir: OpenPath = None
+    """where TFDS has prepared the set"""
+    images: OpenCount = None
+    """training images of a class (default: all of a real set)"""
+    size: OpenCount = None
+    """side of the images, in pixels (default: the set's)"""
+
+
+@dataclass(frozen=True)
+class Tasks(Images):
+    """What is learned"""
+
+    data: Names = ("glyphs",)
+    """glyphs, or names of TFDS image classification sets"""
+    tasks: OpenCount = None
+    """tasks that a divided set gives (default: all)"""
+
+
+@dataclass(frozen=True)
+class Net:
+    """The network"""
+
+    layers: OpenCount = None
+    """layers (default: the set's)"""
+    width: OpenCount = None
+    """channels (default: the set's)"""
+    patch: OpenCount = None
+    """side of the stem's patches, in pixels (default: the set's)"""
+    block: Literal["basic", "bottleneck", "inverted"] = "basic"
+    """kind of its blocks"""
+
+
+@dataclass(frozen=True)
+class Templates(Net):
+    """The network"""
+
+    templates: OpenCount = None
+    """modules (default: the set's)"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How it is trained"""
+
+    route: Literal["soft", "straight_through", "gumbel"] = "soft"
+    """how routes are learned"""
+    phases: Annotated[tuple[float, float], number(float, 0, 1, many=2)] = (0.1, 0.4)
+    """parts of the steps after which routes begin to harden, and are fixed"""
+    steps: OpenCount = None
+    """of a training (default: the set's)"""
+    batch: OpenCount = None
+    """images of each task in a step (default: the set's)"""
+    learning_rate: Rate = 3e-3
+    """at its highest"""
+    runner: Literal["jit", "pmap"] = "jit"
+    """how a batch is divided among the devices"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The run"""
+
+    seeds: Seeds = (0, 1, 2)
+    """a finished run may be given more: name the old ones too"""
+    name: Name = None
+    """folder of the run (default: made from the experiment and the data)"""
+    runs: LocalPath = Path("runs")
+    """folder of the runs"""
+    tensorboard: bool = False
+    """write its logs too"""
+
+
+# -- several tasks at once --------------------------------------------------------------------------------------------
+BASELINES = ("single-task", "hard-sharing", "hard-sharing-bn", "random")
+
+
+@dataclass(frozen=True)
+class Nets(Net):
+    """The networks"""
+
+    templates: Annotated[tuple[int, ...] | None, number(int, 1, many="*"), OPEN] = None
+    """modules; several numbers make several networks (default: the set's)"""
+    bn: Literal["task", "layer", "template"] = "task"
+    """whose batch norm, of learned orders and random routes"""
+    baselines: Annotated[tuple[str, ...], names(BASELINES)] = BASELINES
+    """what learned orders are held against"""
+    analysis_images: Count = 50
+    """test images of a task that modules are removed on"""
+
+
+@dataclass(frozen=True)
+class Multitask:
+    experiment: ClassVar = "modular-multitask"
+    presets: ClassVar = {
+        "": {"layers": 8, "width": 32, "templates": (8,), "steps": 1000, "batch": 32},
+        "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": (4,), "steps": 250, "batch": 16, "images": 50},
+        "cifar100": {"steps": 750, "batch": 16, "width": 16},
+    }
+    stream: Tasks
+    net: Nets
+    training: Training
+    place: Place
+
+    def check(self) -> None:
+        if (self.net.templates or (0,))[0] == 1:
+            line.refuse(self.net, "with one template, which can't be removed", "analysis_images")
+
+
+# -- a new task --------------------------------------------------------------------------------------------------------
+PARTS = ("head", "head+route", "head+bn", "head+bn+route", "all")  # those of modular.PARTS
+CONTROLS = ("head, random route", "head+route, new route", "head+route, untrained templates")
+WAYS = (*PARTS, "scratch", *CONTROLS)
+
+
+@dataclass(frozen=True)
+class NewTask:
+    """A new task"""
+
+    held_out: Count = 1
+    """tasks left out, drawn by the seed"""
+    budgets: Annotated[tuple[int, ...] | None, number(int, 0, many="*"), OPEN] = None
+    """labelled images of each class of a new task; 0 for all (default: the set's)"""
+    methods: Annotated[tuple[str, ...], names(WAYS)] = WAYS
+    """what of its network is trained; scratch and three controls beside"""
+    new_steps: OpenCount = None
+    """of its training (default: the set's)"""
+    new_batch: Count = 32
+    """images in a step of its training"""
+    new_learning_rate: Rate = 1e-2
+    """of its training"""
+    smoothing: Annotated[float, number(float, above=0, below=1)] = 0.3
+    """of the source's route, where a new one starts from it"""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    experiment: ClassVar = "modular-transfer"
+    presets: ClassVar = {
+        "": {"layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "budgets": (10, 100, 0),
+             "new_steps": 150},
+        "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16, "budgets": (5, 0),
+                   "new_steps": 80, "images": 50},
+        "cifar100": {"width": 16, "steps": 750, "batch": 16},
+    }  # fmt: skip
+    stream: Tasks
+    net: Templates
+    training: Training
+    new: NewTask
+    place: Place
+
+    def check(self) -> None:
+        if "head" not in self.new.methods:
+            raise ValueError("the other methods are held against head: name it among --methods, too")
+        if not {"head+route", "head+bn+route", "all"} & set(self.new.methods):
+            line.refuse(self.new, "where no method learns the source's route", "smoothing")
+        if 1 in (self.new.budgets or ()):
+            raise ValueError(
+                "--budgets are 2 or more, for the nearest source is told by two images of each class; 0 for all"
+            )
+
+
+# -- a domain without labels -------------------------------------------------------------------------------------------
+class Way(NamedTuple):
+    """How a domain is adapted to: the route that it starts from, what of it is learned, BN (see `modular.adaptation`),
+    and the group of its report."""
+
+    start: Literal["best", "mean"]
+    route: Literal["fixed", "free", "convex"]
+    bn: Literal["source", "target", "affine"]
+    group: str
+
+
+BASELINE, MEAN, ORACLE = "best source (by objective)", "mean of sources", "best source (by labels)"
+UNADAPTED = {
+    BASELINE: Way("best", "fixed", "source", "sources"),
+    MEAN: Way("mean", "fixed", "source", "sources"),
+    ORACLE: Way("best", "fixed", "source", "oracle"),
+}
+ADAPTED = {
+    "route from best source": Way("best", "free", "source", "order"),
+    "route from mean": Way("mean", "free", "source", "order"),
+    "convex mixture": Way("mean", "convex", "source", "order"),
+    "AdaBN, best source": Way("best", "fixed", "target", "bn"),
+    "AdaBN, mean of sources": Way("mean", "fixed", "target", "bn"),
+    "Tent, best source": Way("best", "fixed", "affine", "bn"),
+    "route from best source + AdaBN": Way("best", "free", "target", "order+bn"),
+    "route from mean + AdaBN": Way("mean", "free", "target", "order+bn"),
+    "convex mixture + AdaBN": Way("mean", "convex", "target", "order+bn"),
+    "route from best source + Tent": Way("best", "free", "affine", "order+bn"),
+}
+
+
+@dataclass(frozen=True)
+class Domains(Images):
+    """What is learned"""
+
+    data: str = "rendered"
+    """rendered; digits; or a TFDS set whose splits are domains"""
+    targets: Names = ()
+    """domains left out in turn (default: all)"""
+
+
+@dataclass(frozen=True)
+class Adapting:
+    """A domain without labels"""
+
+    methods: Annotated[tuple[str, ...], names(list(ADAPTED))] = tuple(ADAPTED)
+    """where a route starts, and how it or batch norm is adapted"""
+    adapt_steps: OpenCount = None
+    """steps of an adaptation (default: the set's)"""
+    adapt_batch: OpenCount = None
+    """images in such a step (default: the set's)"""
+    adapt_learning_rate: Rate = 1e-3
+    """of batch norm"""
+    route_rate: Rate = 100.0
+    """of a route, in multiples of that rate"""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    experiment: ClassVar = "modular-adaptation"
+    presets: ClassVar = {
+        "": {"layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "adapt_steps": 100,
+             "adapt_batch": 64},
+        "rendered": {"layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16, "adapt_steps": 40,
+                     "adapt_batch": 32, "images": 50},
+        "digits": {"steps": 500, "width": 16},
+        "pacs64": {"size": 64, "patch": 8, "steps": 700},
+    }  # fmt: skip
+    stream: Domains
+    net: Templates
+    training: Training
+    adapting: Adapting
+    place: Place
+
+    def check(self) -> None:
+        ways, when = [ADAPTED[name] for name in self.adapting.methods], "with these --methods"
+        if not ways:
+            line.refuse(self.adapting, when, "adapt_batch")
+        if not any(way.route != "fixed" or way.bn == "affine" for way in ways):
+            line.refuse(self.adapting, when, "adapt_steps", "adapt_learning_rate")
+        if not any(way.route != "fixed" for way in ways):
+            line.refuse(self.adapting, when, "route_rate")
+
+
+# -- blocks used again -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class OneTask(Images):
+    """What is learned"""
+
+    data: str = "glyphs"
+    """glyphs, or the name of a TFDS image classification set"""
+    tasks: OpenCount = None
+    """scripts whose characters are the classes, of rendered characters (default: all)"""
+
+
+@dataclass(frozen=True)
+class Blocks(Net):
+    """The network"""
+
+    bn: Literal["template", "task"] = "template"
+    """whose scale and bias: the block's, the layer's"""
+
+
+@dataclass(frozen=True)
+class Reuse:
+    experiment: ClassVar = "modular-reuse"
+    presets: ClassVar = {
+        "": {"layers": 4, "width": 32, "steps": 2000, "batch": 128},
+        "glyphs": {"layers": 2, "width": 16, "steps": 400, "batch": 64, "tasks": 4, "images": 50},
+        "cifar100": {"layers": 3, "steps": 1600},
+    }
+    stream: OneTask
+    net: Blocks
+    training: Training
+    place: Place
+
+    def check(self) -> None:
+        """All goes together."""
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+def parse(kind: type[Options], documentation: str | None, arguments: list[str] | None) -> Options:
+    """The options, each that the command line leaves open as its data set wants it (see `presets`; "" is of any);
+    ValueError for what can't be, or plays no part."""
+    options = line.parse(kind, documentation, arguments)
+    options.check()
+    data = options.stream.data
+    name = data if isinstance(data, str) else "+".join(data)
+    if set(name.split("+")) <= RENDERED:
+        line.refuse(options.stream, f"with {name}, whose images are rendered", "data_dir")
+    groups = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    if empty := [line.flag(key) for key in NEEDED if any(getattr(group, key, None) == () for group in groups.values())]:
+        raise ValueError(f"{' and '.join(empty)} needs one value at least")
+    wanted = {"size": 32, "patch": 4, "name": line.plain(f"{kind.experiment}-{name}"), **kind.presets[""]}
+    wanted |= kind.presets.get(name, {})
+    options = dataclasses.replace(options, **{key: line.filled(group, wanted) for key, group in groups.items()})
+    size, patch, phases = options.stream.size, options.net.patch, options.training.phases
+    if size % patch:
+        raise ValueError(f"images of {size} pixels can't be cut into patches of {patch}")
+    if phases[0] > phases[1]:
+        raise ValueError(f"--phases begin one after the other, the first not after the second: not {phases}")
+    for key, value in line.flat(options).items():
+        if key.split("_")[-1] == "batch":
+            job.divisible(value, line.flag(key))
     return options

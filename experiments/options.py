@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
@@ -108,9 +109,24 @@ Seed = Annotated[int, number(int, 0)]
 Seeds = Annotated[tuple[int, ...], number(int, 0, many="*")]
 Name = Annotated[str | None, values(_folder_name, "NAME"), OPEN]
 Text = Annotated[str | None, values(str, "TEXT"), OPEN]
+Names = Annotated[tuple[str, ...], values(str, "NAME", "*"), OPEN]
 LocalPath = Annotated[Path, values(_path, "PATH")]
 OpenPath = Annotated[Path | None, values(_path, "PATH"), OPEN]
-Paths = Annotated[tuple[Path, ...], values(_path, "PATH", "*")]
+Paths = Annotated[tuple[Path, ...], values(_path, "PATH", "*"), OPEN]
+
+
+@dataclass(frozen=True)
+class OnRuns:
+    """Options of an experiment on the pools of finished runs."""
+
+    run: Paths = ()
+    """finished runs of incremental.py (default: make a small one)"""
+    runs: LocalPath = Path("runs")
+    """where a small run is made"""
+    data_dir: OpenPath = None
+    """where the runs' TFDS set is now (default: where it was)"""
+    methods: Names = ()
+    """pools of the runs (default: all that all runs have)"""
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 from timing import Sizes, Work, serve
 
-from compo_jax import adapters, curvature, modular, tree
+from compo_jax import adapters, curvature, incremental, modular, tree
 from compo_jax.data import ArraySplit, Task, TaskStream
-from compo_jax.incremental import Known, Method, Reference, Settings, empty_mixtures
+from compo_jax.incremental import Method, Metric, Reference, Settings, Setup, empty_mixtures
 from compo_jax.incremental.learner import training
 from compo_jax.memory import keep_memory
 from compo_jax.models import ViT
@@ -156,22 +156,23 @@ def random_stream(net: Network, tasks: int, images: int) -> Stream:
 
     head = {"kernel": np.zeros((net.model.width, tasks * CLASSES)), "bias": np.zeros(tasks * CLASSES)}
     head = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), head)
-    known = Known({"diagonal": jax.tree.map(like, tree.partition(net.params, TARGETS)[0])}, jax.tree.map(like, head))
+    metric = Metric({"diagonal": jax.tree.map(like, tree.partition(net.params, TARGETS)[0])}, jax.tree.map(like, head))
     stream = TaskStream("random", tuple(map(task, range(tasks))), side)
-    return Stream(stream, Reference(empty_mixtures(1, 1, 1), head, {}, {}, known, known))
+    return Stream(stream, Reference(empty_mixtures(1, 1, 1), head, {}, {}, metric, metric))
 
 
-def method(adapter: adapters.Adapter, mode: Any = "independent") -> Method:
-    weight = 20.0 if mode == "ensemble" else 0.02
-    return Method(mode, adapter, 3e-4, weight, (0.025, 0.001), mode, units="paper")
+def method(adapter: adapters.Adapter, way: str = "ita") -> Method:
+    weight = {"ita": 0.02, "iel": 20.0}[way]
+    return incremental.method(way, adapter, learning_rate=3e-4, alpha=weight, pull=(0.025, 0.001), units="paper")
 
 
-def step(sizes: Sizes, adapter: adapters.Adapter, mode: str = "independent", tasks: int = 1) -> Work:
+def step(sizes: Sizes, adapter: adapters.Adapter, way: str = "ita", tasks: int = 1) -> Work:
     """A step of a run's own training, with penalties, at the task that is number `tasks`."""
     net = vit(sizes, classes=0)
-    stream, settings = random_stream(net, 1, sizes.batch), Settings(batch=sizes.batch)
-    plan = training(net.model, net.params, stream.tasks, settings, method(adapter, mode), 0, width=CLASSES)
-    memory = plan.mode.memory | ({"tasks": jnp.float32(tasks - 1)} if mode == "ensemble" else {})
+    stream = random_stream(net, 1, sizes.batch)
+    setup = Setup(net.model, net.params, stream.tasks, Settings(batch=sizes.batch), seed=0)
+    plan = training(setup, method(adapter, way))
+    memory = plan.mode.memory | ({"tasks": jnp.float32(tasks - 1)} if way == "iel" else {})
     params, context = plan.start(stream.tasks.tasks[0], 0, stream.reference, memory)
     runner = jit_runner(plan.loss, plan.optimizer, extras=plan.extras)
     batch = next(iter(plan.batches(stream.tasks.tasks[0], 0)(0)))
@@ -213,7 +214,7 @@ def plain_step(step: Plain) -> Work:
 
 
 def iel(sizes: Sizes, tasks: int) -> Work:
-    return step(sizes, adapters.lora(sizes.rank), "ensemble", tasks)
+    return step(sizes, adapters.lora(sizes.rank), "iel", tasks)
 
 
 def multitask(sizes: Sizes) -> Work:

@@ -13,7 +13,7 @@ from timing import Sizes, Work
 
 from compo_jax import adapters, compose, curvature
 from compo_jax.data import glyphs
-from compo_jax.incremental import Settings, parallel_trainer, task_trainer
+from compo_jax.incremental import Settings, Setup, parallel_trainer, task_trainer
 from compo_jax.models import embedded
 from compo_jax.train import make_step
 
@@ -156,11 +156,11 @@ def _parallel(tour: Tour) -> str:
     net, settings = ours.vit(tour.sizes._replace(batch=batch, dtype="bfloat16"), classes=0), Settings(1, batch)
     count = 4 * tour.repeats * batch
     stream, reference = ours.random_stream(net, TOGETHER, count)
-    given = net.model, net.params, stream, settings, ours.method(adapters.lora(tour.sizes.rank)), 0
-    every = parallel_trainer(*given, width=ours.CLASSES)
-    memory, one = task_trainer(*given, width=ours.CLASSES)
+    setup, method = Setup(net.model, net.params, stream, settings, seed=0), ours.method(adapters.lora(tour.sizes.rank))
+    every = parallel_trainer(setup, method)
+    mode, one = task_trainer(setup, method)
     tasks, firsts = stream.tasks, stream.offsets
-    apart = lambda: [one(task, first, reference, memory) for task, first in zip(tasks, firsts, strict=True)]
+    apart = lambda: [one(task, first, reference, mode.memory) for task, first in zip(tasks, firsts, strict=True)]
     at_once = timed(lambda: every(tasks, firsts, [reference] * TOGETHER), 1).median
     in_turn = timed(apart, 1).median
     return (

@@ -10,85 +10,69 @@ CPU cores with no arguments, the run included. Expected numbers: README.md.
 """
 
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import job
+import options as line
 from job import closing, console
+from options import OnRuns
 
 SMALL = ["ita-lora", "iel-lora", "ita-ia3", "iel-ia3", "ita-full", "iel-full"]
 
-parser = job.Parser(__doc__)
-parser.add_argument(
-    "--run", type=job.path, nargs="+", help="finished runs of incremental.py; default: make a small one"
-)
-parser.add_argument("--methods", nargs="+", help="pools of the runs; default: all that all runs have")
-parser.add_argument("--runs", type=job.path, default=Path("runs"), help="where a small run is made")
-parser.add_argument("--data-dir", type=job.path, help="where the runs' TFDS set is now; default: where it was")
+Options = OnRuns
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    return line.parse(Options, __doc__, arguments)
+
 
 if __name__ == "__main__":
-    closing(parser.parse_args)  # help and a wrong command line end here, before JAX and the rooms are loaded
+    closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
+
 
 from compo_jax import incremental, report
-from compo_jax.train import write_json
+from compo_jax.incremental.unlearning_results import PoolSkills, RunSkills, UnlearningResults
+from compo_jax.train import write_result
 
 
-def measure(run: incremental.FinishedRun, name: str) -> dict:
+def measure(run: incremental.FinishedRun, name: str) -> PoolSkills:
     """Accuracy on every task (columns) with no module, all modules, and for each task the modules left (rows)."""
     pool, tasks = run.pools[name], len(run.stream.tasks)
     names = pool.names()
     test = incremental.evaluator(incremental.features(run.model, run.stream, 256), run.stream)
-
-    def known(kept, weights=None, reached=None):
-        """With the deltas of `reached`, and of the heads' training what belongs to `kept`."""
-        without = [other for other in names if other not in kept]
-        head = incremental.pool_head(pool, names, run.head, without=without)
-        params = pool.compose(run.base, kept if reached is None else reached, weights)
-        return test(params, head, tasks).incremental.tolist()
-
-    def others(t):
-        return [*names[:t], *names[t + 1 :]]
-
-    def less(t):
-        """The mean of the others, less the share that the module had."""
-        return [-1 / tasks if s == t else 1 / (tasks - 1) for s in range(tasks)]
-
-    return {
-        "frozen": test(run.base, run.head, tasks).incremental.tolist(),
-        "all": known(names),
-        "specialise": [known([name]) for name in names],
-        "unlearn": [known(others(t)) for t in range(tasks)],
-        "subtract": [known(others(t), less(t), names) for t in range(tasks)],
-    }
+    head = incremental.pool_head(pool, names, run.head)
+    return PoolSkills(
+        frozen=test(run.base, run.head, tasks).incremental,
+        composed=test(pool.compose(run.base), head, tasks).incremental,
+        **{way: incremental.skills(way, pool, run.base, run.head, test) for way in incremental.WEIGHTINGS},
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     began = time.perf_counter()
-    folders = job.finished_runs(parser, options, "unlearning-pools", SMALL)
+    folders = job.finished_runs(options, "unlearning-pools", SMALL)
     runs = incremental.open_several(folders, options.data_dir)
     methods = incremental.common_methods(runs, options.methods)
     if any(len(run.stream.tasks) < 2 for run in runs):
         raise ValueError("a run of one task has nothing to unlearn it from: give runs of two tasks or more")
-    measured = {name: [] for name in methods}
+    measured = []
     for run in runs:
+        pools = {}
         for name in methods:
-            measured[name].append(measure(run, name))
+            pools[name] = measure(run, name)
             console.print(f"{run.folder.name}: {name}")
-    metrics = {
-        "name": "unlearning",
-        "data": runs[0].stream.name,
-        "backbone": runs[0].backbone,
-        "runs": [run.folder.name for run in runs],
-        "tasks": [[task.name for task in run.stream.tasks] for run in runs],
-        "methods": {name: {key: [m[key] for m in found] for key in found[0]} for name, found in measured.items()},
-        "seconds": time.perf_counter() - began,
-    }
+        tasks, tested = zip(*((task.name, len(task.test)) for task in run.stream.tasks), strict=True)
+        measured.append(RunSkills(run.folder.name, run.config["seed"], list(tasks), list(tested), pools))
+    seconds = time.perf_counter() - began
+    results = UnlearningResults("unlearning", runs[0].stream.name, runs[0].backbone, measured, seconds)
     folder = folders[0] / "unlearning"
     folder.mkdir(exist_ok=True)
-    write_json(folder / "metrics.json", metrics)
-    path = report.unlearning(folder, metrics)
-    console.print(report.unlearning_table(metrics))
-    console.print(f"{metrics['seconds']:.0f} s; report: {path}")
+    write_result(folder / "metrics.json", results)
+    path = report.unlearning_page(folder, results)
+    for table in report.unlearning_tables(results):
+        console.print(table.rich())
+    console.print(f"{seconds:.0f} s; report: {path}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from compo_jax import tree
 from compo_jax.data import Task, TaskStream
 from compo_jax.data.stream import ArraySplit
 from compo_jax.mesh import data_mesh
-from compo_jax.modular import ModularNet
+from compo_jax.modular import ModularNet, Network
 from compo_jax.train import jit_runner
 
 ONE_DEVICE = partial(jit_runner, mesh=data_mesh(1))
@@ -54,9 +54,9 @@ def start(net, seed=0):
 
 @cache
 def small(classes=(3, 2), **options):
-    """(network, moved variables)."""
+    """A network with moved variables."""
     net = ModularNet(classes, **{"layers": 3, "templates": 3, "width": 8, "patch": 2} | options)
-    return net, moved(start(net))
+    return Network(net, moved(start(net)))
 
 
 @cache

@@ -321,9 +321,7 @@ def test_bad_input():
         total([lora(1, 1)], base, [1, 2])
     with pytest.raises(ValueError, match=r"entries for fc1/kernel, qkv/kernel aren't those of lora .* or arrays: take"):
         total([lora(1, 1), module("ia3", 1)], base, [1, 1])
-    with pytest.raises(
-        ValueError, match="fc1/kernel is adapted by modules of the kinds arrays and lora.*add their"
-    ):
+    with pytest.raises(ValueError, match="fc1/kernel is adapted by modules of the kinds arrays and lora.*add their"):
         total([lora(1, 1), module("full", 1)], base, [1, 1])
     with pytest.raises(ValueError, match="1 are fewer than the modules"):
         total([lora(1, 1)] * 2, base, [1])

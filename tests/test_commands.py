@@ -77,7 +77,7 @@ def refused(script, *arguments):
     """What is said of a wrong command line, nothing else having been done."""
     module = load(script)
     with contextlib.redirect_stderr(io.StringIO()) as printed, pytest.raises((ValueError, SystemExit)) as caught:
-        module.parse(list(arguments)) if hasattr(module, "parse") else module.parser.parse_args(list(arguments))
+        module.parse(list(arguments))
     if isinstance(caught.value, ValueError):
         return str(caught.value)
     assert caught.value.code == 2
@@ -143,8 +143,9 @@ print(json.dumps(told))
 
 def test_the_names_that_options_offer_are_the_library_s():
     assert list(compose.RULES) == load("merging").RULES
-    assert tuple(modular.PARTS) == load("modular_transfer").PARTS
-    assert tuple(load("incremental").CLASSIFIERS) == load("incremental").FROZEN
+    assert tuple(modular.PARTS) == load("modular_options").PARTS
+    offered = load("incremental_options").METHODS
+    assert {name.partition("-")[0] for name in offered} == set(incremental.WAYS)
 
 
 GLYPHS = "with glyphs, which are rendered"
@@ -157,7 +158,7 @@ GLYPHS = "with glyphs, which are rendered"
         ("incremental", "--by x --train-split y", f"--by and --train-split play no part {GLYPHS}"),
         ("incremental", "--data mnist --classes 3", "--classes plays no part with mnist"),
         ("incremental", "--heads 3 --image-size 32", "--heads and --image-size play no part without --backbone"),
-        ("incremental", "--compare --methods ita-lora", "--methods plays no part with --compare"),
+        ("incremental", "--compare --methods none-lora", "--methods plays no part with --compare"),
         ("incremental", "--parallel --runner pmap", "name one of the two"),
         ("incremental", "--parallel --methods iel-lora", "--parallel plays no part with iel-lora"),
         ("incremental", "--methods ita-ia3 --rank 3", "--rank plays no part with ita-ia3"),
@@ -165,13 +166,13 @@ GLYPHS = "with glyphs, which are rendered"
         ("incremental", "--beta 3", "--beta plays no part with ita-lora"),
         ("incremental", "--methods none-lora --penalty coupled", "--penalty plays no part"),
         ("incremental", "--methods none-lora --pull 1 1", "--pull plays no part"),
-        ("incremental", "--methods ita-lora ita-lora", "--methods has one of its values twice"),
+        ("incremental", "--methods ita-lora ita-lora", "--methods: one of the values stands there twice"),
         ("incremental", "--methods ncm", "train nothing"),
-        ("incremental", "bogus", "unrecognized arguments: bogus"),
-        ("merging", "--rules ties ties", "twice"),
+        ("incremental", "bogus", "Unrecognized options: bogus"),
+        ("merging", "--rules ties ties", "stands there twice"),
         ("modular_multitask", "--data-dir x", "--data-dir plays no part with glyphs"),
         ("modular_multitask", "--templates 1 --analysis-images 3", "--analysis-images plays no part with one template"),
-        ("modular_multitask", "--seeds 1 1", "--seeds has one of its values twice: 1 1"),
+        ("modular_multitask", "--seeds 1 1", "--seeds: one of the values stands there twice: 1 1"),
         ("modular_multitask", "--phases 0.9 0.1", "the first not after the second"),
         ("modular_reuse", "--batch 12", "--batch 12 can't be divided among 8 devices"),
         ("modular_transfer", "--new-batch 12", "--new-batch 12 can't be divided among 8 devices"),
@@ -199,7 +200,7 @@ def test_what_plays_no_part_or_does_not_go_together_is_refused(script, line, tol
         ("throughput", "--peers --only merging", "--only merging: the rows of --peers are forward, gradient"),
         ("throughput", "--peers --rank 65", "--rank 65 is too large: the joint qkv of the ViT, 192 wide"),
         ("throughput", "--peers --threads 9999", "--threads 9999 is more than the"),
-        ("throughput", "--peers --device", "not allowed with argument --peers"),
+        ("throughput", "--peers --device", "--peers and --device are two kinds of run"),
         ("merging", "--methods foo", "the small run has no pool of foo; it has none-lora, none-full"),
         ("merging", "--data-dir x", "--data-dir plays no part without --run"),
         ("merging", "--run x --runs y", "--runs plays no part with --run"),

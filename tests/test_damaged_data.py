@@ -12,6 +12,7 @@ from PIL import Image
 
 from compo_jax import data
 from compo_jax.data import sources, stream
+from compo_jax.data.sets import data_set
 
 
 def png(grey):
@@ -197,8 +198,9 @@ def test_as_many_images_of_each_class_as_asked_for_drawn_by_the_seed(data_dir):
 
 
 def test_signs_and_characters_are_not_mirrored(data_dir):
-    assert {"gtsrb32", "letters64", "kmnist28"} <= sources.CHARACTERS
-    assert sources.of_characters("visual_domain_decathlon/svhn:1.2.0") and not sources.of_characters("cifar100:3.0.2")
+    for name in ("gtsrb32", "letters64", "kmnist28", "visual_domain_decathlon/svhn:1.2.0"):
+        assert data_set(name).characters
+    assert not data_set("cifar100:3.0.2").characters
     assert opened(data_dir, "gtsrb32").augment is data.augment.random_affine
     assert data.open_tasks(["gtsrb32"], 6, data_dir=data_dir).augment is None
     assert data.open_tasks(["plain"], 6, data_dir=data_dir).augment is data.augment.random_flip

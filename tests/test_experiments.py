@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 from jobs import comparable, killed, main, run
 
+from compo_jax.compose.rule_results import MergingResults
+from compo_jax.curvature.check_results import CurvatureResults
+from compo_jax.incremental.outcomes import Results
+from compo_jax.incremental.unlearning_results import UnlearningResults
 from compo_jax.pool import ModulePool
+from compo_jax.train import read_result
 
 SMALL = ["--tasks", "2", "--classes", "3", "--images", "24", "--epochs", "3", "--batch", "24", "--fisher-images", "24"]
 
@@ -23,15 +28,17 @@ def finished(tmp_path_factory):
 
 def test_the_main_job_writes_what_it_promises(finished):
     folder, printed = finished
-    metrics = json.loads((folder / "metrics.json").read_text())
-    matrix = metrics["accuracy_matrix"]
-    assert matrix[0][1] is None
-    assert metrics["final_accuracy"] == pytest.approx(np.mean(matrix[1]))
-    assert metrics["final_forgetting"] == pytest.approx(matrix[0][0] - matrix[1][0])
-    assert metrics["final_accuracy"] > 1.5 / 6  # better than chance
-    assert 0 < metrics["frozen_features_accuracy"] <= 1
-    assert metrics["images_per_second"] > 0
-    assert metrics["seconds"] > 0
+    results = read_result(folder / "metrics.json", Results)
+    main = results.methods[results.method]
+    assert np.isnan(main.accuracy_matrix[0, 1])
+    assert main.final_accuracy == pytest.approx(np.mean(main.accuracy_matrix[1]))
+    assert main.final_forgetting == pytest.approx(main.accuracy_matrix[0, 0] - main.accuracy_matrix[1, 0])
+    assert main.final_accuracy > 1.5 / 6  # better than chance
+    frozen = results.frozen
+    assert frozen.final_accuracy == pytest.approx(np.mean(frozen.accuracy_matrix[1]))
+    assert 0 < frozen.accuracy_matrix[0, 0] <= 1
+    assert results.images_per_second > 0
+    assert results.seconds > main.seconds > 0
     assert (folder / "report.html").stat().st_size > 20_000
     assert json.loads((folder / "config.json").read_text())["seed"] == 0
     pool = ModulePool(folder / "pool")
@@ -66,9 +73,9 @@ def test_a_killed_run_ends_bit_identical(finished, tmp_path):
     for name in ("00-arabic", "01-armenian"):
         first, second = ModulePool(whole / "pool").manifest(name), ModulePool(folder / "pool").manifest(name)
         assert first.parts == second.parts  # shapes, dtypes and SHA-256 of every array
-    first, second = (json.loads((f / "metrics.json").read_text()) for f in (whole, folder))
-    assert first["accuracy_matrix"] == second["accuracy_matrix"]
-    assert first["frozen_features_accuracy"] == second["frozen_features_accuracy"]
+    first, second = (read_result(f / "metrics.json", Results) for f in (whole, folder))
+    for one, other in ((first.methods["ita-lora"], second.methods["ita-lora"]), (first.frozen, second.frozen)):
+        np.testing.assert_array_equal(one.accuracy_matrix, other.accuracy_matrix)
 
 
 @pytest.mark.parametrize(
@@ -105,17 +112,18 @@ def test_the_curvature_of_a_finished_run_is_checked(finished):
     few = ["--images", 16, "--fisher-images", 8, "--fisher-batches", 8, "--weightings", 20, "--order", 3]
     done = run("--run", folder, *few, script="curvature_check.py")
     assert done.returncode == 0, done.stdout + done.stderr
-    metrics = json.loads((folder / "curvature" / "metrics.json").read_text())
-    assert metrics["products"]["error_float64"] < 1e-10
-    rows = {row["estimate"]: row for row in metrics["fisher"]["rows"]}
-    assert {row["batch"] for row in rows.values()} == {8}
-    assert rows["exact diagonal"]["trace_ratio"] == 1
-    assert rows["EKFAC"]["trace_ratio"] == pytest.approx(1, rel=1e-4)
-    uniform = metrics["forecast"]["ita-lora"]["anchors"]["the uniform composition"]
-    assert uniform["correlation"] > 0.9
-    assert uniform["relative_error"] < 0.02
-    theorem = metrics["forecast"]["ita-lora"]["theorem"]
-    assert theorem["measured_gap"][0] == pytest.approx(0, abs=1e-6)  # at scale zero all compositions are the base
+    results = read_result(folder / "curvature" / "metrics.json", CurvatureResults)
+    assert results.products.error_float64 < 1e-10
+    rows = {row.estimate: row for row in results.fisher.rows}
+    assert {row.batch for row in rows.values()} == {8}
+    assert rows["exact diagonal"].trace_ratio == 1
+    assert rows["EKFAC"].trace_ratio == pytest.approx(1, rel=1e-4)
+    check = results.forecast["ita-lora"]
+    uniform = check.anchors["the uniform composition"]
+    assert uniform.correlation > 0.9
+    assert uniform.relative_error < 0.02
+    assert 0 < uniform.gain_error < 1
+    assert check.theorem.measured_gap[0] == pytest.approx(0, abs=1e-6)  # at scale zero all compositions are the base
     assert (folder / "curvature" / "report.html").stat().st_size > 20_000
 
 
@@ -148,7 +156,7 @@ def several(tmp_path_factory):
     assert killed(runs / "several" / "pool" / "01-armenian", *arguments)
     done = run(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on after 1 tasks" in done.stdout
+    assert "going on after arabic (1/2)" in done.stdout
     return runs / "several"
 
 
@@ -156,11 +164,9 @@ def test_a_killed_run_of_methods_with_a_memory_ends_bit_identical(several):
     """All tasks at once for what is independent, and no kill: the others must end the same to the bit."""
     whole = run(*SEVERAL, "--parallel", "--runs", several.parent, "--name", "whole")
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    first, second = (
-        json.loads((several.parent / f / "metrics.json").read_text())["methods"] for f in ("several", "whole")
-    )
+    first, second = (read_result(several.parent / f / "metrics.json", Results).methods for f in ("several", "whole"))
     for name in ("iel-ia3", "ncm", "ranpac"):
-        assert first[name]["accuracy_matrix"] == second[name]["accuracy_matrix"], name
+        np.testing.assert_array_equal(first[name].accuracy_matrix, second[name].accuracy_matrix, name)
     for pool in ("pool", "pools/tak-lora"):
         one, other = (ModulePool(several.parent / f / pool).load("01-armenian") for f in ("several", "whole"))
         for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
@@ -182,17 +188,17 @@ def test_a_killed_run_of_methods_with_a_memory_ends_bit_identical(several):
 def test_every_task_is_unlearned_from_every_pool(several):
     done = run("--run", several, script="unlearning.py")
     assert done.returncode == 0, done.stdout + done.stderr
-    metrics = json.loads((several / "unlearning" / "metrics.json").read_text())
-    assert sorted(metrics["methods"]) == ["iel-ia3", "none-lora", "tak-lora"]  # not what composes nothing
-    main = json.loads((several / "metrics.json").read_text())
-    for name, found in metrics["methods"].items():
-        assert np.shape(found["unlearn"]) == (1, 2, 2)
-        np.testing.assert_allclose(found["all"][0], main["methods"][name]["accuracy_matrix"][-1])
+    (measured,) = read_result(several / "unlearning" / "metrics.json", UnlearningResults).runs
+    assert sorted(measured.methods) == ["iel-ia3", "none-lora", "tak-lora"]  # not what composes nothing
+    main = read_result(several / "metrics.json", Results)
+    for name, pool in measured.methods.items():
+        assert pool.unlearn.shape == (2, 2)
+        np.testing.assert_allclose(pool.composed, main.methods[name].accuracy_matrix[-1])
         # of two modules, all but one is the other alone
-        assert found["unlearn"][0] == found["specialise"][0][::-1]
-    known = [[row[key] for row in main[way]] for way in ("specialise", "unlearn") for key in ("target", "control")]
-    matrix = np.array(metrics["methods"]["none-lora"]["specialise"][0])
-    np.testing.assert_allclose(known[:2], [np.diag(matrix), matrix[[0, 1], [1, 0]]])
+        np.testing.assert_array_equal(pool.unlearn, pool.specialise[::-1])
+    targets, controls = ([getattr(skill, key) for skill in main.specialise] for key in ("target", "control"))
+    matrix = measured.methods["none-lora"].specialise
+    np.testing.assert_allclose([targets, controls], [np.diag(matrix), matrix[[0, 1], [1, 0]]])
     assert (several / "unlearning" / "report.html").stat().st_size > 10_000
 
 
@@ -201,14 +207,13 @@ def test_rules_are_compared_on_every_pool(several):
     one = ["--run", several, "--methods", "none-lora", "--images", 8]
     done = run(*one, "--rules", *rules, script="merging.py")
     assert done.returncode == 0, done.stdout + done.stderr
-    metrics = json.loads((several / "merging" / "metrics.json").read_text())
-    for found in metrics["pools"].values():
-        assert list(found["rules"]) == rules
-        for row in found["rules"].values():
-            expected = np.mean(np.array(row["within"][0]) / np.array(found["individual"][0]))
-            assert row["normalised"][0] == pytest.approx(expected)
-            assert row["memory"] > 1
-            assert row["seconds"][0] > 0
+    (measured,) = read_result(several / "merging" / "metrics.json", MergingResults).runs
+    for found in measured.pools.values():
+        assert list(found.rules) == rules
+        for merged in found.rules.values():
+            np.testing.assert_allclose(found.normalised(merged.within), merged.within / found.individual)
+            assert merged.memory > 1
+            assert merged.seconds > 0
     assert (several / "merging" / "report.html").stat().st_size > 10_000
     pool = ModulePool(next((several / "merging" / "pools").glob("none-lora-*")))
     assert pool.find(curvature="diagonal") == pool.find(curvature="kronecker") == pool.names()

@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestCentroid
 from compo_jax import adapters, compose, curvature, incremental, tree
 from compo_jax.curvature import fisher_diagonal
 from compo_jax.data import ArraySplit, array_stream
-from compo_jax.incremental import Method, Settings
+from compo_jax.incremental import Method, Settings, Setup
 from compo_jax.incremental.fisher import task_fisher
 from compo_jax.incremental.learner import training
 from compo_jax.mesh import data_mesh
@@ -42,6 +42,18 @@ SETTINGS = Settings(
     eval_batch=16,
 )  # fmt: skip
 WIDTH = 3
+MODES = {
+    "independent": incremental.task_arithmetic, "ensemble": incremental.ensemble_learning,
+    **{way: incremental.WAYS[way].mode for way in ("tmc", "sequential", "ewc", "lwf")},
+}  # fmt: skip
+
+
+def setup(stream, base, settings=SETTINGS):
+    return Setup(MODEL, base, stream, settings, seed=0)
+
+
+def method(adapter, mode="independent", **options):
+    return Method("m", MODES[mode], adapter, **{"learning_rate": 1e-2} | options)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +86,7 @@ def features(stream):
 
 @pytest.fixture(scope="module")
 def references(stream, base):
-    start, after = incremental.reference_stage(
-        MODEL, base, stream, SETTINGS, ADAPTED, 0, kinds=("diagonal", "kronecker")
-    )
+    start, after = incremental.reference_stage(setup(stream, base), ADAPTED, kinds=("diagonal", "kronecker"))
     zero = after(start, 0)
     return start, zero, after(zero, 1)
 
@@ -89,7 +99,7 @@ def test_the_reference_is_of_the_classes_seen(stream, base, references):
     assert np.sum(zero.mixtures.weights, axis=1).round(5).tolist() == [1, 1, 0, 0, 0]
     np.testing.assert_array_equal(one.mixtures.means[:2], zero.mixtures.means[:2])
     for kind in ("diagonal", "kronecker"):
-        assert [int(r.own[kind].count) for r in (zero, one)] == [48, 48]
+        assert [int(r.newest[kind].count) for r in (zero, one)] == [48, 48]
         assert [int(r.seen[kind].count) for r in (zero, one)] == [48, 96]
     assert not any(np.any(x) for x in jax.tree.leaves(zero.others.head))
     for known in (one.others, zero.every, one.every):
@@ -115,7 +125,7 @@ def test_the_fisher_of_the_other_tasks_is_that_of_the_base_on_them(stream, base,
         for x, y in zip(jax.tree.leaves(known), jax.tree.leaves(found), strict=True):
             np.testing.assert_allclose(x, y + SETTINGS.epsilon, rtol=1e-4, atol=1e-5 * y.max())
             assert y.max() > 1e-4
-    own = jax.tree.map(np.asarray, (zero.own["diagonal"].total, one.own["diagonal"].total))
+    own = jax.tree.map(np.asarray, (zero.newest["diagonal"].total, one.newest["diagonal"].total))
     for a, b, both in zip(*map(jax.tree.leaves, (*own, one.every.weights["diagonal"])), strict=True):
         np.testing.assert_allclose(both, (a + b) / 96 + SETTINGS.epsilon, rtol=1e-5)
 
@@ -127,11 +137,10 @@ def test_the_fisher_of_the_other_tasks_is_that_of_the_base_on_them(stream, base,
 
 def trainer(stream, base, adapter, width=WIDTH, **options):
     """`(task, first, reference) -> (module, head)` of a method without a memory."""
-    memory, train = incremental.task_trainer(
-        MODEL, base, stream, SETTINGS, Method("m", adapter, 1e-2, **options), 0, width=width,
-        runner=partial(shared_runner, adapter.name),
-    )  # fmt: skip
-    return lambda task, first, reference: train(task, first, reference, memory)[:2]
+    mode, train = incremental.task_trainer(
+        setup(stream, base), method(adapter, **options), width=width, runner=partial(shared_runner, adapter.name)
+    )
+    return lambda task, first, reference: train(task, first, reference, mode.memory)[:2]
 
 
 RUNNERS = {}
@@ -203,17 +212,15 @@ def test_no_weight_of_a_penalty_makes_a_training_end_above_its_start(
     monkeypatch, stream, base, features, references, mode, kind
 ):
     """Neither in its own units nor on Fishers of any scale."""
-    shared_fisher = cache(lambda adapted: task_fisher(MODEL, stream, SETTINGS, adapted, ["diagonal"]))
+    shared_fisher = cache(lambda adapted: task_fisher(setup(stream, base), adapted, ["diagonal"]))
     monkeypatch.setattr(
-        "compo_jax.incremental.modes.task_fisher",
-        lambda model, stream, settings, adapted, _: shared_fisher(tuple(adapted)),
+        "compo_jax.incremental.baselines.ewc.task_fisher", lambda _, adapted, kinds: shared_fisher(tuple(adapted))
     )
     adapter, (task, first) = KINDS[kind], (stream.tasks[1], 2)
     images, labels = all_of(task.train)
     started = incremental.task_columns(references[2].head, first, 3, 3)
     logits = lambda params, head: features(params, images) @ head["kernel"] + head["bias"]
     before = cross_entropy(logits(base, started), labels)
-    names = iter(range(100))
     shared = partial(shared_runner, f"{mode}-{kind}")
     for units, scale in [("relative", 1e-6), ("relative", 1e6), ("paper", 1e-6), ("paper", 1.0), ("paper", 1e6)]:
         scaled = {
@@ -223,10 +230,10 @@ def test_no_weight_of_a_penalty_makes_a_training_end_above_its_start(
             for part in ("others", "every")
         }
         for alpha in (1e-4, 1.0, 1e4, 1e8):
-            method = Method(f"m{next(names)}", adapter, 1e-2, alpha=alpha, mode=mode, units=units)
-            memory, train = incremental.task_trainer(
-                MODEL, base, stream, SETTINGS, method, 0, width=WIDTH, runner=shared
+            made, train = incremental.task_trainer(
+                setup(stream, base), method(adapter, mode, alpha=alpha, units=units), width=WIDTH, runner=shared
             )
+            memory = made.memory
             if mode == "ewc":
                 memory = memory | {"fisher": scaled["others"].weights["diagonal"], "tasks": jnp.ones(())}
             learned = train(task, first, references[2]._replace(**scaled), memory)
@@ -249,7 +256,7 @@ def test_the_evaluator_counts_right_answers(stream, base, features, references):
 
 
 def plan(stream, base, mode, adapter, **options):
-    return training(MODEL, base, stream, SETTINGS, Method("m", adapter, 1e-2, mode=mode, **options), 0, width=WIDTH)
+    return training(setup(stream, base), method(adapter, mode, **options), width=WIDTH)
 
 
 def some_module(adapter, base, seed):
@@ -346,7 +353,7 @@ def test_tangent_features_are_the_models_first_order(stream, base):
         slope = (at(1e-5) - at(-1e-5)) / 2e-5
         linear = incremental.tangent_features(MODEL)
         np.testing.assert_allclose(linear(base, delta, images), at(0.0) + slope, atol=1e-6)
-        mode = plan(stream, base, "tangent", adapter).mode
+        mode = plan(stream, base, "tmc", adapter).mode
         module = jax.tree.map(lambda x: 3 * x, some_module(adapter, base, 0))
         np.testing.assert_allclose(mode.features({"base": base}, module, images), at(0.0) + 3 * slope, atol=1e-6)
         extract = incremental.features(MODEL, stream, 16, around=base)
@@ -376,7 +383,7 @@ def test_elastic_weight_consolidation_is_its_formula(stream, base, references):
     for x, y in zip(jax.tree.leaves(memory["fisher"]), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5 * np.abs(y).max())
     held, other = p.mode.hold(memory), some_module(adapter, base, 7)
-    assert p.mode.begin(None, memory) is modules[1]
+    assert p.mode.begin(None, memory, stream.tasks[1]) is modules[1]
     assert p.mode.penalty(held, modules[1], None, 5.0) == 0
     by_hand = sum(
         2.5 * np.sum(np.asarray(f, np.float64) * np.square(np.asarray(o, np.float64) - np.asarray(m)))
@@ -415,10 +422,8 @@ def test_the_distillation_of_learning_without_forgetting_is_its_formula(stream, 
 @pytest.mark.parametrize(("mode", "alpha"), [("sequential", 0.0), ("ewc", 1e5)])
 def test_sequential_training_goes_on_from_the_last_module(stream, base, references, mode, alpha):
     adapter = adapters.full()
-    memory, train = incremental.task_trainer(
-        MODEL, base, stream, SETTINGS, Method("m", adapter, 1e-2, alpha=alpha, mode=mode), 0, width=WIDTH
-    )
-    first = train(stream.tasks[0], 0, references[1], memory)
+    made, train = incremental.task_trainer(setup(stream, base), method(adapter, mode, alpha=alpha))
+    first = train(stream.tasks[0], 0, references[1], made.memory)
     second = train(stream.tasks[1], 2, references[2], first.memory)
     moved = size(adapter, tree.weighted_sum([second.module, first.module], [1.0, -1.0]), base)
     whole = size(adapter, first.module, base)
@@ -444,20 +449,18 @@ def test_the_penalty_in_kronecker_factors_is_the_dense_matrixs(stream, base, ref
 # -- tasks at once -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "devices", "mode"), [("lora", 1, "independent"), ("full", 2, "tangent")])
+@pytest.mark.parametrize(("kind", "devices", "mode"), [("lora", 1, "independent"), ("full", 2, "tmc")])
 def test_tasks_trained_at_once_are_those_trained_one_after_another(stream, base, references, kind, devices, mode):
     """Three tasks, the second of fewer steps than the others, on devices that don't divide them."""
     fewer = ArraySplit(*(x[:17] for x in all_of(stream.tasks[0].train)))
     tasks = [stream.tasks[0], stream.tasks[0]._replace(train=fewer), stream.tasks[1]]
     firsts, refs = [0, 0, 2], [references[1], references[1], references[2]]
-    settings = SETTINGS._replace(epochs=2)
-    method = Method("m", KINDS[kind], 3e-3, alpha=1.0, pull=(0.1, 0.1), mode=mode)
-    memory, train = incremental.task_trainer(MODEL, base, stream, settings, method, 0, width=WIDTH)
-    at_once = incremental.parallel_trainer(
-        MODEL, base, stream, settings, method, 0, width=WIDTH, mesh=data_mesh(devices)
-    )(tasks, firsts, refs)
+    work = setup(stream, base, SETTINGS._replace(epochs=2))
+    chosen = method(KINDS[kind], mode, learning_rate=3e-3, alpha=1.0, pull=(0.1, 0.1))
+    made, train = incremental.task_trainer(work, chosen)
+    at_once = incremental.parallel_trainer(work, chosen, mesh=data_mesh(devices))(tasks, firsts, refs)
     for task, first, reference, learned in zip(tasks, firsts, refs, at_once, strict=True):
-        alone = train(task, first, reference, memory)
+        alone = train(task, first, reference, made.memory)
         for x, y in zip(jax.tree.leaves(learned[:2]), jax.tree.leaves(alone[:2]), strict=True):
             assert x.shape == y.shape
             np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-4)
@@ -466,17 +469,8 @@ def test_tasks_trained_at_once_are_those_trained_one_after_another(stream, base,
 
 @pytest.mark.parametrize("mode", ["ensemble", "sequential"])
 def test_tasks_that_need_each_other_are_not_trained_at_once(stream, base, mode):
-    with pytest.raises(ValueError, match=f"one after another, for in mode '{mode}'"):
-        incremental.parallel_trainer(
-            MODEL, base, stream, SETTINGS, Method("m", KINDS["lora"], 1e-2, mode=mode), 0, width=WIDTH
-        )
-
-
-def test_an_unknown_mode_lists_the_known(stream, base):
-    with pytest.raises(ValueError, match="unknown mode 'both' of method 'm'; known are independent, ensemble"):
-        incremental.task_trainer(
-            MODEL, base, stream, SETTINGS, Method("m", KINDS["lora"], 1e-2)._replace(mode="both"), 0, width=WIDTH
-        )
+    with pytest.raises(ValueError, match="tasks of 'm' are trained one after another, for one needs what the others"):
+        incremental.parallel_trainer(setup(stream, base), method(KINDS["lora"], mode))
 
 
 # -- classifiers on frozen features ------------------------------------------------------------------------------------
@@ -549,11 +543,9 @@ def test_a_pools_head_is_put_together_and_a_module_unlearned_in_it(pool):
 
 
 def test_a_task_of_more_classes_than_its_head_is_told(stream, base, references):
-    method = incremental.Method("none-lora", adapters.lora(2), 1e-3)
-    settings = incremental.Settings(1, 8, fisher_method="exact")
-    memory, train = incremental.task_trainer(MODEL, base, stream, settings, method, 0, width=2)
+    mode, train = incremental.task_trainer(setup(stream, base), method(adapters.lora(2)), width=2)
     with pytest.raises(ValueError, match="has 3 classes and its head 2 columns: make the trainer with a width of 3"):
-        train(stream.tasks[1], 2, references[1], memory)
+        train(stream.tasks[1], 2, references[1], mode.memory)
 
 
 def test_overlapping_classes_are_named(pool, base):

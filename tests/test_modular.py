@@ -10,6 +10,7 @@ from compo_jax import tree
 from compo_jax.models import IsometricNet
 from compo_jax.modular import (
     ModularNet,
+    Network,
     Settings,
     add_layer,
     add_task,
@@ -68,7 +69,7 @@ def test_a_hard_network_is_the_plain_network_of_its_templates(block, bn, mixing)
     net, variables = small(block=block, bn=bn, mixing=mixing)
     logits = outputs(net, variables, route=hard)
     for task, count in enumerate(net.classes):
-        model, exported = plain(net, variables, task)
+        model, exported = plain(Network(net, variables), task)
         assert isinstance(model, IsometricNet)
         close(logits[task, :, :count], jax.jit(model.apply)(exported, X[task]))
     assert np.all(np.isneginf(logits[1, :, 2]))
@@ -77,7 +78,7 @@ def test_a_hard_network_is_the_plain_network_of_its_templates(block, bn, mixing)
 def test_a_plain_network_trains_as_the_modular_one_does():
     net, variables = small()
     logits, state = trained_outputs(net, variables, hard)
-    model, exported = plain(net, variables, 0)
+    model, exported = plain(Network(net, variables), 0)
     expected, _ = jax.jit(lambda v: model.apply(v, X[0], True, mutable=["batch_stats"]))(exported)
     close(logits[0], expected)
     # the statistics are the batch's own: the stem's, by hand
@@ -90,7 +91,7 @@ def test_a_plain_network_trains_as_the_modular_one_does():
 def test_a_soft_mixture_of_weights_is_a_plain_network_too():
     net, variables = small(bn="template")
     route = partial(soft, temperature=3.0)
-    model, exported = plain(net, variables, 0, route)
+    model, exported = plain(Network(net, variables), 0, route)
     weights = np.asarray(route(variables["params"]["route"]))[0, 1]
     kernel = np.tensordot(weights, variables["params"]["templates"]["conv2"], 1)
     close(exported["params"]["block1"]["conv2"]["kernel"], kernel)
@@ -129,7 +130,9 @@ def test_mixing_outputs_is_the_weighted_sum_of_the_branches_of_each_template():
         y = jnp.maximum(norm(conv(x, p["conv1"]["kernel"]), p["norm1"], s["norm1"]), 0)
         return x, norm(conv(y, p["conv2"]["kernel"]), p["norm2"], s["norm2"])
 
-    through = [branch(plain(net, set_route(variables, routes.fixed(np.full((2, 1), m), 3)))[1]) for m in range(3)]
+    through = [
+        branch(plain(Network(net, set_route(variables, routes.fixed(np.full((2, 1), m), 3))))[1]) for m in range(3)
+    ]
     x = through[0][0] + sum(a * y for a, (_, y) in zip(weights, through, strict=True))
     head = variables["params"]["head_0"]
     expected = jnp.maximum(x, 0).mean((1, 2)) @ head["kernel"] + head["bias"]
@@ -139,7 +142,7 @@ def test_mixing_outputs_is_the_weighted_sum_of_the_branches_of_each_template():
 @pytest.mark.parametrize(("bn", "mixing"), [("task", "weights"), ("template", "weights"), ("template", "outputs")])
 def test_permuting_templates_and_the_route_s_columns_together_changes_nothing(bn, mixing):
     net, variables = small(bn=bn, mixing=mixing)
-    permuted = take(net, variables, "template", [2, 0, 1])
+    permuted = take(Network(net, variables), "template", [2, 0, 1])
     assert changed(variables, permuted) >= {"params/route", "params/templates/conv1"}
     close(outputs(net, variables), outputs(net, permuted), 1e-5)
 
@@ -245,7 +248,7 @@ def test_multiply_adds_are_those_of_the_plain_network():
     net, variables = small((3,), block="bottleneck", width=16)
     assert macs(net, 16) == 64 * (2 * 2 * 3 * 16 + 3 * (2 * 16 * 4 + 9 * 4 * 4)) + 16 * 3
     net, variables = small((3,), width=32)
-    model, exported = plain(net, variables)
+    model, exported = plain(Network(net, variables))
     flops = jax.jit(model.apply).lower(exported, jnp.zeros((1, 16, 16, 3))).compile().cost_analysis()["flops"]
     assert 0.8 < flops / (2 * macs(net, 16)) < 1.1  # XLA leaves out the taps outside of the image, and counts BN
     assert macs(net.clone(mixing="outputs"), 16) > 2 * macs(net, 16)
@@ -257,11 +260,11 @@ def test_multiply_adds_are_those_of_the_plain_network():
 @pytest.mark.parametrize("bn", ["task", "layer"])
 def test_adding_a_task_leaves_the_others_outputs_as_they_are_to_the_bit(bn):
     net, variables = small(bn=bn)
-    one, new = new_task(net, variables, jax.random.key(5), 4)
-    joined, more = add_task(net, variables, one, new)
+    one, new = new_task(Network(net, variables), jax.random.key(5), 4)
+    joined, more = add_task(Network(net, variables), Network(one, new))
     assert joined.classes == (3, 2, 4)
     for task in range(2):
-        before, after = take_tasks(net, variables, [task]), take_tasks(joined, more, [task])
+        before, after = take_tasks(Network(net, variables), [task]), take_tasks(Network(joined, more), [task])
         identical(before[1], after[1])
         assert before[0] == after[0]
     extended = jnp.concatenate([X, X[:1]])
@@ -272,13 +275,13 @@ def test_adding_a_task_leaves_the_others_outputs_as_they_are_to_the_bit(bn):
 
 def test_a_new_task_starts_as_the_mean_of_the_others_or_as_one_of_them():
     net, variables = small()
-    _, mean = new_task(net, variables, jax.random.key(0), 2)
+    _, mean = new_task(Network(net, variables), jax.random.key(0), 2)
     for part in ("params/norm/blocks/norm1/scale", "batch_stats/tasks/stem/mean"):
         find = lambda v, part=part: dict(zip(tree.names(v), jax.tree.leaves(v), strict=True))[part]
         close(find(mean)[0], np.asarray(find(variables)).mean(0))
     assert np.abs(mean["params"]["route"]).max() < 0.05
-    _, like = new_task(net, variables, jax.random.key(0), 3, like=1)
-    assert changed(take_tasks(net, variables, [1])[1]["params"]["norm"], like["params"]["norm"]) == set()
+    _, like = new_task(Network(net, variables), jax.random.key(0), 3, like=1)
+    assert changed(take_tasks(Network(net, variables), [1])[1]["params"]["norm"], like["params"]["norm"]) == set()
     assert np.array_equal(like["params"]["route"], variables["params"]["route"][1:])
     assert like["params"]["head_0"]["kernel"].shape == (8, 3)
 
@@ -290,8 +293,8 @@ def test_a_new_task_starts_as_the_mean_of_the_others_or_as_one_of_them():
 )
 def test_blocks_are_reordered_repeated_and_removed(bn, order):
     net, variables = small(bn=bn)
-    edited, taken = take_layers(net, variables, order)
-    model, exported = plain(net, variables, 0)
+    edited, taken = take_layers(Network(net, variables), order)
+    model, exported = plain(Network(net, variables), 0)
     expected = {
         kind: {k: v for k, v in part.items() if not k.startswith("block")}
         | {f"block{i}": part[f"block{layer}"] for i, layer in enumerate(order)}
@@ -303,7 +306,7 @@ def test_blocks_are_reordered_repeated_and_removed(bn, order):
 
 def test_a_layer_is_added_with_its_template():
     net, variables = small()
-    longer, more = add_layer(net, variables, 1, 2)
+    longer, more = add_layer(Network(net, variables), 1, 2)
     old = np.asarray(routes.indices(variables["params"]["route"]))
     assert np.array_equal(routes.indices(more["params"]["route"]), np.insert(old, 1, 2, axis=1))
     assert float(soft(more["params"]["route"])[:, 1, 2].min()) > 0.999
@@ -313,7 +316,7 @@ def test_a_layer_is_added_with_its_template():
 def test_a_layer_is_added_beside_templates_that_a_route_can_t_take():
     net, variables = small()
     barred = set_route(variables, variables["params"]["route"].at[0, 1, 0].set(-jnp.inf))
-    _, more = add_layer(net, barred, 0, 2)
+    _, more = add_layer(Network(net, barred), 0, 2)
     route = np.asarray(more["params"]["route"])
     assert np.array_equal(route.argmax(-1)[:, 0], [2, 2]) and np.all(np.isfinite(route[:, 0]))
     assert np.array_equal(route[:, 1:], barred["params"]["route"])
@@ -325,12 +328,12 @@ def test_a_layer_is_added_beside_templates_that_a_route_can_t_take():
 def test_a_template_is_added_and_taken_away_again(bn, mixing):
     net, variables = small(bn=bn, mixing=mixing)
     kernels = jax.tree.map(lambda x: 2 * x[:2], variables["params"]["templates"])
-    more_net, more = add_templates(net, variables, kernels)
+    more_net, more = add_templates(Network(net, variables), kernels)
     assert more_net.templates == 5
     close(outputs(net, variables, route=hard), outputs(more_net, more, route=hard))
     assert np.array_equal(more["params"]["templates"]["conv1"][3:], kernels["conv1"])
-    back_net, back = remove_template(more_net, more, 4)
-    back_net, back = remove_template(back_net, back, 3)
+    back_net, back = remove_template(Network(more_net, more), 4)
+    back_net, back = remove_template(Network(back_net, back), 3)
     assert back_net == net
     identical(back, variables)
 
@@ -355,45 +358,45 @@ def test_bad_input_is_told():
     with pytest.raises(ValueError, match=r"a route of shape \(2, 4, 3\) was given for one of \(2, 3, 3\)"):
         set_route(variables, jnp.zeros((2, 4, 3)))
     with pytest.raises(ValueError, match=r"layers \[0, 3\] were asked of a network that has 3"):
-        take_layers(net, variables, [0, 3])
+        take_layers(Network(net, variables), [0, 3])
     with pytest.raises(ValueError, match="layers are chosen by their numbers, not by bool"):
-        take_layers(net, variables, [True, False, True])
+        take_layers(Network(net, variables), [True, False, True])
     with pytest.raises(ValueError, match="a layer can't be put at 5 of 3"):
-        add_layer(net, variables, 5, 0)
+        add_layer(Network(net, variables), 5, 0)
     with pytest.raises(ValueError, match="a soft mixture of outputs is no plain network"):
-        plain(*small(mixing="outputs"), 0, soft)
+        plain(small(mixing="outputs"), 0, soft)
     with pytest.raises(ValueError, match="a new task needs two classes or more, not 1"):
-        new_task(net, variables, jax.random.key(0), 1)
+        new_task(Network(net, variables), jax.random.key(0), 1)
 
 
 def test_a_removed_module_that_a_hard_route_still_uses_is_told_with_its_places():
     net, variables = small()
     used = set_route(variables, route_of([0, 2, 0], [2, 0, 0]))
     with pytest.raises(ValueError, match="template 2 is still used, in layer 1 of task 0, layer 0 of task 1"):
-        remove_template(net, used, 2)
-    assert remove_template(net, used, 1)[0].templates == 2
+        remove_template(Network(net, used), 2)
+    assert remove_template(Network(net, used), 1)[0].templates == 2
 
 
 def test_a_task_trained_on_other_templates_is_not_added():
     net, variables = small()
-    one, new = new_task(net, variables, jax.random.key(5), 4)
+    one, new = new_task(Network(net, variables), jax.random.key(5), 4)
     new["params"]["templates"] = jax.tree.map(lambda x: x + 1e-6, new["params"]["templates"])
     with pytest.raises(ValueError, match="other shared weights .*params/templates/conv1.*keep these frozen"):
-        add_task(net, variables, one, new)
+        add_task(Network(net, variables), Network(one, new))
     with pytest.raises(ValueError, match="a network with other settings"):
-        add_task(net, variables, *take_tasks(*small(bn="layer"), [0]))
+        add_task(Network(net, variables), take_tasks(small(bn="layer"), [0]))
     net, variables = small(bn="layer")
-    one, new = new_task(net, variables, jax.random.key(5), 4)
+    one, new = new_task(Network(net, variables), jax.random.key(5), 4)
     new["batch_stats"] = jax.tree.map(lambda x: x + 1e-6, new["batch_stats"])
     with pytest.raises(ValueError, match='other batch statistics .*tasks/stem/mean.*statistics="stored"'):
-        add_task(net, variables, one, new)
+        add_task(Network(net, variables), Network(one, new))
 
 
 def test_a_task_is_added_whatever_it_was_computed_in():
     net, variables = small()
     net = net.clone(dtype=jnp.bfloat16)
-    one, new = take_tasks(net, variables, [1])
-    joined, _ = add_task(net, variables, one.clone(dtype=None, unroll=True), new)
+    one, new = take_tasks(Network(net, variables), [1])
+    joined, _ = add_task(Network(net, variables), Network(one.clone(dtype=None, unroll=True), new))
     assert joined == net.clone(classes=(3, 2, 2))
 
 

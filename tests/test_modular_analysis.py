@@ -9,6 +9,7 @@ from modular_cases import identical, images, moved, small, stream
 
 from compo_jax import tree
 from compo_jax.modular import (
+    Network,
     accuracies,
     add_task,
     analysis,
@@ -106,16 +107,18 @@ def test_a_number_stands_beside_that_of_random_routes():
 def test_templates_and_tasks_come_back_from_a_pool(tmp_path, bn):
     net, variables = small(bn=bn)
     pool = ModulePool(tmp_path)
-    save_templates(pool, "shared", net, variables)
+    save_templates(pool, "shared", Network(net, variables))
     for t in range(2):
-        manifest = save_task(pool, f"task{t}", net, variables, t, task=f"t{t}", classes=["x", "y", "z"][: 3 - t])
+        manifest = save_task(
+            pool, f"task{t}", Network(net, variables), t, task=f"t{t}", classes=["x", "y", "z"][: 3 - t]
+        )
         assert manifest.settings["classes"] == net.classes[t] and manifest.extra == {}
     assert "params/templates/conv1" in manifest_leaves(pool, "shared")
     assert not any("templates" in name for name in manifest_leaves(pool, "task0"))
     shared = load_templates(pool, "shared")
-    found, back = load_task(pool, "task0", shared)
-    identical(back, take_tasks(net, variables, [0])[1])
-    found, back = add_task(found, back, *load_task(pool, "task1", shared))
+    first = load_task(pool, "task0", shared)
+    identical(first.variables, take_tasks(Network(net, variables), [0])[1])
+    found, back = add_task(first, load_task(pool, "task1", shared))
     assert found == net
     identical(back, variables)
 
@@ -127,8 +130,8 @@ def manifest_leaves(pool, name):
 def test_a_task_of_other_templates_and_modules_of_another_kind_are_refused(tmp_path):
     net, variables = small()
     pool = ModulePool(tmp_path)
-    save_task(pool, "task", net, variables, 0)
-    save_templates(pool, "other", net, moved(variables, 3))
+    save_task(pool, "task", Network(net, variables), 0)
+    save_templates(pool, "other", Network(net, moved(variables, 3)))
     with pytest.raises(ValueError, match="task 'task' of .* was stored against other templates"):
         load_task(pool, "task", load_templates(pool, "other"))
     with pytest.raises(
@@ -158,7 +161,7 @@ def bridge():
 
 
 def test_curvature_forecasts_the_loss_of_routes_near_the_trained_one(bridge):
-    land = route_landscape(bridge.net, bridge.variables, 0, 1, *bridge.data, route=soft)
+    land = route_landscape(Network(bridge.net, bridge.variables), 0, 1, *bridge.data, route=soft)
     here = float(bridge.truth(bridge.variables, bridge.mixed))
     np.testing.assert_allclose(land.loss, here, rtol=1e-5)
     for template in range(3):
@@ -174,7 +177,7 @@ def test_slope_and_curvature_are_the_true_ones_by_differences_of_the_mixed_netwo
     with jax.enable_x64(True):
         variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), bridge.variables)
         x, labels = jnp.asarray(bridge.data[0], jnp.float64), bridge.data[1]
-        land = route_landscape(bridge.net, variables, 0, 1, x, labels, route=soft)
+        land = route_landscape(Network(bridge.net, variables), 0, 1, x, labels, route=soft)
         mixed = soft(variables["params"]["route"])[0, 1]
         for template in range(3):
             # so short a step that no ReLU turns over within it
@@ -189,22 +192,27 @@ def test_the_landscape_takes_batches_and_bn_that_belongs_to_templates(bridge):
     net, variables = small((3, 3), bn="template")
     x, labels = bridge.data
     land = route_landscape(
-        net, variables, 1, 0, batches=[(x[:12], labels[:12]), (x[12:], labels[12:])], route=soft, check=np.eye(3)
+        Network(net, variables),
+        1,
+        0,
+        batches=[(x[:12], labels[:12]), (x[12:], labels[12:])],
+        route=soft,
+        check=np.eye(3),
     )
     assert np.all(np.isfinite(land.standard_error(np.eye(3))))
-    apply = jax.jit(plain(net, variables, 1, soft)[0].apply)
+    apply = jax.jit(plain(Network(net, variables), 1, soft)[0].apply)
     for template in range(3):  # the corners are the true losses of the templates, their BN with them
         route = lambda logits, m=template: soft(logits).at[1, 0].set(jnp.eye(3)[m])
-        logits = apply(plain(net, variables, 1, route)[1], x)
+        logits = apply(plain(Network(net, variables), 1, route)[1], x)
         true = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
         np.testing.assert_allclose(land.checked_loss[template], true, rtol=1e-4)
 
 
 def test_a_landscape_without_a_layer_or_with_mixed_outputs_is_told(bridge):
     with pytest.raises(ValueError, match="there is no layer 7 among 3"):
-        route_landscape(bridge.net, bridge.variables, 0, 7, *bridge.data)
+        route_landscape(Network(bridge.net, bridge.variables), 0, 7, *bridge.data)
     with pytest.raises(ValueError, match="a composition of weights where these are mixed"):
-        route_landscape(bridge.net.clone(mixing="outputs"), bridge.variables, 0, 0, *bridge.data)
+        route_landscape(Network(bridge.net.clone(mixing="outputs"), bridge.variables), 0, 0, *bridge.data)
 
 
 def test_removal_works_on_a_network():
@@ -220,8 +228,10 @@ def test_removal_works_on_a_network():
 def test_a_task_added_later_leaves_the_stored_ones_valid(tmp_path):
     net, variables = small()
     pool = ModulePool(tmp_path)
-    save_templates(pool, "shared", net, variables)
-    save_task(pool, "new", *add_task(net, variables, *new_task(net, variables, jax.random.key(0), 3)), 2)
+    save_templates(pool, "shared", Network(net, variables))
+    save_task(
+        pool, "new", add_task(Network(net, variables), new_task(Network(net, variables), jax.random.key(0), 3)), 2
+    )
     one, back = load_task(pool, "new", load_templates(pool, "shared"))
     assert jax.eval_shape(one.apply, back, images(1, 2, 4, 4, 3)).shape == (1, 2, 3)
     assert tree.fingerprint(back["params"]["templates"]) == tree.fingerprint(variables["params"]["templates"])

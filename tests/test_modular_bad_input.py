@@ -31,7 +31,7 @@ from compo_jax.modular import (
     straight_through,
 )
 
-NET, VARIABLES = small()
+SMALL = NET, VARIABLES = small()
 KERNELS = VARIABLES["params"]["templates"]
 LOGITS = np.zeros((2, 3, 3), np.float32)
 KEY = jax.random.key(0)
@@ -108,9 +108,9 @@ ROWS = {
        for s in (2.0, -0.1, nan)},
     "logits of logits": (lambda: routes.to_logits(logits(2.0)), "none negative and of sum 1"),
     "logits of NaN weights": (lambda: routes.to_logits(logits(nan)), "none negative and of sum 1"),
-    "a mean route, smoothing 2": (lambda: mean_source(*small((3, 3), shared_head=True), 2.0), "smoothing=2.0 is no"),
-    "a source, smoothing -1": (lambda: one_source(NET, VARIABLES, 0, -1.0), "smoothing=-1.0 is no share"),
-    "no such source": (lambda: one_source(NET, VARIABLES, 2), r"tasks \[2\] were asked of a network that has 2"),
+    "a mean route, smoothing 2": (lambda: mean_source(small((3, 3), shared_head=True), 2.0), "smoothing=2.0 is no"),
+    "a source, smoothing -1": (lambda: one_source(SMALL, 0, -1.0), "smoothing=-1.0 is no share"),
+    "no such source": (lambda: one_source(SMALL, 2), r"tasks \[2\] were asked of a network that has 2"),
     "a fixed route out of range": (lambda: routes.fixed(np.array([0, 3]), 3), r"through the templates \[0, 3\]"),
     "set_route of NaN": (lambda: set_route(VARIABLES, logits(nan)), "a route's logits are finite"),
     # mixing
@@ -118,14 +118,14 @@ ROWS = {
        for m in (3, -1)},
     "NaN weights": (lambda: mix_templates(KERNELS, logits(nan)), "a route's weights are finite numbers"),
     # editing
-    **{f"remove {m}": (lambda m=m: remove_template(NET, VARIABLES, m), f"no template {m} to remove: there are 3")
+    **{f"remove {m}": (lambda m=m: remove_template(SMALL, m), f"no template {m} to remove: there are 3")
        for m in (-1, 3)},
-    "the only template": (lambda: remove_template(*small(templates=1), 0), "the only template can't be removed"),
-    "no template to add": (lambda: add_templates(NET, VARIABLES, jax.tree.map(lambda x: x[:0], KERNELS)),
+    "the only template": (lambda: remove_template(small(templates=1), 0), "the only template can't be removed"),
+    "no template to add": (lambda: add_templates(SMALL, jax.tree.map(lambda x: x[:0], KERNELS)),
                            "no template was given to add"),
-    "ragged templates": (lambda: add_templates(NET, VARIABLES, KERNELS | {"conv1": KERNELS["conv1"][:1]}),
+    "ragged templates": (lambda: add_templates(SMALL, KERNELS | {"conv1": KERNELS["conv1"][:1]}),
                          "stacked on axis 0"),
-    "NaN templates": (lambda: add_templates(NET, VARIABLES, jax.tree.map(lambda x: x * nan, KERNELS)),
+    "NaN templates": (lambda: add_templates(SMALL, jax.tree.map(lambda x: x * nan, KERNELS)),
                       "the new template holds NaN or infinite numbers in conv1, conv2"),
     # networks
     **{f"{name}=0": (lambda name=name: ModularNet((3, 2), **{name: 0}), f"{name}=0: a whole number, 1 or more")

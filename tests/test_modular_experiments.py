@@ -1,21 +1,22 @@
 """The four experiments on modular networks from their command lines: results, a kill, more seeds, bad input."""
 
-import json
-
+import jax
 import numpy as np
 import pytest
 from jobs import comparable, killed, main, run
 
+from compo_jax.modular.results import AdaptationResults, MultitaskResults, ReuseResults, TransferResults
 from compo_jax.pool import ModulePool
+from compo_jax.train import read_result
 
 TINY = ["--images", 6, "--size", 8, "--layers", 2, "--width", 4, "--steps", 5, "--batch", 4]
 MULTITASK = [*TINY, "--tasks", 2, "--templates", 2, "--baselines", "hard-sharing-bn", "--analysis-images", 4]
 
 
-def metrics_of(done, folder):
+def results_of(done, folder, kind):
     assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "report.html").stat().st_size > 10_000
-    return json.loads((folder / "metrics.json").read_text())
+    return read_result(folder / "metrics.json", kind)
 
 
 def test_a_killed_multitask_run_that_is_given_more_seeds_ends_as_a_whole_one(tmp_path):
@@ -23,26 +24,27 @@ def test_a_killed_multitask_run_that_is_given_more_seeds_ends_as_a_whole_one(tmp
     begun = tmp_path / "a" / "checkpoints" / "0-ordered-2" / "fixed"  # in the third phase of its second part
     assert killed(begun, *MULTITASK, "--seeds", 0, "--runs", tmp_path, "--name", "a", **job)
     assert not (tmp_path / "a" / "parts" / "0-ordered-2.json").exists()
-    found = []
+    both = []
     for name in "ab":
         done = run(*MULTITASK, "--seeds", 0, 1, "--runs", tmp_path, "--name", name, **job)
-        found.append(metrics_of(done, tmp_path / name))
-    first, second = found
+        both.append(results_of(done, tmp_path / name, MultitaskResults))
+    first, _ = both
     assert comparable(tmp_path / "a") == comparable(tmp_path / "b")
     assert not list((tmp_path / "a" / "checkpoints").iterdir())
-    for metrics in found:
-        for method in metrics["methods"].values():
-            assert min(method.pop("seconds")) > 0
-    keys = ("tasks", "classes", "methods", "gap", "curves", "routes", "removal", "bridge")
-    assert {key: first[key] for key in keys} == {key: second[key] for key in keys}
-    assert list(first["methods"]) == ["hard-sharing-bn", "ordered-2"]
-    assert first["methods"]["ordered-2"]["accuracy"] == first["gap"]["ordered-2"]["finetuned"]
-    logits = 2 * 2 * 2  # tasks, layers, templates
-    sizes = [method["parameters"] for method in first["methods"].values()]
-    assert sizes[1] - sizes[0] == logits
-    assert np.shape(first["removal"]["ordered-2"]["drop"]) == (2, 2)
-    bridge = first["bridge"]
-    assert bridge["true"][bridge["chosen"]] == pytest.approx([bridge["loss"]] * 5)  # no re-routing at all
+    timeless = []
+    for results in both:
+        assert all(method.seconds.min() > 0 for method in results.methods.values())
+        methods = {name: method._replace(seconds=None) for name, method in results.methods.items()}
+        timeless.append(results._replace(job=results.job._replace(name="", seconds=0.0), methods=methods))
+    for value, other in zip(*map(jax.tree.leaves, timeless), strict=True):
+        np.testing.assert_array_equal(value, other)
+    shared, ordered = first.methods["hard-sharing-bn"], first.methods["ordered-2"]
+    assert list(first.methods) == ["hard-sharing-bn", "ordered-2"]
+    np.testing.assert_array_equal(ordered.accuracy, ordered.order.gap.finetuned)
+    np.testing.assert_array_equal(ordered.parameters - shared.parameters, 2 * 2 * 2)  # tasks, layers, templates
+    assert first.analysis.removal.drop.shape == (2, 2) and first.analysis.random.draws == 200
+    rerouting = first.analysis.rerouting
+    assert rerouting.true[rerouting.template] == pytest.approx([rerouting.loss] * 5)  # no re-routing at all
     pool = ModulePool(tmp_path / "a" / "pools" / "ordered-2-1")
     assert pool.names() == ["task-000", "task-001", "templates"]
     assert pool.manifest("task-001").task == "armenian"
@@ -54,42 +56,43 @@ def test_a_new_task_is_learned_from_few_labels(tmp_path):
     methods = ["head", "head+route", "scratch"]
     options = ["--tasks", 3, "--templates", 2, "--new-steps", 4, "--new-batch", 8, "--budgets", 2, 0]
     done = run(*TINY, *options, "--methods", *methods, "--seeds", 0, "--runs", tmp_path, script="modular_transfer.py")
-    found = metrics_of(done, tmp_path / "modular-transfer-glyphs")
-    assert found["budgets"] == [2, None]
-    assert sorted([*found["tasks"][0], *found["held_out"][0]]) == ["arabic", "armenian", "cyrillic"]
-    assert found["chosen"][0][0][0] in found["tasks"][0]
-    sizes = {name: method["trained"] for name, method in found["methods"].items()}
+    results = results_of(done, tmp_path / "modular-transfer-glyphs", TransferResults)
+    assert results.budgets == (2, None)
+    assert sorted([*results.tasks[0], *results.sources[0]]) == ["arabic", "armenian", "cyrillic"]
+    assert results.parts[0][0].chosen[0] in results.sources[0]
+    sizes = {name: method.trained for name, method in results.methods.items()}
     head, kernels, stem, norms = 8 * (4 + 1), 2 * 2 * (3 * 3 * 4 * 4), 4 * 4 * 3 * 4, 2 * 4 * (1 + 2 * 2)
     assert sizes == {"head": head, "head+route": head + 2 * 2, "scratch": head + kernels + stem + norms}
-    assert all(np.shape(method["accuracy"]) == (2, 1, 1) for method in found["methods"].values())
+    assert all(results.accuracy(name).shape == (2, 1, 1) for name in methods)
 
 
 def test_a_target_without_labels_is_adapted_to(tmp_path):
     options = [*TINY, "--templates", 2, "--adapt-steps", 2, "--adapt-batch", 8, "--targets", "scan", "--seeds", 0]
     methods = ["route from best source", "convex mixture + AdaBN"]
     done = run(*options, "--methods", *methods, "--runs", tmp_path, script="modular_adaptation.py")
-    found = metrics_of(done, tmp_path / "modular-adaptation-rendered")
-    by_source, told = found["sources"][0][0], {name: m["accuracy"][0][0] for name, m in found["methods"].items()}
+    results = results_of(done, tmp_path / "modular-adaptation-rendered", AdaptationResults)
+    ((part,),) = results.parts
+    by_source = dict(zip(results.sources_of("scan"), part.sources, strict=True))
     assert sorted(by_source) == ["clean", "faint", "slanted"]
-    assert told["best source (by objective)"] == by_source[found["chosen"][0][0]]
-    assert told["best source (by labels)"] == max(by_source.values())
-    assert set(methods) < set(told)
-    weights = found["routes"]["scan"]["adapted"]
-    for name in methods:
-        np.testing.assert_allclose(np.sum(weights[name], axis=-1), 1, atol=1e-3)
+    assert part.accuracy["best source (by objective)"] == by_source[part.chosen]
+    assert part.accuracy["best source (by labels)"] == max(by_source.values())
+    assert set(methods) < set(part.accuracy) == set(results.methods)
+    assert list(part.routes) == methods
+    for weights in part.routes.values():
+        np.testing.assert_allclose(np.sum(weights, axis=-1), 1, atol=1e-3)
 
 
 def test_blocks_are_used_twice_at_equal_parameters(tmp_path):
     done = run(*TINY, "--tasks", 2, "--seeds", 0, "--runs", tmp_path, script="modular_reuse.py")
-    found = metrics_of(done, tmp_path / "modular-reuse-glyphs")["methods"]
-    short = found["2-layers"]
-    assert {found[name]["parameters"] for name in ("aabb", "abab", "random")} == {short["parameters"]}
-    assert found["learned"]["parameters"] == short["parameters"] + 4 * 2
+    methods = results_of(done, tmp_path / "modular-reuse-glyphs", ReuseResults).methods
+    short, parameters = methods["2-layers"], {name: int(method.parameters[0]) for name, method in methods.items()}
+    assert {parameters[name] for name in ("aabb", "abab", "random")} == {parameters["2-layers"]}
+    assert parameters["learned"] == parameters["2-layers"] + 4 * 2
     block = 2 * (3 * 3 * 4 * 4) + 2 * 2 * 4
-    assert found["distinct"]["parameters"] == short["parameters"] + 2 * block
-    assert [found[name]["route"][0] for name in ("aabb", "abab")] == [[0, 0, 1, 1], [0, 1, 0, 1]]
+    assert parameters["distinct"] == parameters["2-layers"] + 2 * block
+    assert [methods[name].route[0].tolist() for name in ("aabb", "abab")] == [[0, 0, 1, 1], [0, 1, 0, 1]]
     multiplications = 2 * (2 * 2) * 2 * (3 * 3 * 4 * 4)  # two more layers on 2 x 2 positions
-    assert found["aabb"]["macs"] == found["distinct"]["macs"] == short["macs"] + multiplications
+    assert methods["aabb"].macs == methods["distinct"].macs == short.macs + multiplications
 
 
 @pytest.mark.parametrize(
@@ -104,18 +107,7 @@ def test_blocks_are_used_twice_at_equal_parameters(tmp_path):
     ],
 )
 def test_bad_input_is_told_before_anything_is_trained(script, arguments, told, tmp_path):
+    line = [*TINY, "--batch", 8, "--seeds", 0, *arguments, "--name", "bad", "--runs", tmp_path]
     with pytest.raises(ValueError, match=told):
-        main(
-            *TINY,
-            "--batch",
-            8,
-            "--seeds",
-            0,
-            *arguments,
-            "--name",
-            "bad",
-            "--runs",
-            tmp_path,
-            script=f"modular_{script}.py",
-        )
+        main(*line, script=f"modular_{script}.py")
     assert not (tmp_path / "bad").exists()

@@ -13,6 +13,7 @@ from compo_jax import tree
 from compo_jax.data.stream import ArraySplit
 from compo_jax.mesh import data_mesh
 from compo_jax.modular import (
+    Network,
     Settings,
     accuracies,
     balanced_batches,
@@ -27,8 +28,8 @@ from compo_jax.modular import (
     soft,
     statistics,
 )
+from compo_jax.modular.losses import training_route
 from compo_jax.modular.net import standardize
-from compo_jax.modular.objective import training_route
 from compo_jax.train import Checkpoints, fit, init_state, jit_runner
 
 PICTURES = stream()
@@ -86,14 +87,14 @@ def test_the_objective_is_its_formula():
     context = {"frozen": holes, "statistics": variables["batch_stats"], "key": jax.random.key(0)}
     value_at = jax.jit(objective(net, PICTURES.prepare, SETTINGS))
     logits = np.asarray(variables["params"]["route"], np.float64)
-    models = [plain(net, variables, task)[0] for task in range(2)]
+    models = [plain(Network(net, variables), task)[0] for task in range(2)]
     apply = [jax.jit(lambda v, x, m=model: m.apply(v, x, True, mutable=["batch_stats"])[0]) for model in models]
     for step in (0, 9, 15):
         now = phase(SETTINGS, step)
         route = partial(soft, temperature=now.temperature) if step < 14 else hard
         expected = 0.0
         for task, count in enumerate(net.classes):
-            exported = plain(net, variables, task, route)[1]
+            exported = plain(Network(net, variables), task, route)[1]
             found = apply[task](exported, PICTURES.prepare(batch["image"][task::2]))
             labels = batch["label"][task::2]
             expected -= scipy.special.log_softmax(found, -1)[np.arange(6), labels].mean() / 2

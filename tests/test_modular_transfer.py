@@ -1,3 +1,5 @@
+"""A new task and a domain without labels: what changes, what stays to the bit, and which source is nearest."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +12,14 @@ from compo_jax.data import Task
 from compo_jax.data.stream import ArraySplit
 from compo_jax.modular import (
     PARTS,
+    Network,
     Settings,
     adaptation,
     add_task,
     hard,
     information_maximisation,
     mean_source,
+    nearest_source,
     new_task,
     one_source,
     plain,
@@ -51,13 +55,21 @@ def test_a_part_is_what_it_is_called():
 @pytest.mark.parametrize(("part", "bn", "statistics"), [("head", "layer", "stored"), ("head+route", "task", "batch")])
 def test_only_the_part_that_learns_changes(part, bn, statistics):
     net, variables = small((3, 3), bn=bn)
-    one, new = new_task(net, variables, jax.random.key(1), 3)
+    one, new = new_task(Network(net, variables), jax.random.key(1), 3)
     task = stream(3).tasks[2]
     settings = Settings(steps=4, batch=6, estimate=2, usage=0.5, statistics=statistics)
     done = transfer(one, PICTURES.prepare, settings, part, runner=ONE_DEVICE).train(new, [task.train], 0, every=1000)
     moved = first_names(changed(new["params"], done.variables["params"]))
     assert moved == {"head": {"head_0"}, "head+route": {"head_0", "route"}}[part]
-    assert add_task(net, variables, one, done.variables)[0].classes == (3, 3, 3)
+    assert add_task(Network(net, variables), Network(one, done.variables)).net.classes == (3, 3, 3)
+
+
+def test_the_nearest_source_is_told_by_two_images_of_each_class():
+    network, split = small(), PICTURES.tasks[0].train
+    assert nearest_source(network, PICTURES.prepare, split) in range(len(network.net.classes))
+    one_each = ArraySplit(split.images(np.arange(3)), split.labels[:3])
+    with pytest.raises(ValueError, match="a class has 1 images, .* two of each or more"):
+        nearest_source(network, PICTURES.prepare, one_each)
 
 
 def test_an_unknown_part_is_told():
@@ -90,7 +102,7 @@ def domains():
 )
 def test_adaptation_changes_the_route_and_of_bn_what_is_asked(route, bn):
     made, (net, variables) = domains()
-    one, start = mean_source(net, variables)
+    one, start = mean_source(Network(net, variables))
     settings = Settings(steps=6, batch=12, learning_rate=0.01, estimate=2)
     adapt = adaptation(one, made.prepare, settings, NAMES, route=route, bn=bn, runner=ONE_DEVICE)
     sources = hard(variables["params"]["route"])
@@ -108,7 +120,7 @@ def test_adaptation_changes_the_route_and_of_bn_what_is_asked(route, bn):
 
 def test_adaptation_lowers_its_objective_and_reads_no_label():
     made, (net, variables) = domains()
-    one, start = mean_source(net, variables)
+    one, start = mean_source(Network(net, variables))
     settings = Settings(steps=40, batch=72, learning_rate=0.02)
     adapt = adaptation(one, made.prepare, settings, NAMES, runner=ONE_DEVICE)
     target = made.tasks[1]
@@ -122,19 +134,19 @@ def test_adaptation_lowers_its_objective_and_reads_no_label():
 
 def test_sources_are_told_apart_without_labels():
     made, (net, variables) = domains()
-    found = source_objectives(net, made.prepare, variables, made.tasks[0])
+    found = source_objectives(Network(net, variables), made.prepare, made.tasks[0])
     for source in range(2):
-        model, exported = plain(net, variables, source)
+        model, exported = plain(Network(net, variables), source)
         logits = jax.jit(model.apply)(exported, made.prepare(made.tasks[0].train.pixels))
         np.testing.assert_allclose(found[source], information_maximisation(logits), rtol=1e-4, atol=1e-6)
-    one, start = one_source(net, variables, 1)
+    one, start = one_source(Network(net, variables), 1)
     assert np.array_equal(routes.indices(start["params"]["route"])[0], routes.indices(variables["params"]["route"])[1])
     assert one.classes == (3,)
 
 
 def test_bad_targets_are_told():
     made, (net, variables) = domains()
-    one, start = mean_source(net, variables)
+    one, start = mean_source(Network(net, variables))
     adapt = adaptation(one, made.prepare, SETTINGS, NAMES)
     with pytest.raises(ValueError, match="the target 'task-0' has the classes 00, 01, 02 and the sources a, b, c"):
         adapt(start, PICTURES.tasks[0], 0)

@@ -8,10 +8,10 @@ import jax
 
 from compo_jax.data import augment, glyphs
 from compo_jax.data.records import split_names
-from compo_jax.data.sources import of_characters, tfds_stream
+from compo_jax.data.sets import SETS, base_name, data_set
+from compo_jax.data.sources import tfds_stream
 from compo_jax.data.stream import TaskStream, checked, glyph_stream, glyph_task
 
-_DIVIDED = {"cifar100": {"by": "coarse_label"}, "omniglot": {"by": "alphabet", "train_split": "test"}}
 _DIGITS = "0123456789"
 _RENDERED = {  # domains that differ in nothing but how their images are made
     "clean": glyphs.Distortion(),
@@ -30,6 +30,8 @@ def open_stream(
     seed: int = 0,
     classes: int = 16,
     images: int | None = None,
+    by: str | None = None,
+    train_split: str | None = None,
     **tfds_options: Any,
 ) -> TaskStream:
     """The stream called `name`: `glyphs`, scanned characters of one script a task, or a prepared TFDS set.
@@ -39,6 +41,7 @@ def open_stream(
       tasks: of glyphs the first scripts.
       classes: characters of a script (glyphs only).
       images: training images of a class, drawn by the seed, all where there are fewer; None for 100 glyphs, or all.
+      by, train_split: see `tfds_stream`; default: as the set wants it, Omniglot by its test split's alphabets say.
       tfds_options: see `tfds_stream`.
     """
     if name == "glyphs":
@@ -51,8 +54,12 @@ def open_stream(
             seed=seed,
             distortion=glyphs.SCAN,
         )
-    folder = _needs_folder(name, data_dir, "glyphs")
-    return tfds_stream(name, folder, size=size, tasks=tasks, seed=seed, images=images, **tfds_options)
+    folder, kind = _needs_folder(name, data_dir, "glyphs"), data_set(name)
+    if kind.few:
+        by, train_split = by or kind.by, train_split or kind.by_split
+    return tfds_stream(
+        name, folder, size=size, tasks=tasks, seed=seed, images=images, by=by, train_split=train_split, **tfds_options
+    )
 
 
 def _scripts(tasks: int | None) -> list[str]:
@@ -94,10 +101,10 @@ def open_tasks(
       images: training images of a class, drawn by the seed, all where there are fewer; None for 50 glyphs, or all.
     """
     streams = []
-    if tasks is not None and names and not any(name == "glyphs" or _base(name) in _DIVIDED for name in names):
+    if tasks is not None and names and not any(name == "glyphs" or data_set(name).by for name in names):
         raise ValueError(
             f"tasks={tasks} plays no part with {', '.join(names)}, a task each; divided into tasks are glyphs, "
-            f"{', '.join(_DIVIDED)}"
+            f"{', '.join(name for name, kind in SETS.items() if kind.by)}"
         )
     for name in names:
         if name == "glyphs":
@@ -106,16 +113,15 @@ def open_tasks(
                 seed=seed or 0,
             )  # fmt: skip
         else:
-            base = _base(name)
-            flip = None if of_characters(name) else augment.random_flip
-            divided = _DIVIDED.get(base)
-            options = {"tasks": tasks, **divided} if divided else {"tasks": 1}
+            kind = data_set(name)
+            flip = None if kind.characters else augment.random_flip
+            options = {"tasks": tasks, "by": kind.by, "train_split": kind.by_split} if kind.by else {"tasks": 1}
             found = tfds_stream(
                 name, _needs_folder(name, data_dir, "glyphs"), size=size, seed=seed, augment=flip, crop=1.0,
                 images=images, **options,
             )  # fmt: skip
-            if not divided:
-                found = found._replace(tasks=(found.tasks[0]._replace(name=base),))
+            if not kind.by:
+                found = found._replace(tasks=(found.tasks[0]._replace(name=base_name(name)),))
         streams.append(found)
     if not streams:
         raise ValueError("no data set was named")
@@ -125,10 +131,6 @@ def open_tasks(
         tasks=tuple(task for stream in streams for task in stream.tasks),
         augment=augmentations.pop() if len(augmentations) == 1 else None,
     )
-
-
-def _base(name: str) -> str:
-    return name.split(":")[0].split("/")[0]
 
 
 def open_domains(
@@ -168,9 +170,8 @@ def open_domains(
         tfds_stream(name, folder, train_split=split, test_fraction=0.2, **whole).tasks[0]._replace(name=split)
         for split in split_names(name, folder)
     ]
-    return _of_one_set(
-        TaskStream(name, tuple(domains), size, augment=None if of_characters(name) else augment.random_flip)
-    )
+    flip = None if data_set(name).characters else augment.random_flip
+    return _of_one_set(TaskStream(name, tuple(domains), size, augment=flip))
 
 
 def _of_one_set(stream: TaskStream) -> TaskStream:

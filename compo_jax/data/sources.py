@@ -17,22 +17,10 @@ from jaxtyping import Int, Integer, UInt8
 from compo_jax.data import augment as augmentation
 from compo_jax.data import records
 from compo_jax.data.records import Records, open_builder
+from compo_jax.data.sets import base_name, data_set
 from compo_jax.data.stream import ArraySplit, Augmentation, Split, Task, TaskStream, checked, group_classes, relabel
 
-# characters and signs, whose mirror images are others
-CHARACTERS = {
-    "mnist", "kmnist", "kmnist28", "emnist", "usps", "omniglot", "svhn", "svhn_cropped", "quickdraw_bitmap",
-    "letters64", "gtsrb", "gtsrb32",
-}  # fmt: skip
-_NUMBERED = {"mnist", "kmnist", "emnist", "usps", "svhn_cropped"}  # stored without names of classes, by their makers
-_INVERTED = {"omniglot"}  # black strokes on white
-_SPLITS = {"omniglot": ("train", None), "imagenet_r": ("test", None)}  # sets that don't divide a class's images
 _CHUNK = 512  # images decoded at a time
-
-
-def of_characters(name: str) -> bool:
-    """Whether the set of this name is one whose images must not be mirrored."""
-    return not CHARACTERS.isdisjoint(name.split(":")[0].split("/"))
 
 
 class Decoding(NamedTuple):
@@ -191,11 +179,11 @@ def tfds_stream(
     if not (augment is None or augment == "default" or callable(augment)):
         raise ValueError(f"augment={augment!r} is no augmentation: give None, 'default' or a function (key, images)")
     builder = open_builder(name, data_dir)
-    base = name.split("/")[0].split(":")[0]
-    named = _named(builder, name, label, by, base in _NUMBERED if numbered is None else numbered)
+    base, of_set = base_name(name), data_set(name)
+    named = _named(builder, name, label, by, of_set.numbered if numbered is None else numbered)
 
     if train_split is None:
-        train_split, default_test = _SPLITS.get(base, ("train", "test"))
+        train_split, default_test = of_set.splits
         test_split = test_split or default_test
     wanted = [label] if by is None else [label, by]
     counts = {feature: len(named[feature]) for feature in wanted}
@@ -216,10 +204,9 @@ def tfds_stream(
     names, groups = _groups(every, named[label], by and named[by], tasks, seed, base)
 
     photographs = None in builder.info.features["image"].shape
-    characters = of_characters(name)
-    method = "BOX" if characters else "BICUBIC"
+    method = "BOX" if of_set.characters else "BICUBIC"
     crops = (1.0, (0.875 if photographs else 1.0) if crop is None else crop)
-    decodings = [Decoding(size, c, base in _INVERTED if invert is None else invert, method) for c in crops]
+    decodings = [Decoding(size, c, of_set.inverted if invert is None else invert, method) for c in crops]
 
     def part(kind: int, group: list[int]) -> Split:
         chosen = rows[kind][np.isin(values[kind][0][rows[kind]], group)]
@@ -232,7 +219,7 @@ def tfds_stream(
     ]
     if augment == "default":
         crop_flip = augmentation.chain(partial(augmentation.random_resized_crop, size=size), augmentation.random_flip)
-        augment = augmentation.random_affine if characters else crop_flip
+        augment = augmentation.random_affine if of_set.characters else crop_flip
     stream = checked(TaskStream(base, tuple(made), size, mean, std, augment))
     count = sum(len(t.train) + len(t.test) for t in stream.tasks)
     if count * size * size * 3 > memory:

@@ -1,14 +1,16 @@
-"""What a model knows of a stream: its head put together from the tasks' heads, and its accuracy on each task."""
+"""How well a stream is classified: a head put together from the tasks' heads, and the accuracy on each task."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from compo_jax.data import JoinedSplit, Split, TaskStream
 from compo_jax.incremental.classifier import Head
+from compo_jax.incremental.extraction import Extract
 from compo_jax.tree import Tree
 
 
@@ -16,12 +18,26 @@ class Accuracies(NamedTuple):
     """Test accuracy on each task, in [0, 1].
 
     Attributes:
-      incremental: the prediction is among the classes of all tasks given (class-incremental).
+      incremental: the prediction is among the classes of all tasks so far (class-incremental).
       within: the prediction is among the task's own classes (task-incremental).
     """
 
     incremental: Float[np.ndarray, " tasks"]
     within: Float[np.ndarray, " tasks"]
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """The logits of a split's images over all classes so far, in the stream's order."""
+
+    def __call__(self, split: Split) -> Float[np.ndarray, "images classes"]: ...
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """The accuracy of parameters under a head on the test images of the stream's first `tasks` tasks."""
+
+    def __call__(self, params: Tree, head: Head, tasks: int) -> Accuracies: ...
 
 
 def stream_head(trained: Sequence[Head], started: Sequence[Head], reference: Head) -> Head:
@@ -36,25 +52,30 @@ def stream_head(trained: Sequence[Head], started: Sequence[Head], reference: Hea
     return jax.tree.map(lambda c, r: np.asarray(r)[..., : c.shape[-1]] + c, change, reference)
 
 
-def evaluator(
-    extract: Callable[[Tree, Split], np.ndarray], stream: TaskStream
-) -> Callable[[Tree, Head, int], Accuracies]:
-    """`(params, head, tasks) -> Accuracies` on the first `tasks` tasks' test images; `extract`: see `features`."""
-
-    def run(params, head, tasks):
-        incremental, within = [], []
-        tests = JoinedSplit([task.test for task in stream.tasks[:tasks]], stream.offsets[:tasks])
-        parts = np.split(extract(params, tests), tests.starts[1:-1])  # at once: one last batch is filled up, not many
-        for task, first, z in zip(stream.tasks, stream.offsets, parts, strict=False):
-            predicted, own = predictions(z, head, first, len(task.classes))
-            incremental.append(np.mean(predicted == task.test.labels + first))
-            within.append(np.mean(own == task.test.labels))
-        return Accuracies(np.array(incremental), np.array(within))
-
-    return run
+def linear(features: Callable[[Split], Float[np.ndarray, "images features"]], head: Head) -> Classifier:
+    """A split's features under a linear head."""
+    return lambda split: features(split) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
 
 
-def predictions(z: Float[np.ndarray, "images features"], head: Head, first: int, count: int):
-    """The class of each feature vector among all of the head's, and among the `count` classes from `first` on."""
-    logits = z @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+def accuracies(classify: Classifier, stream: TaskStream, tasks: int) -> Accuracies:
+    """On the test images of the stream's first `tasks` tasks."""
+    incremental, within = [], []
+    tests = JoinedSplit([task.test for task in stream.tasks[:tasks]], stream.offsets[:tasks])
+    parts = np.split(classify(tests), tests.starts[1:-1])  # at once: one last batch is filled up, not many
+    for task, first, logits in zip(stream.tasks, stream.offsets, parts, strict=False):
+        among_all, among_its = predictions(logits, first, len(task.classes))
+        incremental.append(np.mean(among_all == task.test.labels + first))
+        within.append(np.mean(among_its == task.test.labels))
+    return Accuracies(np.array(incremental), np.array(within))
+
+
+def evaluator(extract: Extract, stream: TaskStream) -> Evaluator:
+    """An evaluator on the features of `extract`: see `features`."""
+    return lambda params, head, tasks: accuracies(linear(partial(extract, params), head), stream, tasks)
+
+
+def predictions(
+    logits: Float[np.ndarray, "images classes"], first: int, count: int
+) -> tuple[Int[np.ndarray, " images"], Int[np.ndarray, " images"]]:
+    """The class of each image among all, and among the `count` from `first` on, counted from there."""
     return logits.argmax(axis=1), logits[:, first : first + count].argmax(axis=1)

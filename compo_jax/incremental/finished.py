@@ -12,11 +12,11 @@ from compo_jax import data, models, tree
 from compo_jax.data import TaskStream
 from compo_jax.files import local_path
 from compo_jax.incremental.classifier import Head
+from compo_jax.incremental.sequence import pool_folder
+from compo_jax.incremental.ways import WAYS
 from compo_jax.pool import ModulePool
 from compo_jax.train import read_json
 from compo_jax.tree import Tree
-
-_COMPOSED = ("ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none")  # ways that average modules in weight space
 
 
 class FinishedRun(NamedTuple):
@@ -43,10 +43,10 @@ class FinishedRun(NamedTuple):
 
 def _object(path: Path) -> dict[str, Any]:
     """The JSON object that a run wrote to this file."""
-    found = read_json(path, "bring it back from a copy, or remove the run's folder and make it again")
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__} and must hold an object: it is not what a run wrote")
-    return found
+    value = read_json(path, "bring it back from a copy, or remove the run's folder and make it again")
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__} and must hold an object: it is not what a run wrote")
+    return value
 
 
 def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> FinishedRun:
@@ -83,9 +83,9 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
         **{key: config[key] for key in options},
     )
     pools = {
-        name: ModulePool(folder / ("pool" if i == 0 else f"pools/{name}"))
-        for i, name in enumerate(config["methods"])
-        if name.partition("-")[0] in _COMPOSED
+        name: ModulePool(pool_folder(folder, config["methods"], name))
+        for name in config["methods"]
+        if (way := WAYS.get(name.partition("-")[0])) and way.averages
     }
     return FinishedRun(
         folder, config, model, base, described, stream, pools, _head(folder / "reference.npz", base, stream)
@@ -129,8 +129,8 @@ def common_methods(runs: Sequence[FinishedRun], chosen: Sequence[str] | None = N
     """The methods whose pools all runs have, or the chosen ones; ValueError where there is none, or one lacks."""
     common = [name for name in runs[0].pools if all(name in run.pools for run in runs)]
     if not common:
-        told = ", ".join(f"{run.folder.name} ({', '.join(run.config['methods'])})" for run in runs)
-        raise ValueError(f"no method that composes modules is common to all runs: {told}")
+        listed = ", ".join(f"{run.folder.name} ({', '.join(run.config['methods'])})" for run in runs)
+        raise ValueError(f"no method that composes modules is common to all runs: {listed}")
     if lacking := [name for name in chosen or [] if name not in common]:
         raise ValueError(f"not every run has a pool of {', '.join(lacking)}; those that all have: {', '.join(common)}")
     return list(chosen or common)

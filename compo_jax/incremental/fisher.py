@@ -1,33 +1,41 @@
 """The curvature of a backbone's weights on a task, through a head over all classes seen."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key
 
 from compo_jax import tree
 from compo_jax.curvature import FisherDiagonal, Kronecker, fisher_diagonal, kronecker
-from compo_jax.data import Split, TaskStream
+from compo_jax.data import Split
 from compo_jax.incremental.classifier import Head, logits, masked
 from compo_jax.incremental.regularisers import Curvature
-from compo_jax.incremental.settings import Settings
+from compo_jax.incremental.settings import Setup
 from compo_jax.tree import Tree
 
 Fisher = FisherDiagonal | Kronecker
 
 
-class TaskFisher(NamedTuple):
-    """How the Fisher of chosen weights is taken, by kind.
+@runtime_checkable
+class EstimateFisher(Protocol):
+    """The Fisher of each kind on at most `settings.fisher_images` images of the split, drawn by `seed`.
 
-    Attributes:
-      of: `(params, split, head, past, seen, key, *, seed) -> {kind: Fisher}` on at most `settings.fisher_images` images
-        of the split, drawn by `seed`; the classes are the head's first `seen`, the split's own follow the first `past`.
-      zero: `(params, head) -> {kind: Fisher}` of no images.
+    The classes are the head's first `seen`, and those of the split follow the first `past`; `key` is of the labels that
+    are drawn.
     """
 
-    of: Callable[..., dict[str, Fisher]]
+    def __call__(
+        self, params: Tree, split: Split, head: Head, past: int, seen: int, key: Key[Array, ""], *, seed: Sequence[int]
+    ) -> dict[str, Fisher]: ...
+
+
+class TaskFisher(NamedTuple):
+    """How the Fisher of chosen weights is taken; `zero(params, head)` is that of no images."""
+
+    of: EstimateFisher
     zero: Callable[[Tree, Head], dict[str, Fisher]]
 
 
@@ -50,10 +58,9 @@ def _damped(fisher: FisherDiagonal, epsilon: float) -> Tree:
 KINDS = {"diagonal": Kind(fisher_diagonal, _damped), "kronecker": Kind(kronecker, lambda fisher, epsilon: fisher)}
 
 
-def task_fisher(
-    model, stream: TaskStream, settings: Settings, adapted: Sequence[str], kinds: Sequence[str]
-) -> TaskFisher:
+def task_fisher(setup: Setup, adapted: Sequence[str], kinds: Sequence[str]) -> TaskFisher:
     """The Fisher of the weights whose paths match `adapted`; ValueError for an unknown kind."""
+    model, stream, settings = setup.model, setup.stream, setup.settings
     if unknown := sorted(set(kinds) - set(KINDS)):
         raise ValueError(f"unknown curvature {unknown[0]!r}; known are {', '.join(KINDS)}")
     options = {"method": settings.fisher_method, "tolerance": settings.fisher_tolerance}
@@ -71,21 +78,22 @@ def task_fisher(
 
     def of(params, split: Split, head, past, seen, key, *, seed):
         chosen = np.random.default_rng(seed).permutation(len(split))[: settings.fisher_images or None]
-        found = None
+        total = None
         for first in range(0, len(chosen), settings.eval_batch):
             part = chosen[first : first + settings.eval_batch]
             labels = jnp.asarray(split.labels[part] + past)
             one = batch(params, split.images(part), head, seen, jax.random.fold_in(key, first), labels)
-            found = one if found is None else {kind: found[kind] + one[kind] for kind in kinds}
-        return found
+            total = one if total is None else {kind: total[kind] + one[kind] for kind in kinds}
+        return total
 
     def zero(params, head):
         structure = None
 
         def leaves(images):
             nonlocal structure
-            found, structure = jax.tree.flatten(batch(params, images, head, 1, jax.random.key(0), jnp.zeros(1, int)))
-            return found
+            fishers = batch(params, images, head, 1, jax.random.key(0), jnp.zeros(1, int))
+            parts, structure = jax.tree.flatten(fishers)
+            return parts
 
         shapes = jax.eval_shape(leaves, jnp.zeros((1, stream.size, stream.size, 3), jnp.uint8))
         return jax.tree.unflatten(structure, [jnp.zeros(x.shape, x.dtype) for x in shapes])

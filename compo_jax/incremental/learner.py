@@ -1,7 +1,7 @@
 """Training one module on one task, by any of the methods."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,11 @@ import optax
 from compo_jax.data import Task, TaskStream, steps_per_epoch, train_batches
 from compo_jax.incremental.classifier import Head, logits, masked, task_columns
 from compo_jax.incremental.descent import penalty_step
-from compo_jax.incremental.modes import MODES, Memory, Mode
+from compo_jax.incremental.modes import Memory, Method, Mode
 from compo_jax.incremental.optimizer import coupled_adamw, decoupled_adamw, rates
 from compo_jax.incremental.reference import Reference
 from compo_jax.incremental.regularisers import head_penalty
-from compo_jax.incremental.settings import Method, Settings
+from compo_jax.incremental.settings import Setup
 from compo_jax.train import fit, init_state, jit_runner
 from compo_jax.tree import Tree
 
@@ -36,7 +36,7 @@ class Training(NamedTuple):
       loss, extras, optimizer: see `train.make_step`.
       start: `(task, first, reference, memory) -> (params, context)` of the task whose first class is number `first`.
       batches: `(task, first) -> (step -> iterator of batches)`.
-      keys: `first -> (key of the module's start, of augmentation, of what is remembered)`.
+      finish: `(task, first, params, memory) -> Learned`, a task's trained parameters taken apart.
     """
 
     mode: Mode
@@ -45,22 +45,41 @@ class Training(NamedTuple):
     optimizer: optax.GradientTransformationExtraArgs
     start: Callable[[Task, int, Reference, Memory], tuple[Tree, Tree]]
     batches: Callable[[Task, int], Callable]
-    keys: Callable[[int], jax.Array]
+    finish: Callable[[Task, int, Tree, Memory], Learned]
 
 
-def training(
-    model, base: Tree, stream: TaskStream, settings: Settings, method: Method, seed: int, *, width: int
-) -> Training:
-    """The pieces of `method`; see `task_trainer`. ValueError for an unknown mode."""
-    if method.mode not in MODES:
-        raise ValueError(f"unknown mode {method.mode!r} of method {method.name!r}; known are {', '.join(MODES)}")
+@runtime_checkable
+class TrainTask(Protocol):
+    """Trains the task whose first class is number `first`; `fit_options` are those of `train.fit`."""
+
+    def __call__(self, task: Task, first: int, reference: Reference, memory: Memory, **fit_options) -> Learned: ...
+
+
+class TaskTrainer(NamedTuple):
+    """A method's mode, with the memory before the first task, and what trains its tasks one by one."""
+
+    mode: Mode
+    train: TrainTask
+
+
+def head_width(mode: Mode, stream: TaskStream) -> int:
+    """Columns of a head that serves all that the mode trains: one compilation for all tasks."""
+    lessons = [mode.lesson(stream, t) for t in range(len(stream.tasks))]
+    return max((len(lesson.task.classes) for lesson in lessons if lesson), default=0)
+
+
+def training(setup: Setup, method: Method, *, width: int | None = None) -> Training:
+    """The pieces of `method`; see `task_trainer`."""
+    stream, settings, mode = setup.stream, setup.settings, method.mode(setup, method)
+    pieces = {
+        "`begin` and `features` of its mode": mode.begin and mode.features,
+        "an adapter": method.adapter,
+        "a learning rate": method.learning_rate,
+    }
+    if missing := [what for what, value in pieces.items() if value is None]:
+        raise ValueError(f"method {method.name!r} can't train: it lacks {' and '.join(missing)}")
+    width = head_width(mode, stream) if width is None else width
     coupled = method.adapter.dense is None if method.coupled is None else method.coupled
-
-    def keys(first):
-        key_module, key_augment = jax.random.split(jax.random.fold_in(jax.random.key(seed), first))
-        return key_module, key_augment, jax.random.fold_in(key_module, 1)
-
-    mode = MODES[method.mode](model, base, method, stream, settings, keys(0)[0])
 
     def penalty(params, context):
         weights = mode.penalty(context["held"], params["module"], context["curvature"], context["alpha"])
@@ -89,8 +108,24 @@ def training(
         update, metrics = penalty_step(of_params, params, rate)
         return {"rate": rate, "penalty_step": update}, metrics
 
+    def batches(task, first):
+        return lambda step: train_batches(task.train, settings.batch, [setup.seed, first], start=step)
+
+    def finish(task, first, params, memory):
+        head = jax.tree.map(lambda x: np.asarray(x[..., : len(task.classes)]), params["head"])
+        module = jax.tree.map(np.asarray, params["module"])
+        return Learned(module, head, mode.remember(memory, task, first, module, head, setup.keys(first).memory))
+
+    optimizer = (coupled_adamw if coupled else decoupled_adamw)(method.learning_rate)
+    return Training(mode, loss, extras, optimizer, _starts(setup, method, mode, width), batches, finish)
+
+
+def _starts(setup: Setup, method: Method, mode: Mode, width: int) -> Callable[..., tuple[Tree, Tree]]:
+    """`Training.start`; what it gives to the loss as a context has one structure for all tasks."""
+    settings = setup.settings
+
     def start(task, first, reference, memory):
-        key_module, key_augment, _ = keys(first)
+        keys = setup.keys(first)
         classes = len(task.classes)
         if classes > width:
             raise ValueError(
@@ -98,70 +133,50 @@ def training(
                 f"of {classes} at least"
             )
         head = task_columns(reference.head, first, classes, width)
-        known = reference.every if method.mode == "ensemble" else reference.others
-        if method.curvature not in known.weights:
+        metric = mode.metric(reference)
+        if method.curvature not in metric.weights:
             raise ValueError(
                 f"method {method.name!r} wants {method.curvature} curvature, and the reference has "
-                f"{', '.join(known.weights)}: make it with reference_stage(..., kinds=[{method.curvature!r}])"
+                f"{', '.join(metric.weights)}: make it with reference_stage(..., kinds=[{method.curvature!r}])"
             )
         scale = mode.scale(memory, reference.every.weights[method.curvature]) if method.units == "relative" else 1.0
         context = {
             "held": mode.hold(memory),
-            "curvature": known.weights[method.curvature],
+            "curvature": metric.weights[method.curvature],
             "alpha": jnp.float32(method.alpha / scale),
             "head": head,
-            "head_fisher": task_columns(known.head, first, classes, width),
+            "head_fisher": task_columns(metric.head, first, classes, width),
             "pull": jnp.array(method.pull, jnp.float32),
             "mask": jnp.arange(width) < classes,
-            "key": key_augment,
+            "key": keys.augmentation,
             "rates": rates(settings.epochs),
             "steps_per_epoch": jnp.int32(steps_per_epoch(task.train, settings.batch)),
         }
-        return {"module": mode.begin(key_module, memory), "head": head}, context
+        return {"module": mode.begin(keys.module, memory, task), "head": head}, context
 
-    def batches(task, first):
-        return lambda step: train_batches(task.train, settings.batch, [seed, first], start=step)
-
-    optimizer = (coupled_adamw if coupled else decoupled_adamw)(method.learning_rate)
-    return Training(mode, loss, extras, optimizer, start, batches, keys)
+    return start
 
 
-def task_trainer(
-    model,
-    base: Tree,
-    stream: TaskStream,
-    settings: Settings,
-    method: Method,
-    seed: int,
-    *,
-    width: int,
-    runner=jit_runner,
-) -> tuple[Memory, Callable[..., Learned]]:
-    """The memory before the first task, and `(task, first, reference, memory, **fit_options) -> Learned`.
+def task_trainer(setup: Setup, method: Method, *, width: int | None = None, runner=jit_runner) -> TaskTrainer:
+    """What trains a module and a head on one task after another.
 
     The cross-entropy is over the task's classes only. The penalty takes the decoupled step where the adapter has few
     parameters of its own, and is added to the loss for full deltas (Porrello et al., 2025), unless the method says
     otherwise.
 
     Args:
-      width: columns of a head, at least the classes of any task; one compilation serves all tasks.
+      width: columns of a head, at least the classes of any task; default: those of the largest.
       runner: `jit_runner` or `pmap_runner`.
-      first: global number of the task's first class, in the call returned.
+
+    ValueError for a method that trains nothing.
     """
-    plan = training(model, base, stream, settings, method, seed, width=width)
+    plan = training(setup, method, width=width)
     run = runner(plan.loss, plan.optimizer, extras=plan.extras)
 
     def train(task: Task, first: int, reference: Reference, memory: Memory, **fit_options) -> Learned:
         params, context = plan.start(task, first, reference, memory)
-        steps = settings.epochs * steps_per_epoch(task.train, settings.batch)
+        steps = setup.settings.epochs * steps_per_epoch(task.train, setup.settings.batch)
         state = fit(run, init_state(params, plan.optimizer), context, plan.batches(task, first), steps, **fit_options)
-        return finish(plan, task, first, state.params, memory)
+        return plan.finish(task, first, state.params, memory)
 
-    return plan.mode.memory, train
-
-
-def finish(plan: Training, task: Task, first: int, params: Tree, memory: Memory) -> Learned:
-    """A task's trained parameters, taken apart."""
-    head = jax.tree.map(lambda x: np.asarray(x[..., : len(task.classes)]), params["head"])
-    module = jax.tree.map(np.asarray, params["module"])
-    return Learned(module, head, plan.mode.remember(memory, task, first, module, head, plan.keys(first)[2]))
+    return TaskTrainer(plan.mode, train)

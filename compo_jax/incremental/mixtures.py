@@ -37,12 +37,12 @@ def fit_mixtures(
     weights, means, variances = (np.array(x) for x in mixtures)
     floor = max(1e-3 * float(features.var(axis=0).mean()), 1e-8)
     for label in np.unique(labels):
-        own = features[labels == label].astype(np.float64)
-        count = min(weights.shape[1], len(own))
+        rows = features[labels == label].astype(np.float64)
+        count = min(weights.shape[1], len(rows))
         model = GaussianMixture(count, covariance_type="diag", reg_covar=floor, random_state=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a rough mixture of few images serves as well
-            model.fit(own if len(own) > 1 else np.repeat(own, 2, axis=0))  # scikit-learn wants two samples
+            model.fit(rows if len(rows) > 1 else np.repeat(rows, 2, axis=0))  # scikit-learn wants two samples
         weights[label] = 0
         weights[label, :count] = model.weights_
         means[label, :count] = model.means_

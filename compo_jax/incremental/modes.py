@@ -1,199 +1,181 @@
-"""The ways in which the tasks of a stream meet one another in training."""
+"""What a way to learn says of itself: how a task is trained, what is remembered of it, and how all is tested."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
 
-from compo_jax import adapters, tree
-from compo_jax.data import Task, TaskStream
-from compo_jax.incremental.classifier import Head, logits, masked, task_columns
-from compo_jax.incremental.features import feature_width, tangent_features
-from compo_jax.incremental.fisher import task_fisher
-from compo_jax.incremental.regularisers import Curvature, iel_penalty, ita_penalty, mean_entry
-from compo_jax.incremental.settings import Method, Settings
+from compo_jax.adapters import Adapter
+from compo_jax.data import Split, Task, TaskStream
+from compo_jax.incremental.classifier import Head
+from compo_jax.incremental.evaluate import Classifier, linear
+from compo_jax.incremental.extraction import Extract
+from compo_jax.incremental.pooled import pool_head
+from compo_jax.incremental.reference import Metric, Reference
+from compo_jax.incremental.regularisers import Curvature
+from compo_jax.incremental.settings import Setup
+from compo_jax.pool import ModulePool
 from compo_jax.tree import Tree
 
 Memory = dict[str, Any]
 
 
-class Mode(NamedTuple):
-    """What one task's training takes from the earlier ones. A memory has one structure from the first task to the
-    last, and so a step is one program, whose cost doesn't know how many tasks there were.
+class Lesson(NamedTuple):
+    """What is trained at one time: a task, the number of its first class, and the name of its module in the pool."""
+
+    module: str
+    task: Task
+    first: int
+
+
+class Composition(NamedTuple):
+    """Names in the pool: of the modules that are composed, and of those whose heads are."""
+
+    modules: Sequence[str]
+    heads: Sequence[str]
+
+
+class Snapshot(NamedTuple):
+    """What there is after a task for a method to classify with.
 
     Attributes:
-      memory: before the first task.
-      begin: `(key, memory) -> module`, where training begins.
-      hold: `memory -> held`, what stays fixed while a task is trained; made once a task.
+      task: its number.
+      reference: of all tasks so far.
+      pool: the modules that the method has learned, each with the parts `head`, and `start`, where that began.
+      composition: what the mode says is composed now.
+      memory: what the method remembers.
+      extract: the features that the method is tested on.
+      base_features: a split's features by the base; those of a task's split are made once.
+    """
+
+    setup: Setup
+    task: int
+    reference: Reference
+    pool: ModulePool
+    composition: Composition
+    memory: Memory
+    extract: Extract
+    base_features: Callable[[Split], Float[np.ndarray, "images features"]]
+
+
+def each_task(stream: TaskStream, task: int) -> Lesson:
+    """The stream's task with this number, by itself; pools list their modules in the tasks' order."""
+    name, digits = stream.tasks[task].name, max(2, len(str(len(stream.tasks) - 1)))
+    module = f"{task:0{digits}d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}"
+    return Lesson(module, stream.tasks[task], stream.offsets[task])
+
+
+def all_so_far(names: Sequence[str], task: int) -> Composition:
+    """All modules and their heads."""
+    return Composition(names[: task + 1], names[: task + 1])
+
+
+def newest(names: Sequence[str], task: int) -> Composition:
+    """The module that was learned last, which the earlier ones went into, under all heads."""
+    return Composition([names[task]], names[: task + 1])
+
+
+def nothing(names: Sequence[str], task: int) -> Composition:
+    """Of a mode that trains no modules."""
+    return Composition([], [])
+
+
+def composed(snapshot: Snapshot) -> Classifier:
+    """The base with the mean of the modules' deltas, under the head that the tasks' heads make."""
+    head = pool_head(snapshot.pool, snapshot.composition.heads, snapshot.reference.head)
+    params = snapshot.pool.compose(snapshot.setup.base, snapshot.composition.modules)
+    return linear(partial(snapshot.extract, params), head)
+
+
+def training_features(
+    snapshot: Snapshot,
+) -> tuple[Float[np.ndarray, "images features"], Int[np.ndarray, " images"]]:
+    """The base's features of all tasks' training images so far, and the images' classes."""
+    stream, seen = snapshot.setup.stream, range(snapshot.task + 1)
+    labels = np.concatenate([stream.tasks[k].train.labels + stream.offsets[k] for k in seen])
+    return np.concatenate([snapshot.base_features(stream.tasks[k].train) for k in seen]), labels
+
+
+class Mode(NamedTuple):
+    """One way in which the tasks of a stream meet one another: all that is said of it, in one place.
+
+    A memory has one structure from the first task to the last, and so a training step is one program, whose cost
+    doesn't know how many tasks there were. A mode that trains no module has no `begin` and no `features`.
+
+    Attributes, how a task is trained:
+      begin: `(key, memory, task) -> module`, where training begins.
       features: `(held, module, images) -> (images, features)`, the model in training.
+      memory: before the first task.
+      hold: `memory -> held`, what stays fixed while a task is trained; made once a task.
       penalty: `(held, module, curvature, alpha) -> scalar`.
       scale: `(memory, curvature) -> scalar`, what alpha is divided by in relative units: the mean entry of the diagonal
         that the penalty is taken in; `curvature` is that of the tasks so far.
       distil: `(held, features, images, alpha) -> scalar` added to the cross-entropy; None for nothing.
       remember: `(memory, task, first, module, head, key) -> memory` after a task whose first class is number `first`.
+    What is trained when:
+      lesson: `(stream, task) -> Lesson` that is trained when this task has come; None where nothing is.
+      at_once: whether no task needs what another left, so that all can be trained at the same time.
+      metric: `reference -> Metric`, the curvature that the penalty is taken in.
+    How it is tested:
+      compose: `(names of all tasks' modules, task) -> Composition` after this task; None where none can be tested.
+      extract: `(params, split) -> features`, where they aren't the model's own.
+      classify: `snapshot -> Classifier`.
     """
 
-    memory: Memory
-    begin: Callable[[jax.Array, Memory], Tree]
-    hold: Callable[[Memory], Tree]
-    features: Callable[[Tree, Tree, jax.Array], jax.Array]
-    penalty: Callable[[Tree, Tree, Curvature, jax.Array], jax.Array]
-    scale: Callable[[Memory, Curvature], jax.Array]
-    distil: Callable[[Tree, jax.Array, jax.Array, jax.Array], jax.Array] | None
-    remember: Callable[[Memory, Task, int, Tree, Head, jax.Array], Memory]
+    begin: Callable[[jax.Array, Memory, Task], Tree] | None = None
+    features: Callable[[Tree, Tree, jax.Array], jax.Array] | None = None
+    memory: Memory = {}
+    hold: Callable[[Memory], Tree] = lambda memory: {}
+    penalty: Callable[[Tree, Tree, Curvature, jax.Array], jax.Array] = lambda *_: jnp.zeros(())
+    scale: Callable[[Memory, Curvature], jax.Array] = lambda *_: jnp.ones(())
+    distil: Callable[[Tree, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+    remember: Callable[[Memory, Task, int, Tree, Head, jax.Array], Memory] = lambda memory, *_: memory
+    lesson: Callable[[TaskStream, int], Lesson | None] = each_task
+    at_once: bool = False
+    metric: Callable[[Reference], Metric] = lambda reference: reference.others
+    compose: Callable[[Sequence[str], int], Composition | None] = all_so_far
+    extract: Extract | None = None
+    classify: Callable[[Snapshot], Classifier] = composed
 
 
-def independent(model, base: Tree, method: Method, *_) -> Mode:
-    """Each module is trained alone, from the base (incremental task arithmetic); also one module on all tasks."""
-    adapter = method.adapter
-    forward = adapters.adapted(model, adapter)
-    return Mode(
-        memory={},
-        begin=lambda key, memory: adapter.init(key, base),
-        hold=lambda memory: {"base": base},
-        features=lambda held, module, images: forward(held["base"], module, images, method="features"),
-        penalty=lambda held, module, f, alpha: ita_penalty(adapter.delta(module, held["base"]), f, alpha),
-        scale=lambda memory, curvature: mean_entry(curvature),
-        distil=None,
-        remember=lambda memory, *_: memory,
-    )
+@runtime_checkable
+class MakeMode(Protocol):
+    """The constructor of a mode: what differs from run to run and from method to method goes in."""
+
+    def __call__(self, setup: Setup, method: "Method") -> Mode: ...
 
 
-def tangent(model, base: Tree, method: Method, *_) -> Mode:
-    """The same for the model linearised at the base (tangent model composition; Liu and Soatto, 2023, arXiv
-    2307.08114): features are `f(base) + Jf(base) Δ`. The loss stays the cross-entropy, where theirs is a square."""
-    features = tangent_features(model)
+class Method(NamedTuple):
+    """One way to learn a stream of tasks, with its options; `incremental.method` makes it by its name.
 
-    def linear(held, module, images):
-        return features(held["base"], method.adapter.delta(module, held["base"]), images)
-
-    return independent(model, base, method)._replace(features=linear)
-
-
-def ensemble(model, base: Tree, method: Method, *_) -> Mode:
-    """The composed model is trained, the earlier modules frozen in it (incremental ensemble learning): `W₀ +
-    (1/T)(Σ_{s<t} Δ_s + Δ_t)`.
-
-    The past is folded once a task: a sum of LoRA modules, whose ranks add up, into the weight; one of full deltas or of
-    (IA)³, which is as large as each, into a module beside the base.
+    Attributes:
+      name: under which it is reported.
+      mode: how the tasks meet in training: `task_arithmetic`, `ensemble_learning` or another constructor.
+      adapter: the form of its modules; None where it trains none.
+      learning_rate: of AdamW at the first epoch; None where it trains nothing.
+      alpha: weight of the penalty: α of incremental task arithmetic, β of incremental ensemble learning, λ of elastic
+        weight consolidation, the weight of the distillation of learning without forgetting; 0 for none.
+      pull: (λ_F, λ_I), the pull of a task's head to its aligned reference.
+      curvature: that the penalty is taken in. `kronecker` is TAK's penalty (arXiv 2602.17385) in the Fisher's factors,
+        merged as a mean over images, where TAK takes the Jacobian's and sums over tasks.
+      coupled: whether the penalty is added to the loss, or takes a step of its own; None as Porrello et al. (2025) do,
+        coupled for full deltas only.
+      units: of `alpha` where it weighs a curvature. `relative`: the curvature is divided by its mean over the adapted
+        weights and the tasks so far, so that one value serves backbones whose Fishers differ by orders of magnitude;
+        `paper`: the curvature as it is.
     """
-    adapter = method.adapter
-    forward = adapters.adapted(model, adapter)
-    blank = adapter.scale(adapter.init(jax.random.key(0), base), base, 0.0)
-    doubled = jax.eval_shape(lambda: adapter.sum([blank, blank], base, [1.0, 1.0]))
-    closed = jax.tree.map(lambda x: x.shape, doubled) == jax.tree.map(lambda x: x.shape, blank)
 
-    def hold(memory):
-        past, tasks = memory["sum"], memory["tasks"] + 1
-        if closed:
-            return {"base": base, "module": past, "past": adapter.delta(past, base), "tasks": tasks}
-        return {"base": tree.add(base, past, 1 / tasks), "past": past, "tasks": tasks}
-
-    def features(held, module, images):
-        share = 1 / held["tasks"]
-        if closed:
-            whole = adapter.sum([held["module"], module], held["base"], [share, share])
-        else:
-            whole = adapter.scale(module, held["base"], share)
-        return forward(held["base"], whole, images, method="features")
-
-    def remember(memory, task, first, module, head, key):
-        if closed:
-            total = adapter.sum([memory["sum"], module], base, [1.0, 1.0])
-        else:
-            total = tree.add(memory["sum"], adapter.delta(module, base))
-        return {"sum": total, "tasks": memory["tasks"] + 1}
-
-    return independent(model, base, method)._replace(
-        memory={"sum": blank if closed else adapter.delta(blank, base), "tasks": jnp.zeros(())},
-        hold=hold,
-        features=features,
-        penalty=lambda held, module, f, alpha: iel_penalty(
-            adapter.delta(module, held["base"]), held["past"], f, alpha, held["tasks"]
-        ),
-        remember=remember,
-    )
-
-
-def sequential(model, base: Tree, method: Method, stream: TaskStream, settings: Settings, key: jax.Array) -> Mode:
-    """One module is trained on and on."""
-    return independent(model, base, method)._replace(
-        memory={"module": method.adapter.init(key, base)},
-        begin=lambda key, memory: memory["module"],
-        remember=lambda memory, task, first, module, head, key: {**memory, "module": module},
-    )
-
-
-def ewc(model, base: Tree, method: Method, stream: TaskStream, settings: Settings, key: jax.Array) -> Mode:
-    """Sequential, held by `½ λ Σ F̃ ⊙ (Δ - Δ_before)²` where F̃, the Fisher diagonal of each task at the weights that
-    it left, is summed over the tasks with an older one's share falling by γ = 0.95 a task (online elastic weight
-    consolidation; Schwarz et al., 2018, arXiv 1805.06370)."""
-    plain = sequential(model, base, method, stream, settings, key)
-    adapter, start = method.adapter, plain.memory["module"]
-    adapted = [f"^{name}$" for name in tree.names(adapter.delta(start, base))]
-    fisher = task_fisher(model, stream, settings, adapted, ["diagonal"])
-
-    def remember(memory, task, first, module, head, key):
-        params, classes = tree.add(base, adapter.delta(module, base)), len(task.classes)
-        wide = task_columns(head, 0, classes, len(stream.classes))  # one shape, one compilation
-        found = fisher.of(params, task.train, wide, 0, classes, key, seed=[first])["diagonal"].mean
-        total = tree.weighted_sum([memory["fisher"], found], [0.95, 1.0])
-        return {"module": module, "fisher": total, "tasks": 0.95 * memory["tasks"] + 1}
-
-    return plain._replace(
-        memory=plain.memory
-        | {"fisher": jax.tree.map(jnp.zeros_like, adapter.delta(start, base)), "tasks": jnp.zeros(())},
-        hold=lambda memory: {"base": base, "before": adapter.delta(memory["module"], base), "fisher": memory["fisher"]},
-        penalty=lambda held, module, _, alpha: ita_penalty(
-            tree.weighted_sum([adapter.delta(module, held["base"]), held["before"]], [1.0, -1.0]), held["fisher"], alpha
-        ),
-        scale=lambda memory, _: mean_entry(memory["fisher"]) / jnp.maximum(memory["tasks"], 1),  # of one task
-        remember=remember,
-    )
-
-
-def lwf(model, base: Tree, method: Method, stream: TaskStream, settings: Settings, key: jax.Array) -> Mode:
-    """Sequential, with the earlier classes' answers of the model before the task kept, on the task's own images, by
-    distillation at temperature 2 (learning without forgetting; Li and Hoiem, 2016, arXiv 1606.09282). The earlier
-    heads stand still."""
-    plain = sequential(model, base, method, stream, settings, key)
-    width, total = feature_width(model, base, stream), len(stream.classes)
-
-    def remember(memory, task, first, module, head, key):
-        put = lambda all, own: all.at[..., first : first + len(task.classes)].set(own)
-        return {
-            "module": module,
-            "head": jax.tree.map(put, memory["head"], head),
-            "seen": jnp.int32(first + len(task.classes)),
-        }
-
-    def distil(held, z, images, alpha):
-        before = jax.lax.stop_gradient(logits(held["head"], plain.features(held, held["module"], images)))
-        known = jnp.arange(total) < jnp.maximum(held["seen"], 1)  # of one class alone there is nothing to keep
-        old, new = (
-            jnp.where(known, jax.nn.log_softmax(masked(values, known) / 2), 0)
-            for values in (before, logits(held["head"], z))
-        )
-        return alpha * 4 * jnp.mean(jnp.sum(jnp.where(known, jnp.exp(old) * (old - new), 0), axis=-1))
-
-    head = {"kernel": jnp.zeros((width, total)), "bias": jnp.zeros(total)}
-    return plain._replace(
-        memory=plain.memory | {"head": head, "seen": jnp.int32(0)},
-        hold=lambda memory: {"base": base, **memory},
-        penalty=lambda *_: jnp.zeros(()),
-        scale=lambda *_: jnp.ones(()),
-        distil=distil,
-        remember=remember,
-    )
-
-
-MODES = {
-    "independent": independent,
-    "ensemble": ensemble,
-    "tangent": tangent,
-    "sequential": sequential,
-    "ewc": ewc,
-    "lwf": lwf,
-    "joint": independent,
-}
+    name: str
+    mode: MakeMode
+    adapter: Adapter | None = None
+    learning_rate: float | None = None
+    alpha: float = 0.0
+    pull: tuple[float, float] = (0.0, 0.0)
+    curvature: Literal["diagonal", "kronecker"] = "diagonal"
+    coupled: bool | None = None
+    units: Literal["relative", "paper"] = "relative"

@@ -1,6 +1,7 @@
 """Modules of independent tasks trained at once: vmapped on one device, or divided among several."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -8,44 +9,43 @@ import numpy as np
 from jax.sharding import Mesh
 
 from compo_jax import mesh as meshes
-from compo_jax.data import Task, TaskStream, steps_per_epoch
-from compo_jax.incremental.learner import Learned, finish, training
+from compo_jax.data import Task, steps_per_epoch
+from compo_jax.incremental.learner import Learned, training
+from compo_jax.incremental.modes import Method
 from compo_jax.incremental.reference import Reference
-from compo_jax.incremental.settings import Method, Settings
+from compo_jax.incremental.settings import Setup
 from compo_jax.train import Runner, fit, init_state, make_step
 
 
-def parallel_trainer(
-    model,
-    base,
-    stream: TaskStream,
-    settings: Settings,
-    method: Method,
-    seed: int,
-    *,
-    width: int,
-    mesh: Mesh | None = None,
-) -> Callable[..., list[Learned]]:
-    """`(tasks, firsts, references, **fit_options) -> [Learned]`: what `task_trainer` makes of one task after another.
+@runtime_checkable
+class TrainTasks(Protocol):
+    """What `task_trainer` makes of one task after another; `fit_options` are those of `train.fit`."""
 
-    A step takes a batch of every task. The base is held once a device; states, heads and batches are stacked over the
-    tasks and divided over `mesh` (default: a device of this process for each task, as far as there are), with no
-    communication.
+    def __call__(
+        self, tasks: Sequence[Task], firsts: Sequence[int], references: Sequence[Reference], **fit_options
+    ) -> list[Learned]: ...
+
+
+def parallel_trainer(setup: Setup, method: Method, *, width: int | None = None, mesh: Mesh | None = None) -> TrainTasks:
+    """Trains all tasks in one loop: a step takes a batch of every task.
+
+    The base is held once a device; states, heads and batches are stacked over the tasks and divided over `mesh`
+    (default: a device of this process for each task, as far as there are), with no communication.
     A task whose steps are done waits for the others; a number of tasks that the devices don't divide is filled up.
 
     ValueError for a method whose tasks depend on each other.
     """
-    if method.mode not in ("independent", "tangent"):
+    settings, plan = setup.settings, training(setup, method, width=width)
+    if not plan.mode.at_once:
         raise ValueError(
-            f"tasks of {method.name!r} are trained one after another, for in mode {method.mode!r} one needs what the "
-            "others left; in parallel train those of the modes independent and tangent"
+            f"tasks of {method.name!r} are trained one after another, for one needs what the others left: see "
+            "task_trainer"
         )
-    plan = training(model, base, stream, settings, method, seed, width=width)
     step = make_step(plan.loss, plan.optimizer, extras=plan.extras)
-    axes = {"held": None, **dict.fromkeys(("step_limit", "own"), 0)}
+    axes = {"held": None, **dict.fromkeys(("step_limit", "task"), 0)}
 
     def one(state, context, batch):
-        new, metrics = step(state, {"held": context["held"], **context["own"]}, batch)
+        new, metrics = step(state, {"held": context["held"], **context["task"]}, batch)
         running = state.step < context["step_limit"]
         return jax.tree.map(lambda n, o: jnp.where(running, n, o), new, state), (running, metrics)
 
@@ -67,11 +67,11 @@ def parallel_trainer(
         def stack(trees):
             return jax.tree.map(lambda *x: jnp.stack(x), *(trees[t] for t in members))
 
-        started = [plan.start(*given, plan.mode.memory) for given in zip(tasks, firsts, references, strict=True)]
+        started = [plan.start(*lesson, plan.mode.memory) for lesson in zip(tasks, firsts, references, strict=True)]
         steps = [settings.epochs * steps_per_epoch(task.train, settings.batch) for task in tasks]
         context = {
             "held": started[0][1]["held"],
-            "own": stack([{k: v for k, v in context.items() if k != "held"} for _, context in started]),
+            "task": stack([{k: v for k, v in context.items() if k != "held"} for _, context in started]),
             "step_limit": jnp.array([steps[t] for t in members]),
         }
         state = stack([init_state(params, plan.optimizer) for params, _ in started])
@@ -94,7 +94,7 @@ def parallel_trainer(
         runner = Runner(place, shard, step=every, fetch=lambda tree: tree)
         params = jax.device_get(fit(runner, state, context, batches, max(steps), **fit_options).params)
         return [
-            finish(plan, task, first, jax.tree.map(lambda x, t=t: x[t], params), plan.mode.memory)
+            plan.finish(task, first, jax.tree.map(lambda x, t=t: x[t], params), plan.mode.memory)
             for t, (task, first) in enumerate(zip(tasks, firsts, strict=True))
         ]
 

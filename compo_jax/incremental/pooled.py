@@ -57,13 +57,13 @@ def merge_pool(
     ValueError as of `compose.merge` (an unknown rule or option lists the known), for modules of another base, for
     curvature that a rule needs and a module lacks, and for a module that isn't finite (`check_finite`).
     """
-    found = compose.find_rule(rule)
-    given = {"weights", *compose.rules.MADE_BY}
-    compose.rules.require_options(rule, {key: value for key, value in options.items() if key not in given})
+    chosen = compose.find_rule(rule)
+    made = {"weights", *compose.rules.MADE_BY}
+    compose.rules.require_options(rule, {key: value for key, value in options.items() if key not in made})
     names = pool.chosen(names)
     for what, kind in (("fishers", "diagonal"), ("factors", "kronecker")):
-        needed = what in found.needs
-        if what in options or not (needed or what in found.takes):
+        needed = what in chosen.needs
+        if what in options or not (needed or what in chosen.takes):
             continue
         missing = [name for name in names if kind not in pool.manifest(name).curvature]
         if missing and needed:

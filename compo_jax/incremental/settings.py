@@ -1,8 +1,11 @@
-"""The settings of an incremental run, with the values of the paper where it gives one."""
+"""What all methods of a run share: the model, the stream of tasks and the settings, with the paper's values."""
 
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from compo_jax.adapters import Adapter
+import jax
+
+from compo_jax.data import TaskStream
+from compo_jax.tree import Tree
 
 
 class Settings(NamedTuple):
@@ -18,6 +21,8 @@ class Settings(NamedTuple):
       fisher_method, fisher_tolerance: see `curvature.fisher_diagonal`.
       epsilon: added to the mean Fisher diagonal; Kronecker factors are used as they are.
       eval_batch: images in a forward pass without gradients.
+      features_batch: images in a forward pass that makes features for a classifier: enough for a GPU, and of a small
+        model a CPU's cache holds it.
     """
 
     epochs: int = 20
@@ -31,34 +36,33 @@ class Settings(NamedTuple):
     fisher_tolerance: float = 1e-3
     epsilon: float = 1e-5
     eval_batch: int = 256
+    features_batch: int = 128
 
 
-class Method(NamedTuple):
-    """One way to learn a stream of tasks.
+class Keys(NamedTuple):
+    """The random keys of one task's training."""
+
+    module: jax.Array
+    augmentation: jax.Array
+    memory: jax.Array
+
+
+class Setup(NamedTuple):
+    """What is learned, and from where: every method of a run gets the same.
 
     Attributes:
-      name: under which it is reported.
-      adapter: the form of its modules.
-      learning_rate: of AdamW at the first epoch.
-      alpha: weight of the penalty: α of incremental task arithmetic, β of incremental ensemble learning, λ of elastic
-        weight consolidation, the weight of the distillation of learning without forgetting; 0 for none.
-      units: of `alpha` where it weighs a curvature. `relative`: the curvature is divided by its mean over the adapted
-        weights and the tasks so far, so that one value serves backbones whose Fishers differ by orders of magnitude;
-        `paper`: the curvature as it is.
-      pull: (λ_F, λ_I), the pull of a task's head to its aligned reference.
-      mode: how the tasks meet in training, a name in `modes.MODES`.
-      curvature: that the penalty is taken in. `kronecker` is TAK's penalty (arXiv 2602.17385) in the Fisher's factors,
-        merged as a mean over images, where TAK takes the Jacobian's and sums over tasks.
-      coupled: whether the penalty is added to the loss, or takes a step of its own; None as Porrello et al. (2025) do,
-        coupled for full deltas only.
+      model, base: the network without its head, and its parameters, which stay as they are.
+      stream: the tasks in their order.
+      seed: of everything that is drawn.
     """
 
-    name: str
-    adapter: Adapter
-    learning_rate: float
-    alpha: float = 0.0
-    pull: tuple[float, float] = (0.0, 0.0)
-    mode: Literal["independent", "ensemble", "tangent", "sequential", "ewc", "lwf", "joint"] = "independent"
-    curvature: Literal["diagonal", "kronecker"] = "diagonal"
-    coupled: bool | None = None
-    units: Literal["relative", "paper"] = "relative"
+    model: Any
+    base: Tree
+    stream: TaskStream
+    settings: Settings
+    seed: int
+
+    def keys(self, first: int) -> Keys:
+        """Those of the task whose first class is number `first`."""
+        module, augmentation = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), first))
+        return Keys(module, augmentation, jax.random.fold_in(module, 1))

@@ -5,12 +5,9 @@ Knowledge Transfer with Modular Networks" (2021, arXiv 2107.10963); what that do
 """
 
 from compo_jax.modular import analysis as analysis
+from compo_jax.modular import comparison as comparison
+from compo_jax.modular import results as results
 from compo_jax.modular import routes as routes
-from compo_jax.modular.adaptation import adaptation as adaptation
-from compo_jax.modular.adaptation import information_maximisation as information_maximisation
-from compo_jax.modular.adaptation import mean_source as mean_source
-from compo_jax.modular.adaptation import one_source as one_source
-from compo_jax.modular.adaptation import source_objectives as source_objectives
 from compo_jax.modular.batches import balanced_batches as balanced_batches
 from compo_jax.modular.batches import balanced_eval as balanced_eval
 from compo_jax.modular.bridge import route_landscape as route_landscape
@@ -29,13 +26,15 @@ from compo_jax.modular.evaluate import accuracies as accuracies
 from compo_jax.modular.evaluate import predictions as predictions
 from compo_jax.modular.evaluate import statistics as statistics
 from compo_jax.modular.export import plain as plain
-from compo_jax.modular.learner import Learner as Learner
-from compo_jax.modular.learner import Trained as Trained
-from compo_jax.modular.learner import learner as learner
+from compo_jax.modular.forecast import rerouting as rerouting
+from compo_jax.modular.losses import objective as objective
 from compo_jax.modular.mixing import mix_templates as mix_templates
 from compo_jax.modular.net import ModularNet as ModularNet
-from compo_jax.modular.objective import objective as objective
-from compo_jax.modular.optimizer import optimizer as optimizer
+from compo_jax.modular.net import Network as Network
+from compo_jax.modular.parts import PARTS as PARTS
+from compo_jax.modular.parts import nearest_source as nearest_source
+from compo_jax.modular.parts import transfer as transfer
+from compo_jax.modular.random_routes import beside_random as beside_random
 from compo_jax.modular.routes import gumbel as gumbel
 from compo_jax.modular.routes import hard as hard
 from compo_jax.modular.routes import soft as soft
@@ -46,5 +45,12 @@ from compo_jax.modular.storage import load_task as load_task
 from compo_jax.modular.storage import load_templates as load_templates
 from compo_jax.modular.storage import save_task as save_task
 from compo_jax.modular.storage import save_templates as save_templates
-from compo_jax.modular.transfer import PARTS as PARTS
-from compo_jax.modular.transfer import transfer as transfer
+from compo_jax.modular.training import Learner as Learner
+from compo_jax.modular.training import Trained as Trained
+from compo_jax.modular.training import learner as learner
+from compo_jax.modular.unlabelled import adaptation as adaptation
+from compo_jax.modular.unlabelled import information_maximisation as information_maximisation
+from compo_jax.modular.unlabelled import mean_source as mean_source
+from compo_jax.modular.unlabelled import one_source as one_source
+from compo_jax.modular.unlabelled import source_objectives as source_objectives
+from compo_jax.modular.updates import optimizer as optimizer

@@ -125,22 +125,22 @@ def removal(
     count = logits.shape[-1]
     if count < 2:
         raise ValueError("one module can't be removed: no other is left to take its layers")
-    own = routes.indices(logits)
+    taken = routes.indices(logits)
     whole = score(logits)
-    drop = np.stack([whole - score(rerouted(logits, jnp.full(own.shape, m))) for m in range(count)])
-    found = np.zeros((draws, count, len(whole)))
+    drop = np.stack([whole - score(rerouted(logits, jnp.full(taken.shape, m))) for m in range(count)])
+    drops = np.zeros((draws, count, len(whole)))
     for draw in range(draws):
-        order = jax.random.permutation(jax.random.fold_in(key, draw), own.size)
+        order = jax.random.permutation(jax.random.fold_in(key, draw), taken.size)
         for m in range(count):
-            chosen = jnp.zeros(own.size, bool).at[order[: int(jnp.sum(own == m))]].set(True).reshape(own.shape)
-            found[draw, m] = whole - score(rerouted(logits, jnp.where(chosen, own, -1)))
-    deviation = found.std(0, ddof=1) if draws > 1 else np.full(drop.shape, np.nan)
-    return Removal(drop, found.mean(0), deviation)
+            chosen = jnp.zeros(taken.size, bool).at[order[: int(jnp.sum(taken == m))]].set(True).reshape(taken.shape)
+            drops[draw, m] = whole - score(rerouted(logits, jnp.where(chosen, taken, -1)))
+    deviation = drops.std(0, ddof=1) if draws > 1 else np.full(drop.shape, np.nan)
+    return Removal(drop, drops.mean(0), deviation)
 
 
 class Null(NamedTuple):
-    """A number of trained routes and the same of random hard routes: its value, the null's mean and standard deviation
-    (of single draws), and the part of draws at least as large."""
+    """Numbers of trained routes and the same of random hard routes: their values, the null's mean and standard
+    deviation (of single draws), and the part of draws at least as large. Each is a tree as the statistic's."""
 
     value: Any
     mean: Any
@@ -153,8 +153,9 @@ def against_random(
 ) -> Null:
     """`statistic(weights)` beside hard routes of the same size drawn uniformly, two or more."""
     _draws(draws, 2)
-    value = np.asarray(statistic(weights))
+    value = jax.tree.map(np.asarray, statistic(weights))
     keys = jax.random.split(key, draws)
     drawn = [statistic(routes.random(k, np.shape(weights)[:-1], np.shape(weights)[-1])) for k in keys]
-    found = np.stack([np.asarray(x) for x in drawn])
-    return Null(value, found.mean(0), found.std(0, ddof=1), (found >= value).mean(0))
+    null = jax.tree.map(lambda *numbers: np.stack(numbers), *drawn)
+    mean, deviation = (jax.tree.map(f, null) for f in (lambda x: x.mean(0), lambda x: x.std(0, ddof=1)))
+    return Null(value, mean, deviation, jax.tree.map(lambda x, at: (x >= at).mean(0), null, value))

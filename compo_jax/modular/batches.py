@@ -18,8 +18,8 @@ def _check(splits: Sequence[Split]) -> None:
             raise ValueError(f"task or domain {t} has no images: leave it out, or look at how its images are chosen")
     shapes = [split.images(np.zeros(1, np.int64)).shape[1:] for split in splits]
     if len(set(shapes)) > 1:
-        told = ", ".join(f"{shape} (task {t})" for t, shape in enumerate(shapes))
-        raise ValueError(f"tasks share one network and need images of one shape, and theirs are {told}: resize them")
+        listed = ", ".join(f"{shape} (task {t})" for t, shape in enumerate(shapes))
+        raise ValueError(f"tasks share one network and need images of one shape, and theirs are {listed}: resize them")
 
 
 def _rows(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -12,13 +12,11 @@ from compo_jax.curvature import Landscape, landscape
 from compo_jax.modular import routes
 from compo_jax.modular.edit import take_tasks
 from compo_jax.modular.export import block, plain
-from compo_jax.modular.net import ModularNet, Route
-from compo_jax.tree import Tree
+from compo_jax.modular.net import Network, Route
 
 
 def route_landscape(
-    net: ModularNet,
-    variables: Tree,
+    network: Network,
     task: int,
     layer: int,
     *args: Any,
@@ -39,8 +37,9 @@ def route_landscape(
       loss: `(logits, labels) -> mean`; default the cross-entropy.
       options: of `curvature.landscape`: batches, check, anchor, ...
 
-    Batch statistics are those in `variables`.
+    Batch statistics are those in the network's variables.
     """
+    net = network.net
     if net.mixing != "weights" or net.templates < 2:
         raise ValueError(
             "a route is a composition of weights where these are mixed, and there are two templates or more"
@@ -48,8 +47,8 @@ def route_landscape(
     if not 0 <= layer < net.layers:
         raise ValueError(f"there is no layer {layer} among {net.layers}")
     value = loss or (lambda logits, labels: optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean())
-    one, taken = take_tasks(net, variables, [task])
-    model, exported = plain(net, variables, task, route)
+    one, taken = take_tasks(network, [task])
+    model, exported = plain(network, task, route)
     name = f"block{layer}"
     base = exported["params"][name]
     corners = [block(one, taken["params"], layer, jnp.asarray(m)) for m in range(net.templates)]

@@ -1,6 +1,6 @@
 """Tasks, layers and templates of a trained modular network added, removed, reordered and repeated.
 
-Each function takes a network and its variables and returns both anew.
+Each function takes a network with its variables and returns one anew.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from jaxtyping import Array, Int, Key
 
 from compo_jax import tree
 from compo_jax.modular import routes
-from compo_jax.modular.layout import join, own, take
+from compo_jax.modular.layout import join, parted, take
 from compo_jax.modular.mixing import count
-from compo_jax.modular.net import ModularNet
+from compo_jax.modular.net import ModularNet, Network
 from compo_jax.tree import Tree
 
 
@@ -22,29 +22,31 @@ def _heads(net: ModularNet, params: Tree, tasks: Sequence[int]) -> dict[str, Tre
     return {} if net.shared_head else {f"head_{i}": params[f"head_{t}"] for i, t in enumerate(tasks)}
 
 
-def _without_heads(net: ModularNet, variables: Tree) -> Tree:
+def _without_heads(network: Network) -> Network:
+    net, variables = network
     params = {k: v for k, v in variables["params"].items() if net.shared_head or not k.startswith("head_")}
-    return {**variables, "params": params}
+    return Network(net, {**variables, "params": params})
 
 
-def take_tasks(net: ModularNet, variables: Tree, tasks: Sequence[int]) -> tuple[ModularNet, Tree]:
+def take_tasks(network: Network, tasks: Sequence[int]) -> Network:
     """The network of some of the tasks, in this order."""
-    taken = take(net, _without_heads(net, variables), "task", tasks)
-    taken["params"] |= _heads(net, variables["params"], tasks)
-    return net.clone(classes=tuple(net.classes[t] for t in tasks)), taken
+    net, params = network.net, network.variables["params"]
+    taken = take(_without_heads(network), "task", tasks)
+    taken["params"] |= _heads(net, params, tasks)
+    return Network(net.clone(classes=tuple(net.classes[t] for t in tasks)), taken)
 
 
-def add_task(net: ModularNet, variables: Tree, other: ModularNet, added: Tree) -> tuple[ModularNet, Tree]:
+def add_task(network: Network, other: Network) -> Network:
     """The network with the tasks of another behind its own; the outputs of its own don't change by a bit.
 
     ValueError where the other has other settings, or doesn't share the stem and templates to the bit.
     """
     # Neither the compute dtype nor unrolling is a property of the variables.
     alike = lambda net: net.clone(classes=(2,), dtype=None, unroll=False)
-    if alike(net) != alike(other):
+    if alike(network.net) != alike(other.net):
         raise ValueError("the tasks to add are of a network with other settings: make it with `take_tasks` or new_task")
-    shared, theirs = own(net, variables)[1], own(other, added)[1]
-    if differing := sorted(set(_digests(shared).items()) ^ set(_digests(theirs).items())):
+    digests = [set(_digests(parted(one).shared).items()) for one in (network, other)]
+    if differing := sorted(digests[0] ^ digests[1]):
         names = list(dict.fromkeys(name for name, _ in differing))
         if all(name.startswith("batch_stats/") for name in names):
             raise ValueError(
@@ -53,14 +55,14 @@ def add_task(net: ModularNet, variables: Tree, other: ModularNet, added: Tree) -
             )
         raise ValueError(
             f"the tasks to add were trained with other shared weights ({', '.join(names)}): keep these frozen, with "
-            "one of `transfer.PARTS` that leaves them as they are"
+            "one of `modular.PARTS` that leaves them as they are"
         )
-    joined = join(net, "task", _without_heads(net, variables), _without_heads(other, added))
-    count = len(net.classes)
-    joined["params"] |= _heads(net, variables["params"], range(count))
-    theirs = _heads(other, added["params"], range(len(other.classes)))
+    net, count = network.net, len(network.net.classes)
+    joined = join(net, "task", _without_heads(network).variables, _without_heads(other).variables)
+    joined["params"] |= _heads(net, network.variables["params"], range(count))
+    theirs = _heads(other.net, other.variables["params"], range(len(other.net.classes)))
     joined["params"] |= {f"head_{count + i}": head for i, head in enumerate(theirs.values())}
-    return net.clone(classes=net.classes + other.classes), joined
+    return Network(net.clone(classes=net.classes + other.net.classes), joined)
 
 
 def _digests(parts: Tree) -> dict[str, str]:
@@ -68,33 +70,32 @@ def _digests(parts: Tree) -> dict[str, str]:
     return {name: tree.fingerprint(leaf) for name, leaf in leaves}
 
 
-def new_task(
-    net: ModularNet, variables: Tree, key: Key[Array, ""], classes: int | None = None, *, like: int | None = None
-) -> tuple[ModularNet, Tree]:
+def new_task(network: Network, key: Key[Array, ""], classes: int | None = None, *, like: int | None = None) -> Network:
     """A network of one new task on the same stem and templates.
 
     Its head is new (kernel truncated normal of variance 1 / width, bias 0), unless the tasks share one. Its route and
     BN are those of task `like`; by default BN is the tasks' mean, and the route is new.
     """
-    one, taken = take_tasks(net, variables, [0 if like is None else like])
+    net, variables = network
+    one, taken = take_tasks(network, [0 if like is None else like])
     params = taken["params"]
     key_route, key_head = jax.random.split(key)
     if like is None:
-        bare = _without_heads(net, variables)
-        means = jax.tree.map(lambda x: jnp.mean(x, axis=0, keepdims=True), own(net, bare)[0])
-        taken = tree.combine(means, bare)
+        bare = _without_heads(network)
+        means = jax.tree.map(lambda x: jnp.mean(x, axis=0, keepdims=True), parted(bare).of_tasks)
+        taken = tree.combine(means, bare.variables)
         params = taken["params"] | _heads(net, variables["params"], [0])
         params["route"] = 0.01 * jax.random.normal(key_route, params["route"].shape, params["route"].dtype)
     if net.shared_head:
         if classes not in (None, net.classes[0]):
             raise ValueError(f"the tasks share a head of {net.classes[0]} classes, and the new one has {classes}")
-        return one, {**taken, "params": params}
+        return Network(one, {**taken, "params": params})
     if classes is None or classes < 2:
         raise ValueError(f"a new task needs two classes or more, not {classes}")
     kernel = params["head_0"]["kernel"]
     fresh = jax.nn.initializers.lecun_normal()(key_head, (kernel.shape[0], classes), kernel.dtype)
     params["head_0"] = {"kernel": fresh, "bias": jnp.zeros(classes, kernel.dtype)}
-    return one.clone(classes=(classes,)), {**taken, "params": params}
+    return Network(one.clone(classes=(classes,)), {**taken, "params": params})
 
 
 def set_route(variables: Tree, logits: Array) -> Tree:
@@ -109,42 +110,42 @@ def set_route(variables: Tree, logits: Array) -> Tree:
     return {**variables, "params": {**variables["params"], "route": jnp.asarray(logits, have.dtype)}}
 
 
-def take_layers(
-    net: ModularNet, variables: Tree, order: Sequence[int] | Int[np.ndarray, " n"]
-) -> tuple[ModularNet, Tree]:
+def take_layers(network: Network, order: Sequence[int] | Int[np.ndarray, " n"]) -> Network:
     """The network whose layer i is layer `order[i]` of this one, with its BN.
 
     A permutation reorders, `np.delete(range(L), l)` removes, `np.repeat(range(L), 2)` repeats each layer (AABB),
     `np.tile(range(L), 2)` the whole (ABAB).
     """
-    return net.clone(layers=len(order)), take(net, variables, "layer", order)
+    return Network(network.net.clone(layers=len(order)), take(network, "layer", order))
 
 
-def add_layer(net: ModularNet, variables: Tree, at: int, template: int) -> tuple[ModularNet, Tree]:
+def add_layer(network: Network, at: int, template: int) -> Network:
     """The network with one more layer before layer `at` (or behind the last one), through `template` in all tasks.
 
     Its BN is a copy of that of the layer before it (at 0, of the one behind it): take the statistics again
     (`evaluate.statistics`).
     """
+    net = network.net
     if not 0 <= at <= net.layers:
         raise ValueError(
             f"a layer can't be put at {at} of {net.layers}: 0 is before the first, {net.layers} at the end"
         )
     order = np.insert(np.arange(net.layers), at, max(at - 1, 0))
-    net, variables = take_layers(net, variables, order)
+    net, variables = take_layers(network, order)
     route = variables["params"]["route"]
     finite = np.asarray(route)[np.isfinite(route)]  # -inf is a template that a layer can't take
     height = np.ptp(finite) + 10.0  # a soft route takes the template too, and the logits' scale is kept
     logits = route.at[:, at].set(height * routes.fixed(np.full(len(net.classes), template), net.templates))
-    return net, set_route(variables, logits)
+    return Network(net, set_route(variables, logits))
 
 
-def add_templates(net: ModularNet, variables: Tree, kernels: Tree) -> tuple[ModularNet, Tree]:
+def add_templates(network: Network, kernels: Tree) -> Network:
     """The network with more templates, `kernels` stacked as its own; no hard route changes.
 
     Each layer's logit of a new template is the lowest that it has; BN of a new template starts at the identity.
     ValueError for kernels of another shape, and for NaN or infinities in them.
     """
+    net, variables = network
     templates = variables["params"]["templates"]
     if not (number := count(kernels)):
         raise ValueError("no template was given to add: kernels are stacked on axis 0, one entry for each template")
@@ -152,7 +153,7 @@ def add_templates(net: ModularNet, variables: Tree, kernels: Tree) -> tuple[Modu
     tree.require_like(
         jax.tree.map(lambda x: x[0], kernels), jax.tree.map(lambda x: x[0], templates), "the new template"
     )
-    added = take(net, variables, "template", [0] * number)
+    added = take(network, "template", [0] * number)
     params = added["params"]
     lowest = variables["params"]["route"].min(axis=-1, keepdims=True)
     params["route"], params["templates"] = jnp.broadcast_to(lowest, params["route"].shape), kernels
@@ -160,12 +161,13 @@ def add_templates(net: ModularNet, variables: Tree, kernels: Tree) -> tuple[Modu
         params["norm"] = tree.map_with_name(
             lambda name, x: jnp.ones_like(x) if name.endswith("scale") else jnp.zeros_like(x), params["norm"]
         )
-    return net.clone(templates=net.templates + number), join(net, "template", variables, added)
+    return Network(net.clone(templates=net.templates + number), join(net, "template", variables, added))
 
 
-def remove_template(net: ModularNet, variables: Tree, template: int) -> tuple[ModularNet, Tree]:
+def remove_template(network: Network, template: int) -> Network:
     """The network without one template; ValueError where a hard route still goes through it, it isn't there, or no
     other is."""
+    net, variables = network
     if not 0 <= template < net.templates:
         raise ValueError(f"there is no template {template} to remove: there are {net.templates}, from 0 on")
     if net.templates == 1:
@@ -178,4 +180,4 @@ def remove_template(net: ModularNet, variables: Tree, template: int) -> tuple[Mo
             "first (`set_route`), or take these layers out (`take_layers`)"
         )
     rest = [m for m in range(net.templates) if m != template]
-    return net.clone(templates=net.templates - 1), take(net, variables, "template", rest)
+    return Network(net.clone(templates=net.templates - 1), take(network, "template", rest))

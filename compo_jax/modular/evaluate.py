@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from compo_jax.data import Split
+from compo_jax.data.batches import Batch
 from compo_jax.modular import routes
 from compo_jax.modular.batches import balanced_eval
+from compo_jax.modular.losses import Prepare, by_task
 from compo_jax.modular.net import ModularNet, Route
-from compo_jax.modular.objective import Prepare, by_task
 from compo_jax.tree import Tree
 
 
@@ -42,8 +43,8 @@ def _with_squared_means(batch_stats: Tree, sign: int) -> Tree:
 @partial(jax.jit, static_argnums=(0, 1))
 def _moments(net, prepare, variables, weights, images):
     images = by_task(prepare(images), len(net.classes))
-    found = net.apply(variables, images, lambda _: weights, True, mutable=["batch_stats"])[1]["batch_stats"]
-    return _with_squared_means(found, 1)
+    _, moved = net.apply(variables, images, lambda _: weights, True, mutable=["batch_stats"])
+    return _with_squared_means(moved["batch_stats"], 1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -51,20 +52,41 @@ def _logits(net, prepare, variables, weights, images):
     return net.apply(variables, by_task(prepare(images), len(net.classes)), lambda _: weights)
 
 
-def statistics(net: ModularNet, prepare: Prepare, route: Route = routes.hard) -> Callable[[Tree, Iterable[Any]], Tree]:
-    """`(variables, batches) -> variables` whose batch statistics are those of all the batches together ("precise BN",
-    Wu and Johnson, 2021, arXiv 2105.07576), each layer seeing what the layers before it give on a batch.
+@runtime_checkable
+class Estimate(Protocol):
+    """The variables with the batch statistics of all these batches together, which are of one size, those of
+    `balanced_batches` say; labels aren't read."""
 
-    Batches are those of `balanced_batches`, of one size; labels aren't read.
-    """
+    def __call__(self, variables: Tree, batches: Iterable[Batch]) -> Tree: ...
+
+
+@runtime_checkable
+class Predict(Protocol):
+    """The logits of all images of each task's split, in order."""
+
+    def __call__(
+        self, variables: Tree, splits: Sequence[Split], batch: int = 64
+    ) -> list[Float[np.ndarray, "images classes"]]: ...
+
+
+@runtime_checkable
+class Measure(Protocol):
+    """The accuracy of each task on its split, in [0, 1]."""
+
+    def __call__(self, variables: Tree, splits: Sequence[Split], batch: int = 64) -> Float[np.ndarray, " tasks"]: ...
+
+
+def statistics(net: ModularNet, prepare: Prepare, route: Route = routes.hard) -> Estimate:
+    """Takes batch statistics again ("precise BN", Wu and Johnson, 2021, arXiv 2105.07576), each layer seeing what the
+    layers before it give on a batch."""
 
     def run(variables, batches):
         total, count = None, 0
         for batch in batches:
             if (tasks := int(np.max(batch["task"])) + 1) != len(net.classes):
                 raise ValueError(f"a network of {len(net.classes)} tasks was given batches of {tasks}")
-            found = _moments(net, prepare, variables, route(variables["params"]["route"]), batch["image"])
-            total, count = found if total is None else jax.tree.map(jnp.add, total, found), count + 1
+            moments = _moments(net, prepare, variables, route(variables["params"]["route"]), batch["image"])
+            total, count = moments if total is None else jax.tree.map(jnp.add, total, moments), count + 1
         if not count:
             raise ValueError("batch statistics need one batch of images at least, and none was given")
         return {**variables, "batch_stats": _with_squared_means(jax.tree.map(lambda x: x / count, total), -1)}
@@ -72,34 +94,28 @@ def statistics(net: ModularNet, prepare: Prepare, route: Route = routes.hard) ->
     return run
 
 
-def predictions(
-    net: ModularNet, prepare: Prepare, route: Route = routes.hard
-) -> Callable[[Tree, Sequence[Split], int], list[Float[np.ndarray, "images classes"]]]:
-    """`(variables, splits, batch) -> logits` of all images of each task's split, in order."""
+def predictions(net: ModularNet, prepare: Prepare, route: Route = routes.hard) -> Predict:
+    """What the network answers on this route."""
 
     def run(variables, splits, batch=64):
         require_tasks(net, splits)
-        found, weights = [[] for _ in splits], route(variables["params"]["route"])
+        parts, weights = [[] for _ in splits], route(variables["params"]["route"])
         for rows, real in balanced_eval(splits, batch):
             for t, logits in enumerate(np.asarray(_logits(net, prepare, variables, weights, rows["image"]))):
-                found[t].append(logits[: real[t], : net.classes[t]])
-        return [np.concatenate(parts) for parts in found]
+                parts[t].append(logits[: real[t], : net.classes[t]])
+        return [np.concatenate(of_task) for of_task in parts]
 
     return run
 
 
-def accuracies(
-    net: ModularNet, prepare: Prepare, route: Route = routes.hard
-) -> Callable[[Tree, Sequence[Split], int], Float[np.ndarray, " tasks"]]:
-    """`(variables, splits, batch) -> accuracy` of each task on its split, in [0, 1]."""
+def accuracies(net: ModularNet, prepare: Prepare, route: Route = routes.hard) -> Measure:
+    """How often the network is right on this route."""
     predict = predictions(net, prepare, route)
 
     def run(variables, splits, batch=64):
         require_tasks(net, splits, labels=True)
-        found = predict(variables, splits, batch)
-        return np.array(
-            [np.mean(logits.argmax(1) == split.labels) for logits, split in zip(found, splits, strict=True)]
-        )
+        pairs = zip(predict(variables, splits, batch), splits, strict=True)
+        return np.array([np.mean(logits.argmax(1) == split.labels) for logits, split in pairs])
 
     return run
 
@@ -108,10 +124,10 @@ class Gap(NamedTuple):
     """The accuracy of each task at four points: on the soft route at the end of the second phase; on its argmax, all
     else as it was; with the statistics taken again; after training on the fixed route."""
 
-    soft: Float[np.ndarray, " tasks"]
-    hard: Float[np.ndarray, " tasks"]
-    reestimated: Float[np.ndarray, " tasks"]
-    finetuned: Float[np.ndarray, " tasks"]
+    soft: Float[np.ndarray, "*seeds tasks"]
+    hard: Float[np.ndarray, "*seeds tasks"]
+    reestimated: Float[np.ndarray, "*seeds tasks"]
+    finetuned: Float[np.ndarray, "*seeds tasks"]
 
 
 def discretisation_gap(
@@ -119,7 +135,7 @@ def discretisation_gap(
     prepare: Prepare,
     before: Tree,
     after: Tree,
-    batches: Callable[[], Iterable[Any]],
+    batches: Callable[[], Iterable[Batch]],
     splits: Sequence[Split],
     *,
     temperature: float | Array,

@@ -7,7 +7,7 @@ from compo_jax.models.isometric import IsometricNet
 from compo_jax.modular import routes
 from compo_jax.modular.edit import take_tasks
 from compo_jax.modular.mixing import mix_templates
-from compo_jax.modular.net import ModularNet, Route
+from compo_jax.modular.net import ModularNet, Network, Route
 from compo_jax.tree import Tree
 
 
@@ -25,13 +25,14 @@ def block(net: ModularNet, params: Tree, layer: int, weights) -> Tree:
     return {name: {"kernel": kernel} for name, kernel in kernels.items()} | norms
 
 
-def plain(net: ModularNet, variables: Tree, task: int = 0, route: Route = routes.hard) -> tuple[IsometricNet, Tree]:
+def plain(network: Network, task: int = 0, route: Route = routes.hard) -> tuple[IsometricNet, Tree]:
     """(network, variables) that give the task's logits, with as many blocks as the route has layers.
 
     A hard route is a plain network, and under weight-space mixing any route is; ValueError for a soft one under
     output-space mixing.
     """
-    one, taken = take_tasks(net, variables, [task])
+    net, variables = network
+    one, taken = take_tasks(network, [task])
     params, statistics = taken["params"], taken["batch_stats"]["tasks"]
     weights = route(variables["params"]["route"])[task]
     chosen, one_hot = routes.indices(weights), np.array_equal(weights, routes.hard(weights))

@@ -1,17 +1,24 @@
 """Where a modular network's variables have their axes of tasks, layers and templates, and how these are cut."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from compo_jax import tree
-from compo_jax.modular.net import ModularNet
+from compo_jax.modular.net import ModularNet, Network
 from compo_jax.tree import Tree
 
 Axis = Literal["task", "layer", "template"]
+
+
+class Parts(NamedTuple):
+    """Routes, heads and BN of single tasks; what all tasks share."""
+
+    of_tasks: Tree
+    shared: Tree
 
 
 def axes(net: ModularNet, name: str) -> tuple[str, ...]:
@@ -29,8 +36,9 @@ def axes(net: ModularNet, name: str) -> tuple[str, ...]:
     return tree.first_match(name, rules, ())
 
 
-def take(net: ModularNet, variables: Tree, axis: Axis, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Tree:
+def take(network: Network, axis: Axis, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Tree:
     """The variables with entries `indices` of that axis, wherever it occurs; ValueError for one that isn't there."""
+    net, variables = network
     size = {"task": len(net.classes), "layer": net.layers, "template": net.templates}[axis]
     chosen = np.asarray(indices)
     if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
@@ -39,10 +47,10 @@ def take(net: ModularNet, variables: Tree, axis: Axis, indices: Sequence[int] | 
         raise ValueError(f"{axis}s {chosen.tolist()} were asked of a network that has {size}: 0 to {size - 1}")
 
     def cut(name, leaf):
-        found = axes(net, name)
-        return (
-            jnp.asarray(np.take(np.asarray(leaf), chosen, found.index(axis))) if axis in found else leaf
-        )  # compiles nothing
+        leading = axes(net, name)
+        if axis not in leading:
+            return leaf
+        return jnp.asarray(np.take(np.asarray(leaf), chosen, leading.index(axis)))  # compiles nothing
 
     return tree.map_with_name(cut, variables)
 
@@ -51,15 +59,16 @@ def join(net: ModularNet, axis: Axis, first: Tree, second: Tree) -> Tree:
     """Two networks' variables end to end along that axis; where it doesn't occur, the first's."""
 
     def both(name, a, b):
-        found = axes(net, name)
-        return jnp.asarray(np.concatenate([a, b], found.index(axis))) if axis in found else a
+        leading = axes(net, name)
+        return jnp.asarray(np.concatenate([a, b], leading.index(axis))) if axis in leading else a
 
     return tree.map_with_name(both, first, second)
 
 
-def own(net: ModularNet, variables: Tree) -> tuple[Tree, Tree]:
-    """(routes, heads and BN of single tasks, what all tasks share), each with None holes for the other."""
-    mine = r"^params/head_\d+/"
-    return tree.partition(
-        variables, lambda name: "task" in axes(net, name) or bool(tree.first_match(name, [(mine, 1)]))
+def parted(network: Network) -> Parts:
+    """The variables in two, each with None holes for the other."""
+    net, variables = network
+    head = r"^params/head_\d+/"
+    return Parts(
+        *tree.partition(variables, lambda name: "task" in axes(net, name) or bool(tree.first_match(name, [(head, 1)])))
     )

@@ -13,6 +13,7 @@ from compo_jax.models.isometric import Convolution, branch, convolutions, convol
 from compo_jax.models.sizes import whole_numbers, whole_patches
 from compo_jax.modular import routes
 from compo_jax.modular.mixing import mix_templates
+from compo_jax.tree import Tree
 
 Images = Float[Array, "tasks batch height width channels"]
 Route = Callable[[jax.Array], jax.Array]
@@ -230,9 +231,9 @@ class ModularNet(nn.Module):
                 raise ValueError(f"task {t} has {count} class and needs two: leave it out, or join it with another")
         if self.shared_head and len(set(self.classes)) > 1:
             raise ValueError(f"a shared head is for tasks of the same classes, and they have {self.classes}")
-        for option, known in (("bn", ("task", "layer", "template")), ("mixing", ("weights", "outputs"))):
-            if getattr(self, option) not in known:
-                raise ValueError(f"{option}={getattr(self, option)!r} is not among {', '.join(known)}")
+        for option, choices in (("bn", ("task", "layer", "template")), ("mixing", ("weights", "outputs"))):
+            if getattr(self, option) not in choices:
+                raise ValueError(f"{option}={getattr(self, option)!r} is not among {', '.join(choices)}")
         convolutions(self.block, self.width)
         super().__post_init__()
 
@@ -302,3 +303,10 @@ class ModularNet(nn.Module):
                 for t, head in enumerate(heads)
             ]
         )
+
+
+class Network(NamedTuple):
+    """A modular network and its variables: the collections `params` and `batch_stats`."""
+
+    net: ModularNet
+    variables: Tree

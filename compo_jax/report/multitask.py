@@ -1,179 +1,353 @@
-"""The page of multi-task training with learned orders."""
+"""The page of several tasks learned at once, with learned orders of shared templates beside baselines."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
 
-from compo_jax.report import multitask_figures as figures
-from compo_jax.report.multitask_numbers import HEADINGS, REFERENCE, Method, cells, change, read, sizes
-from compo_jax.report.numbers import Metrics, decimal, fitting, require, significant, spread
-from compo_jax.report.page import block, html_table, write_page
-from compo_jax.report.route_blocks import route_blocks
+from compo_jax.modular import analysis
+from compo_jax.modular.comparison import paired
+from compo_jax.modular.forecast import Rerouting
+from compo_jax.modular.results import MultitaskMethod, MultitaskResults, OrderAnalysis
+from compo_jax.report import charts, route_figures
+from compo_jax.report.charts import COLOURS, styled
+from compo_jax.report.modular_facts import accuracy_cells, facts, paired_text
+from compo_jax.report.page import Block, Page, Tile, write_page
+from compo_jax.report.table import BOLD, Table
+from compo_jax.report.text import counted, decimal, middle, short, signed, significant, spread
+
+REFERENCE = "single-task"
+CURVES = {"entropy": "H(a) / log M", "unused": "1 − H(ā) / log M", "cross_entropy": "cross-entropy\n(nats)"}
+PHASES = ("free", "hardening", "fixed")
+_COUNTED = "Layers and templates count from 0; first seed."
 
 
-def _methods(metrics: Metrics, found: Mapping[str, Method]) -> Iterator[str]:
-    ordered = next((name for name in found if name.startswith("ordered")), None)
-    null = (ordered or "").replace("ordered", "random")
-    against = [name for name in (null, "hard-sharing-bn") if name in found and ordered is not None]
-    told = "; ".join(f"less {name}: {change(ordered, found, name)} points" for name in against)
-    yield block(
-        figures.methods(
-            {name: own.mean for name, own in found.items()},
-            {name: own.parameters for name, own in found.items()},
-            REFERENCE if REFERENCE in found else None,
-        ),
-        f"Mean over tasks; dashed, the {REFERENCE} nets. See whether the learned order beats random routes through as "
-        "many templates, and sharing with a batch norm for each task: what these reach is not the order's merit. Small "
-        "marks are seeds; they share what is hard about a task, so a difference counts by seed."
-        + (f" {ordered} {told}." if told else ""),
+def _against(methods: Mapping[str, MultitaskMethod], name: str, reference: str = REFERENCE, won: bool = False) -> str:
+    """The difference to a method, by seed, as text in points; empty where there is none."""
+    if name == reference or reference not in methods:
+        return ""
+    return paired_text(paired(methods[name].accuracy.mean(1), methods[reference].accuracy.mean(1)), won=won)
+
+
+def multitask_table(results: MultitaskResults, *, won: bool = False) -> Table:
+    """Every method's accuracy (%), mean over tasks, its difference to single-task networks, with the seeds `won`, and
+    its costs."""
+    methods, single = results.methods, results.methods.get(REFERENCE)
+    images = sum(results.job.test_images.values())
+    best = accuracy_cells([method.accuracy.mean(1) for method in methods.values()], images)
+    headings = (
+        "method", "accuracy (%)", f"against {REFERENCE} (points)", "parameters", f"of {REFERENCE} (%)",
+        "multiply-adds (M)", "time (s)",
+    )  # fmt: skip
+    rows = [
+        [
+            name, accuracy, _against(methods, name, won=won), f"{method.parameters[0]:,}",
+            decimal(100 * method.parameters[0] / single.parameters[0]) if single else "",
+            decimal(method.macs[0] / 1e6), spread(method.seconds, 0),
+        ]
+        for (name, method), accuracy in zip(methods.items(), best, strict=True)
+    ]  # fmt: skip
+    title = f"{results.job.name}: {counted(len(results.tasks), 'task')} of {results.job.data}"
+    return Table(title, headings, rows, [f"Accuracy: mean over tasks, the task known. {BOLD}"])
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+@styled
+def methods_figure(methods: Mapping[str, MultitaskMethod]) -> Figure:
+    """A row for each method: its accuracy, mean over tasks, and beside it its parameters."""
+    figure = charts.figure("Accuracy and parameters of the methods", 1.15 + 0.3 * len(methods))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    runs = {name: 100 * method.accuracy.mean(1) for name, method in methods.items()}
+    if REFERENCE in methods:
+        charts.reference(left, "x", runs[REFERENCE].mean())
+    charts.dots(left, list(methods), {"accuracy": charts.Dots(runs, {"color": COLOURS[0], "marker": "D"})})
+    parameters = [float(method.parameters[0]) for method in methods.values()]
+    right.plot(parameters, range(len(methods)), "s", color=COLOURS[1], markersize=6, **charts.EDGE)
+    charts.number_ticks(left, "x", 6)
+    charts.log_axis(right, "x", parameters, lambda x: f"{x / 1e3:g} k" if x < 1e6 else f"{x / 1e6:g} M")
+    left.set_xlabel("accuracy (%)")
+    right.set_xlabel("parameters, all tasks")
+    right.grid()
+    return figure
+
+
+@styled
+def by_task_figure(
+    values: Float[np.ndarray, "tasks methods"],
+    names: Sequence[str],
+    tasks: Sequence[str],
+    base: Float[np.ndarray, " tasks"] | None,
+) -> Figure:
+    """Heat map: differences to `base`, the reference's accuracies, which stand with the tasks' names; without it,
+    accuracies. Fractions."""
+    title = "Accuracy by task" + (f", against {REFERENCE}" if base is not None else "")
+    figure = charts.figure(title, max(2.8, 1.6 + 0.2 * len(tasks)))
+    axes, largest = figure.add_subplot(), 100 * np.nanmax(np.abs(values), initial=0)
+    if base is None:
+        look = {"limits": (0.0, 100.0), "texts": decimal}
+    else:
+        tasks = [f"{short(task, 16)}  {decimal(100 * x)}" for task, x in zip(tasks, base, strict=True)]
+        limit = next((x for x in (10.0, 25.0, 50.0) if largest <= x), 100.0)
+        look = {"limits": (-limit, limit), "texts": lambda x: signed(x / 100), "colours": "RdBu"}
+        axes.set_title(f"beside the tasks: accuracy of {REFERENCE} (%)", loc="right", fontsize=8)
+    image = charts.heat(axes, 100 * values, rows=tasks, columns=names, length=24, **look)
+    charts.colour_bar(figure, image, axes, "accuracy (%)" if base is None else "points")
+    return figure
+
+
+@styled
+def curves_figure(methods: Mapping[str, MultitaskMethod], phases: tuple[float, float], steps: int) -> Figure:
+    """How decided the routes of the first seed are, how many templates they use, and the loss; dotted, where phases
+    begin."""
+    figure = charts.figure("Routes in the course of training", 5.2)
+    panels = charts.panels(figure, len(CURVES), "part of the training", lines=len(CURVES), sharey=False)
+    looks = charts.looks(list(methods))
+    for axes, (key, label) in zip(panels, CURVES.items(), strict=True):
+        for name, method in methods.items():
+            curves = method.order.curves
+            axes.plot(curves.step[0] / steps, getattr(curves, key)[0], color=looks[name]["color"], linewidth=1.4)
+        for place in phases:
+            charts.reference(axes, "x", place, linestyle=":")
+        top = max({"entropy": 1.04, "unused": 0.25}.get(key, 0.0), axes.get_ylim()[1])
+        axes.set(ylabel=label, ylim=(-0.04 * top, top))
+        axes.grid(axis="y")
+    panels[-1].set_xlim(0, 1)
+    for begin, end, name in zip((0, *phases), (*phases, 1), PHASES, strict=True):
+        if end - begin >= 0.12:
+            place = panels[0].get_xaxis_transform()
+            panels[0].text((begin + end) / 2, 1.02, name, transform=place, ha="center", fontsize=8)
+    charts.legend(figure, {name: {"color": look["color"]} for name, look in looks.items()}, 3)
+    return figure
+
+
+@styled
+def forecast_figure(rerouting: Rerouting, shown: Sequence[int]) -> Figure:
+    """The loss as a layer's route moves to each of the templates `shown`, true and forecast; last, the forecast's
+    median error over all templates."""
+    lines = len(shown) // 2 + 1
+    figure = charts.figure("Another template at one layer: the loss, forecast and true", 0.9 + 2.1 * lines)
+    panels = charts.panels(figure, len(shown) + 1, "ε", lines=lines, sharex=False, sharey=False)
+    looks = {
+        "true": {"color": COLOURS[0], "marker": "o", "markersize": 4},
+        "forecast": {"color": COLOURS[5], "linestyle": "--", "marker": "s", "markersize": 3},
+    }
+    for axes, template in zip(panels, shown, strict=False):
+        for label, look in looks.items():
+            values = np.append(rerouting.loss, getattr(rerouting, label)[template])
+            axes.plot(np.append(0, rerouting.amounts), values, **look, label=label)
+        axes.set(title=f"to template {template}", ylabel="loss (nats)")
+        axes.grid()
+    last = panels[-1]
+    last.plot(rerouting.amounts, rerouting.error, "D-", color=COLOURS[2], markersize=4)
+    charts.log_axis(last, "x", rerouting.amounts)
+    if np.any(rerouting.error > 0):
+        charts.log_axis(last, "y", rerouting.error)
+    last.set(title="error / change, all templates", ylabel="median error")
+    last.grid()
+    charts.legend(figure, looks, 2)
+    return figure
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+def _methods(results: MultitaskResults) -> Iterator[Block]:
+    methods = results.methods
+    told = ""
+    for name, method in methods.items():
+        for control in (name.replace("ordered", "random"), "hard-sharing-bn"):
+            if method.order is not None and control in methods:
+                told += f" {name} less {control}: {_against(methods, name, control)} points."
+    dashed = f"; dashed, the {REFERENCE} networks" if REFERENCE in methods else ""
+    merit = " What these controls reach is not the order's merit." if told else ""
+    seeds = " Small marks are seeds; they share what is hard about a task, so a difference counts by seed."
+    yield Block(
+        methods_figure(methods),
+        f"Mean over tasks{dashed}.{seeds * (len(results.job.seeds) > 1)}{told}{merit}",
     )
-
-
-def _gap(metrics: Metrics, found: Mapping[str, Method]) -> Iterator[str]:
-    gaps = {}
-    for name, given in (metrics.get("gap") or {}).items():
-        require(given, tuple(figures.GAP), f"gap.{name}.")
-        points = [fitting(given[key], sizes(metrics), f"gap.{name}.{key}", "seeds by tasks") for key in figures.GAP]
-        gaps[name] = np.stack([values.mean(1) for values in points])
+    gaps = {name: method.order.gap for name, method in methods.items() if method.order is not None}
     if gaps:
-        yield block(
-            figures.gap(gaps),
-            "Mean over tasks; thin, single seeds. The fall from the first to the second point is the price of a hard "
-            "route; what comes back at the third was batch statistics alone, and the rest needs training.",
-            html_table(
-                ["accuracy (%)", "soft", "argmax", "statistics again", "trained on"],
-                ((name, [spread(100 * values) for values in points]) for name, points in gaps.items()),
-            ),
-        )
+        yield route_figures.gap_block(gaps)
 
 
-def _by_task(metrics: Metrics, found: Mapping[str, Method]) -> Iterator[str]:
-    tasks = metrics["tasks"]
-    means = {name: own.accuracy.mean(0) for name, own in found.items()}
+def _by_task(results: MultitaskResults) -> Iterator[Block]:
+    methods, tasks = results.methods, results.tasks
+    means = {name: method.accuracy.mean(0) for name, method in methods.items()}
     shown = [name for name in means if name != REFERENCE] or list(means)
     base = means[REFERENCE] if REFERENCE in means and shown != [REFERENCE] else None
     values = np.stack([means[name] - (0 if base is None else base) for name in shown], 1)
-    yield block(
-        figures.by_task(values, shown, tasks, base, REFERENCE),
+    caption = (
         "Mean over seeds. See which tasks are hard for every method."
         if base is None
         else "Blue is gained and red is lost by sharing, mean over seeds. See whether a loss in the mean is a little "
-        "of every task or the ruin of one, and which tasks gain whatever the method.",
-        html_table(
-            ["accuracy (%)", "classes", *found],
-            (
-                (task, [str(metrics["classes"][i]), *(spread(100 * own.accuracy[:, i]) for own in found.values())])
-                for i, task in enumerate(tasks)
-            ),
-        ),
+        "of every task or the ruin of one, and which tasks gain whatever the method."
     )
+    rows = [
+        [task, str(results.classes[i]), *(spread(100 * method.accuracy[:, i]) for method in methods.values())]
+        for i, task in enumerate(tasks)
+    ]
+    table = Table("By task", ["accuracy (%)", "classes", *methods], rows)
+    yield Block(by_task_figure(values, shown, tasks, base), caption, [table])
 
 
-def _curves(metrics: Metrics, found: Mapping[str, Method]) -> Iterator[str]:
-    curves, given = {}, metrics.get("curves") or {}
-    for name, own in given.items():
-        require(own, ("step", *figures.CURVES, "phases", "steps"), f"curves.{name}.")
-        curves[name] = {
-            key: fitting(own[key], (len(own["step"]),), f"curves.{name}.{key}", "records")
-            for key in ("step", *figures.CURVES)
-        }
-        fitting(own["phases"], (2,), f"curves.{name}.phases", "two parts of the steps")
-    if curves:
-        yield block(
-            figures.curves(curves, *({name: own[key] for name, own in given.items()} for key in ("phases", "steps"))),
+def _curves(results: MultitaskResults) -> Iterator[Block]:
+    learned = {name: method for name, method in results.methods.items() if method.order is not None}
+    if learned and all(method.order.curves.step.size for method in learned.values()):
+        yield Block(
+            curves_figure(learned, results.job.training.phases, results.job.training.steps),
             "H(a) / log M is 1 where a route takes all templates alike and 0 where it takes one; 1 − H(ā) / log M is 0 "
             "where all templates are used alike and 1 where one does all the work. Routes should have decided before "
             "they are fixed, without the second number rising. First seed.",
         )
 
 
-def _forecast(metrics: Metrics) -> Iterator[str]:
-    """The figure of the bridge to curvature."""
-    if not (given := metrics.get("bridge")):
-        return
-    require(given, ("method", "task", "layer", "chosen", "amounts", "true", "forecast", "loss", "error"), "bridge.")
-    count = len(given["amounts"])
-    amounts, error = (fitting(given[key], (count,), f"bridge.{key}", "amounts") for key in ("amounts", "error"))
-    shape = (len(given["true"]), count)
-    true, forecast = (
-        fitting(given[key], shape, f"bridge.{key}", "templates by amounts") for key in ("true", "forecast")
+def _routes(results: MultitaskResults, it: OrderAnalysis) -> Iterator[Block]:
+    """What the routes of the first seed say, beside random ones."""
+    from scipy.cluster.hierarchy import leaves_list
+
+    order, random, tasks = results.methods[it.method].order, it.random, results.tasks
+    count = order.soft.shape[-1]
+    weights = np.eye(count)[order.hard]
+    hard, matrix = order.hard[0], analysis.task_distances(weights[0])
+    linkage = analysis.dendrogram(matrix) if len(tasks) > 1 else None
+    rows = np.arange(1) if linkage is None else leaves_list(linkage)
+    surety = np.take_along_axis(order.soft[0], hard[..., None], -1)[..., 0]
+    named = {tasks[i]: hard[i] for i in rows}
+    layers = [f"layer {i}" for i in range(hard.shape[1])]
+    yield Block(
+        route_figures.orders(named, count, surety[rows]),
+        f"{it.method}: down a column, tasks of one colour share that layer; along a row, a colour that comes again "
+        "is a block invoked twice. Beside, the weight that the template had before routes were fixed: 1 was decided."
+        f"{' Tasks in the order of the dendrogram.' * (len(tasks) > 1)} {_COUNTED}",
+        [Table("Routes", ["task", *layers], [[task, *map(str, route)] for task, route in named.items()])],
     )
-    others = [m for m in range(len(true)) if m != given["chosen"]]
-    if not others or not count:
-        return
-    others.sort(key=lambda m: np.nan_to_num(true[m, -1], nan=np.inf))
-    shown = list(dict.fromkeys((others[0], others[len(others) // 2], others[-1])))
-    errors = ", ".join(
-        f"{significant(100 * e)}\u00a0% at ε = {significant(a, 1)}" for a, e in zip(amounts, error, strict=True)
-    )
-    yield block(
-        figures.bridge(amounts, true, forecast, float(given["loss"]), error, shown),
-        f"{given['method']}, task {given['task']}, layer {given['layer']}, from template {given['chosen']} by ε "
-        "towards another: those with the least, the middle and the greatest loss at the largest ε. The forecast is a "
-        "quadratic from the curvature at the trained route, and holds nearby only. "
-        f"Its median error is {errors} of the true "
-        "change: a forecast of no change at all would have 100\u00a0%.",
-        html_table(
-            ["loss, true / forecast (nats)", *(f"ε = {significant(a, 1)}" for a in amounts)],
-            (
-                (f"template {m}", [f"{significant(t, 3)} / {significant(f, 3)}"
-                                   for t, f in zip(true[m], forecast[m], strict=True)])
-                for m in range(len(true))
-            ),
-        ),
+    if linkage is not None:
+        yield _distances(results, matrix, linkage, weights, it)
+    if len(layers) > 1:
+        yield _similarity(it)
+    used, dead = analysis.usage(weights[0]), analysis.dead(weights[0])
+    falling = np.argsort(-used, kind="stable").tolist()
+    beside = zip(falling, random.mean.usage, random.deviation.usage, strict=True)
+    yield Block(
+        route_figures.usage(used, random, falling),
+        "Bars steeper than the band are a few templates that do most of the work, flatter ones an evenness that "
+        f"chance would not give. Dead, without any place: {', '.join(map(str, dead)) or 'none'} ({len(dead)} of "
+        f"{count}; of random routes {random.mean.dead:.1f} ± {random.deviation.dead:.1f}). {_COUNTED}",
+        [Table("Use", ["template", "places (%)", "random, same rank (%)", "±"],
+               [[str(m), *(decimal(100 * x) for x in (used[m], mean, error))] for m, mean, error in beside])],
     )  # fmt: skip
+    if it.removal is not None:
+        yield _removal(it, falling, used)
 
 
-def _key_numbers(metrics: Metrics, found: Mapping[str, Method]) -> list[tuple[str, str, str]]:
-    seeds, tasks = sizes(metrics)
-    shared = [name for name in found if name != REFERENCE] or list(found)
-    best = max(shared, key=lambda name: np.nan_to_num(np.mean(found[name].mean), nan=-np.inf))
-    numbers = [(f"best with parts shared: {best}", spread(100 * found[best].mean), "%")]
-    if REFERENCE in found and best != REFERENCE:
-        reference = found[REFERENCE]
-        gained = (found[best].accuracy.mean(0) > reference.accuracy.mean(0)).sum()
-        numbers += [
-            (f"against {REFERENCE} nets", change(best, found), "points"),
-            ("tasks on which it beats them", f"{gained} of {tasks}", ""),
-            ("its parameters, of theirs", decimal(100 * found[best].parameters / reference.parameters), "%"),
-        ]
-    return [
-        *numbers,
-        (f"methods, {seeds} seed{'s' * (seeds != 1)}", str(len(found)), ""),
-        ("whole job", decimal(metrics["seconds"], 0), "s"),
-    ]
-
-
-def _blocks(metrics: Metrics, found: Mapping[str, Method]) -> Iterator[str]:
-    """The figures, each with what to look for in it; neighbours are of like height."""
-    for part in (_methods, _gap, _by_task, _curves):
-        yield from part(metrics, found)
-    yield from route_blocks(metrics)
-    yield from _forecast(metrics)
-
-
-def multitask(folder: str | os.PathLike, metrics: Metrics) -> Path:
-    """Writes `folder/report.html`, the page of a multi-task comparison, and returns its path.
-
-    Args:
-      metrics: name, data, seeds, seconds, net (layers, templates, width), tasks, classes, and methods: of each
-        accuracy (by seed, of each task), parameters, macs, seconds (by seed); `single-task` is the reference. Where
-        known gap, curves, routes, removal and bridge of the methods with learned routes; the first of `routes` is
-        analysed. Fractions; None is not known.
-
-    Raises KeyError or ValueError where the metrics don't fit together.
-    """
-    found = read(metrics)
-    seeds, tasks = sizes(metrics)
-    net = metrics["net"]
-    several = f"; numbers are mean ± standard deviation over {seeds} seeds, differences by seed" if seeds > 1 else ""
-    lead = (
-        f"{tasks} task{'s' * (tasks != 1)} of {metrics['data']}, {sum(metrics['classes'])} classes in all, learned by "
-        f"one network of {net['layers']} layers and width {net['width']}, each layer one of {net['templates']} shared "
-        f"templates unless a method's name says otherwise, against {', '.join(found)}. Accuracies in %, the task "
-        f"known, mean over tasks{several}."
+def _distances(results: MultitaskResults, matrix, linkage, weights, it: OrderAnalysis) -> Block:
+    tasks, random, count = results.tasks, it.random, len(results.tasks)
+    nearest = np.unravel_index(np.argmin(matrix + np.eye(count)), matrix.shape)
+    pairs = np.triu_indices(count, 1)
+    by_seed = ", ".join(f"{analysis.task_distances(one)[pairs].mean():.2f}" for one in weights[1:])
+    others = f" (other seeds {by_seed})" if by_seed else ""
+    rows = [[task, *(f"{x:.2f}" for x in row)] for task, row in zip(tasks, matrix, strict=True)]
+    return Block(
+        route_figures.distances(matrix, linkage, tasks),
+        "0 is the same route and 1 no common template at any layer; look for groups of tasks that are alike. Mean over "
+        f"pairs {random.value.distance:.2f}{others}, of random routes {random.mean.distance:.2f} ± "
+        f"{random.deviation.distance:.2f}. Nearest are {tasks[nearest[0]]} and {tasks[nearest[1]]}, "
+        f"{random.value.nearest:.2f}; the nearest of random routes {random.mean.nearest:.2f} ± "
+        f"{random.deviation.nearest:.2f}: groups no nearer than that say nothing. Random routes use all templates "
+        f"alike; a few that are used much bring tasks nearer, too. {random.draws} random routes; first seed.",
+        [Table("Distances", ["distance", *tasks], rows)],
     )
-    card = html_table(["method", *HEADINGS], ((name, cells(name, found)) for name in found))
-    return write_page(folder, metrics["name"], lead, _key_numbers(metrics, found), card, _blocks(metrics, found))
+
+
+def _similarity(it: OrderAnalysis) -> Block:
+    value, above = it.random.value.similarity, it.random.above.similarity
+    pairs = np.triu_indices(len(value), 1)
+    rare = int((above[pairs] <= 0.05).sum())
+    rows = [[str(i), *(f"{x:.2f}" for x in row)] for i, row in enumerate(value)]
+    return Block(
+        route_figures.similarity(it.random),
+        "The part of the tasks that take the same template at both layers. A loop over blocks would be a bright line "
+        "beside the diagonal, one block again and again a bright square. A dot: at most 5 % of random routes are as "
+        f"large. Such pairs: {rare} of {len(pairs[0])}, by chance {0.05 * len(pairs[0]):.1f} or fewer. {_COUNTED}",
+        [Table("Layers", ["|cos|", *map(str, range(len(value)))], rows)],
+    )
+
+
+def _removal(it: OrderAnalysis, falling: list[int], used: np.ndarray) -> Block:
+    drop, null, deviation = route_figures.over_tasks(it.removal)
+    beyond = ", ".join(str(m) for m in falling if drop[m] > null[m] + 2 * deviation[m])
+    rows = [
+        [str(m), decimal(100 * used[m]), signed(drop[m]), signed(null[m]), decimal(100 * deviation[m])] for m in falling
+    ]
+    return Block(
+        route_figures.removal(it.removal, falling),
+        "A template is removed and its layers take their next best; beside, as many places drawn at random lose what "
+        "they have (mean ± standard deviation over draws, taken as independent between tasks). A much used template "
+        "costs much either way: what says that it does work of its own is a drop beyond the bar. Beyond two "
+        f"deviations: {f'templates {beyond}' if beyond else 'none'}. Mean over tasks, {it.removal_images} images of "
+        "each task; first seed.",
+        [Table("Removal", ["template", "places (%)", "drop (points)", "random places", "±"], rows)],
+    )
+
+
+def _forecast(method: str, task: str, it: Rerouting) -> Block:
+    """The figure of the bridge to curvature."""
+    others = [m for m in range(len(it.true)) if m != it.template]
+    others.sort(key=lambda m: np.nan_to_num(it.true[m, -1], nan=np.inf))
+    shown = list(dict.fromkeys((others[0], others[len(others) // 2], others[-1])))
+    amounts = [f"ε = {significant(a, 1)}" for a in it.amounts]
+    errors = ", ".join(f"{significant(100 * e)}\u00a0% at {a}" for a, e in zip(amounts, it.error, strict=True))
+    both = lambda m: zip(it.true[m], it.forecast[m], strict=True)
+    rows = [
+        [f"template {m}", *(f"{significant(t, 3)} / {significant(f, 3)}" for t, f in both(m))]
+        for m in range(len(it.true))
+    ]
+    return Block(
+        forecast_figure(it, shown),
+        f"{method}, task {task}, layer {it.layer}, from template {it.template} by ε towards "
+        "another: those with the least, the middle and the greatest loss at the largest ε. The forecast is a quadratic "
+        f"from the curvature at the trained route, and holds nearby only. Its median error is {errors} of the true "
+        f"change: a forecast of no change at all would have 100\u00a0%. On {it.images} training images; first seed.",
+        [Table("Forecasts", ["loss, true / forecast (nats)", *amounts], rows)],
+    )
+
+
+def _blocks(results: MultitaskResults) -> Iterator[Block]:
+    """The figures, each with what to look for in it; neighbours are of like height."""
+    for part in (_methods, _by_task, _curves):
+        yield from part(results)
+    if results.analysis is not None:
+        yield from _routes(results, results.analysis)
+        if (rerouting := results.analysis.rerouting) is not None:
+            yield _forecast(results.analysis.method, results.tasks[rerouting.task], rerouting)
+
+
+def _tiles(results: MultitaskResults) -> list[Tile]:
+    methods, tasks = results.methods, len(results.tasks)
+    shared = [name for name in methods if name != REFERENCE] or list(methods)
+    best = max(shared, key=lambda name: np.nan_to_num(methods[name].accuracy.mean(), nan=-np.inf))
+    tiles = [Tile(f"highest mean, parts shared: {best}", spread(100 * methods[best].accuracy.mean(1)), "%")]
+    if REFERENCE in methods and best != REFERENCE:
+        single = methods[REFERENCE]
+        gained = (methods[best].accuracy.mean(0) > single.accuracy.mean(0)).sum()
+        tiles += [
+            Tile(f"against {REFERENCE}", _against(methods, best), "points"),
+            Tile("tasks on which it beats them", f"{gained} of {tasks}"),
+            Tile("its parameters, of theirs", decimal(100 * methods[best].parameters[0] / single.parameters[0]), "%"),
+        ]
+    return tiles
+
+
+def multitask_page(folder: str | os.PathLike, results: MultitaskResults) -> Path:
+    """Writes `folder/report.html`, the page of a comparison of ways to learn several tasks, and returns its path."""
+    job, tasks = results.job, len(results.tasks)
+    lead = (
+        f"{counted(tasks, 'task')} of {job.data}, {results.classes.sum()} classes in all, learned by "
+        f"{', '.join(middle(name, 40) for name in results.methods)}. Each layer of a shared network is one of "
+        f"{job.net.templates} templates unless the method's name says otherwise."
+    )
+    told = facts(job, "seeds")
+    return write_page(
+        folder, Page(job.name, lead, told, _tiles(results), [multitask_table(results, won=True)], _blocks(results))
+    )

@@ -1,201 +1,137 @@
-"""The report of block reuse: the same blocks called more than once, its page and a table for the terminal."""
+"""The page of block reuse: the same blocks called more than once."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from rich.table import Table
-from rich.text import Text
+from matplotlib.figure import Figure
 
-from compo_jax.report import reuse_figures as figures
-from compo_jax.report.modular_numbers import (
-    Paired,
-    check_modular,
-    millions,
-    net_text,
-    paired,
-    paired_text,
-    several,
-    templates_of,
-)
-from compo_jax.report.numbers import Metrics, decimal, fitting, percent, require, signed, spread
-from compo_jax.report.page import block, html_table, write_page
+from compo_jax.modular.results import ReuseResults
+from compo_jax.report import charts, route_figures
+from compo_jax.report.charts import styled
+from compo_jax.report.modular_facts import accuracy_cells, facts, paired_text
+from compo_jax.report.page import Block, Page, Tile, write_page
+from compo_jax.report.table import BOLD, Table, standard_error
+from compo_jax.report.text import counted, decimal, percent, spread
 
-_METHOD = ("accuracy", "train_accuracy", "parameters", "macs", "layers", "templates", "route", "seconds")
-GAP = {"soft": "soft", "hard": "argmax", "reestimated": "statistics again", "finetuned": "tuned on"}
-Seeds = Float[np.ndarray, " seeds"]
+WORDS = {  # of the tiles
+    "learned": "learned order of reused blocks",
+    "aabb": "each block twice in a row",
+    "abab": "all blocks, then again",
+    "distinct": "twice the blocks (bound)",
+}
 
 
-class _Method(NamedTuple):
-    """What one network reached, as fractions, and what it costs."""
-
-    accuracy: Seeds
-    train: Seeds
-    parameters: float
-    macs: float
-    seconds: Seeds
-    layers: int
-    templates: int
-    route: Int[np.ndarray, "seeds layers"]
+def _millions(count: int | np.integer) -> str:
+    return decimal(count / 1e6, 1 if count >= 1e7 else 2)
 
 
-class _Found(NamedTuple):
-    """The networks, the name of the one that the others are held against, and the four points of the learned ones."""
-
-    methods: dict[str, _Method]
-    reference: str
-    gap: dict[str, Float[np.ndarray, "points seeds"]]
-
-    def against(self, name: str) -> Paired:
-        """The difference to the reference, seed by seed."""
-        return paired(self.methods[name].accuracy, self.methods[self.reference].accuracy)
-
-
-def _read(metrics: Metrics) -> _Found:
-    """The networks as arrays; KeyError or ValueError where the metrics don't fit together."""
-    check_modular(metrics, ("classes", "blocks"))
-    reference = f"{metrics['blocks']}-layers"
-    require(metrics["methods"], (reference,), "methods.")
-    count = len(metrics["seeds"])
-    found = {}
-    for name, method in metrics["methods"].items():
-        where = f"methods.{name}."
-        require(method, _METHOD, where)
-        accuracy, train, seconds = (
-            fitting(method[key], (count,), where + key, "a number for each seed")
-            for key in ("accuracy", "train_accuracy", "seconds")
-        )
-        costs = fitting([method["parameters"], method["macs"]], (2,), where + "parameters and macs", "two numbers")
-        layers, templates = method["layers"], method["templates"]
-        if len(method["route"]) != count:
-            raise ValueError(
-                f"{where}route in the metrics has {len(method['route'])} entries for {count} seeds: it needs the route "
-                "of each seed; perhaps a list of seeds was cut"
-            )
-        route = [templates_of(one, layers, templates, f"{where}route.{i}") for i, one in enumerate(method["route"])]
-        found[name] = _Method(accuracy, train, *costs, seconds, layers, templates, np.array(route))
-    gap = {}
-    for name, points in (metrics.get("gap") or {}).items():
-        require(points, tuple(GAP), f"gap.{name}.")
-        gap[name] = fitting([points[key] for key in GAP], (len(GAP), count), f"gap.{name}", "four points by seeds")
-    return _Found(found, reference, gap)
-
-
-def _difference(found: _Found, name: str) -> str:
-    return "" if name == found.reference else paired_text(found.against(name))
-
-
-def reuse_table(metrics: Metrics) -> Table:
-    """Every network's size and accuracy (%) for the terminal, and its paired difference to the one without reuse.
-
-    Mean ± sample standard deviation over seeds, difference ± standard error. KeyError or ValueError where the metrics
-    don't fit together.
-    """
-    found = _read(metrics)
-    drawn = Table(
-        title=Text(f"{metrics['name']}: {metrics['classes']} classes of {metrics['data']}, accuracy (%)"),
-        caption=f"L/M: layers and templates; par., MACs in millions; diff.: to {found.reference}, ± standard error",
-    )
-    drawn.add_column("method", overflow="fold")
-    for heading in ("L/M", "par.", "MACs", "test", "train", "diff."):
-        drawn.add_column(heading, justify="right", no_wrap=True)
-    for name, method in found.methods.items():
-        cells = [
-            f"{method.layers}/{method.templates}", millions(method.parameters), millions(method.macs),
-            spread(100 * method.accuracy), spread(100 * method.train), _difference(found, name).split(" (")[0],
-        ]  # fmt: skip
-        drawn.add_row(Text(name), *(text.replace("\u00a0±\u00a0", " ±") for text in cells))
-    return drawn
-
-
-def _orders(metrics: Metrics, found: _Found) -> dict[str, Int[np.ndarray, " layers"]]:
-    """The routes to show: of each seed where seeds differ."""
-    rows = {}
-    for name, method in found.methods.items():
-        if (method.route == method.route[0]).all():
-            rows[name] = method.route[0]
-        else:
-            rows |= {f"{name}, seed {s}": route for s, route in zip(metrics["seeds"], method.route, strict=True)}
-    return rows
-
-
-def _blocks(metrics: Metrics, found: _Found) -> Iterator[str]:
-    """The figures, each with what to look for in it."""
-    methods = found.methods
-    yield block(
-        figures.by_cost(
-            {name: method.accuracy for name, method in methods.items()},
-            {name: (method.parameters, method.macs) for name, method in methods.items()},
-            found.reference,
-        ),
-        "Left, what the networks store: reuse should lift the accuracy above the dashed line without moving to the "
-        "right. Right, what an image costs: reuse pays in multiply-adds, and the upper bound, whose blocks are all "
-        "distinct, pays in both. Small marks are seeds; networks of one size are moved apart.",
-        html_table(
-            ["method", "training time (s)"],
-            ((name, [spread(method.seconds, 0)]) for name, method in methods.items()),
-        ),
-    )
-    orders = _orders(metrics, found)
-    yield block(
-        figures.orders(orders),
-        "A cell is the block that a layer calls, counted from 0: a colour that comes back is a block used again. In a "
-        "learned order see whether blocks repeat at once, come back in loops, or stay unused, and whether seeds agree.",
-    )
-    if found.gap:
-        yield block(
-            figures.gap(found.gap, list(GAP.values())),
-            "From the soft mixture to one block for each layer (argmax), with the batch statistics taken again, and "
-            "after training on with the route fixed: a large fall at argmax tells that the mixture had not become "
-            "sharp. Thin lines are seeds.",
-            html_table(
-                ["accuracy (%)", *GAP.values()],
-                ((name, [spread(100 * one) for one in points]) for name, points in found.gap.items()),
-            ),
-        )
-
-
-def reuse(folder: str | os.PathLike, metrics: Metrics) -> Path:
-    """Writes `folder/report.html`, the page of block reuse, and returns its path.
-
-    Args:
-      metrics: name, data, seeds, seconds, net, classes, blocks (L), and methods, one of them `L-layers`: of each
-        accuracy, train_accuracy, seconds and route by seed, parameters, macs, layers, templates. Optionally gap: of
-        each learned order its accuracies soft, hard, reestimated and finetuned, by seed. Fractions; None is not known.
-
-    Raises KeyError or ValueError where the metrics don't fit together.
-    """
-    found = _read(metrics)
-    blocks, seeds, reference = metrics["blocks"], metrics["seeds"], found.reference
-    lead = (
-        f"{metrics['classes']} classes of {metrics['data']} by networks of {blocks} blocks, each called once "
-        f"({reference}) or more often, in a given or a learned order, beside deeper networks of distinct blocks; "
-        f"{net_text(metrics['net'])}. A difference is to {reference} of the same seed, in points ± standard error over "
-        f"seeds, with the seeds won.{several(seeds)}"
-    )
-    accuracy = float(np.mean(found.methods[reference].accuracy))
-    key_numbers = [(f"{reference}: test accuracy", percent(accuracy), "%")]
-    key_numbers += [
-        (f"{name}: {what}", signed(found.against(name).mean), "points")
-        for name, what in (
-            ("learned", "learned order of reused blocks"), ("aabb", "each block twice in a row"),
-            ("abab", "all blocks, then again"), ("distinct", "twice the blocks (bound)"),
-        ) if name in found.methods
+def reuse_table(results: ReuseResults, *, won: bool = False) -> Table:
+    """Every network's size and accuracy (%), and its difference to the one without reuse; with the seeds `won`."""
+    methods = results.methods
+    images = sum(results.job.test_images.values())
+    test = accuracy_cells([method.accuracy for method in methods.values()], images)
+    rows = [
+        [
+            name, str(method.route.shape[1]), str(method.templates[0]), f"{method.parameters[0]:,}",
+            _millions(method.macs[0]), accuracy, spread(100 * method.train_accuracy),
+            "" if name == results.reference else paired_text(results.against_reference(name), won=won),
+        ]
+        for (name, method), accuracy in zip(methods.items(), test, strict=True)
     ]  # fmt: skip
-    key_numbers += [(f"seed{'s' * (len(seeds) != 1)}", str(len(seeds)), ""),
-                    ("whole job", decimal(metrics["seconds"], 0), "s")]  # fmt: skip
     headings = (
-        "method", "layers", "templates", "parameters", "multiply-adds (M)", "test (%)", "train (%)",
-        f"difference to {reference} (points)",
+        "method", "layers", "blocks", "parameters", "multiply-adds (M)", "test (%)", "train (%)",
+        f"difference to {results.reference} (points)",
     )  # fmt: skip
-    body = (
-        (name, [
-            str(method.layers), str(method.templates), decimal(method.parameters, 0), millions(method.macs),
-            spread(100 * method.accuracy), spread(100 * method.train), _difference(found, name),
-        ])
-        for name, method in found.methods.items()
-    )  # fmt: skip
-    return write_page(folder, metrics["name"], lead, key_numbers, html_table(headings, body), _blocks(metrics, found))
+    return Table(f"{results.job.name}: {results.classes} classes of {results.job.data}", headings, rows, [BOLD])
+
+
+@styled
+def by_cost(
+    accuracies: Mapping[str, Float[np.ndarray, " seeds"]], costs: Mapping[str, tuple[float, float]], reference: str
+) -> Figure:
+    """Accuracy (fractions) over parameters and over multiply-adds of an image; dashed is the reference."""
+    figure = charts.figure("Accuracy over parameters and over work", 3.2 + 0.09 * len(accuracies))
+    panels = charts.panels(figure, 2, sharex=False)
+    dots = {**charts.EDGE, "linestyle": "none"}
+    looks = {name: look | dots for name, look in charts.looks(list(accuracies)).items()}
+    for k, (axes, label) in enumerate(zip(panels, ("parameters (M)", "multiply-adds of an image (M)"), strict=True)):
+        places = {name: costs[name][k] / 1e6 for name in accuracies}
+        width = max(np.ptp(list(places.values())), 0.2 * max(places.values()))  # sizes that hardly differ stay together
+        charts.reference(axes, "y", 100 * np.mean(accuracies[reference]))
+        points = {}
+        for name, values in accuracies.items():
+            near = [other for other in accuracies if abs(places[other] - places[name]) < 0.02 * width]
+            x = places[name] + 0.035 * width * (near.index(name) - (len(near) - 1) / 2)
+            points[name] = charts.Point(x, 100 * values.mean(), 100 * standard_error(values))
+            small = {**looks[name], "markersize": 3.2, "alpha": 0.5, "markeredgewidth": 0}
+            if len(values) > 1:
+                axes.plot(np.full(len(values), x), 100 * values, **small, label=f"seeds of {name}")
+        charts.scatter(axes, points, looks)
+        middle = (min(places.values()) + max(places.values())) / 2
+        axes.set(xlabel=label, xlim=middle + np.array([-0.65, 0.65]) * width)
+        charts.number_ticks(axes, "x", 4)
+    panels[0].set_ylabel("test accuracy (%)")
+    charts.legend(figure, looks, 4, 16)
+    return figure
+
+
+def _routes(results: ReuseResults) -> dict[str, Int[np.ndarray, " layers"]]:
+    """The routes to show: of each seed where seeds differ."""
+    routes = {}
+    for name, method in results.methods.items():
+        if (method.route == method.route[0]).all():
+            routes[name] = method.route[0]
+        else:
+            routes |= {f"{name}, seed {s}": route for s, route in zip(results.job.seeds, method.route, strict=True)}
+    return routes
+
+
+def _blocks(results: ReuseResults) -> Iterator[Block]:
+    """The figures, each with what to look for in it."""
+    methods = results.methods
+    bound = " and the upper bound, whose blocks are all distinct, pays in both" if "distinct" in methods else ""
+    yield Block(
+        by_cost(
+            {name: method.accuracy for name, method in methods.items()},
+            {name: (float(method.parameters[0]), float(method.macs[0])) for name, method in methods.items()},
+            results.reference,
+        ),
+        f"Left, what the networks store: reuse should lift the accuracy above the dashed line ({results.reference}) "
+        f"without moving to the right. Right, what an image costs: reuse pays in multiply-adds{bound}. Small marks are "
+        "seeds; networks of one size are moved apart.",
+        [Table("Time", ["method", "training time (s)"], [[n, spread(m.seconds, 0)] for n, m in methods.items()])],
+    )
+    learned = (
+        " In a learned order see whether blocks repeat at once, come back in loops, or stay unused, and whether seeds "
+        "agree." * ("learned" in methods)
+    )
+    yield Block(
+        route_figures.orders(_routes(results), max(int(method.templates[0]) for method in methods.values())),
+        "A cell is the template, one of the blocks, that a layer calls: a colour that comes back is a block used again."
+        f"{learned}",
+    )
+    gaps = {name: method.gap for name, method in methods.items() if method.gap is not None}
+    if gaps:
+        yield route_figures.gap_block(gaps)
+
+
+def reuse_page(folder: str | os.PathLike, results: ReuseResults) -> Path:
+    """Writes `folder/report.html`, the page of block reuse, and returns its path."""
+    job, reference = results.job, results.reference
+    bound = ", beside more, distinct blocks" if "distinct" in results.methods else ""
+    lead = (
+        f"{results.classes} classes of {job.data} by networks of {counted(results.blocks, 'block')}, each called once "
+        f"({reference}) or more often, in a fixed or a learned order{bound}. "
+        f"A difference is to {reference} of the same seed."
+    )
+    tiles = [Tile(f"{reference}: test accuracy", percent(results.methods[reference].accuracy.mean()), "%")]
+    tiles += [
+        Tile(f"{name}: {words}", paired_text(results.against_reference(name), won=False), "points")
+        for name, words in WORDS.items()
+        if name in results.methods
+    ]
+    told = facts(job, "seeds")
+    return write_page(folder, Page(job.name, lead, told, tiles, [reuse_table(results, won=True)], _blocks(results)))

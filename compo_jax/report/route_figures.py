@@ -1,67 +1,108 @@
-"""The figures of trained routes, beside random ones: pure functions from numbers to a matplotlib `Figure`."""
+"""The figures of routes: which template each layer takes, what becomes of accuracy on the way to it, and what trained
+routes say beside random ones. Pure functions from numbers to a `Figure`; accuracies are fractions."""
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
-from compo_jax.report.figures import ANNOTATED, COLOURS, INK, STYLE, cell_texts, name_ticks, titled_figure
+from compo_jax.modular.analysis import Removal
+from compo_jax.modular.evaluate import Gap
+from compo_jax.modular.random_routes import BesideRandom
+from compo_jax.report import charts
+from compo_jax.report.charts import ANNOTATED, COLOURS, EDGE, INK, styled
+from compo_jax.report.page import Block
+from compo_jax.report.table import Table
+from compo_jax.report.text import middle, spread
+
+POINTS = ("soft", "argmax", "statistics again", "trained on")  # of a `Gap`
 
 
-def _bare(axes: Axes) -> None:
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
+def _shades(count: int) -> ListedColormap:
+    """A colour for each template: hues by the golden ratio, so that numbers next to each other are far apart."""
+    return ListedColormap(
+        [colorsys.hsv_to_rgb((0.55 + m * 0.618034) % 1, (0.5, 0.25)[m // 2 % 2], 0.95) for m in range(count)]
+    )
 
 
-@mpl.rc_context(STYLE)
-def chosen(
-    templates: Int[np.ndarray, "tasks layers"],
-    count: int,
-    tasks: Sequence[str],
-    surety: Float[np.ndarray, "tasks layers"] | None,
+def _layers(axes: Axes, count: int) -> None:
+    axes.set_xticks(range(0, count, 1 if count <= 2 * ANNOTATED else 4))
+    axes.set_xlabel("layer")
+
+
+def _templates(axes: Axes, routes: Mapping[str, Int[np.ndarray, " _layers"]], count: int) -> AxesImage:
+    longest = max(map(len, routes.values()))
+    cells = np.full((len(routes), longest), np.nan)
+    for row, route in zip(cells, routes.values(), strict=True):
+        row[: len(route)] = route
+    names = [middle(name, 22) for name in routes]
+    limits = (-0.5, count - 0.5)
+    _layers(axes, longest)
+    return charts.heat(axes, cells, limits, names, colours=_shades(count), texts=lambda m: f"{m:.0f}", length=22)
+
+
+@styled
+def orders(
+    routes: Mapping[str, Int[np.ndarray, " _layers"]],
+    templates: int,
+    surety: Float[np.ndarray, "routes layers"] | None = None,
 ) -> Figure:
-    """The template that each task takes at each layer, as a number on a colour of its own.
+    """A row for each route, a colour and a number for the template of each layer.
 
     Args:
-      count: of templates.
-      surety: the soft weight of these templates before routes were fixed; beside, where it is given.
+      surety: the soft weight of these templates before routes were fixed, which then stands beside them.
     """
-    rows, layers = templates.shape
-    beside = surety is not None and layers <= ANNOTATED
-    shape = (1, 2) if beside else (1 if surety is None else 2, 1)
-    figure = titled_figure("Routes: the template at each layer", 0.7 + shape[0] * (0.55 + 0.2 * rows))
-    panels = figure.subplots(*shape, sharey=True, squeeze=False).ravel()
-    # hues by the golden ratio, so that templates next to each other in number are far apart
-    shades = [colorsys.hsv_to_rgb(0.55 + m * 0.618034, (0.5, 0.25)[m // 2 % 2], 0.95) for m in range(count)]
-    image = panels[0].imshow(
-        np.ma.asarray(templates), cmap=ListedColormap(shades), vmin=-0.5, vmax=count - 0.5, interpolation="nearest",
-        aspect="auto",
-    )  # fmt: skip
-    cell_texts(panels[0], image, templates.astype(str).tolist(), 7.0 if layers <= 2 * ANNOTATED else 5.0)
-    panels[0].set_title("template", loc="left", fontsize=9)
+    longest = max(map(len, routes.values()))
+    lines = 1 if surety is None or longest <= ANNOTATED else 2
+    figure = charts.figure("Which template each layer takes", 0.8 + lines * (0.5 + 0.22 * len(routes)))
+    panels = charts.panels(figure, 1 if surety is None else 2, "layer", lines=lines)
+    _templates(panels[0], routes, templates)
     if surety is not None:
-        image = panels[1].imshow(
-            np.ma.masked_invalid(surety), cmap="viridis", vmin=0, vmax=1, interpolation="nearest", aspect="auto"
-        )
-        panels[1].set_title("its soft weight", loc="left", fontsize=9)
-        bar = figure.colorbar(image, ax=panels[1], shrink=0.8)
-        bar.outline.set_visible(False)
-    for axes in panels:
-        axes.set_xticks(range(0, layers, 1 if layers <= 2 * ANNOTATED else 4))
-        axes.set_xlabel("layer")
-        _bare(axes)
-        name_ticks(axes, "y", tasks, length=16)
+        panels[0].set_title("template")
+        panels[1].set_title("its soft weight before")
+        charts.colour_bar(figure, charts.heat(panels[1], surety, (0.0, 1.0)), panels[1], "weight")
     return figure
 
 
-@mpl.rc_context(STYLE)
+@styled
+def gap(gaps: Mapping[str, Gap]) -> Figure:
+    """The mean accuracy over tasks from soft to hard routes: thick the mean over seeds, thin the seeds."""
+    figure = charts.figure("From soft to hard routes: the discretisation gap", 3.1 + 0.18 * ((len(gaps) - 1) // 2))
+    axes, looks = figure.add_subplot(), charts.looks(list(gaps))
+    for name, points in gaps.items():
+        values = 100 * np.stack([accuracy.mean(-1) for accuracy in points])
+        if values.shape[1] > 1:
+            axes.plot(values, color=looks[name]["color"], linewidth=0.8, alpha=0.5, label=f"seeds of {name}")
+        axes.plot(values.mean(1), **looks[name], **EDGE, linewidth=2, markersize=6, label=name)
+    axes.set_xticks(range(len(POINTS)), POINTS)
+    axes.set(ylabel="accuracy (%)", xlim=(-0.3, len(POINTS) - 0.7))
+    axes.grid(axis="y")
+    charts.legend(figure, looks, 2)
+    return figure
+
+
+def gap_block(gaps: Mapping[str, Gap]) -> Block:
+    """`gap` with what to look for in it and its numbers."""
+    several = len(next(iter(gaps.values())).soft) > 1
+    rows = [[name, *(spread(100 * accuracy.mean(-1)) for accuracy in points)] for name, points in gaps.items()]
+    return Block(
+        gap(gaps),
+        "The fall from the first to the second point is the price of taking one template at each layer; what comes "
+        "back at the third was batch statistics alone, and the rest needs training on the fixed route."
+        + " Thin lines are seeds."
+        * several,
+        [Table("From soft to hard routes", ["accuracy (%)", *POINTS], rows)],
+    )
+
+
+# -- beside random routes ----------------------------------------------------------------------------------------------
+@styled
 def distances(
     matrix: Float[np.ndarray, "tasks tasks"], linkage: Float[np.ndarray, "merges 4"], tasks: Sequence[str]
 ) -> Figure:
@@ -70,87 +111,60 @@ def distances(
 
     tree = dendrogram(linkage, no_plot=True)
     order = tree["leaves"]
-    figure = titled_figure("Distance between the tasks' routes", 2.8 + 0.13 * len(tasks))
+    figure = charts.figure("Distance between the tasks' routes", 2.8 + 0.13 * len(tasks))
     above, axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3.6))
     for x, y in zip(tree["icoord"], tree["dcoord"], strict=True):  # leaves stand at 5, 15, ...
         above.plot((np.array(x) - 5) / 10, y, color=COLOURS[0], linewidth=1.2)
-    above.set_ylabel("distance")
-    above.set_ylim(0, max(0.1, 1.05 * linkage[:, 2].max()))
+    above.set(ylabel="distance", ylim=(0, max(0.1, 1.05 * linkage[:, 2].max())))
     above.spines["bottom"].set_visible(False)
-    above.tick_params(axis="x", length=0, labelbottom=False)
     above.grid(axis="y")
-    image = axes.imshow(
-        np.ma.asarray(matrix[np.ix_(order, order)]), cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
-        aspect="auto",
-    )  # fmt: skip
-    names = [tasks[i] for i in order]
-    name_ticks(axes, "x", names)
-    name_ticks(axes, "y", names)
-    _bare(axes)
-    if len(tasks) <= ANNOTATED:
-        cell_texts(axes, image, [[f"{x:.2f}" for x in row] for row in matrix[np.ix_(order, order)]])
-    bar = figure.colorbar(image, ax=axes, label="Jensen-Shannon distance", shrink=0.8)
-    bar.outline.set_visible(False)
+    names, shown = [tasks[i] for i in order], matrix[np.ix_(order, order)]
+    texts = (lambda x: f"{x:.2f}") if len(tasks) <= ANNOTATED else None
+    image = charts.heat(axes, shown, (0.0, 1.0), names, names, texts=texts)
+    above.tick_params(axis="x", length=0, labelbottom=False)
+    charts.colour_bar(figure, image, axes, "Jensen-Shannon distance")
     return figure
 
 
-@mpl.rc_context(STYLE)
-def similarity(
-    value: Float[np.ndarray, "layers layers"],
-    null: Float[np.ndarray, "layers layers"],
-    rare: Float[np.ndarray, "layers layers"],
-) -> Figure:
-    """|cos| between the routes of layers, beside random routes'; a dot where at most 5 % of the draws are as large.
-
-    Args:
-      rare: the part of the draws at least as large as `value`.
-    """
-    layers = len(value)
-    figure = titled_figure("How often two layers take the same template", 2.9)
-    panels = figure.subplots(1, 2, sharey=True)
+@styled
+def similarity(random: BesideRandom) -> Figure:
+    """|cos| between the routes of layers, beside random routes'; a dot where at most 5 % of the draws are as large."""
+    layers = len(random.value.similarity)
+    figure = charts.figure("How often two layers take the same template", 2.9)
+    panels = charts.panels(figure, 2, "layer", "layer")
     off = ~np.eye(layers, dtype=bool)
-    top = max(0.1, float(np.nanmax(np.stack([value, null])[:, off], initial=0)))
-    for axes, matrix, title in zip(panels, (value, null), ("learned", "random routes, mean"), strict=True):
-        image = axes.imshow(np.ma.array(matrix, mask=~off), cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
-        axes.set_title(title, loc="left", fontsize=9)
-        axes.set_xlabel("layer")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(9, integer=True))
-        _bare(axes)
-    rows, columns = np.nonzero(off & (rare <= 0.05))
-    panels[0].plot(
-        columns, rows, "o", color="white", markeredgecolor="black", markeredgewidth=0.6, markersize=4, label="rare"
-    )
-    panels[0].set_ylabel("layer")
-    bar = figure.colorbar(image, ax=list(panels), label="|cos|, mean over tasks", shrink=0.8)
-    bar.outline.set_visible(False)
+    for axes, numbers, title in zip(
+        panels, (random.value, random.mean), ("learned", "random routes, mean"), strict=True
+    ):
+        image = charts.heat(axes, np.where(off, numbers.similarity, np.nan), (0.0, 1.0))
+        axes.set_title(title)
+        for axis in "xy":
+            charts.number_ticks(axes, axis, 9, whole=True)
+    rows, columns = np.nonzero(off & (random.above.similarity <= 0.05))
+    dots = {"markeredgecolor": "black", "markeredgewidth": 0.6, "markersize": 4}
+    panels[0].plot(columns, rows, "o", color="white", label="rare", **dots)
+    charts.colour_bar(figure, image, panels, "|cos|, mean over tasks")
     return figure
 
 
-def _templates(axes: Axes, order: Sequence[int]) -> None:
+def _by_template(axes: Axes, order: Sequence[int], ylabel: str) -> None:
     """Every template's number below its place."""
     axes.set_xticks(range(len(order)), [str(m) for m in order], fontsize=8 if len(order) <= 2 * ANNOTATED else 6)
-    axes.set(xlabel="template, the most used first", xlim=(-0.6, len(order) - 0.4))
+    axes.set(xlabel="template, the most used first", xlim=(-0.6, len(order) - 0.4), ylabel=ylabel)
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="y")
 
 
-@mpl.rc_context(STYLE)
-def usage(
-    used: Float[np.ndarray, " templates"],
-    mean: Float[np.ndarray, " templates"],
-    deviation: Float[np.ndarray, " templates"],
-    order: list[int],
-) -> Figure:
+@styled
+def usage(used: Float[np.ndarray, " templates"], random: BesideRandom, order: Sequence[int]) -> Figure:
     """The part of all places that each template takes, in this order, over the band of random routes of each rank."""
-    figure = titled_figure("Use of the templates", 2.9)
-    axes = figure.add_subplot()
-    place = np.arange(len(order))
+    figure = charts.figure("Use of the templates", 2.9)
+    axes, place = figure.add_subplot(), np.arange(len(order))
+    mean, deviation = random.mean.usage, random.deviation.usage
     axes.bar(place, 100 * used[order], 0.7, color=COLOURS[0], label="learned")
     axes.bar(place, 200 * deviation, 0.9, 100 * (mean - deviation), color=COLOURS[1], alpha=0.45, label="random routes")
     axes.hlines(100 * mean, place - 0.45, place + 0.45, color=INK, linewidth=1.2)
-    _templates(axes, order)
-    axes.set_ylabel("part of all places (%)")
+    _by_template(axes, order, "part of all places (%)")
     axes.set_ylim(bottom=0)
     handles = [Patch(color=COLOURS[0]), Patch(color=COLOURS[1], alpha=0.45)]
     labels = ["learned routes", "random routes, same rank: mean ± standard deviation"]
@@ -158,28 +172,26 @@ def usage(
     return figure
 
 
-@mpl.rc_context(STYLE)
-def removal(
-    drop: Float[np.ndarray, " templates"],
-    null: Float[np.ndarray, " templates"],
-    deviation: Float[np.ndarray, " templates"],
-    order: list[int],
-) -> Figure:
-    """Points of accuracy lost without each template, in this order, beside as many random places; nan deviations are
-    left out."""
-    figure = titled_figure("Accuracy lost without a template", 2.9)
-    axes = figure.add_subplot()
-    place = np.arange(len(order))
+@styled
+def removal(lost: Removal, order: Sequence[int]) -> Figure:
+    """Points of accuracy lost without each template, mean over tasks, in this order, beside as many random places."""
+    figure = charts.figure("Accuracy lost without a template", 2.9)
+    axes, place = figure.add_subplot(), np.arange(len(order))
+    drop, null, deviation = (100 * x[order] for x in over_tasks(lost))
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.errorbar(
-        place + 0.14, 100 * null[order], np.nan_to_num(100 * deviation[order]), fmt="s", color=COLOURS[1], markersize=4,
-        elinewidth=1.4, markeredgecolor=INK, markeredgewidth=0.5, label="as many random places",
-    )  # fmt: skip
-    axes.plot(
-        place - 0.14, 100 * drop[order], "o", color=COLOURS[0], markersize=6, markeredgecolor=INK, markeredgewidth=0.6,
-        label="without the template",
-    )  # fmt: skip
-    _templates(axes, order)
-    axes.set_ylabel("drop (points)")
+    looks = {
+        "without the template": {"color": COLOURS[0], "marker": "o", "markersize": 6},
+        "as many random places": {"color": COLOURS[1], "marker": "s", "markersize": 4, "elinewidth": 1.4},
+    }
+    for (label, look), x, y, error in zip(looks.items(), (-0.14, 0.14), (drop, null), (None, deviation), strict=True):
+        error = None if error is None else np.nan_to_num(error)
+        axes.errorbar(place + x, y, error, **look, **EDGE, linestyle="none", label=label)
+    _by_template(axes, order, "drop (points)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return figure
+
+
+def over_tasks(lost: Removal) -> Removal:
+    """Means over tasks; places of different tasks are drawn almost independently of one another."""
+    deviation = np.sqrt((lost.deviation**2).sum(1)) / lost.drop.shape[1]
+    return Removal(lost.drop.mean(1), lost.null.mean(1), deviation)

@@ -1,151 +1,174 @@
-"""The report of specialising and unlearning: its page, and a table for the terminal."""
+"""The report of specialising and unlearning."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from rich.table import Table
-from rich.text import Text
+from matplotlib.figure import Figure
 
-from compo_jax.report import unlearning_figures as figures
-from compo_jax.report.numbers import Metrics, by_run, check_runs, decimal, require, signed, spread
-from compo_jax.report.page import block, html_table, write_page
+from compo_jax.incremental.unlearning_results import PoolSkills, UnlearningResults
+from compo_jax.report import charts
+from compo_jax.report.charts import COLOURS, INK, styled
+from compo_jax.report.page import Block, Page, Tile, write_page
+from compo_jax.report.table import Score, Table, run_facts, score
+from compo_jax.report.text import counted, decimal, middle, signed
 
-_NEEDED = ("name", "data", "backbone", "runs", "tasks", "seconds", "methods")
-_OPERATIONS = ("specialise", "unlearn", "subtract")
-_HEADINGS = (
-    "all modules (%)", *(f"{operation}: {part}" for operation in _OPERATIONS for part in ("target", "control")),
-    "no module (%)",
-)  # fmt: skip
-Runs = Float[np.ndarray, " runs"]
-
-
-class _Method(NamedTuple):
-    """Means over tasks of each run, as fractions, and what the heat maps show."""
-
-    all: Runs
-    frozen: Runs
-    target: dict[str, Runs]  # of each operation, the accuracy on the task that was asked for
-    control: dict[str, Runs]  # … on the other tasks
-    changes: dict[str, Float[np.ndarray, "tasks tasks"]]  # of the first run, from all modules
+OPERATIONS = {
+    "specialise": "the task's module alone",
+    "unlearn": "all modules but the task's",
+    "subtract": "all modules but the task's, less its share",
+}
+ITSELF, OTHERS = "the task itself", "the other tasks"
 
 
-def _off_diagonal(matrix: Float[np.ndarray, "tasks tasks"]) -> np.ndarray:
-    return matrix[~np.eye(len(matrix), dtype=bool)]
+# -- numbers ---------------------------------------------------------------------------------------------------------
+def _scores(results: UnlearningResults, mean: Callable[[PoolSkills], float]) -> dict[str, Score]:
+    """Of each method, a mean of its pool's accuracies in every run."""
+    images = sum(results.runs[0].tested)
+    return {
+        name: score(np.array([mean(run.methods[name]) for run in results.runs]), images)
+        for name in results.runs[0].methods
+    }
 
 
-def _read(metrics: Metrics) -> dict[str, _Method]:
-    """The methods as arrays; KeyError or ValueError where the metrics don't fit together."""
-    require(metrics, _NEEDED)
-    check_runs(metrics)
-    if not metrics["methods"]:
-        raise ValueError("the metrics have no method: the run may not have finished")
-    found = {}
-    for name, method in metrics["methods"].items():
-        where = f"methods.{name}."
-        require(method, ("frozen", "all", *_OPERATIONS), where)
-        whole, frozen = (by_run(method[key], metrics, where + key, 1) for key in ("all", "frozen"))
-        matrices = {key: by_run(method[key], metrics, where + key, 2) for key in _OPERATIONS}
-        found[name] = _Method(
-            *(np.array([values.mean() for values in runs]) for runs in (whole, frozen)),
-            {key: np.array([np.diag(matrix).mean() for matrix in runs]) for key, runs in matrices.items()},
-            {key: np.array([_off_diagonal(matrix).mean() for matrix in runs]) for key, runs in matrices.items()},
-            {key: runs[0] - whole[0] for key, runs in matrices.items()},
-        )
-    return found
+def _itself(results: UnlearningResults, operation: str) -> dict[str, Score]:
+    """The mean accuracy on the task that the operation is asked for."""
+    return _scores(results, lambda pool: np.diag(getattr(pool, operation)).mean())
 
 
-def _cells(method: _Method) -> list[str]:
-    """The texts under `_HEADINGS`."""
-    parts = [spread(100 * part[key]) for key in _OPERATIONS for part in (method.target, method.control)]
-    return [spread(100 * method.all), *parts, spread(100 * method.frozen)]
+def _others(results: UnlearningResults, operation: str) -> dict[str, Score]:
+    """The mean accuracy on the other tasks."""
+    return _scores(results, lambda pool: getattr(pool, operation)[~np.eye(len(pool.frozen), dtype=bool)].mean())
 
 
-def unlearning_table(metrics: Metrics) -> Table:
-    """Every method's accuracies (%) for the terminal: on the task asked for (target) and on the others (control).
+def unlearning_tables(results: UnlearningResults) -> list[Table]:
+    """A table for each operation: every method's accuracies in %; ± as of `Score.text`."""
+    headings = ("method", f"{ITSELF} (%)", f"{OTHERS} (%)", "all modules (%)", "no module (%)")
+    composed, frozen = (_scores(results, lambda pool, i=i: pool[i].mean()) for i in (1, 0))
+    return [
+        Table(f"{operation}: {words}", headings, [
+            (name, *(part[name].text() for part in (itself, others, composed, frozen))) for name in composed
+        ])
+        for operation, words in OPERATIONS.items()
+        for itself, others in [(_itself(results, operation), _others(results, operation))]
+    ]  # fmt: skip
 
-    Mean ± sample standard deviation over runs. KeyError or ValueError where the metrics don't fit together.
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+@styled
+def changes(results: UnlearningResults) -> Figure:
+    """A panel for each operation, a row for each method: where the accuracy on a task, and on the others, moves to.
+
+    A line goes from all modules (a bar) to the mean after the operation (a large mark); dotted is no module.
     """
-    found = _read(metrics)
-    counts = "/".join(str(count) for count in dict.fromkeys(len(tasks) for tasks in metrics["tasks"]))
-    drawn = Table(
-        title=Text(f"{metrics['name']}: {counts} tasks of {metrics['data']}, accuracy (%)"),
-        caption="spec.: its module alone; unl.: all others; subt.: less its share; t: the task itself; c: other tasks",
-    )
-    drawn.add_column("method", overflow="fold")
-    for heading in ("all", *(f"{key}\n{part}" for key in ("spec.", "unl.", "subt.") for part in "tc"), "none"):
-        drawn.add_column(heading, justify="right", no_wrap=True)
-    for name, method in found.items():
-        drawn.add_row(Text(name), *(text.replace("\u00a0±\u00a0", "\n±") for text in _cells(method)))
-    return drawn
+    composed, frozen = (_scores(results, lambda pool, i=i: pool[i].mean()) for i in (1, 0))
+    looks = {ITSELF: {"color": COLOURS[0], "marker": "o"}, OTHERS: {"color": COLOURS[1], "marker": "s"}}
+    figure = charts.figure("From all modules to some: the task itself and the others", 1.35 + 0.42 * len(composed))
+    for axes, operation in zip(charts.panels(figure, 3, "accuracy (%)"), OPERATIONS, strict=True):
+        ends = {ITSELF: _itself(results, operation), OTHERS: _others(results, operation)}
+        for i, name in enumerate(composed):
+            axes.vlines(100 * composed[name].mean, i - 0.3, i + 0.3, color=INK, linewidth=2)
+            axes.vlines(100 * frozen[name].mean, i - 0.4, i + 0.4, color=INK, linewidth=1.3, linestyle=":")
+            for shift, (part, look) in zip((-0.16, 0.16), looks.items(), strict=True):
+                path = 100 * composed[name].mean, 100 * ends[part][name].mean
+                axes.hlines(i + shift, *path, color=look["color"], linewidth=1.6)
+        charts.dots(
+            axes, list(composed), {part: charts.percent_dots(ends[part], looks[part]) for part in looks}, length=18
+        )
+        axes.set_title(operation)
+        charts.number_ticks(axes, "x", 4, whole=True)
+    bars = {"all modules": {"linewidth": 2}, "no module": {"linestyle": ":", "linewidth": 1.3}}
+    marks = {name: look | charts.EDGE | {"linewidth": 1.6} for name, look in looks.items()}
+    charts.legend(figure, marks | {name: {"color": INK} | look for name, look in bars.items()}, 4)
+    return figure
 
 
-def _blocks(metrics: Metrics, found: dict[str, _Method]) -> Iterator[str]:
+@styled
+def change_maps(
+    method: str, maps: dict[str, Float[np.ndarray, "tasks tasks"]], tasks: Sequence[str], limit: float
+) -> Figure:
+    """A heat map for each operation: the change of accuracy (points) on the task of a column, asked for that of a row.
+
+    The colours go from -`limit` to `limit` points.
+    """
+    beside = len(tasks) <= charts.ANNOTATED
+    height = 3.3 if beside else 0.6 + 3.7 * len(maps)
+    figure = charts.figure(f"Change of accuracy, {middle(method, 40)}", height)
+    axes = charts.panels(figure, len(maps), "tested on", "asked for", lines=1 if beside else len(maps), sharex=False)
+    for one, (operation, change) in zip(axes, maps.items(), strict=True):
+        texts = (lambda x: signed(x / 100, 0)) if len(tasks) <= charts.ANNOTATED // 2 else None
+        image = charts.heat(one, 100 * change, (-limit, limit), tasks, tasks, colours="RdBu", texts=texts, length=12)
+        one.set_title(operation)
+    charts.colour_bar(figure, image, axes, "points")
+    return figure
+
+
+# -- page ------------------------------------------------------------------------------------------------------------
+def _blocks(results: UnlearningResults) -> Iterator[Block]:
     """The figures, each with what to look for in it."""
-    yield block(
-        figures.changes(
-            {
-                name: {"all": {"all": method.all}}
-                | {key: {"target": method.target[key], "control": method.control[key]} for key in _OPERATIONS}
-                for name, method in found.items()
-            },
-            {name: method.frozen for name, method in found.items()},
-        ),
+    yield Block(
+        changes(results),
         "Specialise keeps a task's module alone, unlearn all but it, subtract takes its share off besides. To forget "
         "one task and nothing else, the round mark should go left and the square stay at the bar; to specialise, the "
         "round one should stay and the square go left. See for which methods both move together.",
     )
-    tasks, maps = metrics["tasks"][0], {name: {key: method.changes[key] for key in ("unlearn", "specialise")}
-                                        for name, method in found.items()}  # fmt: skip
-    largest = max(100 * np.nanmax(np.abs(change), initial=0) for pair in maps.values() for change in pair.values())
-    limit = max(10.0, 10 * float(np.ceil(largest / 10)))
-    for name, pair in maps.items():
-        yield block(
-            figures.change_maps(name, pair, tasks, limit),
+    first = results.runs[0]
+    maps_of = {
+        name: {operation: getattr(pool, operation) - pool.composed for operation in ("unlearn", "specialise")}
+        for name, pool in first.methods.items()
+    }
+    largest = max(100 * np.nanmax(np.abs(change), initial=0) for maps in maps_of.values() for change in maps.values())
+    limit = next(limit for limit in (25.0, 50.0, 100.0) if largest <= limit)
+    for name, maps in maps_of.items():
+        yield Block(
+            change_maps(name, maps, first.tasks, limit),
             "Red is lost, blue gained, in points against all modules. Unlearning one task alone is a red diagonal on "
-            f"white; specialising is a white or blue diagonal on red. Run {metrics['runs'][0]}.",
-            "".join(
-                html_table(
-                    [f"{key} (points)", *tasks],
-                    zip(tasks, ([signed(x) for x in row] for row in change), strict=True),
-                )
-                for key, change in pair.items()
-            ),
-        )
+            f"white; specialising is a white or blue diagonal on red. The colours are the same for all methods. Run "
+            f"{first.run}.",
+            [
+                Table(operation, [f"{operation} (points)", *first.tasks], [
+                    (task, *map(signed, row)) for task, row in zip(first.tasks, change, strict=True)
+                ])
+                for operation, change in maps.items()
+            ],
+        )  # fmt: skip
 
 
-def unlearning(folder: str | os.PathLike, metrics: Metrics) -> Path:
-    """Writes `folder/report.html`, the page of specialising and unlearning, and returns its path.
-
-    Args:
-      metrics: name, data, backbone, runs, tasks (of each run), seconds, and methods: of each, for every run, the
-        accuracies on all tasks without a module (frozen) and with all, and three matrices (specialise, unlearn,
-        subtract) with a row for the task asked for and a column for the task tested. Fractions; None is not known.
-
-    Raises KeyError or ValueError where the metrics don't fit together.
-    """
-    found = _read(metrics)
-    runs, tasks = len(metrics["runs"]), len(metrics["tasks"][0])
-    several = f"; numbers are mean ± standard deviation over {runs} runs" if runs > 1 else ""
-    lead = (
-        f"The pools of {', '.join(found)} after {tasks} tasks of {metrics['data']}, each task asked for in turn: "
-        f"specialise in it, unlearn it, subtract it; backbone: {metrics['backbone']}. Accuracies in %, the prediction "
-        f"among all classes: target is on the task asked for, control on the others{several}."
+def _tiles(results: UnlearningResults) -> list[Tile]:
+    """Which method unlearns its task best, and which keeps the others best while unlearning."""
+    whole = _scores(results, lambda pool: pool.composed.mean())
+    gone, lost = (
+        {name: part[name].mean - whole[name].mean for name in whole}
+        for part in (_itself(results, "unlearn"), _others(results, "unlearn"))
     )
-    lost = {name: method.control["unlearn"] - method.all for name, method in found.items()}
-    gone = {name: method.target["unlearn"] - method.all for name, method in found.items()}
-    forgets = min(gone, key=lambda name: np.nan_to_num(np.mean(gone[name]), nan=np.inf))
-    keeps = max(lost, key=lambda name: np.nan_to_num(np.mean(lost[name]), nan=-np.inf))
-    key_numbers = [
-        (f"most of its task unlearned: {forgets}", signed(float(np.mean(gone[forgets]))), "points"),
-        ("… and of the other tasks", signed(float(np.mean(lost[forgets]))), "points"),
-        (f"others kept best when unlearning: {keeps}", signed(float(np.mean(lost[keeps]))), "points"),
-        ("… and of its task", signed(float(np.mean(gone[keeps]))), "points"),
-        (f"methods, on {tasks} tasks, {runs} run{'s' * (runs != 1)}", str(len(found)), ""),
-        ("whole job", decimal(metrics["seconds"], 0), "s"),
+    forgets = min(gone, key=lambda name: np.nan_to_num(gone[name], nan=np.inf))
+    keeps = max(lost, key=lambda name: np.nan_to_num(lost[name], nan=-np.inf))
+    return [
+        Tile(f"most of its task unlearned: {forgets}", signed(gone[forgets]), "points"),
+        Tile("… and of the other tasks", signed(lost[forgets]), "points"),
+        Tile(f"others kept best when unlearning: {keeps}", signed(lost[keeps]), "points"),
+        Tile("… and of its task", signed(gone[keeps]), "points"),
+        Tile("methods", str(len(whole))),
+        Tile("whole job", decimal(results.seconds, 0), "s"),
     ]
-    card = html_table(["method", *_HEADINGS], ((name, _cells(method)) for name, method in found.items()))
-    return write_page(folder, metrics["name"], lead, key_numbers, card, _blocks(metrics, found))
+
+
+def unlearning_page(folder: str | os.PathLike, results: UnlearningResults) -> Path:
+    """Writes `folder/report.html`, the page of specialising and unlearning, and returns its path."""
+    runs, tasks = results.runs, len(results.runs[0].tasks)
+    lead = (
+        f"The pools of {', '.join(runs[0].methods)} after {counted(tasks, 'task')} of {results.data}, each task asked "
+        f"for in turn: specialise in it, unlearn it, subtract it; backbone: {results.backbone}. Accuracies in %, the "
+        "prediction among all classes."
+    )
+    page = Page(
+        results.name,
+        lead,
+        run_facts([run.seed for run in runs], [run.tested for run in runs]),
+        _tiles(results),
+        unlearning_tables(results),
+        _blocks(results),
+    )
+    return write_page(folder, page)

@@ -21,7 +21,12 @@ def write_result(path: str | os.PathLike, result: tuple) -> None:
     Its fields may be numbers, texts, None, arrays, NamedTuples, and lists, tuples and dictionaries of them. Arrays
     become lists; nan and infinities, which JSON lacks, become null. OSError where the file can't be written.
     """
-    write_json(path, _converter.unstructure(result))
+    write_json(path, unstructured(result))
+
+
+def unstructured(result: tuple) -> Any:
+    """What `write_result` writes: a NamedTuple as dictionaries, lists, numbers and texts."""
+    return _converter.unstructure(result)
 
 
 def read_result(path: str | os.PathLike, kind: type[Result], mend: str = "remove it, and start again") -> Result:

@@ -1,23 +1,24 @@
 """Training of a modular network, or of the parts of it that are asked for."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 
 from compo_jax import tree
+from compo_jax.data import Split
 from compo_jax.data.stream import Augmentation
 from compo_jax.files import local_path
 from compo_jax.modular import routes
 from compo_jax.modular.batches import balanced_batches
 from compo_jax.modular.evaluate import Gap, discretisation_gap, require_tasks, statistics
+from compo_jax.modular.losses import Prepare, objective
 from compo_jax.modular.net import ModularNet
-from compo_jax.modular.objective import Prepare, objective
-from compo_jax.modular.optimizer import optimizer
 from compo_jax.modular.settings import Settings, phase
+from compo_jax.modular.updates import optimizer
 from compo_jax.train import Checkpoints, fit, init_state, jit_runner
 from compo_jax.tree import Tree
 
@@ -35,11 +36,30 @@ class Trained(NamedTuple):
     before: Tree
 
 
-class Learner(NamedTuple):
-    """Two functions on a network's variables and its tasks' splits; see `learner`."""
+@runtime_checkable
+class Train(Protocol):
+    """Trains from these variables on each task's split.
 
-    train: Callable[..., Trained]
-    gap: Callable[..., Gap]
+    A killed training goes on from the checkpoints in `folder`; `fit_options` are those of `train.fit`.
+    """
+
+    def __call__(
+        self, variables: Tree, splits: Sequence[Split], seed: int, folder: Path | None = None, **fit_options
+    ) -> Trained: ...
+
+
+@runtime_checkable
+class MeasureGap(Protocol):
+    """The discretisation gap on the test splits, statistics taken over images of the training splits."""
+
+    def __call__(self, trained: Trained, splits: Sequence[Split], seed: int, test_splits: Sequence[Split]) -> Gap: ...
+
+
+class Learner(NamedTuple):
+    """What `learner` makes."""
+
+    train: Train
+    gap: MeasureGap
 
 
 def learner(
@@ -52,10 +72,6 @@ def learner(
     runner=jit_runner,
 ) -> Learner:
     """How this network is trained.
-
-    `train(variables, splits, seed, folder=None, **fit_options) -> Trained`; `folder` is for the checkpoints that a
-    killed training goes on from, `fit_options` are `train.fit`'s.
-    `gap(trained, splits, seed, test_splits) -> Gap`: the discretisation gap, statistics over images of `splits`.
 
     Args:
       prepare: bytes (rows, size, size, 3) to the network's input, `TaskStream.prepare` say.

@@ -1,6 +1,7 @@
 """CLS features of a split's images, by the model or by its tangent at the base."""
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,18 @@ from compo_jax.tree import Tree
 Images = Float[Array, "images size size 3"]
 
 
-def features(
-    model, stream: TaskStream, batch: int, around: Tree | None = None
-) -> Callable[[Tree, Split], Float[np.ndarray, "images features"]]:
-    """`(params, split) -> features` of all images of the split, in order, `batch` at a time; compiled once.
+@runtime_checkable
+class Extract(Protocol):
+    """The features of all images of a split, in order, by a model with these parameters.
 
-    The call raises ValueError where a feature isn't finite: no accuracy could be told from it.
+    ValueError where a feature isn't finite: no accuracy could be told from it.
+    """
+
+    def __call__(self, params: Tree, split: Split) -> Float[np.ndarray, "images features"]: ...
+
+
+def features(model, stream: TaskStream, batch: int, around: Tree | None = None) -> Extract:
+    """The model's features, made `batch` images at a time; compiled once.
 
     Args:
       around: parameters that the model is linearised at; None: the model itself.

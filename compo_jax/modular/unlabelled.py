@@ -1,7 +1,8 @@
-"""A domain without labels: its route found by information maximisation, templates and head left as they are."""
+"""A domain without labels: information maximisation chooses its route, templates and head stay as they are."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,10 @@ from compo_jax.modular import routes
 from compo_jax.modular.batches import balanced_batches
 from compo_jax.modular.edit import new_task, set_route, take_tasks
 from compo_jax.modular.evaluate import predictions, statistics
-from compo_jax.modular.net import ModularNet
-from compo_jax.modular.objective import Prepare, by_task, forward
-from compo_jax.modular.optimizer import optimizer
+from compo_jax.modular.losses import Prepare, by_task, forward
+from compo_jax.modular.net import ModularNet, Network
 from compo_jax.modular.settings import Settings
+from compo_jax.modular.updates import optimizer
 from compo_jax.train import fit, init_state, jit_runner
 from compo_jax.tree import Tree
 
@@ -36,21 +37,21 @@ def information_maximisation(logits: Float[Array, "batch classes"]) -> Float[Arr
     return jnp.mean(routes.entropy(p)) - routes.entropy(jnp.mean(p, axis=0))
 
 
-def mean_source(net: ModularNet, variables: Tree, smoothing: float = 0.05) -> tuple[ModularNet, Tree]:
+def mean_source(network: Network, smoothing: float = 0.05) -> Network:
     """A one-task network whose route is the mean of the sources' hard routes, and so BN and its statistics."""
-    one, start = new_task(net, variables, jax.random.key(0))
-    mean = routes.hard(variables["params"]["route"]).mean(axis=0, keepdims=True)
-    return one, set_route(start, routes.to_logits(mean, smoothing))
+    one, start = new_task(network, jax.random.key(0))
+    mean = routes.hard(network.variables["params"]["route"]).mean(axis=0, keepdims=True)
+    return Network(one, set_route(start, routes.to_logits(mean, smoothing)))
 
 
-def one_source(net: ModularNet, variables: Tree, source: int, smoothing: float = 0.05) -> tuple[ModularNet, Tree]:
+def one_source(network: Network, source: int, smoothing: float = 0.05) -> Network:
     """The one-task network of a source, its hard route smoothed so that it can be learned on."""
-    one, start = take_tasks(net, variables, [source])
-    return one, set_route(start, routes.to_logits(routes.hard(start["params"]["route"]), smoothing))
+    one, start = take_tasks(network, [source])
+    return Network(one, set_route(start, routes.to_logits(routes.hard(start["params"]["route"]), smoothing)))
 
 
 def source_objectives(
-    net: ModularNet, prepare: Prepare, variables: Tree, target: Task, batch: int = 64, *, bn: str = "source"
+    network: Network, prepare: Prepare, target: Task, batch: int = 64, *, bn: str = "source"
 ) -> Float[np.ndarray, " sources"]:
     """Information maximisation of each source's hard network on the target's training images: the lowest is the best
     source that can be told without labels.
@@ -58,6 +59,7 @@ def source_objectives(
     `bn="target"` takes batch statistics on them first (on 20 batches at most), so that sources are compared by what
     they see and not by how far their statistics are off.
     """
+    net, variables = network
     splits = [target.train] * len(net.classes)
     if bn not in ("source", "target"):
         raise ValueError(f"{bn!r} is not among source, target")
@@ -65,6 +67,23 @@ def source_objectives(
         variables = statistics(net, prepare)(variables, itertools.islice(balanced_batches(splits, batch, 0)(0), 20))
     logits = predictions(net, prepare)(variables, splits, batch)
     return np.array([information_maximisation(jnp.asarray(part)) for part in logits])
+
+
+@runtime_checkable
+class Adapt(Protocol):
+    """The variables of a one-task network, to be used with `routes.soft`, adapted to the target's training images.
+
+    No label is read. `sources` are the routes' weights that `route="convex"` mixes; `fit_options` are `train.fit`'s.
+    """
+
+    def __call__(
+        self,
+        variables: Tree,
+        target: Task,
+        seed: int,
+        sources: Float[Array, "sources layers templates"] | None = None,
+        **fit_options,
+    ) -> Tree: ...
 
 
 def adaptation(
@@ -76,30 +95,20 @@ def adaptation(
     route: str = "free",
     bn: str = "source",
     runner=jit_runner,
-) -> Callable[..., Tree]:
-    """`adapt(variables, target, seed, sources=None, **fit_options) -> variables` of a one-task network, to be used with
-    `routes.soft`. Trains on the images of `target.train` alone; no label is read, templates and head stay to the bit.
+) -> Adapt:
+    """Adapts to a domain by information maximisation; templates and head stay to the bit.
 
     Args:
       net: of one task; `mean_source` and `one_source` make it and where training starts.
       settings: steps, batch, rates; there are no phases, the route stays soft at temperature 1.
       classes: names of the sources' classes.
-      route: `free`, its logits are learned; `convex`, it is a convex mixture of `sources` (S, layers, templates), whose
-        weights are learned from equal ones on; `fixed`, it stays.
+      route: `free`, its logits are learned; `convex`, it is a convex mixture of `sources`, whose weights are learned
+        from equal ones on; `fixed`, it stays.
       bn: `source`, as it is; `target`, statistics of the target (AdaBN: Li et al., 2016, arXiv 1603.04779); `affine`,
         those, and scale and bias are learned (Tent: Wang et al., 2021, arXiv 2006.10726).
       runner: `jit_runner`, or `pmap_runner`, under which each device takes H(E p) over its own part of the batch.
     """
-    for value, known in ((route, ("free", "convex", "fixed")), (bn, ("source", "target", "affine"))):
-        if value not in known:
-            raise ValueError(f"{value!r} is not among {', '.join(known)}")
-    if (route, bn) == ("fixed", "source"):
-        raise ValueError("with a fixed route and the source's BN there is nothing to adapt")
-    if not net.shared_head or len(net.classes) != 1:
-        raise ValueError(
-            "adaptation is of one domain on the sources' head: train the sources with shared_head=True, and take one "
-            "task (`mean_source`, `one_source`)"
-        )
+    _require_options(net, route, bn)
     trained = [pattern for pattern, yes in (("^route$", route == "free"), ("^norm/", bn == "affine")) if yes]
     settings = settings._replace(phases=(1.0, 1.0))
     transform = optimizer(settings)
@@ -121,22 +130,10 @@ def adaptation(
 
     run = runner(loss, transform)
 
-    def adapt(variables, target: Task, seed: int, sources=None, **fit_options) -> Tree:
-        if tuple(target.classes) != tuple(classes):
-            raise ValueError(
-                f"the target {target.name!r} has the classes {', '.join(target.classes[:6])} and the sources "
-                f"{', '.join(list(classes)[:6])}: adaptation keeps the head, so they must be the same, in one order"
-            )
-        if (sources is None) is (route == "convex"):
-            raise ValueError("the sources' routes are for route='convex', and are needed there: sources=...")
-        if sources is not None and sources.shape[1:] != variables["params"]["route"].shape[1:]:
-            raise ValueError(
-                f"sources' routes of shape {sources.shape} don't fit the network's {variables['params']['route'].shape}"
-            )
-        if sources is not None:
-            routes.require_weights(sources)
-        made = balanced_batches([target.train], settings.batch, seed)
-        batches = lambda start: ({"image": batch["image"], "task": batch["task"]} for batch in made(start))
+    def adapt(variables, target, seed, sources=None, **fit_options):
+        _require_target(variables, target, classes, sources, route)
+        labelled = balanced_batches([target.train], settings.batch, seed)
+        batches = lambda start: ({"image": batch["image"], "task": batch["task"]} for batch in labelled(start))
         if trained:
             kept, frozen = tree.partition(variables["params"], trained)
         else:
@@ -154,3 +151,32 @@ def adaptation(
         return variables if bn == "source" else estimate(variables, itertools.islice(batches(0), settings.estimate))
 
     return adapt
+
+
+def _require_options(net: ModularNet, route: str, bn: str) -> None:
+    for value, choices in ((route, ("free", "convex", "fixed")), (bn, ("source", "target", "affine"))):
+        if value not in choices:
+            raise ValueError(f"{value!r} is not among {', '.join(choices)}")
+    if (route, bn) == ("fixed", "source"):
+        raise ValueError("with a fixed route and the source's BN there is nothing to adapt")
+    if not net.shared_head or len(net.classes) != 1:
+        raise ValueError(
+            "adaptation is of one domain on the sources' head: train the sources with shared_head=True, and take one "
+            "task (`mean_source`, `one_source`)"
+        )
+
+
+def _require_target(variables: Tree, target: Task, classes: Sequence[str], sources: Array | None, route: str) -> None:
+    if tuple(target.classes) != tuple(classes):
+        raise ValueError(
+            f"the target {target.name!r} has the classes {', '.join(target.classes[:6])} and the sources "
+            f"{', '.join(list(classes)[:6])}: adaptation keeps the head, so they must be the same, in one order"
+        )
+    if (sources is None) is (route == "convex"):
+        raise ValueError("the sources' routes are for route='convex', and are needed there: sources=...")
+    if sources is not None and sources.shape[1:] != variables["params"]["route"].shape[1:]:
+        raise ValueError(
+            f"sources' routes of shape {sources.shape} don't fit the network's {variables['params']['route'].shape}"
+        )
+    if sources is not None:
+        routes.require_weights(sources)

@@ -1,0 +1,72 @@
+"""What merge rules reached, as types for `train.write_result` and `train.read_result`."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+
+class MergedPool(NamedTuple):
+    """The modules of a pool merged by one rule; accuracies in [0, 1].
+
+    Attributes:
+      within, incremental: test accuracy on each task, the prediction among its own classes, and among all.
+      seconds: of the rule alone, compiled.
+      memory: of the whole rule as one program, in multiples of the base; None where it wasn't counted.
+      warnings: what the rule had to tell.
+      options: where they differ from the rule's defaults.
+    """
+
+    within: Float[np.ndarray, " tasks"]
+    incremental: Float[np.ndarray, " tasks"]
+    seconds: float
+    memory: float | None
+    warnings: list[str]
+    options: dict[str, float]
+
+
+class PoolMerges(NamedTuple):
+    """A pool under every rule.
+
+    Attributes:
+      individual: of each module alone, the accuracy on its own task, which is known.
+      base: the same of the base without a module.
+      curvature_seconds: by kind, what the modules' curvature took; None where it was there already.
+      rules: by their names.
+    """
+
+    individual: Float[np.ndarray, " tasks"]
+    base: Float[np.ndarray, " tasks"]
+    curvature_seconds: dict[str, float | None]
+    rules: dict[str, MergedPool]
+
+    def normalised(self, accuracy: Float[np.ndarray, " tasks"]) -> Float[np.ndarray, " tasks"]:
+        """An accuracy over that of the module alone, on each task; nan where that gets nothing right."""
+        alone = np.where(self.individual > 0, self.individual, np.nan)
+        return accuracy / alone
+
+
+class MergingRun(NamedTuple):
+    """One run: its name and seed, its tasks with the number of their test images, and its pools by their methods."""
+
+    run: str
+    seed: int
+    tasks: list[str]
+    tested: list[int]
+    pools: dict[str, PoolMerges]
+
+
+class MergingResults(NamedTuple):
+    """Runs that differ in their seed and have the same pools and rules.
+
+    Attributes:
+      images: training images of a task, for its module's curvature.
+      seconds: that the whole took.
+    """
+
+    name: str
+    data: str
+    backbone: str
+    images: int
+    runs: list[MergingRun]
+    seconds: float

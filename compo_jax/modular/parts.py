@@ -1,0 +1,72 @@
+"""A new task on the templates of others: which parts of its network learn."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compo_jax.data.stream import Augmentation, Split
+from compo_jax.modular import routes
+from compo_jax.modular.losses import Prepare
+from compo_jax.modular.net import ModularNet, Network
+from compo_jax.modular.settings import Settings
+from compo_jax.modular.training import Learner, learner
+
+PARTS: dict[str, tuple[str, ...]] = {
+    "head": ("^head",),
+    "head+route": ("^head", "^route$"),
+    "head+bn": ("^head", "^norm/"),
+    "head+bn+route": ("^head", "^norm/", "^route$"),
+    "all": ("",),
+}
+
+
+def transfer(
+    net: ModularNet,
+    prepare: Prepare,
+    settings: Settings,
+    part: str,
+    augment: Augmentation | None = None,
+    *,
+    runner: Callable | None = None,
+) -> Learner:
+    """A `learner` of these parts of a new task (see `edit.new_task`).
+
+    But for `all`, stem and templates stay as they are to the bit. `head+route` learns by order only. Where the route
+    isn't learned, the hard route of its logits is taken as given. Batch statistics are those of the new task's images,
+    or with `settings.statistics="stored"` those it began with.
+    """
+    if part not in PARTS:
+        raise ValueError(f"no part of a network is called {part!r}; there are {', '.join(PARTS)}")
+    if part in ("head", "head+bn"):
+        settings = settings._replace(phases=(0.0, 0.0))
+    more = {} if runner is None else {"runner": runner}
+    return learner(net, prepare, settings, augment, trained=PARTS[part], **more)
+
+
+def nearest_source(network: Network, prepare: Prepare, split: Split, images: int = 250) -> int:
+    """The task whose hard route tells the classes of these labelled images apart best, and so is a new one's start.
+
+    By the accuracy of nearest centroids on the features, cross-validated in at most five folds, on about as many images
+    in all; batch statistics are those of the images. ValueError where a class has fewer than two images.
+    """
+    from sklearn.model_selection import cross_val_score
+    from sklearn.neighbors import NearestCentroid
+
+    net, counts = network.net, np.bincount(split.labels)
+    if counts.min() < 2:
+        raise ValueError(f"a class has {counts.min()} images, and the nearest source is told by two of each or more")
+    rows = np.concatenate(
+        [np.flatnonzero(split.labels == c)[: max(images // len(counts), 2)] for c in range(len(counts))]
+    )
+    labels = split.labels[rows]
+    features = jax.jit(
+        lambda variables, images: net.apply(
+            variables, jnp.stack([images] * len(net.classes)), routes.hard, True,
+            method="features", mutable=["batch_stats"],
+        )[0]
+    )(network.variables, prepare(split.images(rows)))  # fmt: skip
+    folds = int(min(5, np.bincount(labels).min()))
+    scores = [cross_val_score(NearestCentroid(), np.asarray(x), labels, cv=folds).mean() for x in features]
+    return int(np.argmax(scores))
