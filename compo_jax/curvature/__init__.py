@@ -1,4 +1,8 @@
-"""Exact curvature of any function of any pytree of arrays: no framework is known here."""
+"""Exact curvature of any function of any pytree of arrays, whatever the framework.
+
+Every kind answers the same questions: `Curvature`, whose docstring says which kind to take. One product with a vector:
+`hvp`, `ggnvp`. The loss of every composition of some modules: `landscape`.
+"""
 
 from compo_jax.curvature.fisher import FisherDiagonal as FisherDiagonal
 from compo_jax.curvature.fisher import as_curvature as as_curvature

@@ -172,7 +172,7 @@ class Operator:
     Attributes:
       product: `(params, vector, *batch, stacked=...) -> tree`, of the mean loss over a batch.
       params, data: where it is taken, and of what.
-      examples: `batch -> ` how many take part; None for all.
+      examples: `batch ->` how many of its examples take part; None for all.
     """
 
     product: Callable[..., Tree]
@@ -253,7 +253,6 @@ def ggn(
 
     Positive, and with a softmax the Fisher. The other arguments: see `ggnvp` and `hessian`.
     """
-
     options = {"output_loss": output_loss, "ignore": ignore}
 
     def product(apply, params, vector, inputs, *targets, stacked):

@@ -36,7 +36,8 @@ class Curvature(Protocol):
         ...
 
     def matvec(self, vector: Tree) -> Tree:
-        """`G v`, shaped as the vector or, where no weight acts on another layer's, with its None holes for zeros."""
+        """`G v`, shaped as the vector. A None hole of the vector counts as zero, and may stay one where G joins no
+        layers."""
         ...
 
     def __call__(self, vector: Tree) -> Tree:
