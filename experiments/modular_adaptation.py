@@ -90,26 +90,24 @@ def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Tar
     best = int(np.argmin(modular.source_objectives(network, prepare, target, bn="target")))
     bound = int(np.argmax(score))
     of_source = modular.source_objectives(network, prepare, target)
-    accuracy, objective = (
-        {BASELINE: score[best], ORACLE: score[bound]},
-        {BASELINE: of_source[best], ORACLE: of_source[bound]},
-    )
-    hard, weights = routes.hard(variables["params"]["route"]), {}
+    accuracy = {BASELINE: score[best], ORACLE: score[bound]}
+    objective = {BASELINE: of_source[best], ORACLE: of_source[bound]}
+    hard, weights, runner = routes.hard(variables["params"]["route"]), {}, session.options.training.runner
     for name in (MEAN, *session.options.adapting.methods):
-        start, route, bn, _ = METHODS[name]
-        smoothing = 1e-6 if route == "fixed" else 0.05  # a route that is to be learned starts a little soft
-        if start == "best":
+        way = METHODS[name]
+        smoothing = 1e-6 if way.route == "fixed" else 0.05  # a route that is to be learned starts a little soft
+        if way.start == "best":
             one, begun = modular.one_source(network, best, smoothing)
         else:
             one, begun = modular.mean_source(network, smoothing)
         if name != MEAN:
-            adapt = adaptation(one, session.stream, adapting(session), route, bn, session.options.training.runner)
-            mixed = hard if route == "convex" else None
+            adapt = adaptation(one, session.stream, adapting(session), way.route, way.bn, runner)
+            mixed = hard if way.route == "convex" else None
             begun = adapt(begun, target, seed, mixed, **session.logged(f"{target.name}: {name}", f"seed {seed}"))
         accuracy[name] = modular.accuracies(one, prepare, routes.soft)(begun, [target.test])[0]
         logits = modular.predictions(one, prepare, routes.soft)(begun, [target.train])[0]
         objective[name] = modular.information_maximisation(jnp.asarray(logits))
-        if route != "fixed":
+        if way.route != "fixed":
             weights[name] = np.round(routes.soft(begun["params"]["route"])[0], 4)
     return Target(accuracy, objective, score, names[best], routes.indices(variables["params"]["route"]), weights)
 
@@ -131,16 +129,16 @@ def main(arguments: list[str] | None = None) -> None:
                 accuracies = ", ".join(f"{method} {100 * x:.1f}" for method, x in made[seed][-1].accuracy.items())
                 console.print(f"seed {seed}, {target.name}: {accuracies}")
         results = AdaptationResults(
-            modular_job.about(session, net),
-            adapting(session),
-            tuple(domains),
-            tuple(target.name for target in targets),
-            stream.tasks[0].classes,
-            "the domains are one set of digits, rendered in four ways" if stream.name == "rendered" else "",
-            BASELINE,
-            {name: METHODS[name].group for name in (BASELINE, MEAN, *options.adapting.methods, ORACLE)},
-            tuple(map(tuple, trained.values())),
-            tuple(map(tuple, made.values())),
+            job=modular_job.about(session, net),
+            adapting=adapting(session),
+            domains=tuple(domains),
+            targets=tuple(target.name for target in targets),
+            classes=stream.tasks[0].classes,
+            made="the domains are one set of digits, rendered in four ways" if stream.name == "rendered" else "",
+            baseline=BASELINE,
+            methods={name: METHODS[name].group for name in (BASELINE, MEAN, *options.adapting.methods, ORACLE)},
+            source_parts=tuple(map(tuple, trained.values())),
+            parts=tuple(map(tuple, made.values())),
         )
         modular_job.finish(session, results, report.adaptation_page, report.adaptation_table)
 

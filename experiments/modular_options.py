@@ -3,13 +3,12 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import job
 import options as line
 from options import OPEN, Count, LocalPath, Name, OpenCount, OpenPath, Rate, Seeds, names, number, values
 
-Options = TypeVar("Options")
 Names = Annotated[tuple[str, ...], values(str, "NAME", "*")]
 RENDERED = {"glyphs", "rendered"}
 NEEDED = ("data", "seeds", "templates", "budgets")
@@ -91,6 +90,21 @@ class Place:
     """write its logs too"""
 
 
+class Experiment:
+    """Groups of options.
+
+    Attributes:
+      experiment: what a run is named after.
+      presets: what a data set wants where the command line leaves it open; "" is of any.
+    """
+
+    experiment: ClassVar[str]
+    presets: ClassVar[dict[str, dict[str, Any]]]
+
+    def check(self) -> None:
+        """ValueError for options that play no part, or don't go together."""
+
+
 # -- several tasks at once --------------------------------------------------------------------------------------------
 BASELINES = ("single-task", "hard-sharing", "hard-sharing-bn", "random")
 
@@ -110,9 +124,9 @@ class Nets(Net):
 
 
 @dataclass(frozen=True)
-class Multitask:
-    experiment: ClassVar = "modular-multitask"
-    presets: ClassVar = {
+class Multitask(Experiment):
+    experiment = "modular-multitask"
+    presets = {
         "": {"layers": 8, "width": 32, "templates": (8,), "steps": 1000, "batch": 32},
         "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": (4,), "steps": 250, "batch": 16, "images": 50},
         "cifar100": {"steps": 750, "batch": 16, "width": 16},
@@ -154,9 +168,9 @@ class NewTask:
 
 
 @dataclass(frozen=True)
-class Transfer:
-    experiment: ClassVar = "modular-transfer"
-    presets: ClassVar = {
+class Transfer(Experiment):
+    experiment = "modular-transfer"
+    presets = {
         "": {"layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "budgets": (10, 100, 0),
              "new_steps": 150},
         "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16, "budgets": (5, 0),
@@ -238,9 +252,9 @@ class Adapting:
 
 
 @dataclass(frozen=True)
-class Adaptation:
-    experiment: ClassVar = "modular-adaptation"
-    presets: ClassVar = {
+class Adaptation(Experiment):
+    experiment = "modular-adaptation"
+    presets = {
         "": {"layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "adapt_steps": 100,
              "adapt_batch": 64},
         "rendered": {"layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16, "adapt_steps": 40,
@@ -284,9 +298,9 @@ class Blocks(Net):
 
 
 @dataclass(frozen=True)
-class Reuse:
-    experiment: ClassVar = "modular-reuse"
-    presets: ClassVar = {
+class Reuse(Experiment):
+    experiment = "modular-reuse"
+    presets = {
         "": {"layers": 4, "width": 32, "steps": 2000, "batch": 128},
         "glyphs": {"layers": 2, "width": 16, "steps": 400, "batch": 64, "tasks": 4, "images": 50},
         "cifar100": {"layers": 3, "steps": 1600},
@@ -296,14 +310,13 @@ class Reuse:
     training: Training
     place: Place
 
-    def check(self) -> None:
-        """All goes together."""
+
+Options = TypeVar("Options", bound=Experiment)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
 def parse(kind: type[Options], documentation: str | None, arguments: list[str] | None) -> Options:
-    """The options, each that the command line leaves open as its data set wants it (see `presets`; "" is of any);
-    ValueError for what can't be, or plays no part."""
+    """The options, each that the command line leaves open as its data set wants it; ValueError for what can't be."""
     options = line.parse(kind, documentation, arguments)
     options.check()
     data = options.stream.data

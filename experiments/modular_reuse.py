@@ -11,8 +11,10 @@ was, a finished one may be given more seeds. The first takes a few minutes on 2 
 README.md.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import modular_options
 from job import closing, console
@@ -35,42 +37,43 @@ from compo_jax.modular import ModularNet, Network, routes
 from compo_jax.modular.results import ReuseMethod, ReuseResults, stacked
 
 
-def orders(options: modular_options.Blocks, classes: int) -> dict[str, tuple[ModularNet, np.ndarray | str]]:
-    """The network of each method and the order of its blocks: fixed, drawn at "random" or "learned"."""
+class Order(NamedTuple):
+    """A network and the order of its blocks, which may be drawn by the seed; None is learned."""
+
+    net: ModularNet
+    of_seed: Callable[[int], np.ndarray | None]
+
+
+def orders(options: modular_options.Blocks, classes: int) -> dict[str, Order]:
     shape, blocks = {key: getattr(options, key) for key in ("width", "patch", "block", "bn")}, np.arange(options.layers)
     short = ModularNet((classes,), layers=len(blocks), templates=len(blocks), **shape)
-    deep = short.clone(layers=2 * len(blocks))
+    deep, twice = short.clone(layers=2 * len(blocks)), np.repeat(blocks, 2)
     return {
-        f"{len(blocks)}-layers": (short, blocks),
-        "aabb": (deep, np.repeat(blocks, 2)),
-        "abab": (deep, np.tile(blocks, 2)),
-        "random": (deep, "random"),
-        "learned": (deep, "learned"),
-        "distinct": (deep.clone(templates=2 * len(blocks)), np.arange(2 * len(blocks))),
+        f"{len(blocks)}-layers": Order(short, lambda _: blocks),
+        "aabb": Order(deep, lambda _: twice),
+        "abab": Order(deep, lambda _: np.tile(blocks, 2)),
+        "random": Order(deep, lambda seed: np.random.default_rng(seed).permutation(twice)),
+        "learned": Order(deep, lambda _: None),
+        "distinct": Order(deep.clone(templates=2 * len(blocks)), lambda _: np.arange(2 * len(blocks))),
     }
 
 
-def measured(
-    session: Session, task: data.Task, name: str, net: ModularNet, order: np.ndarray | str, seed: int, folder: Path
-) -> ReuseMethod:
+def measured(session: Session, task: data.Task, name: str, order: Order, seed: int, folder: Path) -> ReuseMethod:
     """A method trained and tested; a learned order goes into a pool."""
-    learns, gap = isinstance(order, str) and order == "learned", None
-    if isinstance(order, str):
-        twice = np.repeat(np.arange(net.templates), 2)
-        order = None if learns else np.random.default_rng(seed).permutation(twice)
-    trained, seconds = modular_job.train(session, net, [task], name, seed, folder, order)
+    net, route = order.net, order.of_seed(seed)
+    trained, seconds = modular_job.train(session, net, [task], name, seed, folder, route)
     rows = np.random.default_rng(0).permutation(len(task.train))[: len(task.test)]
     some = data.ArraySplit(task.train.images(rows), task.train.labels[rows])
     accuracy, of_train = (
         float(modular.accuracies(net, session.stream.prepare)(trained.variables, [split], 256)[0])
         for split in (task.test, some)
     )
-    params = trained.variables["params"]
-    if learns:
+    params, gap = trained.variables["params"], None
+    if route is None:
         gap = session.learner(net, session.settings).gap(trained, [task.train], seed, [task.test])
         network = Network(net, trained.variables)
         modular_job.store_network(session, f"learned-{seed}", network, [task], [accuracy], seed)
-    costs = modular.parameters(params, route=learns), modular.macs(net, session.size)
+    costs = modular.parameters(params, route=route is None), modular.macs(net, session.size)
     return ReuseMethod(accuracy, of_train, *costs, seconds, net.templates, routes.indices(params["route"])[0], gap)
 
 
@@ -79,22 +82,21 @@ def main(arguments: list[str] | None = None) -> None:
     stream = modular_job.open_tasks(options)
     task = data.pooled(stream)
     methods = orders(options.net, len(task.classes))
-    deep = methods["learned"][0]
+    deep = methods["learned"].net
     with modular_job.opened(options, stream, deep) as session:
         results = {name: [] for name in methods}
         for seed in options.place.seeds:
-            for name, (net, order) in methods.items():
-                made = part(
-                    session, f"{seed}-{name}", ReuseMethod, partial(measured, session, task, name, net, order, seed)
-                )
+            for name, order in methods.items():
+                make = partial(measured, session, task, name, order, seed)
+                made = part(session, f"{seed}-{name}", ReuseMethod, make)
                 results[name].append(made)
                 console.print(f"seed {seed}: {name} {100 * made.accuracy:.1f} % in {made.seconds:.0f} s")
         reached = ReuseResults(
-            modular_job.about(session, deep, [task]),
-            len(task.classes),
-            options.net.layers,
-            next(iter(methods)),
-            {name: stacked(made) for name, made in results.items()},
+            job=modular_job.about(session, deep, [task]),
+            classes=len(task.classes),
+            blocks=options.net.layers,
+            reference=next(iter(methods)),
+            methods={name: stacked(made) for name, made in results.items()},
         )
         modular_job.finish(session, reached, report.reuse_page, report.reuse_table)
 

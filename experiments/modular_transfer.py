@@ -164,14 +164,14 @@ def main(arguments: list[str] | None = None) -> None:
 
         names = lambda tasks: tuple(task.name for task in tasks)
         reached = TransferResults(
-            modular_job.about(session, first),
-            new_training(session),
-            tuple(budget or None for budget in options.new.budgets),
-            tuple(names(division.new) for division in divisions),
-            tuple(names(division.sources) for division in divisions),
-            costs(options, len(divisions[0].new[0].classes)),
-            tuple(sources),
-            tuple(map(tuple, results.values())),
+            job=modular_job.about(session, first),
+            new_training=new_training(session),
+            budgets=tuple(budget or None for budget in options.new.budgets),
+            tasks=tuple(names(division.new) for division in divisions),
+            sources=tuple(names(division.sources) for division in divisions),
+            methods=costs(options, len(divisions[0].new[0].classes)),
+            source_parts=tuple(sources),
+            parts=tuple(map(tuple, results.values())),
         )
         modular_job.finish(session, reached, report.transfer_page, report.transfer_table)
 
