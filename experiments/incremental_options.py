@@ -45,7 +45,7 @@ class Stream:
     tasks: OpenCount = None
     """number of tasks (default: the set's)"""
     by: Text = None
-    """label feature that divides the set into tasks (default: equal groups of classes)"""
+    """label feature that divides the set into tasks (default: Omniglot's alphabets, else equal groups of classes)"""
     train_split: Text = None
     """TFDS split to train on; without --test-split a part of it is held out"""
     test_split: Text = None
@@ -152,7 +152,7 @@ class Options:
 # What a data set wants where the command line leaves it open.
 PRESETS = {
     "glyphs": {"tasks": 10, "epochs": 8, "batch": 64, "images": 100},
-    "omniglot": {"tasks": 10, "epochs": 6, "batch": 64, "by": "alphabet", "train_split": "test"},
+    "omniglot": {"tasks": 10, "epochs": 6, "batch": 64},
     "mnist": {"tasks": 5, "epochs": 1, "batch": 128},
 }
 PRESET = {"tasks": 10, "epochs": 20, "batch": 128}

@@ -37,7 +37,8 @@ import numpy as np
 from modular_job import Session, part
 
 from compo_jax import data, modular, report
-from compo_jax.modular import ModularNet, Network, Sources, Target, routes
+from compo_jax.modular import ModularNet, Network, routes
+from compo_jax.modular.results import AdaptationResults, Sources, Target
 
 
 def open_domains(options: modular_options.Domains) -> data.TaskStream:
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
                 made[seed].append(part(session, name, Target, partial(adapted, session, target, seed)))
                 accuracies = ", ".join(f"{method} {100 * x:.1f}" for method, x in made[seed][-1].accuracy.items())
                 console.print(f"seed {seed}, {target.name}: {accuracies}")
-        results = modular.AdaptationResults(
+        results = AdaptationResults(
             modular_job.about(session, net),
             adapting(session),
             tuple(domains),

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from compo_jax import data, modular
 from compo_jax.data import Task, TaskStream
 from compo_jax.modular import ModularNet, Network, Settings, routes
+from compo_jax.modular.results import Job, NetShape
 from compo_jax.pool import ModulePool
 from compo_jax.report.table import Table
 from compo_jax.train import Run, jit_runner, once, open_run, pmap_runner, progress_bar, read_json, write_json
@@ -106,19 +107,18 @@ def part(session: Session, name: str, kind: type[Result], make: Callable[[Path],
     stored = once(run, name, timed)
     shutil.rmtree(folder, ignore_errors=True)
     began.unlink(missing_ok=True)
-    return structured(stored["made"], kind, f"part {name} of {run.folder}", "remove it, and it is made again")
+    made = stored.get("made") if isinstance(stored, dict) else stored
+    return structured(made, kind, f"part {name} of {run.folder}", "remove it, and the same command makes it again")
 
 
-def about(session: Session, net: ModularNet, tasks: Sequence[Task] | None = None) -> modular.Job:
+def about(session: Session, net: ModularNet, tasks: Sequence[Task] | None = None) -> Job:
     """What the results say of the run, whose seconds are the wall time of all parts: of one that was killed, since it
     was taken up again."""
     options, tasks = session.options, session.stream.tasks if tasks is None else tasks
     seconds = sum(read_json(path)["seconds"] for path in (session.run.folder / "parts").iterdir())
-    shape = modular.NetShape(*(getattr(net, key) for key in modular.NetShape._fields[:-1]), session.size)
+    shape = NetShape(*(getattr(net, key) for key in NetShape._fields[:-1]), session.size)
     images = ({task.name: len(getattr(task, split)) for task in tasks} for split in ("train", "test"))
-    return modular.Job(
-        options.place.name, session.stream.name, options.place.seeds, seconds, shape, session.settings, *images
-    )
+    return Job(options.place.name, session.stream.name, options.place.seeds, seconds, shape, session.settings, *images)
 
 
 def finish(session: Session, results: Any, page: Callable[[Path, Any], Path], table: Callable[[Any], Table]) -> None:
@@ -157,9 +157,7 @@ def train(
     return trained, time.perf_counter() - clock
 
 
-def accuracies(
-    session: Session, net: ModularNet, variables: dict, tasks: Sequence[Task], batch: int = 64
-) -> np.ndarray:
+def accuracies(session: Session, net: ModularNet, variables: dict, tasks: Sequence[Task]) -> np.ndarray:
     """On the test images of each task."""
     return modular.accuracies(net, session.stream.prepare)(variables, [task.test for task in tasks])
 

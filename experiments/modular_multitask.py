@@ -31,7 +31,9 @@ import numpy as np
 from modular_job import Session, part
 
 from compo_jax import data, modular, report
-from compo_jax.modular import ModularNet, MultitaskMethod, Network, routes
+from compo_jax.modular import ModularNet, Network, routes
+from compo_jax.modular.forecast import Rerouting
+from compo_jax.modular.results import Curves, LearnedOrder, MultitaskMethod, MultitaskResults, OrderAnalysis, stacked
 
 
 def networks(options: modular_options.Nets, classes: tuple[int, ...]) -> tuple[dict[str, ModularNet], list[str]]:
@@ -80,21 +82,21 @@ def learned(session: Session, net: ModularNet, name: str, seed: int, folder: Pat
     network = Network(net, trained.variables)
     modular_job.store_network(session, f"{name}-{seed}", network, tasks, gap.finetuned, seed)
     lines = [line for line in session.run.log.records() if (line["run"], line["task"]) == (name, f"seed {seed}")]
-    curves = modular.Curves(*([line[key] for line in lines] for key in modular.Curves._fields))
+    curves = Curves(*([line[key] for line in lines] for key in Curves._fields))
     params = trained.variables["params"]
     soft = routes.soft(trained.before["params"]["route"], session.settings.temperature[1])
-    order = modular.LearnedOrder(routes.indices(params["route"]), np.round(soft, 4), gap, curves)
+    order = LearnedOrder(routes.indices(params["route"]), np.round(soft, 4), gap, curves)
     parameters = modular.parameters(params)
     return MultitaskMethod(gap.finetuned, parameters, modular.macs(net, session.size), seconds, order)
 
 
 # -- what a learned order says -----------------------------------------------------------------------------------------
-def analysed(session: Session, name: str, method: MultitaskMethod, templates: int) -> modular.OrderAnalysis:
+def analysed(session: Session, name: str, method: MultitaskMethod, templates: int) -> OrderAnalysis:
     """Of the first seed: its routes beside random ones, what each template is worth, and a forecast by curvature."""
     seed, tasks, images = session.options.place.seeds[0], session.stream.tasks, session.options.net.analysis_images
     random = modular.beside_random(np.eye(templates)[method.order.hard[0]], jax.random.key(0))
     if templates == 1:
-        return modular.OrderAnalysis(name, random, None, None, None)
+        return OrderAnalysis(name, random, None, None, None)
 
     def removed(_):
         net, variables = modular_job.load_network(session, f"{name}-{seed}", len(tasks))
@@ -109,8 +111,8 @@ def analysed(session: Session, name: str, method: MultitaskMethod, templates: in
         return modular.rerouting(network, session.stream.prepare, few, 0, layer)
 
     removal = part(session, f"{seed}-removal", modular.analysis.Removal, removed)
-    rerouting = part(session, f"{seed}-bridge", modular.Rerouting, rerouted)
-    return modular.OrderAnalysis(name, random, removal, images, rerouting)
+    rerouting = part(session, f"{seed}-bridge", Rerouting, rerouted)
+    return OrderAnalysis(name, random, removal, images, rerouting)
 
 
 def some(split: data.Split, count: int) -> data.ArraySplit:
@@ -132,11 +134,11 @@ def main(arguments: list[str] | None = None) -> None:
                 made = part(session, f"{seed}-{name}", MultitaskMethod, make)
                 results[name].append(made)
                 console.print(f"seed {seed}: {name} {100 * made.accuracy.mean():.1f} % in {made.seconds:.0f} s")
-        methods = {name: modular.stacked(made) for name, made in results.items()}
+        methods = {name: stacked(made) for name, made in results.items()}
         analysis = analysed(session, ordered[0], methods[ordered[0]], nets[ordered[0]].templates)
         names = tuple(task.name for task in stream.tasks)
         job = modular_job.about(session, nets[ordered[0]])
-        reached = modular.MultitaskResults(job, names, np.array(classes), methods, analysis)
+        reached = MultitaskResults(job, names, np.array(classes), methods, analysis)
         modular_job.finish(session, reached, report.multitask_page, report.multitask_table)
 
 

@@ -31,7 +31,8 @@ import numpy as np
 from modular_job import Session, part
 
 from compo_jax import data, modular, report
-from compo_jax.modular import ModularNet, Network, ReuseMethod, routes
+from compo_jax.modular import ModularNet, Network, routes
+from compo_jax.modular.results import ReuseMethod, ReuseResults, stacked
 
 
 def orders(options: modular_options.Blocks, classes: int) -> dict[str, tuple[ModularNet, np.ndarray | str]]:
@@ -88,9 +89,13 @@ def main(arguments: list[str] | None = None) -> None:
                 )
                 results[name].append(made)
                 console.print(f"seed {seed}: {name} {100 * made.accuracy:.1f} % in {made.seconds:.0f} s")
-        job, reference = modular_job.about(session, deep, [task]), next(iter(methods))
-        stacked = {name: modular.stacked(made) for name, made in results.items()}
-        reached = modular.ReuseResults(job, len(task.classes), options.net.layers, reference, stacked)
+        reached = ReuseResults(
+            modular_job.about(session, deep, [task]),
+            len(task.classes),
+            options.net.layers,
+            next(iter(methods)),
+            {name: stacked(made) for name, made in results.items()},
+        )
         modular_job.finish(session, reached, report.reuse_page, report.reuse_table)
 
 

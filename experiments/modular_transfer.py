@@ -34,7 +34,8 @@ import numpy as np
 from modular_job import Session, part
 
 from compo_jax import data, modular, report, tree
-from compo_jax.modular import ModularNet, Network, NewTasks, Sources, TransferMethod, routes
+from compo_jax.modular import ModularNet, Network, routes
+from compo_jax.modular.results import NewTasks, Sources, TransferMethod, TransferResults
 
 
 class Division(NamedTuple):
@@ -128,15 +129,18 @@ def part_of(method: str) -> str:
     return "all" if method == "scratch" else method.split(",")[0]
 
 
-def sizes(options: Options, classes: int) -> dict[str, tuple[int, int]]:
-    """Of each method (scalars that learn, scalars that a new task adds to the pool)."""
+def costs(options: Options, classes: int) -> dict[str, TransferMethod]:
+    """What each method trains, and adds to the pool."""
     params = modular_job.initial(ModularNet((classes,), **vars(options.net)), options.stream.size, 0)["params"]
-    count = modular.parameters
+    count, methods = modular.parameters, {}
     whole, shared = count(params), count({key: params[key] for key in ("stem", "templates")})
-    trained = {name: count(tree.partition(params, modular.PARTS[part_of(name)])[0]) for name in options.new.methods}
-    alone = {"scratch": (count(params, route=False),) * 2}
-    pairs = {name: (trained[name], whole if part_of(name) == "all" else whole - shared) for name in options.new.methods}
-    return pairs | {name: pair for name, pair in alone.items() if name in pairs}
+    for name in options.new.methods:
+        trained = count(tree.partition(params, modular.PARTS[part_of(name)])[0])
+        stored = whole if part_of(name) == "all" else whole - shared
+        if name == "scratch":  # a network of its own, whose blocks stand in a fixed order
+            trained = stored = count(params, route=False)
+        methods[name] = TransferMethod(trained, stored, name in CONTROLS)
+    return methods
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -159,14 +163,13 @@ def main(arguments: list[str] | None = None) -> None:
                 console.print(f"seed {seed}, {budget or 'all'} labels a class: {means}")
 
         names = lambda tasks: tuple(task.name for task in tasks)
-        costs = sizes(options, len(divisions[0].new[0].classes))
-        reached = modular.TransferResults(
+        reached = TransferResults(
             modular_job.about(session, first),
             new_training(session),
             tuple(budget or None for budget in options.new.budgets),
             tuple(names(division.new) for division in divisions),
             tuple(names(division.sources) for division in divisions),
-            {name: TransferMethod(*costs[name], name in CONTROLS) for name in options.new.methods},
+            costs(options, len(divisions[0].new[0].classes)),
             tuple(sources),
             tuple(map(tuple, results.values())),
         )

@@ -1,6 +1,8 @@
 """Experiments as their users start them: a command line, a run folder, lines of a log."""
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import signal
@@ -28,10 +30,14 @@ def run(*arguments, script="incremental.py"):
 
 
 def main(*arguments, script="incremental.py"):
-    """In this process: quicker, and errors are raised."""
+    """In this process: quicker, and errors are raised, a wrong command line's as a ValueError with what is printed."""
     sys.path.insert(0, str(ROOT / "experiments"))
     try:
-        importlib.import_module(script.removesuffix(".py")).main([str(argument) for argument in arguments])
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            importlib.import_module(script.removesuffix(".py")).main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        assert end.code == 2
+        raise ValueError(" ".join(printed.getvalue().replace("│", " ").split())) from end
     finally:
         sys.path.pop(0)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jobs import comparable, killed, main, run
 
-from compo_jax import modular
+from compo_jax.modular.results import AdaptationResults, MultitaskResults, ReuseResults, TransferResults
 from compo_jax.pool import ModulePool
 from compo_jax.train import read_result
 
@@ -27,7 +27,7 @@ def test_a_killed_multitask_run_that_is_given_more_seeds_ends_as_a_whole_one(tmp
     both = []
     for name in "ab":
         done = run(*MULTITASK, "--seeds", 0, 1, "--runs", tmp_path, "--name", name, **job)
-        both.append(results_of(done, tmp_path / name, modular.MultitaskResults))
+        both.append(results_of(done, tmp_path / name, MultitaskResults))
     first, _ = both
     assert comparable(tmp_path / "a") == comparable(tmp_path / "b")
     assert not list((tmp_path / "a" / "checkpoints").iterdir())
@@ -56,7 +56,7 @@ def test_a_new_task_is_learned_from_few_labels(tmp_path):
     methods = ["head", "head+route", "scratch"]
     options = ["--tasks", 3, "--templates", 2, "--new-steps", 4, "--new-batch", 8, "--budgets", 2, 0]
     done = run(*TINY, *options, "--methods", *methods, "--seeds", 0, "--runs", tmp_path, script="modular_transfer.py")
-    results = results_of(done, tmp_path / "modular-transfer-glyphs", modular.TransferResults)
+    results = results_of(done, tmp_path / "modular-transfer-glyphs", TransferResults)
     assert results.budgets == (2, None)
     assert sorted([*results.tasks[0], *results.sources[0]]) == ["arabic", "armenian", "cyrillic"]
     assert results.parts[0][0].chosen[0] in results.sources[0]
@@ -70,7 +70,7 @@ def test_a_target_without_labels_is_adapted_to(tmp_path):
     options = [*TINY, "--templates", 2, "--adapt-steps", 2, "--adapt-batch", 8, "--targets", "scan", "--seeds", 0]
     methods = ["route from best source", "convex mixture + AdaBN"]
     done = run(*options, "--methods", *methods, "--runs", tmp_path, script="modular_adaptation.py")
-    results = results_of(done, tmp_path / "modular-adaptation-rendered", modular.AdaptationResults)
+    results = results_of(done, tmp_path / "modular-adaptation-rendered", AdaptationResults)
     ((part,),) = results.parts
     by_source = dict(zip(results.sources_of("scan"), part.sources, strict=True))
     assert sorted(by_source) == ["clean", "faint", "slanted"]
@@ -84,7 +84,7 @@ def test_a_target_without_labels_is_adapted_to(tmp_path):
 
 def test_blocks_are_used_twice_at_equal_parameters(tmp_path):
     done = run(*TINY, "--tasks", 2, "--seeds", 0, "--runs", tmp_path, script="modular_reuse.py")
-    methods = results_of(done, tmp_path / "modular-reuse-glyphs", modular.ReuseResults).methods
+    methods = results_of(done, tmp_path / "modular-reuse-glyphs", ReuseResults).methods
     short, parameters = methods["2-layers"], {name: int(method.parameters[0]) for name, method in methods.items()}
     assert {parameters[name] for name in ("aabb", "abab", "random")} == {parameters["2-layers"]}
     assert parameters["learned"] == parameters["2-layers"] + 4 * 2

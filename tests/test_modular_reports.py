@@ -8,8 +8,9 @@ from modular_results import UNKNOWN
 from pages import PlainPage as Page
 from pages import printed
 
-from compo_jax import modular, report
-from compo_jax.modular import paired
+from compo_jax import report
+from compo_jax.modular.comparison import paired
+from compo_jax.modular.results import ReuseMethod, stacked
 from compo_jax.report import adaptation, charts, modular_facts, reuse, route_figures, transfer
 from compo_jax.train import read_result, write_result
 
@@ -194,10 +195,10 @@ def test_orders_of_several_lengths():
 
 def test_maps_of_sources_and_routes():
     results = modular_results.adaptation()
-    on_targets, own = results.source_accuracy()
+    on_targets, at_home = results.source_accuracy()
     np.testing.assert_allclose(on_targets, [[np.nan, 0.45], [0.25, np.nan], [0.25, 0.45]])
-    np.testing.assert_allclose(own, [0.8, 0.9, 0.85])  # photo is a source of art alone
-    left, right, _ = adaptation.sources_figure(on_targets, own, ["a", "b", "c"], ["a", "b"]).axes
+    np.testing.assert_allclose(at_home, [0.8, 0.9, 0.85])  # photo is a source of art alone
+    left, right, _ = adaptation.sources_figure(on_targets, at_home, ["a", "b", "c"], ["a", "b"]).axes
     assert sorted(text.get_text() for text in left.texts) == ["25", "25", "45", "45"]
     assert [text.get_text() for text in right.texts] == ["80", "90", "85"]
     part = results.parts[0][0]
@@ -226,7 +227,7 @@ def test_nothing_known(tmp_path, kind):
 
 
 def test_stacked_seeds_have_an_axis_in_front():
-    one = modular.ReuseMethod(0.5, 0.6, 10, 20, 3.0, 2, np.array([0, 1]))
-    both = modular.stacked([one, one._replace(accuracy=0.7)])
+    one = ReuseMethod(0.5, 0.6, 10, 20, 3.0, 2, np.array([0, 1]))
+    both = stacked([one, one._replace(accuracy=0.7)])
     np.testing.assert_array_equal(both.accuracy, [0.5, 0.7])
     assert both.route.shape == (2, 2) and both.gap is None

@@ -1,3 +1,5 @@
+"""A new task and a domain without labels: what changes, what stays to the bit, and which source is nearest."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from compo_jax.modular import (
     hard,
     information_maximisation,
     mean_source,
+    nearest_source,
     new_task,
     one_source,
     plain,
@@ -59,6 +62,14 @@ def test_only_the_part_that_learns_changes(part, bn, statistics):
     moved = first_names(changed(new["params"], done.variables["params"]))
     assert moved == {"head": {"head_0"}, "head+route": {"head_0", "route"}}[part]
     assert add_task(Network(net, variables), Network(one, done.variables)).net.classes == (3, 3, 3)
+
+
+def test_the_nearest_source_is_told_by_two_images_of_each_class():
+    network, split = small(), PICTURES.tasks[0].train
+    assert nearest_source(network, PICTURES.prepare, split) in range(len(network.net.classes))
+    one_each = ArraySplit(split.images(np.arange(3)), split.labels[:3])
+    with pytest.raises(ValueError, match="a class has 1 images, .* two of each or more"):
+        nearest_source(network, PICTURES.prepare, one_each)
 
 
 def test_an_unknown_part_is_told():

@@ -1,6 +1,7 @@
 """A way to learn is one file: a new one is written here, registered, and learns a stream beside the house's own."""
 
 import importlib
+import re
 from functools import partial
 
 import jax
@@ -166,8 +167,13 @@ def test_a_method_without_what_it_needs_and_two_of_one_name_are_told(tmp_path, s
         next(learned(setup, some_methods("none", "none"), tmp_path))
 
 
-def test_the_main_job_s_names_are_the_registry_s(monkeypatch):
+def test_the_main_job_s_names_are_the_registry_s(monkeypatch, setup):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     options = importlib.import_module("incremental_options")
     assert {name.partition("-")[0] for name in options.METHODS} == set(incremental.WAYS)
-    assert set(options.FROZEN) == {name for name in options.METHODS if "-" not in name}
+    kinds = {"lora": adapters.lora(1), "ia3": adapters.ia3(), "full": adapters.full()}
+    for name in options.METHODS:
+        way, _, kind = name.partition("-")
+        mode = incremental.WAYS[way].mode(setup, incremental.method(way, kinds.get(kind)))
+        assert (mode.begin is None) is (name in options.FROZEN)
+        assert mode.at_once is bool(re.fullmatch(options.AT_ONCE, name))

@@ -5,14 +5,12 @@ Knowledge Transfer with Modular Networks" (2021, arXiv 2107.10963); what that do
 """
 
 from compo_jax.modular import analysis as analysis
+from compo_jax.modular import comparison as comparison
+from compo_jax.modular import results as results
 from compo_jax.modular import routes as routes
 from compo_jax.modular.batches import balanced_batches as balanced_batches
 from compo_jax.modular.batches import balanced_eval as balanced_eval
 from compo_jax.modular.bridge import route_landscape as route_landscape
-from compo_jax.modular.comparison import Paired as Paired
-from compo_jax.modular.comparison import mean_known as mean_known
-from compo_jax.modular.comparison import paired as paired
-from compo_jax.modular.comparison import rank_correlation as rank_correlation
 from compo_jax.modular.cost import macs as macs
 from compo_jax.modular.cost import parameters as parameters
 from compo_jax.modular.edit import add_layer as add_layer
@@ -28,7 +26,6 @@ from compo_jax.modular.evaluate import accuracies as accuracies
 from compo_jax.modular.evaluate import predictions as predictions
 from compo_jax.modular.evaluate import statistics as statistics
 from compo_jax.modular.export import plain as plain
-from compo_jax.modular.forecast import Rerouting as Rerouting
 from compo_jax.modular.forecast import rerouting as rerouting
 from compo_jax.modular.losses import objective as objective
 from compo_jax.modular.mixing import mix_templates as mix_templates
@@ -37,24 +34,7 @@ from compo_jax.modular.net import Network as Network
 from compo_jax.modular.parts import PARTS as PARTS
 from compo_jax.modular.parts import nearest_source as nearest_source
 from compo_jax.modular.parts import transfer as transfer
-from compo_jax.modular.random_routes import BesideRandom as BesideRandom
 from compo_jax.modular.random_routes import beside_random as beside_random
-from compo_jax.modular.results import AdaptationResults as AdaptationResults
-from compo_jax.modular.results import Curves as Curves
-from compo_jax.modular.results import Job as Job
-from compo_jax.modular.results import LearnedOrder as LearnedOrder
-from compo_jax.modular.results import MultitaskMethod as MultitaskMethod
-from compo_jax.modular.results import MultitaskResults as MultitaskResults
-from compo_jax.modular.results import NetShape as NetShape
-from compo_jax.modular.results import NewTasks as NewTasks
-from compo_jax.modular.results import OrderAnalysis as OrderAnalysis
-from compo_jax.modular.results import ReuseMethod as ReuseMethod
-from compo_jax.modular.results import ReuseResults as ReuseResults
-from compo_jax.modular.results import Sources as Sources
-from compo_jax.modular.results import Target as Target
-from compo_jax.modular.results import TransferMethod as TransferMethod
-from compo_jax.modular.results import TransferResults as TransferResults
-from compo_jax.modular.results import stacked as stacked
 from compo_jax.modular.routes import gumbel as gumbel
 from compo_jax.modular.routes import hard as hard
 from compo_jax.modular.routes import soft as soft

@@ -222,8 +222,8 @@ class AdaptationResults(NamedTuple):
                 [[np.insert(getattr(x, key), at, np.nan) for at, x in zip(places, row, strict=True)] for row in parts]
             )
 
-        on_targets, own = of_domains(self.parts, "sources"), of_domains(self.source_parts, "accuracy")
-        return mean_known(on_targets, 0).T, mean_known(own, (0, 1))
+        on_targets, at_home = of_domains(self.parts, "sources"), of_domains(self.source_parts, "accuracy")
+        return mean_known(on_targets, 0).T, mean_known(at_home, (0, 1))
 
     def against_baseline(self, name: str) -> Paired:
         """The difference to the baseline on the same seed and target."""

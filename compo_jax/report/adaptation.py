@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from compo_jax.modular import AdaptationResults, mean_known
+from compo_jax.modular.comparison import mean_known
+from compo_jax.modular.results import AdaptationResults
 from compo_jax.report import charts
 from compo_jax.report.charts import ANNOTATED, COLOURS, EDGE, GREY, styled
 from compo_jax.report.modular_facts import accuracy_cells, facts, paired_text, training_text
@@ -128,7 +129,7 @@ def objective_figure(
 @styled
 def sources_figure(
     on_targets: Float[np.ndarray, "domains targets"],
-    own: Float[np.ndarray, " domains"],
+    at_home: Float[np.ndarray, " domains"],
     domains: Sequence[str],
     targets: Sequence[str],
 ) -> Figure:
@@ -136,7 +137,7 @@ def sources_figure(
     figure = charts.figure("Sources as they are, on each target", 1.7 + 0.28 * len(domains))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[max(2, len(targets)), 1])
     texts = (lambda x: f"{x:.0f}") if len(domains) <= ANNOTATED else None
-    charts.heat(right, 100 * own[:, None], (0.0, 100.0), columns=["its own images"], texts=texts)
+    charts.heat(right, 100 * at_home[:, None], (0.0, 100.0), columns=["its own images"], texts=texts)
     image = charts.heat(left, 100 * on_targets, (0.0, 100.0), domains, targets, texts=texts, length=18)
     left.set(xlabel="target", ylabel="source")
     charts.colour_bar(figure, image, [left, right], "accuracy (%)")
@@ -202,11 +203,11 @@ def _blocks(results: AdaptationResults) -> Iterator[Block]:
         "objective tells nothing about accuracy.",
         [Table("Rank correlation of objective and accuracy", ["rank correlation", *targets], rows)],
     )
-    on_targets, own = results.source_accuracy()
-    known = np.isfinite(on_targets).any(1) | np.isfinite(own)
+    on_targets, at_home = results.source_accuracy()
+    known = np.isfinite(on_targets).any(1) | np.isfinite(at_home)
     named = [domain for domain, there in zip(results.domains, known, strict=True) if there]
     yield Block(
-        sources_figure(on_targets[known], own[known], named, targets),
+        sources_figure(on_targets[known], at_home[known], named, targets),
         "How far each source gets on a target as it is, beside its own test images: a dark column is a far target. "
         "Where rows differ much, the choice of the source matters. Mean over seeds.",
     )

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from compo_jax.modular import Job, Paired, Settings
+from compo_jax.modular import Settings
+from compo_jax.modular.comparison import Paired
+from compo_jax.modular.results import Job
 from compo_jax.report.table import Cell, column, run_facts, score
 from compo_jax.report.text import ABSENT, counted, decimal, signed
 

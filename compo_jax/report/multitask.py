@@ -8,7 +8,10 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from compo_jax.modular import MultitaskMethod, MultitaskResults, OrderAnalysis, Rerouting, analysis, paired
+from compo_jax.modular import analysis
+from compo_jax.modular.comparison import paired
+from compo_jax.modular.forecast import Rerouting
+from compo_jax.modular.results import MultitaskMethod, MultitaskResults, OrderAnalysis
 from compo_jax.report import charts, route_figures
 from compo_jax.report.charts import COLOURS, styled
 from compo_jax.report.modular_facts import accuracy_cells, facts, paired_text
@@ -151,20 +154,21 @@ def forecast_figure(rerouting: Rerouting, shown: Sequence[int]) -> Figure:
 # -- blocks ------------------------------------------------------------------------------------------------------------
 def _methods(results: MultitaskResults) -> Iterator[Block]:
     methods = results.methods
-    told = []
-    for name in [name for name, method in methods.items() if method.order is not None]:
-        controls = [x for x in (name.replace("ordered", "random"), "hard-sharing-bn") if x in methods and x != name]
-        told += [f"{name} less {control}: {_against(methods, name, control)} points." for control in controls]
+    told = ""
+    for name, method in methods.items():
+        for control in (name.replace("ordered", "random"), "hard-sharing-bn"):
+            if method.order is not None and control in methods:
+                told += f" {name} less {control}: {_against(methods, name, control)} points."
     dashed = f"; dashed, the {REFERENCE} networks" if REFERENCE in methods else ""
+    merit = " What these controls reach is not the order's merit." if told else ""
+    seeds = " Small marks are seeds; they share what is hard about a task, so a difference counts by seed."
     yield Block(
         methods_figure(methods),
-        f"Mean over tasks{dashed}. What random routes through as many templates reach, or sharing with a batch norm of "
-        "each task, is not the order's merit. Small marks are seeds; they share what is hard about a task, so a "
-        f"difference counts by seed. {' '.join(told)}",
+        f"Mean over tasks{dashed}.{seeds * (len(results.job.seeds) > 1)}{told}{merit}",
     )
     gaps = {name: method.order.gap for name, method in methods.items() if method.order is not None}
     if gaps:
-        yield Block(route_figures.gap(gaps), route_figures.GAP_CAPTION, [route_figures.gap_table(gaps)])
+        yield route_figures.gap_block(gaps)
 
 
 def _by_task(results: MultitaskResults) -> Iterator[Block]:
@@ -198,11 +202,11 @@ def _curves(results: MultitaskResults) -> Iterator[Block]:
         )
 
 
-def _routes(results: MultitaskResults, found: OrderAnalysis) -> Iterator[Block]:
+def _routes(results: MultitaskResults, it: OrderAnalysis) -> Iterator[Block]:
     """What the routes of the first seed say, beside random ones."""
     from scipy.cluster.hierarchy import leaves_list
 
-    order, random, tasks = results.methods[found.method].order, found.random, results.tasks
+    order, random, tasks = results.methods[it.method].order, it.random, results.tasks
     count = order.soft.shape[-1]
     weights = np.eye(count)[order.hard]
     hard, matrix = order.hard[0], analysis.task_distances(weights[0])
@@ -213,15 +217,15 @@ def _routes(results: MultitaskResults, found: OrderAnalysis) -> Iterator[Block]:
     layers = [f"layer {i}" for i in range(hard.shape[1])]
     yield Block(
         route_figures.orders(named, count, surety[rows]),
-        f"{found.method}: down a column, tasks of one colour share that layer; along a row, a colour that comes again "
+        f"{it.method}: down a column, tasks of one colour share that layer; along a row, a colour that comes again "
         "is a block invoked twice. Beside, the weight that the template had before routes were fixed: 1 was decided."
         f"{' Tasks in the order of the dendrogram.' * (len(tasks) > 1)} {_COUNTED}",
         [Table("Routes", ["task", *layers], [[task, *map(str, route)] for task, route in named.items()])],
     )
     if linkage is not None:
-        yield _distances(results, matrix, linkage, weights, found)
+        yield _distances(results, matrix, linkage, weights, it)
     if len(layers) > 1:
-        yield _similarity(found)
+        yield _similarity(it)
     used, dead = analysis.usage(weights[0]), analysis.dead(weights[0])
     falling = np.argsort(-used, kind="stable").tolist()
     beside = zip(falling, random.mean.usage, random.deviation.usage, strict=True)
@@ -233,12 +237,12 @@ def _routes(results: MultitaskResults, found: OrderAnalysis) -> Iterator[Block]:
         [Table("Use", ["template", "places (%)", "random, same rank (%)", "±"],
                [[str(m), *(decimal(100 * x) for x in (used[m], mean, error))] for m, mean, error in beside])],
     )  # fmt: skip
-    if found.removal is not None:
-        yield _removal(found, falling, used)
+    if it.removal is not None:
+        yield _removal(it, falling, used)
 
 
-def _distances(results: MultitaskResults, matrix, linkage, weights, found: OrderAnalysis) -> Block:
-    tasks, random, count = results.tasks, found.random, len(results.tasks)
+def _distances(results: MultitaskResults, matrix, linkage, weights, it: OrderAnalysis) -> Block:
+    tasks, random, count = results.tasks, it.random, len(results.tasks)
     nearest = np.unravel_index(np.argmin(matrix + np.eye(count)), matrix.shape)
     pairs = np.triu_indices(count, 1)
     by_seed = ", ".join(f"{analysis.task_distances(one)[pairs].mean():.2f}" for one in weights[1:])
@@ -256,13 +260,13 @@ def _distances(results: MultitaskResults, matrix, linkage, weights, found: Order
     )
 
 
-def _similarity(found: OrderAnalysis) -> Block:
-    value, above = found.random.value.similarity, found.random.above.similarity
+def _similarity(it: OrderAnalysis) -> Block:
+    value, above = it.random.value.similarity, it.random.above.similarity
     pairs = np.triu_indices(len(value), 1)
     rare = int((above[pairs] <= 0.05).sum())
     rows = [[str(i), *(f"{x:.2f}" for x in row)] for i, row in enumerate(value)]
     return Block(
-        route_figures.similarity(found.random),
+        route_figures.similarity(it.random),
         "The part of the tasks that take the same template at both layers. A loop over blocks would be a bright line "
         "beside the diagonal, one block again and again a bright square. A dot: at most 5 % of random routes are as "
         f"large. Such pairs: {rare} of {len(pairs[0])}, by chance {0.05 * len(pairs[0]):.1f} or fewer. {_COUNTED}",
@@ -270,26 +274,25 @@ def _similarity(found: OrderAnalysis) -> Block:
     )
 
 
-def _removal(found: OrderAnalysis, falling: list[int], used: np.ndarray) -> Block:
-    drop, null, deviation = route_figures.over_tasks(found.removal)
+def _removal(it: OrderAnalysis, falling: list[int], used: np.ndarray) -> Block:
+    drop, null, deviation = route_figures.over_tasks(it.removal)
     beyond = ", ".join(str(m) for m in falling if drop[m] > null[m] + 2 * deviation[m])
     rows = [
         [str(m), decimal(100 * used[m]), signed(drop[m]), signed(null[m]), decimal(100 * deviation[m])] for m in falling
     ]
     return Block(
-        route_figures.removal(found.removal, falling),
+        route_figures.removal(it.removal, falling),
         "A template is removed and its layers take their next best; beside, as many places drawn at random lose what "
         "they have (mean ± standard deviation over draws, taken as independent between tasks). A much used template "
         "costs much either way: what says that it does work of its own is a drop beyond the bar. Beyond two "
-        f"deviations: {f'templates {beyond}' if beyond else 'none'}. Mean over tasks, {found.removal_images} images of "
+        f"deviations: {f'templates {beyond}' if beyond else 'none'}. Mean over tasks, {it.removal_images} images of "
         "each task; first seed.",
         [Table("Removal", ["template", "places (%)", "drop (points)", "random places", "±"], rows)],
     )
 
 
-def _forecast(results: MultitaskResults, found: OrderAnalysis) -> Block:
+def _forecast(method: str, task: str, it: Rerouting) -> Block:
     """The figure of the bridge to curvature."""
-    it = found.rerouting
     others = [m for m in range(len(it.true)) if m != it.template]
     others.sort(key=lambda m: np.nan_to_num(it.true[m, -1], nan=np.inf))
     shown = list(dict.fromkeys((others[0], others[len(others) // 2], others[-1])))
@@ -302,7 +305,7 @@ def _forecast(results: MultitaskResults, found: OrderAnalysis) -> Block:
     ]
     return Block(
         forecast_figure(it, shown),
-        f"{found.method}, task {results.tasks[it.task]}, layer {it.layer}, from template {it.template} by ε towards "
+        f"{method}, task {task}, layer {it.layer}, from template {it.template} by ε towards "
         "another: those with the least, the middle and the greatest loss at the largest ε. The forecast is a quadratic "
         f"from the curvature at the trained route, and holds nearby only. Its median error is {errors} of the true "
         f"change: a forecast of no change at all would have 100\u00a0%. On {it.images} training images; first seed.",
@@ -316,8 +319,8 @@ def _blocks(results: MultitaskResults) -> Iterator[Block]:
         yield from part(results)
     if results.analysis is not None:
         yield from _routes(results, results.analysis)
-        if results.analysis.rerouting is not None:
-            yield _forecast(results, results.analysis)
+        if (rerouting := results.analysis.rerouting) is not None:
+            yield _forecast(results.analysis.method, results.tasks[rerouting.task], rerouting)
 
 
 def _tiles(results: MultitaskResults) -> list[Tile]:

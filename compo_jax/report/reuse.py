@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from compo_jax.modular import ReuseResults
+from compo_jax.modular.results import ReuseResults
 from compo_jax.report import charts, route_figures
 from compo_jax.report.charts import styled
 from compo_jax.report.modular_facts import accuracy_cells, facts, paired_text
@@ -115,7 +115,7 @@ def _blocks(results: ReuseResults) -> Iterator[Block]:
     )
     gaps = {name: method.gap for name, method in methods.items() if method.gap is not None}
     if gaps:
-        yield Block(route_figures.gap(gaps), route_figures.GAP_CAPTION, [route_figures.gap_table(gaps)])
+        yield route_figures.gap_block(gaps)
 
 
 def reuse_page(folder: str | os.PathLike, results: ReuseResults) -> Path:

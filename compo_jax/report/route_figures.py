@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 
-from compo_jax.modular import BesideRandom
 from compo_jax.modular.analysis import Removal
 from compo_jax.modular.evaluate import Gap
+from compo_jax.modular.random_routes import BesideRandom
 from compo_jax.report import charts
 from compo_jax.report.charts import ANNOTATED, COLOURS, EDGE, INK, styled
+from compo_jax.report.page import Block
 from compo_jax.report.table import Table
 from compo_jax.report.text import middle, spread
 
@@ -86,16 +87,18 @@ def gap(gaps: Mapping[str, Gap]) -> Figure:
     return figure
 
 
-GAP_CAPTION = (
-    "The fall from the first to the second point is the price of taking one template at each layer; what comes back at "
-    "the third was batch statistics alone, and the rest needs training on the fixed route. Thin lines are seeds."
-)
-
-
-def gap_table(gaps: Mapping[str, Gap]) -> Table:
-    """The numbers of `gap`."""
+def gap_block(gaps: Mapping[str, Gap]) -> Block:
+    """`gap` with what to look for in it and its numbers."""
+    several = len(next(iter(gaps.values())).soft) > 1
     rows = [[name, *(spread(100 * accuracy.mean(-1)) for accuracy in points)] for name, points in gaps.items()]
-    return Table("From soft to hard routes", ["accuracy (%)", *POINTS], rows)
+    return Block(
+        gap(gaps),
+        "The fall from the first to the second point is the price of taking one template at each layer; what comes "
+        "back at the third was batch statistics alone, and the rest needs training on the fixed route."
+        + " Thin lines are seeds."
+        * several,
+        [Table("From soft to hard routes", ["accuracy (%)", *POINTS], rows)],
+    )
 
 
 # -- beside random routes ----------------------------------------------------------------------------------------------

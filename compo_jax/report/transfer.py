@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from compo_jax.modular import TransferResults
+from compo_jax.modular.results import TransferResults
 from compo_jax.report import charts
 from compo_jax.report.charts import Look, styled
 from compo_jax.report.modular_facts import accuracy_cells, facts, paired_text, training_text
