@@ -61,7 +61,7 @@ def incremental_table(results: Results) -> Table:
     seconds = [decimal(outcome.seconds, 0) for outcome in outcomes.values()]
     return Table(
         f"{results.name}: {counted(len(results.tasks), 'task')} of {results.data}",
-        ("method", "final accuracy (%)", "forgetting (points)", "task-incremental (%)", "training time (s)"),
+        ("method", "final accuracy (%)", "forgetting (points)", "task known (%)", "training time (s)"),
         list(zip(outcomes, *columns, seconds, strict=True)),
         ["± one standard error. " + BOLD],
     )
@@ -287,7 +287,7 @@ def _tiles(results: Results) -> list[Tile]:
     tiles, several = [], len(results.methods) > 1
     for key, label, unit, best in (
         ("final_accuracy", "final accuracy", "%", max), ("final_forgetting", "forgetting", "points", min),
-        ("task_incremental_accuracy", "task-incremental", "%", max),
+        ("task_incremental_accuracy", "accuracy, task known", "%", max),
     ):  # fmt: skip
         values = {name: getattr(outcome, key) for name, outcome in results.methods.items()}
         values = {name: value for name, value in values.items() if value is not None}
