@@ -11,7 +11,7 @@ the base is positive. Under 4 minutes on 2 CPU cores with no arguments, the run 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, NamedTuple
@@ -67,6 +67,7 @@ from compo_jax.train import write_result
 from compo_jax.tree import Tree
 
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
+Estimate = Callable[["Problem", int], curvature.Curvature]  # of the Fisher, with so many images at once
 
 
 class Problem(NamedTuple):
@@ -122,22 +123,22 @@ def functions(model):
     return logits, loss
 
 
-def batches(given: Problem, size: int = 64) -> list[tuple]:
-    return [(given.images[i : i + size], given.labels[i : i + size]) for i in range(0, len(given.labels), size)]
+def batches(case: Problem, size: int = 64) -> list[tuple]:
+    return [(case.images[i : i + size], case.labels[i : i + size]) for i in range(0, len(case.labels), size)]
 
 
 # -- (a) products ----------------------------------------------------------------------------------------------------
-def check_products(model, given: Problem, seed: int) -> ProductCheck:
+def check_products(model, case: Problem, seed: int) -> ProductCheck:
     """A Hessian product in float64 and float32, against the dense matrix (reverse over reverse) and differences."""
     _, loss = functions(model)
     name = "blocks/attention/proj/bias"
-    images, labels = given.images[:4], given.labels[:4]
-    biases, rest = tree.partition(given.rest, name)
+    images, labels = case.images[:4], case.labels[:4]
+    biases, rest = tree.partition(case.rest, name)
 
     def run(dtype):
         cast = partial(jax.tree.map, lambda x: jnp.asarray(x, dtype))
-        frozen = given._replace(weights=None, deltas=[], head=cast(given.head))
-        point, others, weights, pixels = map(cast, (biases, rest, given.weights, images))
+        frozen = case._replace(weights=None, deltas=[], head=cast(case.head))
+        point, others, weights, pixels = map(cast, (biases, rest, case.weights, images))
         vector = jax.tree.map(
             lambda x: jnp.asarray(np.random.default_rng(seed).normal(size=x.shape) / np.sqrt(x.size), dtype), point
         )
@@ -182,166 +183,170 @@ def check_products(model, given: Problem, seed: int) -> ProductCheck:
 
 
 # -- (b) Fisher ------------------------------------------------------------------------------------------------------
-def check_fisher(model, given: Problem, count: int, batches: Sequence[int], seed: int) -> FisherCheck:
-    """Estimates of the Fisher against the exact Gauss-Newton matrix on the task vectors, at several batch sizes."""
+def squared_batches(loss, case: Problem, size: int) -> curvature.Curvature:
+    """What many take for the Fisher: the square of a batch's gradient, times the batch."""
+
+    def one(pair):
+        g = jax.grad(partial(loss, case))(case.weights, *pair)
+        return jax.tree.map(lambda x: size * jnp.square(x), g)
+
+    def grouped(x):
+        return x.reshape(-1, size, *x.shape[1:])
+
+    squares = jax.lax.map(one, (grouped(case.images), grouped(case.labels)))
+    return curvature.as_curvature(jax.tree.map(lambda x: jnp.mean(x, axis=0), squares))
+
+
+def estimates(model, seed: int) -> dict[str, Estimate]:
+    """The estimates of the Fisher by their names; the exact diagonal is the first."""
     logits, loss = functions(model)
-    frozen = given._replace(images=given.images[:count], labels=given.labels[:count])
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *given.deltas)
-    key = jax.random.key(seed)
+    drawn = {"method": "monte_carlo", "key": jax.random.key(seed)}
 
-    def squared_batches(frozen, size):
-        """What many take for the Fisher: the square of a batch's gradient, times the batch."""
+    def diagonal(case, size, **options):
+        return curvature.fisher_diagonal(partial(logits, case), case.weights, case.images, chunk=size, **options)
 
-        def one(pair):
-            g = jax.grad(partial(loss, frozen))(frozen.weights, *pair)
-            return jax.tree.map(lambda x: size * jnp.square(x), g)
+    def factors(case, size, **options):
+        return curvature.kronecker(partial(logits, case), case.weights, case.images, chunk=size, **options)
 
-        def grouped(x):
-            return x.reshape(-1, size, *x.shape[1:])
+    def corrected(case, size):
+        apply = partial(logits, case)
+        return curvature.eigenvalue_corrected(factors(case, size), apply, case.weights, case.images, chunk=size)
 
-        squares = jax.lax.map(one, (grouped(frozen.images), grouped(frozen.labels)))
-        return curvature.as_curvature(jax.tree.map(lambda x: jnp.mean(x, axis=0), squares))
-
-    def diagonal(frozen, size, **options):
-        apply = partial(logits, frozen)
-        return curvature.fisher_diagonal(apply, frozen.weights, frozen.images, chunk=size, **options)
-
-    def factors(frozen, size, **options):
-        apply = partial(logits, frozen)
-        return curvature.kronecker(apply, frozen.weights, frozen.images, chunk=size, **options)
-
-    def corrected(frozen, size):
-        apply = partial(logits, frozen)
-        found = factors(frozen, size)
-        return curvature.eigenvalue_corrected(found, apply, frozen.weights, frozen.images, chunk=size)
-
-    estimates = {
+    return {
         "exact diagonal": partial(diagonal, method="exact"),
         "low-rank diagonal": partial(diagonal, method="low_rank", tolerance=1e-2),
-        "Monte-Carlo diagonal": partial(diagonal, method="monte_carlo", key=key),
-        "empirical diagonal": lambda frozen, size: diagonal(frozen, size, method="empirical", labels=frozen.labels),
-        "squared batch gradient": squared_batches,
-        "Monte-Carlo K-FAC": partial(factors, method="monte_carlo", key=key),
+        "Monte-Carlo diagonal": partial(diagonal, **drawn),
+        "empirical diagonal": lambda case, size: diagonal(case, size, method="empirical", labels=case.labels),
+        "squared batch gradient": partial(squared_batches, loss),
+        "Monte-Carlo K-FAC": partial(factors, **drawn),
         "K-FAC": factors,
         "K-FAC, reduce": partial(factors, tokens="reduce"),
         "EKFAC": corrected,
     }
 
-    @jax.jit
-    def exact_products(frozen, stacked):
-        return jax.vmap(lambda v: curvature.ggnvp(partial(logits, frozen), frozen.weights, v, frozen.images))(stacked)
+
+@jax.jit
+def agreement(estimate, reference, exact, vectors) -> dict[str, jax.Array]:
+    """How near an estimate is to the reference's diagonal and, on the task vectors, to the exact products."""
+    ours, exact_diagonal = jax.vmap(estimate.matvec)(vectors), reference.diagonal()
+    dots = jax.vmap(tree.dot)
+    diagonal = tree.place(tree.by_name(estimate.diagonal()), exact_diagonal)
+    cosine = dots(ours, exact) / jnp.sqrt(dots(ours, ours) * dots(exact, exact))
+    form, true = dots(vectors, ours), dots(vectors, exact)
+    norm = jnp.sqrt(tree.dot(diagonal, diagonal) * tree.dot(exact_diagonal, exact_diagonal))
+    total = sum(jnp.sum(x) for x in jax.tree.leaves(diagonal))
+    return {
+        "diagonal_cosine": tree.dot(diagonal, exact_diagonal) / norm,
+        "trace_ratio": total / sum(jnp.sum(x) for x in jax.tree.leaves(exact_diagonal)),
+        "product_cosine": jnp.mean(cosine),
+        "form_ratio": jnp.mean(form / true),
+        "form_error": jnp.mean(jnp.abs(form - true) / true),
+    }
+
+
+def check_fisher(model, case: Problem, count: int, sizes: Sequence[int], seed: int) -> FisherCheck:
+    """Estimates of the Fisher against the exact Gauss-Newton matrix on the task vectors, at several batch sizes."""
+    logits, _ = functions(model)
+    case = case._replace(images=case.images[:count], labels=case.labels[:count])
+    vectors = jax.tree.map(lambda *x: jnp.stack(x), *case.deltas)
 
     @jax.jit
-    def compare(estimate, reference, exact, stacked):
-        ours, exact_diagonal = jax.vmap(estimate.matvec)(stacked), reference.diagonal()
-        dots = jax.vmap(tree.dot)
-        diagonal = tree.place(tree.by_name(estimate.diagonal()), exact_diagonal)
-        cosine = dots(ours, exact) / jnp.sqrt(dots(ours, ours) * dots(exact, exact))
-        form, true = dots(stacked, ours), dots(stacked, exact)
-        norm = jnp.sqrt(tree.dot(diagonal, diagonal) * tree.dot(exact_diagonal, exact_diagonal))
-        total = sum(jnp.sum(x) for x in jax.tree.leaves(diagonal))
-        return {
-            "diagonal_cosine": tree.dot(diagonal, exact_diagonal) / norm,
-            "trace_ratio": total / sum(jnp.sum(x) for x in jax.tree.leaves(exact_diagonal)),
-            "product_cosine": jnp.mean(cosine),
-            "form_ratio": jnp.mean(form / true),
-            "form_error": jnp.mean(jnp.abs(form - true) / true),
-        }
+    def exact_products(case, vectors):
+        return jax.vmap(lambda v: curvature.ggnvp(partial(logits, case), case.weights, v, case.images))(vectors)
 
-    exact = exact_products(frozen, stacked)
+    exact = exact_products(case, vectors)
     slow = ("K-FAC", "K-FAC, reduce", "EKFAC")  # all classes pulled back: at one size, to save time
-    tried = [(name, size) for name in estimates for size in (batches[-2:][:1] if name in slow else batches)]
     rows, reference = [], None
-    for name, size in tried:
-        compiled = jax.jit(partial(estimates[name], size=size)).lower(frozen).compile()
-        clock = time.perf_counter()
-        found = jax.block_until_ready(compiled(frozen))
-        seconds = time.perf_counter() - clock
-        reference = found if reference is None else reference
-        numbers = compare(found, reference, exact, stacked)
-        rows.append(FisherEstimate(name, size, seconds, **jax.tree.map(float, numbers)))
-    return FisherCheck(count, given.head["bias"].size, tree.size(given.weights), rows)
+    for name, estimate in estimates(model, seed).items():
+        for size in sizes[-2:][:1] if name in slow else sizes:
+            compiled = jax.jit(partial(estimate, size=size)).lower(case).compile()
+            clock = time.perf_counter()
+            fisher = jax.block_until_ready(compiled(case))
+            seconds = time.perf_counter() - clock
+            reference = fisher if reference is None else reference
+            numbers = jax.tree.map(float, agreement(fisher, reference, exact, vectors))
+            rows.append(FisherEstimate(name, size, seconds, **numbers))
+    return FisherCheck(count, case.head["bias"].size, tree.size(case.weights), rows)
 
 
 # -- (c) forecast and theorem ----------------------------------------------------------------------------------------
-def check_forecast(model, given: Problem, count: int, seed: int) -> ForecastCheck:
+def check_forecast(model, case: Problem, count: int, seed: int) -> ForecastCheck:
     """The landscape's forecasts of random compositions, around the base and around the uniform composition."""
     logits, loss = functions(model)
-    tasks = len(given.deltas)
+    tasks = len(case.deltas)
     uniform = np.full(tasks, 1 / tasks)
 
     @jax.jit
-    def expand(given, data, anchor):
-        return curvature.landscape(partial(loss, given), given.weights, given.deltas, batches=data, anchor=anchor)
+    def expand(case, data, anchor):
+        return curvature.landscape(partial(loss, case), case.weights, case.deltas, batches=data, anchor=anchor)
 
     @jax.jit
-    def true_losses(given, weights):
+    def true_losses(case, weights):
+        """Of each image with each of the weightings."""
+
         def one(w):
-            params = tree.add(given.weights, tree.weighted_sum(given.deltas, w))
-            return loss(given, params, given.images, given.labels)
+            values = logits(case, tree.add(case.weights, tree.weighted_sum(case.deltas, w)), case.images)
+            return optax.softmax_cross_entropy_with_integer_labels(values, case.labels)
 
         return jax.lax.map(one, weights)
 
-    @jax.jit
-    def gain_error(given, best, uniform):
-        """The standard error, over the images, of the difference between the losses at two weightings."""
-        losses = [
-            optax.softmax_cross_entropy_with_integer_labels(
-                logits(given, tree.add(given.weights, tree.weighted_sum(given.deltas, w)), given.images), given.labels
-            )
-            for w in (best, uniform)
-        ]
-        return jnp.std(losses[0] - losses[1], ddof=1) / jnp.sqrt(len(given.labels))
+    def losses(weights):
+        return np.asarray(true_losses(case, weights.astype(np.float32)))
 
     weights = np.random.default_rng(seed).dirichlet(np.ones(tasks), count)
     scales = np.linspace(0, 1.5, 7)
     moved = np.concatenate([scales[:, None] * uniform, *(scales[:, None] * e for e in np.eye(tasks))])
-    true = np.asarray(true_losses(given, weights.astype(np.float32)))
-    path = np.asarray(true_losses(given, moved.astype(np.float32))).reshape(tasks + 1, -1)
-    anchors = {}
+    true, path = losses(weights).mean(axis=1), losses(moved).mean(axis=1).reshape(tasks + 1, -1)
+    anchors, gap = {}, np.zeros_like(scales)
     for name, anchor in (("the base", np.zeros(tasks)), ("the uniform composition", uniform)):
-        found = expand(given, batches(given), anchor.astype(np.float32))
-        forecast = np.asarray(found.predict(weights))
-        remainder = found.remainder()
-        best = found.best_weights()
-        anchors[name] = Expansion(
-            forecast=forecast,
-            correlation=float(np.corrcoef(forecast, true)[0, 1]),
-            relative_error=float(np.mean(np.abs(forecast - true) / true)),
-            standard_error=float(np.mean(found.standard_error(weights))),
-            remainder_loss=np.asarray(remainder.loss),
-            remainder_slope=np.asarray(remainder.slope),
-            gram_eigenvalues=np.linalg.eigvalsh(np.asarray(found.gram, np.float64)),
-            best_weights=best,
-            best_forecast=float(found.predict(best)),
-            best_true=float(true_losses(given, best.astype(np.float32)[None])[0]),
-            gain_error=float(gain_error(given, best.astype(np.float32), uniform.astype(np.float32))),
-        )
+        landscape = expand(case, batches(case), anchor.astype(np.float32))
+        best = landscape.best_weights()
+        anchors[name] = expansion(landscape, weights, true, losses(np.stack([best, uniform])))
         if name == "the base":
-            gap = scales**2 * float(found.gap(uniform))
+            gap = scales**2 * float(landscape.gap(uniform))
     single, composed = path[1:].mean(axis=0), path[0]
     at_uniform = float(composed[np.argmin(np.abs(scales - 1))])
     return ForecastCheck(true, at_uniform, anchors, Theorem(scales, single, composed, gap, single - composed))
 
 
+def expansion(landscape: curvature.Landscape, weights, true, best_and_uniform) -> Expansion:
+    """What the expansion foretells, beside the true losses of these weights; of the best and of uniform weights the
+    losses of all images."""
+    forecast, remainder, best = np.asarray(landscape.predict(weights)), landscape.remainder(), landscape.best_weights()
+    at_best, at_uniform = best_and_uniform
+    return Expansion(
+        forecast=forecast,
+        correlation=float(np.corrcoef(forecast, true)[0, 1]),
+        relative_error=float(np.mean(np.abs(forecast - true) / true)),
+        standard_error=float(np.mean(landscape.standard_error(weights))),
+        remainder_loss=np.asarray(remainder.loss),
+        remainder_slope=np.asarray(remainder.slope),
+        gram_eigenvalues=np.linalg.eigvalsh(np.asarray(landscape.gram, np.float64)),
+        best_weights=best,
+        best_forecast=float(landscape.predict(best)),
+        best_true=float(at_best.mean()),
+        gain_error=float(np.std(at_best - at_uniform, ddof=1) / np.sqrt(len(at_best))),
+    )
+
+
 # -- (d) spectrum ----------------------------------------------------------------------------------------------------
-def check_spectrum(model, given: Problem, count: int, order: int, seed: int) -> SpectrumCheck:
+def check_spectrum(model, case: Problem, count: int, order: int, seed: int) -> SpectrumCheck:
     """The spectrum of the Hessian of the adapted weights at the base."""
     _, loss = functions(model)
-    some = given._replace(images=given.images[:count], labels=given.labels[:count])
+    some = case._replace(images=case.images[:count], labels=case.labels[:count])
 
     @jax.jit
-    def lanczos(given, data, key):
-        matvec = curvature.hessian(partial(loss, given), given.weights, data, check=False)
-        found = curvature.spectrum(matvec, given.weights, key, order)
-        smallest = curvature.top_eigenvalues(matvec, given.weights, key, 1, order, "smallest")
-        return found, (smallest.values[0], smallest.error_bounds[0])
+    def lanczos(case, data, key):
+        matvec = curvature.hessian(partial(loss, case), case.weights, data, check=False)
+        spectrum = curvature.spectrum(matvec, case.weights, key, order)
+        smallest = curvature.top_eigenvalues(matvec, case.weights, key, 1, order, "smallest")
+        return spectrum, (smallest.values[0], smallest.error_bounds[0])
 
-    found, smallest = lanczos(some, batches(some), jax.random.key(seed))
-    nodes, weights = np.asarray(found.nodes[0]), np.asarray(found.weights[0])
+    spectrum, smallest = lanczos(some, batches(some), jax.random.key(seed))
+    nodes, weights = np.asarray(spectrum.nodes[0]), np.asarray(spectrum.weights[0])
     return SpectrumCheck(
         images=count,
-        dimension=tree.size(given.weights),
+        dimension=tree.size(case.weights),
         nodes=nodes,
         weights=weights,
         smallest=float(smallest[0]),
