@@ -67,7 +67,6 @@ from compo_jax.train import write_result
 from compo_jax.tree import Tree
 
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
-Estimate = Callable[["Problem", int], curvature.Curvature]  # of the Fisher, with so many images at once
 
 
 class Problem(NamedTuple):
@@ -88,7 +87,7 @@ class Problem(NamedTuple):
     labels: jax.Array
 
 
-def problem(run: incremental.FinishedRun, name: str, count: int, seed: int) -> Problem:
+def problem_of(run: incremental.FinishedRun, name: str, count: int, seed: int) -> Problem:
     pool, stream = run.pools[name], run.stream
     members = pool.names()
     each = count // len(members)
@@ -123,22 +122,22 @@ def functions(model):
     return logits, loss
 
 
-def batches(case: Problem, size: int = 64) -> list[tuple]:
-    return [(case.images[i : i + size], case.labels[i : i + size]) for i in range(0, len(case.labels), size)]
+def batches(problem: Problem, size: int = 64) -> list[tuple]:
+    return [(problem.images[i : i + size], problem.labels[i : i + size]) for i in range(0, len(problem.labels), size)]
 
 
 # -- (a) products ----------------------------------------------------------------------------------------------------
-def check_products(model, case: Problem, seed: int) -> ProductCheck:
+def check_products(model, problem: Problem, seed: int) -> ProductCheck:
     """A Hessian product in float64 and float32, against the dense matrix (reverse over reverse) and differences."""
     _, loss = functions(model)
     name = "blocks/attention/proj/bias"
-    images, labels = case.images[:4], case.labels[:4]
-    biases, rest = tree.partition(case.rest, name)
+    images, labels = problem.images[:4], problem.labels[:4]
+    biases, rest = tree.partition(problem.rest, name)
 
     def run(dtype):
         cast = partial(jax.tree.map, lambda x: jnp.asarray(x, dtype))
-        frozen = case._replace(weights=None, deltas=[], head=cast(case.head))
-        point, others, weights, pixels = map(cast, (biases, rest, case.weights, images))
+        frozen = problem._replace(weights=None, deltas=[], head=cast(problem.head))
+        point, others, weights, pixels = map(cast, (biases, rest, problem.weights, images))
         vector = jax.tree.map(
             lambda x: jnp.asarray(np.random.default_rng(seed).normal(size=x.shape) / np.sqrt(x.size), dtype), point
         )
@@ -183,42 +182,40 @@ def check_products(model, case: Problem, seed: int) -> ProductCheck:
 
 
 # -- (b) Fisher ------------------------------------------------------------------------------------------------------
-def squared_batches(loss, case: Problem, size: int) -> curvature.Curvature:
-    """What many take for the Fisher: the square of a batch's gradient, times the batch."""
-
-    def one(pair):
-        g = jax.grad(partial(loss, case))(case.weights, *pair)
-        return jax.tree.map(lambda x: size * jnp.square(x), g)
-
-    def grouped(x):
-        return x.reshape(-1, size, *x.shape[1:])
-
-    squares = jax.lax.map(one, (grouped(case.images), grouped(case.labels)))
-    return curvature.as_curvature(jax.tree.map(lambda x: jnp.mean(x, axis=0), squares))
-
-
-def estimates(model, seed: int) -> dict[str, Estimate]:
-    """The estimates of the Fisher by their names; the exact diagonal is the first."""
+def fisher_estimates(model, key: jax.Array) -> dict[str, Callable]:
+    """`(frozen, size) -> curvature` by the name of the estimate, from batches of `size` images."""
     logits, loss = functions(model)
-    drawn = {"method": "monte_carlo", "key": jax.random.key(seed)}
 
-    def diagonal(case, size, **options):
-        return curvature.fisher_diagonal(partial(logits, case), case.weights, case.images, chunk=size, **options)
+    def squared_batches(frozen, size):
+        """What many take for the Fisher: the square of a batch's gradient, times the batch."""
 
-    def factors(case, size, **options):
-        return curvature.kronecker(partial(logits, case), case.weights, case.images, chunk=size, **options)
+        def one(pair):
+            g = jax.grad(partial(loss, frozen))(frozen.weights, *pair)
+            return jax.tree.map(lambda x: size * jnp.square(x), g)
 
-    def corrected(case, size):
-        apply = partial(logits, case)
-        return curvature.eigenvalue_corrected(factors(case, size), apply, case.weights, case.images, chunk=size)
+        def grouped(x):
+            return x.reshape(-1, size, *x.shape[1:])
+
+        squares = jax.lax.map(one, (grouped(frozen.images), grouped(frozen.labels)))
+        return curvature.as_curvature(jax.tree.map(lambda x: jnp.mean(x, axis=0), squares))
+
+    def diagonal(frozen, size, **options):
+        return curvature.fisher_diagonal(partial(logits, frozen), frozen.weights, frozen.images, chunk=size, **options)
+
+    def factors(frozen, size, **options):
+        return curvature.kronecker(partial(logits, frozen), frozen.weights, frozen.images, chunk=size, **options)
+
+    def corrected(frozen, size):
+        data = (partial(logits, frozen), frozen.weights, frozen.images)
+        return curvature.eigenvalue_corrected(factors(frozen, size), *data, chunk=size)
 
     return {
         "exact diagonal": partial(diagonal, method="exact"),
         "low-rank diagonal": partial(diagonal, method="low_rank", tolerance=1e-2),
-        "Monte-Carlo diagonal": partial(diagonal, **drawn),
-        "empirical diagonal": lambda case, size: diagonal(case, size, method="empirical", labels=case.labels),
-        "squared batch gradient": partial(squared_batches, loss),
-        "Monte-Carlo K-FAC": partial(factors, **drawn),
+        "Monte-Carlo diagonal": partial(diagonal, method="monte_carlo", key=key),
+        "empirical diagonal": lambda frozen, size: diagonal(frozen, size, method="empirical", labels=frozen.labels),
+        "squared batch gradient": squared_batches,
+        "Monte-Carlo K-FAC": partial(factors, method="monte_carlo", key=key),
         "K-FAC": factors,
         "K-FAC, reduce": partial(factors, tokens="reduce"),
         "EKFAC": corrected,
@@ -226,13 +223,13 @@ def estimates(model, seed: int) -> dict[str, Estimate]:
 
 
 @jax.jit
-def agreement(estimate, reference, exact, vectors) -> dict[str, jax.Array]:
-    """How near an estimate is to the reference's diagonal and, on the task vectors, to the exact products."""
-    ours, exact_diagonal = jax.vmap(estimate.matvec)(vectors), reference.diagonal()
-    dots = jax.vmap(tree.dot)
+def compare(estimate, exact_diagonal, exact, stacked):
+    """The numbers of a `FisherEstimate`: an estimate beside the exact diagonal, and the exact products `exact` with the
+    task vectors `stacked`."""
+    ours, dots = jax.vmap(estimate.matvec)(stacked), jax.vmap(tree.dot)
     diagonal = tree.place(tree.by_name(estimate.diagonal()), exact_diagonal)
     cosine = dots(ours, exact) / jnp.sqrt(dots(ours, ours) * dots(exact, exact))
-    form, true = dots(vectors, ours), dots(vectors, exact)
+    form, true = dots(stacked, ours), dots(stacked, exact)
     norm = jnp.sqrt(tree.dot(diagonal, diagonal) * tree.dot(exact_diagonal, exact_diagonal))
     total = sum(jnp.sum(x) for x in jax.tree.leaves(diagonal))
     return {
@@ -244,109 +241,111 @@ def agreement(estimate, reference, exact, vectors) -> dict[str, jax.Array]:
     }
 
 
-def check_fisher(model, case: Problem, count: int, sizes: Sequence[int], seed: int) -> FisherCheck:
+def check_fisher(model, problem: Problem, count: int, batches: Sequence[int], seed: int) -> FisherCheck:
     """Estimates of the Fisher against the exact Gauss-Newton matrix on the task vectors, at several batch sizes."""
     logits, _ = functions(model)
-    case = case._replace(images=case.images[:count], labels=case.labels[:count])
-    vectors = jax.tree.map(lambda *x: jnp.stack(x), *case.deltas)
+    frozen = problem._replace(images=problem.images[:count], labels=problem.labels[:count])
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *problem.deltas)
 
     @jax.jit
-    def exact_products(case, vectors):
-        return jax.vmap(lambda v: curvature.ggnvp(partial(logits, case), case.weights, v, case.images))(vectors)
+    def exact_products(frozen, stacked):
+        return jax.vmap(lambda v: curvature.ggnvp(partial(logits, frozen), frozen.weights, v, frozen.images))(stacked)
 
-    exact = exact_products(case, vectors)
+    estimates, exact = fisher_estimates(model, jax.random.key(seed)), exact_products(frozen, stacked)
     slow = ("K-FAC", "K-FAC, reduce", "EKFAC")  # all classes pulled back: at one size, to save time
-    rows, reference = [], None
-    for name, estimate in estimates(model, seed).items():
-        for size in sizes[-2:][:1] if name in slow else sizes:
-            compiled = jax.jit(partial(estimate, size=size)).lower(case).compile()
-            clock = time.perf_counter()
-            fisher = jax.block_until_ready(compiled(case))
-            seconds = time.perf_counter() - clock
-            reference = fisher if reference is None else reference
-            numbers = jax.tree.map(float, agreement(fisher, reference, exact, vectors))
-            rows.append(FisherEstimate(name, size, seconds, **numbers))
-    return FisherCheck(count, case.head["bias"].size, tree.size(case.weights), rows)
+    tried = [(name, size) for name in estimates for size in (batches[-2:][:1] if name in slow else batches)]
+    rows, exact_diagonal = [], None
+    for name, size in tried:  # the exact diagonal first
+        compiled = jax.jit(partial(estimates[name], size=size)).lower(frozen).compile()
+        clock = time.perf_counter()
+        estimate = jax.block_until_ready(compiled(frozen))
+        seconds = time.perf_counter() - clock
+        exact_diagonal = estimate.diagonal() if exact_diagonal is None else exact_diagonal
+        numbers = compare(estimate, exact_diagonal, exact, stacked)
+        rows.append(FisherEstimate(name, size, seconds, **jax.tree.map(float, numbers)))
+    return FisherCheck(count, problem.head["bias"].size, tree.size(problem.weights), rows)
 
 
 # -- (c) forecast and theorem ----------------------------------------------------------------------------------------
-def check_forecast(model, case: Problem, count: int, seed: int) -> ForecastCheck:
+def check_forecast(model, problem: Problem, count: int, seed: int) -> ForecastCheck:
     """The landscape's forecasts of random compositions, around the base and around the uniform composition."""
     logits, loss = functions(model)
-    tasks = len(case.deltas)
+    tasks = len(problem.deltas)
     uniform = np.full(tasks, 1 / tasks)
 
     @jax.jit
-    def expand(case, data, anchor):
-        return curvature.landscape(partial(loss, case), case.weights, case.deltas, batches=data, anchor=anchor)
+    def expand(problem, data, anchor):
+        return curvature.landscape(partial(loss, problem), problem.weights, problem.deltas, batches=data, anchor=anchor)
 
     @jax.jit
-    def true_losses(case, weights):
-        """Of each image with each of the weightings."""
-
+    def true_losses(problem, weights):
         def one(w):
-            values = logits(case, tree.add(case.weights, tree.weighted_sum(case.deltas, w)), case.images)
-            return optax.softmax_cross_entropy_with_integer_labels(values, case.labels)
+            params = tree.add(problem.weights, tree.weighted_sum(problem.deltas, w))
+            return loss(problem, params, problem.images, problem.labels)
 
         return jax.lax.map(one, weights)
 
-    def losses(weights):
-        return np.asarray(true_losses(case, weights.astype(np.float32)))
+    @jax.jit
+    def gain_error(problem, best, uniform):
+        """The standard error, over the images, of the difference between the losses at two weightings."""
+        losses = [
+            optax.softmax_cross_entropy_with_integer_labels(
+                logits(problem, tree.add(problem.weights, tree.weighted_sum(problem.deltas, w)), problem.images),
+                problem.labels,
+            )
+            for w in (best, uniform)
+        ]
+        return jnp.std(losses[0] - losses[1], ddof=1) / jnp.sqrt(len(problem.labels))
 
     weights = np.random.default_rng(seed).dirichlet(np.ones(tasks), count)
     scales = np.linspace(0, 1.5, 7)
     moved = np.concatenate([scales[:, None] * uniform, *(scales[:, None] * e for e in np.eye(tasks))])
-    true, path = losses(weights).mean(axis=1), losses(moved).mean(axis=1).reshape(tasks + 1, -1)
-    anchors, gap = {}, np.zeros_like(scales)
+    true = np.asarray(true_losses(problem, weights.astype(np.float32)))
+    path = np.asarray(true_losses(problem, moved.astype(np.float32))).reshape(tasks + 1, -1)
+    anchors = {}
     for name, anchor in (("the base", np.zeros(tasks)), ("the uniform composition", uniform)):
-        landscape = expand(case, batches(case), anchor.astype(np.float32))
-        best = landscape.best_weights()
-        anchors[name] = expansion(landscape, weights, true, losses(np.stack([best, uniform])))
+        found = expand(problem, batches(problem), anchor.astype(np.float32))
+        forecast = np.asarray(found.predict(weights))
+        remainder = found.remainder()
+        best = found.best_weights()
+        anchors[name] = Expansion(
+            forecast=forecast,
+            correlation=float(np.corrcoef(forecast, true)[0, 1]),
+            relative_error=float(np.mean(np.abs(forecast - true) / true)),
+            standard_error=float(np.mean(found.standard_error(weights))),
+            remainder_loss=np.asarray(remainder.loss),
+            remainder_slope=np.asarray(remainder.slope),
+            gram_eigenvalues=np.linalg.eigvalsh(np.asarray(found.gram, np.float64)),
+            best_weights=best,
+            best_forecast=float(found.predict(best)),
+            best_true=float(true_losses(problem, best.astype(np.float32)[None])[0]),
+            gain_error=float(gain_error(problem, best.astype(np.float32), uniform.astype(np.float32))),
+        )
         if name == "the base":
-            gap = scales**2 * float(landscape.gap(uniform))
+            gap = scales**2 * float(found.gap(uniform))
     single, composed = path[1:].mean(axis=0), path[0]
     at_uniform = float(composed[np.argmin(np.abs(scales - 1))])
     return ForecastCheck(true, at_uniform, anchors, Theorem(scales, single, composed, gap, single - composed))
 
 
-def expansion(landscape: curvature.Landscape, weights, true, best_and_uniform) -> Expansion:
-    """What the expansion foretells, beside the true losses of these weights; of the best and of uniform weights the
-    losses of all images."""
-    forecast, remainder, best = np.asarray(landscape.predict(weights)), landscape.remainder(), landscape.best_weights()
-    at_best, at_uniform = best_and_uniform
-    return Expansion(
-        forecast=forecast,
-        correlation=float(np.corrcoef(forecast, true)[0, 1]),
-        relative_error=float(np.mean(np.abs(forecast - true) / true)),
-        standard_error=float(np.mean(landscape.standard_error(weights))),
-        remainder_loss=np.asarray(remainder.loss),
-        remainder_slope=np.asarray(remainder.slope),
-        gram_eigenvalues=np.linalg.eigvalsh(np.asarray(landscape.gram, np.float64)),
-        best_weights=best,
-        best_forecast=float(landscape.predict(best)),
-        best_true=float(at_best.mean()),
-        gain_error=float(np.std(at_best - at_uniform, ddof=1) / np.sqrt(len(at_best))),
-    )
-
-
 # -- (d) spectrum ----------------------------------------------------------------------------------------------------
-def check_spectrum(model, case: Problem, count: int, order: int, seed: int) -> SpectrumCheck:
+def check_spectrum(model, problem: Problem, count: int, order: int, seed: int) -> SpectrumCheck:
     """The spectrum of the Hessian of the adapted weights at the base."""
     _, loss = functions(model)
-    some = case._replace(images=case.images[:count], labels=case.labels[:count])
+    some = problem._replace(images=problem.images[:count], labels=problem.labels[:count])
 
     @jax.jit
-    def lanczos(case, data, key):
-        matvec = curvature.hessian(partial(loss, case), case.weights, data, check=False)
-        spectrum = curvature.spectrum(matvec, case.weights, key, order)
-        smallest = curvature.top_eigenvalues(matvec, case.weights, key, 1, order, "smallest")
-        return spectrum, (smallest.values[0], smallest.error_bounds[0])
+    def lanczos(problem, data, key):
+        matvec = curvature.hessian(partial(loss, problem), problem.weights, data, check=False)
+        found = curvature.spectrum(matvec, problem.weights, key, order)
+        smallest = curvature.top_eigenvalues(matvec, problem.weights, key, 1, order, "smallest")
+        return found, (smallest.values[0], smallest.error_bounds[0])
 
-    spectrum, smallest = lanczos(some, batches(some), jax.random.key(seed))
-    nodes, weights = np.asarray(spectrum.nodes[0]), np.asarray(spectrum.weights[0])
+    found, smallest = lanczos(some, batches(some), jax.random.key(seed))
+    nodes, weights = np.asarray(found.nodes[0]), np.asarray(found.weights[0])
     return SpectrumCheck(
         images=count,
-        dimension=tree.size(case.weights),
+        dimension=tree.size(problem.weights),
         nodes=nodes,
         weights=weights,
         smallest=float(smallest[0]),
@@ -380,7 +379,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.images < (tasks := len(run.stream.tasks)):
         raise ValueError(f"--images {options.images}: {folder} has {tasks} tasks, and each needs a test image at least")
     pools = incremental.common_methods([run], options.methods)
-    kind = {name: problem(run, name, options.images, options.seed) for name in pools}
+    kind = {name: problem_of(run, name, options.images, options.seed) for name in pools}
     first = kind[next(iter(kind))]
     labels = len(first.labels)
     if options.fisher_images > labels:
