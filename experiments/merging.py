@@ -79,17 +79,17 @@ def with_curvature(run: incremental.FinishedRun, name: str, images: int, seed: i
         clock, count = time.perf_counter(), 0
         for t, (module, task) in enumerate(zip(pool.names(), run.stream.tasks, strict=True)):
             if module not in kept:
-                known = pool.manifest(module)
+                manifest = pool.manifest(module)
                 parts = {part: pool.load(module, part) for part in ("head", "start")}
                 kept.add(
-                    module, pool.load(module), base=known.base, adapter=known.adapter, settings=known.settings,
-                    task=known.task, classes=known.classes, **parts,
+                    module, pool.load(module), base=manifest.base, adapter=manifest.adapter, settings=manifest.settings,
+                    task=manifest.task, classes=manifest.classes, **parts,
                 )  # fmt: skip
             if kind not in kept.manifest(module).curvature:
                 params, classes = pool.compose(run.base, [module], [1.0]), len(task.classes)
                 wide = incremental.task_columns(pool.load(module, "head"), 0, classes, len(run.stream.classes))
-                found = fisher.of(params, task.train, wide, 0, classes, jax.random.key(seed + t), seed=[seed, t])
-                kept.attach(module, curvature=found[kind])
+                by_kind = fisher.of(params, task.train, wide, 0, classes, jax.random.key(seed + t), seed=[seed, t])
+                kept.attach(module, curvature=by_kind[kind])
                 count += 1
         seconds[kind] = time.perf_counter() - clock if count == len(pool) else None
     return kept, seconds
@@ -112,29 +112,26 @@ def ingredients(run: incremental.FinishedRun, kept: ModulePool, head, images: in
     for t, (name, task) in enumerate(zip(names, run.stream.tasks, strict=True)):
         rows = np.random.default_rng([seed, t]).permutation(len(task.train))[:images]
         pixels, labels = jnp.asarray(task.train.images(rows)), jnp.asarray(task.train.labels[rows])
-        own = jax.tree.map(jnp.asarray, kept.load(name, "head"))
-        matvecs.append(curvature.ggn(partial(apply, own), tree.add(weights, deltas[t]), [(pixels,)]))
+        columns = jax.tree.map(jnp.asarray, kept.load(name, "head"))
+        matvecs.append(curvature.ggn(partial(apply, columns), tree.add(weights, deltas[t]), [(pixels,)]))
         batches.append((pixels, labels + run.stream.offsets[t]))
     clock = time.perf_counter()
     uniform = [1 / len(names)] * len(names)
-    found = jax.block_until_ready(curvature.landscape(loss, weights, deltas, batches=batches, anchor=uniform))
+    landscape = jax.block_until_ready(curvature.landscape(loss, weights, deltas, batches=batches, anchor=uniform))
     seconds = time.perf_counter() - clock
     return {
         "key": jax.random.key(seed),
         "fishers": [kept.curvature(name, kind="diagonal") for name in names],
         "factors": [kept.curvature(name, kind="kronecker") for name in names],
         "matvecs": matvecs,
-        "landscape": found,
+        "landscape": landscape,
     }, seconds
 
 
 def alone(z, task, first: int, head) -> float:
     """A module's accuracy on its own task, which is known."""
-    return float(
-        np.mean(
-            incremental.predictions(z @ head["kernel"] + head["bias"], first, len(task.classes))[1] == task.test.labels
-        )
-    )
+    _, predicted = incremental.predictions(z @ head["kernel"] + head["bias"], first, len(task.classes))
+    return float(np.mean(predicted == task.test.labels))
 
 
 class Program(NamedTuple):
@@ -166,20 +163,20 @@ def timed(call: Callable) -> tuple:
     seconds = []
     for _ in range(3):
         clock = time.perf_counter()
-        found = jax.block_until_ready(call())
+        made = jax.block_until_ready(call())
         seconds.append(time.perf_counter() - clock)
         if seconds[-1] > 10:
             break
-    if not isinstance(found, compose.Solved):
-        return found, min(seconds), []
-    left = f"stopped after {int(found.iterations)} iterations with a relative residual of {float(found.residual):.1e}"
-    return found.params, min(seconds), [] if found.converged else [left]
+    if not isinstance(made, compose.Solved):
+        return made, min(seconds), []
+    left = f"stopped after {int(made.iterations)} iterations with a relative residual of {float(made.residual):.1e}"
+    return made.params, min(seconds), [] if made.converged else [left]
 
 
 def merged_pool(
     run: incremental.FinishedRun,
     name: str,
-    rules: list[str],
+    rules: Sequence[str],
     programs: dict[tuple[str, str], Program],
     images: int,
     seed: int,
@@ -229,8 +226,8 @@ def main(arguments: list[str] | None = None) -> None:
     pools = incremental.common_methods(runs, options.methods)
     tasks = len(runs[0].stream.tasks)
     if any(len(run.stream.tasks) != tasks for run in runs) or tasks < 2:
-        told = ", ".join(f"{run.folder.name} has {len(run.stream.tasks)}" for run in runs)
-        raise ValueError(f"merging wants runs of equally many tasks, two at least: {told}")
+        counts = ", ".join(f"{run.folder.name} has {len(run.stream.tasks)}" for run in runs)
+        raise ValueError(f"merging wants runs of equally many tasks, two at least: {counts}")
     if "slerp" in (options.rules or []) and tasks != 2:
         raise ValueError(f"slerp goes from one module to another, and there are {tasks}: leave it out of --rules")
     fewest = min(len(task.train) for run in runs for task in run.stream.tasks)

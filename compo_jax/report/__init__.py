@@ -1,4 +1,8 @@
-"""Figures, tables and the page of a run."""
+"""Figures, tables and the page of a run.
+
+`text`, `table`, `charts` and `page` are what reports are made of. Each other file is a report: a function from results
+to a page, whose figures are functions decorated with `charts.styled`, and stand in a `Block` each.
+"""
 
 from compo_jax.report.adaptation import adaptation_page as adaptation_page
 from compo_jax.report.adaptation import adaptation_table as adaptation_table

@@ -61,7 +61,7 @@ def incremental_table(results: Results) -> Table:
     seconds = [decimal(outcome.seconds, 0) for outcome in outcomes.values()]
     return Table(
         f"{results.name}: {counted(len(results.tasks), 'task')} of {results.data}",
-        ("method", "final accuracy (%)", "forgetting (points)", "task-incremental (%)", "training time (s)"),
+        ("method", "final accuracy (%)", "forgetting (points)", "task known (%)", "training time (s)"),
         list(zip(outcomes, *columns, seconds, strict=True)),
         ["± one standard error. " + BOLD],
     )
@@ -285,10 +285,13 @@ def _blocks(results: Results, samples: Sequence[Sample], records: Sequence[Mappi
 def _tiles(results: Results) -> list[Tile]:
     """The best of each kind, with the name of its method where there are several."""
     tiles, several = [], len(results.methods) > 1
-    for i, label, unit, best in ((0, "final accuracy", "%", max), (1, "forgetting", "points", min),
-                                 (2, "task-incremental", "%", max)):  # fmt: skip
-        values = {name: outcome[i] for name, outcome in results.methods.items() if outcome[i] is not None}
-        name = best(values, key=values.get, default=None)
+    for key, label, unit, best in (
+        ("final_accuracy", "final accuracy", "%", max), ("final_forgetting", "forgetting", "points", min),
+        ("task_incremental_accuracy", "accuracy, task known", "%", max),
+    ):  # fmt: skip
+        values = {name: getattr(outcome, key) for name, outcome in results.methods.items()}
+        values = {name: value for name, value in values.items() if value is not None}
+        name = best(values, key=lambda name: values[name], default=None)
         if several and name:
             label = f"{'highest' if best is max else 'least'} {label}: {name}"
         tiles.append(Tile(label, percent(values.get(name)), unit))

@@ -53,8 +53,9 @@ def _rules(results: MergingResults, pools: list[PoolMerges]) -> dict[str, _Rule]
         merged = [pool.rules[name] for pool in pools]
         within, normalised = _scores(results, pools, [one.within for one in merged])
         incremental, _ = _scores(results, pools, [one.incremental for one in merged])
-        seconds, memory = (np.array([one[i] for one in merged], float) for i in (2, 3))
-        rules[name] = _Rule(within, incremental, normalised, seconds, float(memory.mean()))
+        seconds = np.array([one.seconds for one in merged], float)
+        memory = float(np.mean(np.array([one.memory for one in merged], float)))
+        rules[name] = _Rule(within, incremental, normalised, seconds, memory)
     return rules
 
 
@@ -85,7 +86,7 @@ def merging_tables(results: MergingResults) -> list[Table]:
     tables = []
     for name, pools in _pools(results).items():
         rules, warned = _rules(results, pools), _warned(pools)
-        columns = [score_column([rule[i] for rule in rules.values()]) for i in range(3)]
+        columns = [score_column([getattr(rule, key) for rule in rules.values()]) for key in _Rule._fields[:3]]
         costs = [(_seconds(rule.seconds), decimal(rule.memory)) for rule in rules.values()]
         alone, _ = _scores(results, pools, [pool.individual for pool in pools])
         base, ratio = _scores(results, pools, [pool.base for pool in pools])

@@ -55,19 +55,19 @@ class Table(NamedTuple):
         return drawn
 
 
-def binomial_error(accuracy: float | np.ndarray, images: int | np.integer | np.ndarray) -> float | np.ndarray:
+def binomial_error(accuracy: float | np.ndarray, images: int | np.integer | np.ndarray) -> np.ndarray:
     """The standard error of an accuracy in [0, 1] on so many test images: `sqrt(a (1 - a) / n)`.
 
     Of an accuracy of 0 or 1 it is taken half an image away from there, for a few images prove nothing.
     """
     half = 0.5 / np.asarray(images)
     inside = np.clip(accuracy, half, 1 - half)
-    return np.sqrt(inside * (1 - inside) / images)
+    return np.asarray(np.sqrt(inside * (1 - inside) / images))
 
 
-def mean_error(errors: Float[np.ndarray, "... values"]) -> float | np.ndarray:
+def mean_error(errors: Float[np.ndarray, "... values"]) -> np.ndarray:
     """The standard error of the mean of values with these (independent) errors; nan among them is left out."""
-    return np.sqrt(np.nansum(errors**2, axis=-1)) / np.isfinite(errors).sum(axis=-1)
+    return np.asarray(np.sqrt(np.nansum(errors**2, axis=-1)) / np.isfinite(errors).sum(axis=-1))
 
 
 def standard_error(values: Float[np.ndarray, " runs"]) -> float:

@@ -33,6 +33,11 @@ def _scores(results: UnlearningResults, mean: Callable[[PoolSkills], float]) -> 
     }
 
 
+def _whole(results: UnlearningResults) -> tuple[dict[str, Score], dict[str, Score]]:
+    """The mean accuracy over tasks with all modules, and with none."""
+    return _scores(results, lambda pool: pool.composed.mean()), _scores(results, lambda pool: pool.frozen.mean())
+
+
 def _itself(results: UnlearningResults, operation: str) -> dict[str, Score]:
     """The mean accuracy on the task that the operation is asked for."""
     return _scores(results, lambda pool: np.diag(getattr(pool, operation)).mean())
@@ -46,7 +51,7 @@ def _others(results: UnlearningResults, operation: str) -> dict[str, Score]:
 def unlearning_tables(results: UnlearningResults) -> list[Table]:
     """A table for each operation: every method's accuracies in %; ± as of `Score.text`."""
     headings = ("method", f"{ITSELF} (%)", f"{OTHERS} (%)", "all modules (%)", "no module (%)")
-    composed, frozen = (_scores(results, lambda pool, i=i: pool[i].mean()) for i in (1, 0))
+    composed, frozen = _whole(results)
     return [
         Table(f"{operation}: {words}", headings, [
             (name, *(part[name].text() for part in (itself, others, composed, frozen))) for name in composed
@@ -63,7 +68,7 @@ def changes(results: UnlearningResults) -> Figure:
 
     A line goes from all modules (a bar) to the mean after the operation (a large mark); dotted is no module.
     """
-    composed, frozen = (_scores(results, lambda pool, i=i: pool[i].mean()) for i in (1, 0))
+    composed, frozen = _whole(results)
     looks = {ITSELF: {"color": COLOURS[0], "marker": "o"}, OTHERS: {"color": COLOURS[1], "marker": "s"}}
     figure = charts.figure("From all modules to some: the task itself and the others", 1.35 + 0.42 * len(composed))
     for axes, operation in zip(charts.panels(figure, 3, "accuracy (%)"), OPERATIONS, strict=True):
@@ -138,7 +143,7 @@ def _blocks(results: UnlearningResults) -> Iterator[Block]:
 
 def _tiles(results: UnlearningResults) -> list[Tile]:
     """Which method unlearns its task best, and which keeps the others best while unlearning."""
-    whole = _scores(results, lambda pool: pool.composed.mean())
+    whole, _ = _whole(results)
     gone, lost = (
         {name: part[name].mean - whole[name].mean for name in whole}
         for part in (_itself(results, "unlearn"), _others(results, "unlearn"))
