@@ -38,7 +38,7 @@ def _split(
     if any(other.layout != factors[0].layout for other in factors):
         raise ValueError("the tasks' Kronecker factors are of different layers, and can't be weighed together")
     layers = dict(factors[0].layout)
-    shapes = dict(zip(tree.names(deltas[0]), map(jnp.shape, jax.tree.leaves(deltas[0])), strict=True))
+    shapes = {name: jnp.shape(leaf) for name, leaf in tree.by_name(deltas[0]).items()}
     if not set(shapes) & set(layers):
         raise ValueError(
             f"the Kronecker factors are of {', '.join(layers)}, and the modules change none of these but "

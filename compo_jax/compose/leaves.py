@@ -84,7 +84,7 @@ def layers(base: Tree, delta: Tree, stacked: Stacked) -> set[str]:
     ValueError for a pattern that can't be read or, unless it is a default, matches no leaf of `base`, for a scalar
     among the leaves, and where one stack's have different numbers of layers: then their axis 0 counts something else.
     """
-    shapes = dict(zip(tree.names(delta), map(np.shape, jax.tree.leaves(delta)), strict=True))
+    shapes = {name: np.shape(leaf) for name, leaf in tree.by_name(delta).items()}
     depths: dict[str, dict[str, int]] = {}
     for pattern in patterns(stacked):
         there = {name: name[: match.end()] for name in shapes if (match := re.search(pattern, name))}
