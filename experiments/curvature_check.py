@@ -11,7 +11,7 @@ the base is positive. Under 4 minutes on 2 CPU cores with no arguments, the run 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, NamedTuple
@@ -87,7 +87,7 @@ class Problem(NamedTuple):
     labels: jax.Array
 
 
-def problem(run: incremental.FinishedRun, name: str, count: int, seed: int) -> Problem:
+def problem_of(run: incremental.FinishedRun, name: str, count: int, seed: int) -> Problem:
     pool, stream = run.pools[name], run.stream
     members = pool.names()
     each = count // len(members)
@@ -122,22 +122,22 @@ def functions(model):
     return logits, loss
 
 
-def batches(given: Problem, size: int = 64) -> list[tuple]:
-    return [(given.images[i : i + size], given.labels[i : i + size]) for i in range(0, len(given.labels), size)]
+def batches(problem: Problem, size: int = 64) -> list[tuple]:
+    return [(problem.images[i : i + size], problem.labels[i : i + size]) for i in range(0, len(problem.labels), size)]
 
 
 # -- (a) products ----------------------------------------------------------------------------------------------------
-def check_products(model, given: Problem, seed: int) -> ProductCheck:
+def check_products(model, problem: Problem, seed: int) -> ProductCheck:
     """A Hessian product in float64 and float32, against the dense matrix (reverse over reverse) and differences."""
     _, loss = functions(model)
     name = "blocks/attention/proj/bias"
-    images, labels = given.images[:4], given.labels[:4]
-    biases, rest = tree.partition(given.rest, name)
+    images, labels = problem.images[:4], problem.labels[:4]
+    biases, rest = tree.partition(problem.rest, name)
 
     def run(dtype):
         cast = partial(jax.tree.map, lambda x: jnp.asarray(x, dtype))
-        frozen = given._replace(weights=None, deltas=[], head=cast(given.head))
-        point, others, weights, pixels = map(cast, (biases, rest, given.weights, images))
+        frozen = problem._replace(weights=None, deltas=[], head=cast(problem.head))
+        point, others, weights, pixels = map(cast, (biases, rest, problem.weights, images))
         vector = jax.tree.map(
             lambda x: jnp.asarray(np.random.default_rng(seed).normal(size=x.shape) / np.sqrt(x.size), dtype), point
         )
@@ -182,12 +182,9 @@ def check_products(model, given: Problem, seed: int) -> ProductCheck:
 
 
 # -- (b) Fisher ------------------------------------------------------------------------------------------------------
-def check_fisher(model, given: Problem, count: int, batches: Sequence[int], seed: int) -> FisherCheck:
-    """Estimates of the Fisher against the exact Gauss-Newton matrix on the task vectors, at several batch sizes."""
+def fisher_estimates(model, key: jax.Array) -> dict[str, Callable]:
+    """`(frozen, size) -> curvature` by the name of the estimate, from batches of `size` images."""
     logits, loss = functions(model)
-    frozen = given._replace(images=given.images[:count], labels=given.labels[:count])
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *given.deltas)
-    key = jax.random.key(seed)
 
     def squared_batches(frozen, size):
         """What many take for the Fisher: the square of a batch's gradient, times the batch."""
@@ -203,19 +200,16 @@ def check_fisher(model, given: Problem, count: int, batches: Sequence[int], seed
         return curvature.as_curvature(jax.tree.map(lambda x: jnp.mean(x, axis=0), squares))
 
     def diagonal(frozen, size, **options):
-        apply = partial(logits, frozen)
-        return curvature.fisher_diagonal(apply, frozen.weights, frozen.images, chunk=size, **options)
+        return curvature.fisher_diagonal(partial(logits, frozen), frozen.weights, frozen.images, chunk=size, **options)
 
     def factors(frozen, size, **options):
-        apply = partial(logits, frozen)
-        return curvature.kronecker(apply, frozen.weights, frozen.images, chunk=size, **options)
+        return curvature.kronecker(partial(logits, frozen), frozen.weights, frozen.images, chunk=size, **options)
 
     def corrected(frozen, size):
-        apply = partial(logits, frozen)
-        found = factors(frozen, size)
-        return curvature.eigenvalue_corrected(found, apply, frozen.weights, frozen.images, chunk=size)
+        data = (partial(logits, frozen), frozen.weights, frozen.images)
+        return curvature.eigenvalue_corrected(factors(frozen, size), *data, chunk=size)
 
-    estimates = {
+    return {
         "exact diagonal": partial(diagonal, method="exact"),
         "low-rank diagonal": partial(diagonal, method="low_rank", tolerance=1e-2),
         "Monte-Carlo diagonal": partial(diagonal, method="monte_carlo", key=key),
@@ -227,80 +221,90 @@ def check_fisher(model, given: Problem, count: int, batches: Sequence[int], seed
         "EKFAC": corrected,
     }
 
+
+@jax.jit
+def compare(estimate, exact_diagonal, exact, stacked):
+    """The numbers of a `FisherEstimate`: an estimate beside the exact diagonal, and the exact products `exact` with the
+    task vectors `stacked`."""
+    ours, dots = jax.vmap(estimate.matvec)(stacked), jax.vmap(tree.dot)
+    diagonal = tree.place(tree.by_name(estimate.diagonal()), exact_diagonal)
+    cosine = dots(ours, exact) / jnp.sqrt(dots(ours, ours) * dots(exact, exact))
+    form, true = dots(stacked, ours), dots(stacked, exact)
+    norm = jnp.sqrt(tree.dot(diagonal, diagonal) * tree.dot(exact_diagonal, exact_diagonal))
+    total = sum(jnp.sum(x) for x in jax.tree.leaves(diagonal))
+    return {
+        "diagonal_cosine": tree.dot(diagonal, exact_diagonal) / norm,
+        "trace_ratio": total / sum(jnp.sum(x) for x in jax.tree.leaves(exact_diagonal)),
+        "product_cosine": jnp.mean(cosine),
+        "form_ratio": jnp.mean(form / true),
+        "form_error": jnp.mean(jnp.abs(form - true) / true),
+    }
+
+
+def check_fisher(model, problem: Problem, count: int, batches: Sequence[int], seed: int) -> FisherCheck:
+    """Estimates of the Fisher against the exact Gauss-Newton matrix on the task vectors, at several batch sizes."""
+    logits, _ = functions(model)
+    frozen = problem._replace(images=problem.images[:count], labels=problem.labels[:count])
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *problem.deltas)
+
     @jax.jit
     def exact_products(frozen, stacked):
         return jax.vmap(lambda v: curvature.ggnvp(partial(logits, frozen), frozen.weights, v, frozen.images))(stacked)
 
-    @jax.jit
-    def compare(estimate, reference, exact, stacked):
-        ours, exact_diagonal = jax.vmap(estimate.matvec)(stacked), reference.diagonal()
-        dots = jax.vmap(tree.dot)
-        diagonal = tree.place(tree.by_name(estimate.diagonal()), exact_diagonal)
-        cosine = dots(ours, exact) / jnp.sqrt(dots(ours, ours) * dots(exact, exact))
-        form, true = dots(stacked, ours), dots(stacked, exact)
-        norm = jnp.sqrt(tree.dot(diagonal, diagonal) * tree.dot(exact_diagonal, exact_diagonal))
-        total = sum(jnp.sum(x) for x in jax.tree.leaves(diagonal))
-        return {
-            "diagonal_cosine": tree.dot(diagonal, exact_diagonal) / norm,
-            "trace_ratio": total / sum(jnp.sum(x) for x in jax.tree.leaves(exact_diagonal)),
-            "product_cosine": jnp.mean(cosine),
-            "form_ratio": jnp.mean(form / true),
-            "form_error": jnp.mean(jnp.abs(form - true) / true),
-        }
-
-    exact = exact_products(frozen, stacked)
+    estimates, exact = fisher_estimates(model, jax.random.key(seed)), exact_products(frozen, stacked)
     slow = ("K-FAC", "K-FAC, reduce", "EKFAC")  # all classes pulled back: at one size, to save time
     tried = [(name, size) for name in estimates for size in (batches[-2:][:1] if name in slow else batches)]
-    rows, reference = [], None
-    for name, size in tried:
+    rows, exact_diagonal = [], None
+    for name, size in tried:  # the exact diagonal first
         compiled = jax.jit(partial(estimates[name], size=size)).lower(frozen).compile()
         clock = time.perf_counter()
-        found = jax.block_until_ready(compiled(frozen))
+        estimate = jax.block_until_ready(compiled(frozen))
         seconds = time.perf_counter() - clock
-        reference = found if reference is None else reference
-        numbers = compare(found, reference, exact, stacked)
+        exact_diagonal = estimate.diagonal() if exact_diagonal is None else exact_diagonal
+        numbers = compare(estimate, exact_diagonal, exact, stacked)
         rows.append(FisherEstimate(name, size, seconds, **jax.tree.map(float, numbers)))
-    return FisherCheck(count, given.head["bias"].size, tree.size(given.weights), rows)
+    return FisherCheck(count, problem.head["bias"].size, tree.size(problem.weights), rows)
 
 
 # -- (c) forecast and theorem ----------------------------------------------------------------------------------------
-def check_forecast(model, given: Problem, count: int, seed: int) -> ForecastCheck:
+def check_forecast(model, problem: Problem, count: int, seed: int) -> ForecastCheck:
     """The landscape's forecasts of random compositions, around the base and around the uniform composition."""
     logits, loss = functions(model)
-    tasks = len(given.deltas)
+    tasks = len(problem.deltas)
     uniform = np.full(tasks, 1 / tasks)
 
     @jax.jit
-    def expand(given, data, anchor):
-        return curvature.landscape(partial(loss, given), given.weights, given.deltas, batches=data, anchor=anchor)
+    def expand(problem, data, anchor):
+        return curvature.landscape(partial(loss, problem), problem.weights, problem.deltas, batches=data, anchor=anchor)
 
     @jax.jit
-    def true_losses(given, weights):
+    def true_losses(problem, weights):
         def one(w):
-            params = tree.add(given.weights, tree.weighted_sum(given.deltas, w))
-            return loss(given, params, given.images, given.labels)
+            params = tree.add(problem.weights, tree.weighted_sum(problem.deltas, w))
+            return loss(problem, params, problem.images, problem.labels)
 
         return jax.lax.map(one, weights)
 
     @jax.jit
-    def gain_error(given, best, uniform):
+    def gain_error(problem, best, uniform):
         """The standard error, over the images, of the difference between the losses at two weightings."""
         losses = [
             optax.softmax_cross_entropy_with_integer_labels(
-                logits(given, tree.add(given.weights, tree.weighted_sum(given.deltas, w)), given.images), given.labels
+                logits(problem, tree.add(problem.weights, tree.weighted_sum(problem.deltas, w)), problem.images),
+                problem.labels,
             )
             for w in (best, uniform)
         ]
-        return jnp.std(losses[0] - losses[1], ddof=1) / jnp.sqrt(len(given.labels))
+        return jnp.std(losses[0] - losses[1], ddof=1) / jnp.sqrt(len(problem.labels))
 
     weights = np.random.default_rng(seed).dirichlet(np.ones(tasks), count)
     scales = np.linspace(0, 1.5, 7)
     moved = np.concatenate([scales[:, None] * uniform, *(scales[:, None] * e for e in np.eye(tasks))])
-    true = np.asarray(true_losses(given, weights.astype(np.float32)))
-    path = np.asarray(true_losses(given, moved.astype(np.float32))).reshape(tasks + 1, -1)
+    true = np.asarray(true_losses(problem, weights.astype(np.float32)))
+    path = np.asarray(true_losses(problem, moved.astype(np.float32))).reshape(tasks + 1, -1)
     anchors = {}
     for name, anchor in (("the base", np.zeros(tasks)), ("the uniform composition", uniform)):
-        found = expand(given, batches(given), anchor.astype(np.float32))
+        found = expand(problem, batches(problem), anchor.astype(np.float32))
         forecast = np.asarray(found.predict(weights))
         remainder = found.remainder()
         best = found.best_weights()
@@ -314,8 +318,8 @@ def check_forecast(model, given: Problem, count: int, seed: int) -> ForecastChec
             gram_eigenvalues=np.linalg.eigvalsh(np.asarray(found.gram, np.float64)),
             best_weights=best,
             best_forecast=float(found.predict(best)),
-            best_true=float(true_losses(given, best.astype(np.float32)[None])[0]),
-            gain_error=float(gain_error(given, best.astype(np.float32), uniform.astype(np.float32))),
+            best_true=float(true_losses(problem, best.astype(np.float32)[None])[0]),
+            gain_error=float(gain_error(problem, best.astype(np.float32), uniform.astype(np.float32))),
         )
         if name == "the base":
             gap = scales**2 * float(found.gap(uniform))
@@ -325,23 +329,23 @@ def check_forecast(model, given: Problem, count: int, seed: int) -> ForecastChec
 
 
 # -- (d) spectrum ----------------------------------------------------------------------------------------------------
-def check_spectrum(model, given: Problem, count: int, order: int, seed: int) -> SpectrumCheck:
+def check_spectrum(model, problem: Problem, count: int, order: int, seed: int) -> SpectrumCheck:
     """The spectrum of the Hessian of the adapted weights at the base."""
     _, loss = functions(model)
-    some = given._replace(images=given.images[:count], labels=given.labels[:count])
+    some = problem._replace(images=problem.images[:count], labels=problem.labels[:count])
 
     @jax.jit
-    def lanczos(given, data, key):
-        matvec = curvature.hessian(partial(loss, given), given.weights, data, check=False)
-        found = curvature.spectrum(matvec, given.weights, key, order)
-        smallest = curvature.top_eigenvalues(matvec, given.weights, key, 1, order, "smallest")
+    def lanczos(problem, data, key):
+        matvec = curvature.hessian(partial(loss, problem), problem.weights, data, check=False)
+        found = curvature.spectrum(matvec, problem.weights, key, order)
+        smallest = curvature.top_eigenvalues(matvec, problem.weights, key, 1, order, "smallest")
         return found, (smallest.values[0], smallest.error_bounds[0])
 
     found, smallest = lanczos(some, batches(some), jax.random.key(seed))
     nodes, weights = np.asarray(found.nodes[0]), np.asarray(found.weights[0])
     return SpectrumCheck(
         images=count,
-        dimension=tree.size(given.weights),
+        dimension=tree.size(problem.weights),
         nodes=nodes,
         weights=weights,
         smallest=float(smallest[0]),
@@ -375,7 +379,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.images < (tasks := len(run.stream.tasks)):
         raise ValueError(f"--images {options.images}: {folder} has {tasks} tasks, and each needs a test image at least")
     pools = incremental.common_methods([run], options.methods)
-    kind = {name: problem(run, name, options.images, options.seed) for name in pools}
+    kind = {name: problem_of(run, name, options.images, options.seed) for name in pools}
     first = kind[next(iter(kind))]
     labels = len(first.labels)
     if options.fisher_images > labels:

@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,13 +147,17 @@ def main(arguments: list[str] | None = None) -> None:
             every=50,
         )
 
-    # -- the shipped file and its sidecar ------------------------------------------------------------------------------
+    store(out, sidecar, state.params, config, arguments or sys.argv[1:], started)
+
+
+def store(out: Path, sidecar: Path, params, config: dict, arguments: Sequence[str], started: float) -> None:
+    """The shipped file and its sidecar: a file is there with its sidecar, or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{os.getpid()}-{out.name}")  # a file is there with its sidecar, or not at all
-    models.save(aside, state.params, {"heads": options.heads})
+    aside = out.with_name(f".{os.getpid()}-{out.name}")
+    models.save(aside, params, {"heads": config["heads"]})
     accuracy = held_out_accuracy(*models.load(aside))
     made = {
-        "command": shlex.join(["python", "experiments/pretrain.py", *(arguments or sys.argv[1:])]),
+        "command": shlex.join(["python", "experiments/pretrain.py", *arguments]),
         **config,
         "characters": {name: len(characters) for name, characters in glyphs.PRETRAINING.items()},
         "held_out_images": 4096,

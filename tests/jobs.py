@@ -36,7 +36,6 @@ def main(*arguments, script="incremental.py"):
         with contextlib.redirect_stderr(io.StringIO()) as printed:
             importlib.import_module(script.removesuffix(".py")).main([str(argument) for argument in arguments])
     except SystemExit as end:
-        assert end.code == 2
         raise ValueError(" ".join(printed.getvalue().replace("│", " ").split())) from end
     finally:
         sys.path.pop(0)

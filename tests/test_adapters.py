@@ -1,3 +1,5 @@
+"""Adapters: deltas, fused forward passes, costs and what they refuse."""
+
 import inspect
 
 import flax.linen as nn

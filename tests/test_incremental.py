@@ -1,3 +1,5 @@
+"""The parts of incremental learning: mixtures, alignment, penalties and metrics, against closed forms."""
+
 from functools import partial
 
 import jax

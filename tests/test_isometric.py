@@ -1,3 +1,5 @@
+"""The isometric ResNet: its blocks, its cost, and what it refuses."""
+
 from functools import partial
 
 import jax

@@ -1,3 +1,5 @@
+"""The landscape of compositions against the true loss, its derivatives and brute force over the simplex."""
+
 from functools import cache, reduce
 from itertools import combinations
 from types import SimpleNamespace

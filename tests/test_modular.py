@@ -1,3 +1,5 @@
+"""The modular network: its invariants, its routes and its parts, against networks written out."""
+
 from functools import cache, partial
 
 import jax

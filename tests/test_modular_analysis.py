@@ -1,3 +1,5 @@
+"""What a network's routes say, against closed forms and hand-made routes."""
+
 from types import SimpleNamespace
 
 import jax

@@ -1,3 +1,5 @@
+"""The training of modular networks: phases, batches, statistics and resumed runs."""
+
 import itertools
 from functools import cache, partial
 

@@ -1,3 +1,5 @@
+"""Hessian and Gauss-Newton products against dense matrices in float64, over trees, batches and devices."""
+
 from functools import cache
 
 import jax

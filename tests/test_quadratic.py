@@ -1,3 +1,5 @@
+"""Minima of quadratics on a simplex and in a box, against brute force over their faces."""
+
 import time
 from itertools import product
 from time import perf_counter

@@ -1,3 +1,5 @@
+"""Routes: soft, hard and between, their entropies and their null."""
+
 import itertools
 from functools import partial
 

@@ -1,3 +1,5 @@
+"""Traces, spectra and eigenvalues by products alone, against dense matrices."""
+
 from functools import partial
 
 import jax

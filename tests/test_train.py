@@ -1,3 +1,5 @@
+"""The training loop: steps, checkpoints, resumed runs, several devices, and what it refuses."""
+
 import io
 import itertools
 import json

@@ -1,3 +1,5 @@
+"""The ViT: shapes, scanned as unrolled, other dtypes, and what its attention and layers compute."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -171,13 +171,7 @@ def tfds_stream(
 
     Raises FileNotFoundError or ValueError with the file, the split and the place for what is missing or damaged.
     """
-    for what, value, least in (("size", size, 1), ("images", images, 1), ("seed", seed, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{what} is {value} and must be {least} or more")
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction={test_fraction} is a part of each class's images, between 0 and 1")
-    if not (augment is None or augment == "default" or callable(augment)):
-        raise ValueError(f"augment={augment!r} is no augmentation: give None, 'default' or a function (key, images)")
+    _require_options(size, images, seed, test_fraction, augment)
     builder = open_builder(name, data_dir)
     base, of_set = base_name(name), data_set(name)
     named = _named(builder, name, label, by, of_set.numbered if numbered is None else numbered)
@@ -188,11 +182,8 @@ def tfds_stream(
     wanted = [label] if by is None else [label, by]
     counts = {feature: len(named[feature]) for feature in wanted}
     sources = tuple(Records(builder, split) for split in (train_split, test_split) if split)
-    if test_split and not overlap and (shared := records.overlap(builder, train_split, test_split)):
-        raise ValueError(
-            f"{shared} of {len(sources[1])} test images of {base} are training images too, for its splits "
-            f"{train_split!r} and {test_split!r} overlap: a test would tell nothing; name others, or pass overlap=True"
-        )
+    if test_split and not overlap:
+        _require_apart(builder, train_split, test_split, len(sources[1]))
     values = tuple(source.integers(counts) for source in sources)
     if test_split:
         rows = [np.arange(len(v[0])) for v in values]
@@ -203,10 +194,7 @@ def tfds_stream(
     every = np.concatenate(values, axis=1)
     names, groups = _groups(every, named[label], by and named[by], tasks, seed, base)
 
-    photographs = None in builder.info.features["image"].shape
-    method = "BOX" if of_set.characters else "BICUBIC"
-    crops = (1.0, (0.875 if photographs else 1.0) if crop is None else crop)
-    decodings = [Decoding(size, c, of_set.inverted if invert is None else invert, method) for c in crops]
+    decodings = _decodings(builder, of_set, size, crop, of_set.inverted if invert is None else invert)
 
     def part(kind: int, group: list[int]) -> Split:
         chosen = rows[kind][np.isin(values[kind][0][rows[kind]], group)]
@@ -218,13 +206,46 @@ def tfds_stream(
         for task, group in zip(names, groups, strict=True)
     ]
     if augment == "default":
-        crop_flip = augmentation.chain(partial(augmentation.random_resized_crop, size=size), augmentation.random_flip)
-        augment = augmentation.random_affine if of_set.characters else crop_flip
-    stream = checked(TaskStream(base, tuple(made), size, mean, std, augment))
-    count = sum(len(t.train) + len(t.test) for t in stream.tasks)
-    if count * size * size * 3 > memory:
+        augment = augmentation.random_affine if of_set.characters else _crop_and_flip(size)
+    return _in_memory(checked(TaskStream(base, tuple(made), size, mean, std, augment)), memory)
+
+
+def _require_options(size, images, seed, test_fraction, augment) -> None:
+    for what, value, least in (("size", size, 1), ("images", images, 1), ("seed", seed, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{what} is {value} and must be {least} or more")
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction={test_fraction} is a part of each class's images, between 0 and 1")
+    if not (augment is None or augment == "default" or callable(augment)):
+        raise ValueError(f"augment={augment!r} is no augmentation: give None, 'default' or a function (key, images)")
+
+
+def _require_apart(builder, train_split: str, test_split: str, images: int) -> None:
+    if shared := records.overlap(builder, train_split, test_split):
+        raise ValueError(
+            f"{shared} of {images} test images of {builder.name} are training images too, for its splits "
+            f"{train_split!r} and {test_split!r} overlap: a test would tell nothing; name others, or pass overlap=True"
+        )
+
+
+def _decodings(builder, of_set, size: int, crop: float | None, invert: bool) -> list[Decoding]:
+    """Of the training images and of the test images."""
+    photographs = None in builder.info.features["image"].shape
+    crops = (1.0, (0.875 if photographs else 1.0) if crop is None else crop)
+    return [Decoding(size, kept, invert, "BOX" if of_set.characters else "BICUBIC") for kept in crops]
+
+
+def _crop_and_flip(size: int) -> Augmentation:
+    return augmentation.chain(partial(augmentation.random_resized_crop, size=size), augmentation.random_flip)
+
+
+def _in_memory(stream: TaskStream, memory: int) -> TaskStream:
+    """The stream with its images decoded, where they fit into so many bytes."""
+    count = sum(len(task.train) + len(task.test) for task in stream.tasks)
+    if count * stream.size**2 * 3 > memory:
         return stream
-    return stream._replace(tasks=tuple(t._replace(train=t.train.load(), test=t.test.load()) for t in stream.tasks))
+    loaded = [task._replace(train=task.train.load(), test=task.test.load()) for task in stream.tasks]
+    return stream._replace(tasks=tuple(loaded))
 
 
 def _groups(every, names, values, tasks, seed, base):

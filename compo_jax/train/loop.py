@@ -66,24 +66,11 @@ def fit(
     finite state is saved; and where the loss, or that of one of several tasks (a metric `loss_...`), ends far above its
     start: above twice the start and 1. Nothing is made of that.
     """
-    if operator.index(steps) < 0 or operator.index(every) < 1 or not checkpoint_seconds >= 0:
-        raise ValueError(
-            f"steps={steps}, every={every}, checkpoint_seconds={checkpoint_seconds}: steps is 0 or more, every 1 or "
-            "more, and checkpoint_seconds no less than 0"
-        )
+    _require_counts(steps, every, checkpoint_seconds)
     record = record or {}
-    label = " ".join(str(value) for value in record.values())
-    if checkpoints is not None and checkpoints.latest is not None:
-        saved = checkpoints.load({"state": state, "position": np.zeros((), np.int64)})
-        state = saved["state"]
-        if log is not None:
-            log.position = int(saved["position"])
-    mesh.barrier("checkpoints are read")
-    first = int(np.max(state.step))
-    if first > steps:
-        where = "" if checkpoints is None else f", by what {checkpoints.path} has or what was given"
-        raise ValueError(f"{label or 'training'} is at step {first} already{where}, and was to end at step {steps}")
-    if first == steps:
+    label = " ".join(str(value) for value in record.values()) or "training"
+    state = _restored(state, checkpoints, log)
+    if (first := _first_step(state, steps, label, checkpoints)) == steps:
         return state
 
     def save(state):
@@ -94,10 +81,8 @@ def fit(
     bar = None if progress is None else progress.add_task(label, total=steps, completed=first, loss=np.nan, rate=np.nan)
     # A step uses up the state that it gets; the caller's arrays, and the context's, stay.
     placed, context = runner.place(jax.tree.map(jnp.copy, state)), runner.place(context)
-    last_save = since = time.perf_counter()
-    images, k = 0, first
-    earlier = log.records() if first and log is not None else []
-    history = [_losses(line) for line in earlier if "loss" in line and record.items() <= line.items()]
+    last_save, since, images, k = (now := time.perf_counter()), now, 0, first
+    history = _earlier_losses(log, record) if first and log is not None else []
     for k, batch in zip(range(first + 1, steps + 1), batches(first), strict=False):
         divided = runner.shard(batch)
         if k == first + 1:  # the log's position, for a run that is killed before its first checkpoint
@@ -111,11 +96,7 @@ def fit(
         rate, images, since = images / (now - since), 0, now
         if values.pop("not_finite") or not np.isfinite(values["loss"]):
             save(runner.fetch(placed))
-            raise FloatingPointError(
-                f"the gradient was not finite at or shortly before step {k} of {label or 'training'} (loss "
-                f"{values['loss']}): the learning rate or the regulariser may be too large, or an image may hold NaN. "
-                "The last good state was kept" + ("." if checkpoints is None else f" in {checkpoints.path}.")
-            )
+            raise _not_finite(label, k, values["loss"], checkpoints)
         history.append(_losses(values))
         if k == steps:
             _require_progress(history, label)
@@ -134,8 +115,49 @@ def fit(
     return jax.tree.map(jnp.asarray, runner.fetch(placed))
 
 
+def _require_counts(steps: int, every: int, checkpoint_seconds: float) -> None:
+    if operator.index(steps) < 0 or operator.index(every) < 1 or not checkpoint_seconds >= 0:
+        raise ValueError(
+            f"steps={steps}, every={every}, checkpoint_seconds={checkpoint_seconds}: steps is 0 or more, every 1 or "
+            "more, and checkpoint_seconds no less than 0"
+        )
+
+
+def _first_step(state: TrainState, steps: int, label: str, checkpoints: Checkpoints | None) -> int:
+    """The step that the state is at; ValueError where it is past the last one."""
+    first = int(np.max(state.step))
+    if first > steps:
+        where = "" if checkpoints is None else f", by what {checkpoints.path} has or what was given"
+        raise ValueError(f"{label} is at step {first} already{where}, and was to end at step {steps}")
+    return first
+
+
+def _restored(state: TrainState, checkpoints: Checkpoints | None, log: Log | None) -> TrainState:
+    """The newest checkpoint's state, the log put back to it; the state itself where there is none."""
+    if checkpoints is not None and checkpoints.latest is not None:
+        saved = checkpoints.load({"state": state, "position": np.zeros((), np.int64)})
+        state = saved["state"]
+        if log is not None:
+            log.position = int(saved["position"])
+    mesh.barrier("checkpoints are read")
+    return state
+
+
+def _not_finite(label: str, step: int, loss: float, checkpoints: Checkpoints | None) -> FloatingPointError:
+    return FloatingPointError(
+        f"the gradient was not finite at or shortly before step {step} of {label} (loss {loss}): the learning rate or "
+        "the regulariser may be too large, or an image may hold NaN. The last good state was kept"
+        + ("." if checkpoints is None else f" in {checkpoints.path}.")
+    )
+
+
 def _losses(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if name == "loss" or name.startswith("loss_")}
+
+
+def _earlier_losses(log: Log, record: dict[str, Any]) -> list[dict[str, float]]:
+    """Those that earlier starts of this training wrote."""
+    return [_losses(line) for line in log.records() if "loss" in line and record.items() <= line.items()]
 
 
 def _require_progress(history: Sequence[Mapping[str, float]], label: str) -> None:
@@ -145,6 +167,6 @@ def _require_progress(history: Sequence[Mapping[str, float]], label: str) -> Non
         start, end = (float(value) for value in mesh.agreed((start, end)))
         if end - start > abs(start) + 1:
             raise FloatingPointError(
-                f"the {name} of {label or 'training'} rose from {start:.3g} at its start to {end:.3g} at its end: the "
+                f"the {name} of {label} rose from {start:.3g} at its start to {end:.3g} at its end: the "
                 "learning rate or the weight of a regulariser is too large. Nothing was made of this training"
             )
