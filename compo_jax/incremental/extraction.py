@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compo_jax import tree
-from compo_jax.data import Split, TaskStream, eval_batches
+from compo_jax.data import JoinedSplit, Split, TaskStream, eval_batches
 from compo_jax.tree import Tree
 
 Images = Float[Array, "images size size 3"]
@@ -23,6 +23,9 @@ class Extract(Protocol):
     """
 
     def __call__(self, params: Tree, split: Split) -> Float[np.ndarray, "images features"]: ...
+
+
+SplitFeatures = Callable[[Split], Float[np.ndarray, "images features"]]
 
 
 def features(model, stream: TaskStream, batch: int, around: Tree | None = None) -> Extract:
@@ -49,6 +52,20 @@ def features(model, stream: TaskStream, batch: int, around: Tree | None = None) 
                 "parameters may hold such numbers (a training that diverged), or overflow in a 16-bit compute dtype"
             )
         return z
+
+    return run
+
+
+def made_once(extract: SplitFeatures) -> SplitFeatures:
+    """The same function, which makes the features of each split, and of each part of a joined one, once."""
+    made: dict[int, tuple[Split, np.ndarray]] = {}
+
+    def run(split):
+        if isinstance(split, JoinedSplit):
+            return np.concatenate([run(part) for part in split.splits])
+        if id(split) not in made:
+            made[id(split)] = split, extract(split)  # the split is kept, so that no other gets its number
+        return made[id(split)][1]
 
     return run
 

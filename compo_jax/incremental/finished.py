@@ -12,7 +12,7 @@ from compo_jax import data, models, tree
 from compo_jax.data import TaskStream
 from compo_jax.files import local_path
 from compo_jax.incremental.classifier import Head
-from compo_jax.incremental.sequence import pool_folder
+from compo_jax.incremental.course import pool_folder
 from compo_jax.incremental.ways import WAYS
 from compo_jax.pool import ModulePool
 from compo_jax.train import read_json

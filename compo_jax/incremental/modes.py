@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from compo_jax.adapters import Adapter
-from compo_jax.data import Split, Task, TaskStream
+from compo_jax.data import Task, TaskStream
 from compo_jax.incremental.classifier import Head
 from compo_jax.incremental.evaluate import Classifier, linear
-from compo_jax.incremental.extraction import Extract
+from compo_jax.incremental.extraction import Extract, SplitFeatures
 from compo_jax.incremental.pooled import pool_head
 from compo_jax.incremental.reference import Metric, Reference
 from compo_jax.incremental.regularisers import Curvature
@@ -60,7 +60,7 @@ class Snapshot(NamedTuple):
     composition: Composition
     memory: Memory
     extract: Extract
-    base_features: Callable[[Split], Float[np.ndarray, "images features"]]
+    base_features: SplitFeatures
 
 
 def each_task(stream: TaskStream, task: int) -> Lesson:
@@ -119,7 +119,7 @@ class Mode(NamedTuple):
       remember: `(memory, task, first, module, head, key) -> memory` after a task whose first class is number `first`.
     What is trained when:
       lesson: `(stream, task) -> Lesson` that is trained when this task has come; None where nothing is.
-      at_once: whether no task needs what another left, so that all can be trained at the same time.
+      at_once: whether the lessons are `each_task` and none needs what another left: all can be trained together.
       metric: `reference -> Metric`, the curvature that the penalty is taken in.
     How it is tested:
       compose: `(names of all tasks' modules, task) -> Composition` after this task; None where none can be tested.
