@@ -142,6 +142,19 @@ def _set(log: Log | None, state: State) -> None:
         log.position = int(state.position)
 
 
+def _in_words(method: Method) -> str:
+    """The options of a method, for a page."""
+    if method.adapter is None:
+        return "trains nothing"
+    parts = [f"rank {method.adapter.settings['rank']}"] if "rank" in method.adapter.settings else []
+    parts.append(f"learning rate {method.learning_rate:g}")
+    if method.alpha:
+        parts.append(f"penalty {method.alpha:g} in {method.units} units")
+    if any(method.pull):
+        parts.append("heads pulled by {:g} and {:g}".format(*method.pull))
+    return ", ".join(parts)
+
+
 def summary(after: After, *, name: str, backbone: str, images_per_second: float | None = None) -> Results:
     """The results of a run after its last task, with what the main method's pool knows when modules are left out.
 
@@ -168,7 +181,10 @@ def summary(after: After, *, name: str, backbone: str, images_per_second: float 
         data=stream.name,
         backbone=backbone,
         seed=setup.seed,
-        settings={"trained for": f"{setup.settings.epochs} epochs in batches of {setup.settings.batch}"},
+        settings={
+            "trained for": f"{setup.settings.epochs} epochs in batches of {setup.settings.batch}",
+            main: _in_words(after.learners[main].method),
+        },
         tasks=tasks,
         classes=[len(task.classes) for task in stream.tasks],
         tested=[len(task.test) for task in stream.tasks],
