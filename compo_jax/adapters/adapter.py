@@ -183,13 +183,17 @@ def require_matrix(name: str, leaf: Any, what: str, stacked: str | Sequence[str]
 
 
 def alike(module: Tree, base: Tree) -> Tree:
-    """`module` in the containers of `base`, where one of them is a dict, as it comes out of a pool, and the other not.
+    """`module` in the container of `base`, where one of them is a FrozenDict and the other a dict."""
+    if isinstance(module, dict) and hasattr(base, "unfreeze"):  # asked so, this needs no Flax
+        return type(base)(module)
+    unfreeze = getattr(module, "unfreeze", None)
+    return unfreeze() if unfreeze and isinstance(base, dict) else module
 
-    ValueError where a dict holds something that isn't at the path of a leaf of the base.
+
+def in_containers(module: Tree, base: Tree) -> Tree:
+    """A module as pools keep it, in plain dictionaries, in the containers of `base`; another one as it is.
+
+    ValueError where it holds something that isn't at the path of a leaf of the base.
     """
-    unfreeze = getattr(module, "unfreeze", None)  # asked so, this needs no Flax
-    if unfreeze and isinstance(base, dict):
-        return unfreeze()
-    if not isinstance(module, dict) or isinstance(base, dict):
-        return module
-    return type(base)(module) if hasattr(base, "unfreeze") else tree.regrown(module, base)
+    plain = isinstance(module, dict) and not isinstance(base, dict) and not hasattr(base, "unfreeze")
+    return tree.regrown(module, base) if plain else alike(module, base)

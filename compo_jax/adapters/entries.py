@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compo_jax import tree
-from compo_jax.adapters.adapter import Scale, Sum, alike
+from compo_jax.adapters.adapter import Scale, Sum, in_containers
 from compo_jax.tree import Tree
 
 
@@ -49,7 +49,7 @@ def entries(module: Tree, base: Tree, kinds: Sequence[Entry]) -> dict[str, Tree]
     """What the module holds for each adapted leaf of `base`, by path; ValueError where it isn't shaped as `base`, or
     holds an entry of none of these kinds."""
     try:
-        held = jax.tree.structure(base).flatten_up_to(alike(module, base))
+        held = jax.tree.structure(base).flatten_up_to(in_containers(module, base))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the module's tree isn't the base's ({str(error).splitlines()[0][:200]}): it was made for other "

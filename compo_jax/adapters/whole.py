@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from compo_jax import tree
-from compo_jax.adapters.adapter import VIT_TARGETS, Adapter, Targets, alike, rules, select
+from compo_jax.adapters.adapter import VIT_TARGETS, Adapter, Targets, in_containers, rules, select
 from compo_jax.adapters.entries import ARRAY, scale_of, sum_of
 
 
@@ -19,7 +19,7 @@ def full(targets: Targets = VIT_TARGETS) -> Adapter:
         return jax.tree.map(jnp.zeros_like, select(base, targets))
 
     def delta(module, base):
-        module = alike(module, base)
+        module = in_containers(module, base)
         tree.require_like(module, base, "the module")
         return module
 
