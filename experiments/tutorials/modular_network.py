@@ -26,7 +26,7 @@ print(modular.routes.indices(trained["params"]["route"]))
 
 # -- one task as an ordinary ResNet, with nothing modular left in it ---------------------------------------------------
 resnet, weights = modular.plain(network, task=0)
-images = stream.prepare(jnp.asarray(tasks[0].test.images(jnp.arange(4))))
+images = stream.prepare(jnp.asarray(tasks[0].test.images(np.arange(4))))
 print("the ResNet of task 0 answers:", resnet.apply(weights, images).argmax(-1))
 
 # -- a fourth task: its head and its order alone are new, the blocks stay to the bit -----------------------------------
