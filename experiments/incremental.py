@@ -16,12 +16,11 @@ under Slurm or on a Cloud TPU with `--hosts auto`. Where one dies all end, and t
 """
 
 import functools
-import re
 import shutil
 import time
 
 import job
-from incremental_options import AT_ONCE, Options, parse
+from incremental_options import Options, at_once, parse
 from job import closing, console
 from options import flat
 
@@ -102,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     how, place = options.training, options.place
     if place.hosts is not None:  # before anything touches a device
         mesh.start_distributed(*place.hosts)
-    if not how.parallel or not all(re.fullmatch(AT_ONCE, name) for name in how.methods):
+    if not how.parallel or not at_once(how.methods):
         job.divisible(how.batch, "--batch")
     learned, backbone = setup(options)
     tried, names = methods(options, learned.base), [task.name for task in learned.stream.tasks]

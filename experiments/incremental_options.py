@@ -8,14 +8,31 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import options as line
-from options import OPEN, Belongs, Count, LocalPath, Name, OpenCount, OpenPath, Rate, Seed, Text, Weight, number, values
+from options import OPEN, Count, LocalPath, Name, OpenCount, OpenPath, Rate, Seed, Text, Weight, number, values
 
 FROZEN = ("ncm", "ranpac")  # classifiers on the base's features, which train no module
-WAYS = (
-    "ita", "tak", "pull", "none", "iel", "iel_pull", "iel_none", "sequential", "ewc", "lwf", "joint",
+# The options that each way to learn takes, `parallel` where no task needs what another left. A new way is a row here,
+# and a file that registers it.
+WAYS = {
+    "ita": "alpha units penalty pull parallel",
+    "tak": "tak_alpha units penalty pull parallel",
+    "pull": "penalty pull parallel",
+    "none": "parallel",
+    "iel": "beta units penalty pull",
+    "iel_pull": "penalty pull",
+    "iel_none": "",
+    "sequential": "",
+    "ewc": "ewc units penalty",
+    "lwf": "lwf",
+    "joint": "",
+    "tmc": "tmc_learning_rate penalty pull parallel",
+    **dict.fromkeys(FROZEN, ""),
+}
+KINDS = {"lora": "rank learning_rate", "ia3": "ia3_learning_rate", "full": "full_learning_rate"}  # and those of modules
+METHODS = (
+    *(f"{way}-{kind}" for kind, way in itertools.product(KINDS, WAYS) if way not in ("tmc", *FROZEN)), "tmc-full",
+    *FROZEN,
 )  # fmt: skip
-KINDS = ("lora", "ia3", "full")
-METHODS = (*(f"{way}-{kind}" for kind, way in itertools.product(KINDS, WAYS)), "tmc-full", *FROZEN)
 COMPARED = (
     *(f"{way}-{kind}" for kind in KINDS for way in ("ita", "pull", "none", "iel", "iel_none")),
     "tak-lora", "tak-full", "tmc-full", "sequential-lora", "sequential-full", "ewc-full", "lwf-full", "joint-lora",
@@ -23,7 +40,6 @@ COMPARED = (
 )  # fmt: skip
 Coupling = Literal["coupled", "decoupled"] | None
 Pull = tuple[float, float]
-AT_ONCE = r"(ita|tak|pull|none|tmc)-.+"  # whose tasks don't depend on one another
 
 
 def _hosts(text: str) -> tuple:
@@ -77,24 +93,24 @@ class Training:
     """How it is learned"""
 
     methods: Annotated[tuple[str, ...], line.names(METHODS)] = ("ita-lora",)
-    """WAY-KIND, or a classifier of frozen features: see README.md"""
+    """WAY-KIND, or a classifier of frozen features: see README.md beside this file"""
     compare: bool = False
     """the methods that are usually compared"""
-    parallel: Annotated[bool, Belongs(AT_ONCE)] = False
+    parallel: bool = False
     """train the independent methods' tasks at once"""
     epochs: OpenCount = None
     """passes over a task's images (default: the set's)"""
     batch: OpenCount = None
     """images in a step (default: the set's)"""
-    rank: Annotated[Count, Belongs(r".+-lora")] = 8
+    rank: Count = 8
     """of LoRA modules"""
-    learning_rate: Annotated[Rate, Belongs(r".+-lora")] = 3e-3
+    learning_rate: Rate = 3e-3
     """of LoRA modules"""
-    ia3_learning_rate: Annotated[Rate, Belongs(r".+-ia3")] = 1e-2
+    ia3_learning_rate: Rate = 1e-2
     """of (IA)³ modules"""
-    full_learning_rate: Annotated[Rate, Belongs(r"(?!tmc).+-full")] = 1e-3
+    full_learning_rate: Rate = 1e-3
     """of full deltas"""
-    tmc_learning_rate: Annotated[Rate, Belongs(r"tmc-.+")] = 2e-5
+    tmc_learning_rate: Rate = 2e-5
     """of the tangent model"""
 
 
@@ -102,21 +118,21 @@ class Training:
 class Penalties:
     """What keeps modules from harming one another"""
 
-    alpha: Annotated[Weight, Belongs(r"ita-.+")] = 0.1
+    alpha: Weight = 0.1
     """weight of ITA's penalty"""
-    tak_alpha: Annotated[Weight, Belongs(r"tak-.+")] = 0.004
+    tak_alpha: Weight = 0.004
     """weight of ITA's penalty by Kronecker factors (TAK)"""
-    beta: Annotated[Weight, Belongs(r"iel-.+")] = 0.1
+    beta: Weight = 0.1
     """weight of IEL's penalty"""
-    ewc: Annotated[Weight, Belongs(r"ewc-.+")] = 0.1
+    ewc: Weight = 0.1
     """weight of elastic weight consolidation"""
-    lwf: Annotated[Weight, Belongs(r"lwf-.+")] = 10.0
+    lwf: Weight = 10.0
     """weight of learning without forgetting's distillation"""
-    units: Annotated[Literal["relative", "paper"], Belongs(r"(ita|tak|iel|ewc)-.+")] = "relative"
+    units: Literal["relative", "paper"] = "relative"
     """of the weights: relative to the curvature's mean, or of the curvature as it is"""
-    penalty: Annotated[Coupling, OPEN, Belongs(r"(ita|tak|pull|tmc|iel|iel_pull|ewc)-.+")] = None
-    """added to the loss, or a step of its own (default: coupled for full deltas and TAK)"""
-    pull: Annotated[Pull, number(float, 0, many=2), Belongs(r"(ita|tak|pull|tmc|iel|iel_pull)-.+")] = (0.1, 0.05)
+    penalty: Annotated[Coupling, OPEN] = None
+    """added to the loss, or a step of its own (default: coupled for full deltas, TAK and EWC)"""
+    pull: Annotated[Pull, number(float, 0, many=2)] = (0.1, 0.05)
     """of the heads towards the aligned classifier: λ_F and λ_I"""
     fisher: Literal["exact", "low_rank", "monte_carlo"] = "monte_carlo"
     """how the Fisher is estimated"""
@@ -166,8 +182,10 @@ def parse(arguments: list[str] | None = None, documentation: str | None = None) 
     methods = tuple(sorted(methods, key=lambda name: name in FROZEN))  # in order, those last
     if set(methods) <= set(FROZEN):
         raise ValueError(f"{', '.join(methods)} train nothing: name a method before them, ita-lora say")
+    taken = set().union(*map(_taken, methods))
     for group in (options.training, options.penalties):
-        line.refuse_foreign(group, methods)
+        others = {option for text in (*WAYS.values(), *KINDS.values()) for option in text.split()} - taken
+        line.refuse(group, f"with {', '.join(methods)}", *sorted(others & vars(group).keys()))
     data, seed = options.stream.data, options.place.seed
     label = "compare" if options.training.compare else "-".join(methods)
     name = options.place.name or line.plain(f"incremental-{data}-{seed}" + f"-{label}" * (label != "ita-lora"))
@@ -178,6 +196,17 @@ def parse(arguments: list[str] | None = None, documentation: str | None = None) 
         training=line.filled(dataclasses.replace(options.training, methods=methods), wanted),
         place=dataclasses.replace(options.place, name=name),
     )
+
+
+def at_once(methods: tuple[str, ...]) -> bool:
+    """Whether none of these methods' tasks needs what another left."""
+    return all("parallel" in _taken(method) for method in methods)
+
+
+def _taken(method: str) -> set[str]:
+    """The options that a method takes."""
+    way, _, kind = method.partition("-")
+    return {*WAYS[way].split(), *(KINDS.get(kind, "").split() if way != "tmc" else ())}
 
 
 def _refuse(options: Options) -> None:

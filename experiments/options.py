@@ -1,7 +1,7 @@
 """Command lines made from dataclasses: their fields, defaults and docstrings are the options (tyro).
 
 A dataclass is a group of options, and a dataclass of such groups a command line. Numbers have ranges, which the help
-shows; an option may belong to what others choose, and is refused where it plays no part. Nothing here loads JAX: help
+shows. Nothing here loads JAX: help
 and a wrong command line are told at once.
 """
 
@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -22,12 +22,6 @@ Options = TypeVar("Options")
 Repeat = Literal["*"] | int | None
 _LARGEST = 2**31 - 1
 OPEN = tyro.conf.arg(help_behavior_hint="")  # None, the default, means what the docstring says
-
-
-class Belongs(NamedTuple):
-    """What an option belongs to: methods whose name matches the pattern. Where none is asked for, it is refused."""
-
-    pattern: str
 
 
 # -- types ------------------------------------------------------------------------------------------------------------
@@ -150,14 +144,6 @@ def refuse(group: Any, when: str, *fields: str) -> None:
     if named := [flag(name) for name in fields if getattr(group, name) != defaults[name]]:
         verb, what = ("play", "them") if len(named) > 1 else ("plays", "it")
         raise ValueError(f"{' and '.join(named)} {verb} no part {when}: leave {what} out")
-
-
-def refuse_foreign(group: Any, methods: Collection[str]) -> None:
-    """ValueError for options that belong to methods of which none is asked for; see `Belongs`."""
-    for name, hint in get_type_hints(type(group), include_extras=True).items():
-        patterns = [extra.pattern for extra in get_args(hint)[1:] if isinstance(extra, Belongs)]
-        if patterns and not any(re.fullmatch(patterns[0], method) for method in methods):
-            refuse(group, f"with {', '.join(methods)}", name)
 
 
 def filled(group: Options, wanted: dict[str, Any]) -> Options:

@@ -135,8 +135,8 @@ def test_the_fisher_of_the_other_tasks_is_that_of_the_base_on_them(stream, base,
     assert not any(np.any(x) for x in jax.tree.leaves(zero.others.weights["kronecker"]))
 
 
-def trainer(stream, base, adapter, width=WIDTH, **options):
-    """`(task, first, reference) -> (module, head)` of a method without a memory."""
+def trainer(stream, base, adapter, *, width=WIDTH, **options):
+    """`(task, first, reference) -> (module, head)` of a method of ITA."""
     mode, train = incremental.task_trainer(
         setup(stream, base), method(adapter, **options), width=width, runner=partial(shared_runner, adapter.name)
     )
@@ -147,7 +147,8 @@ RUNNERS = {}
 
 
 def shared_runner(name, loss, optimizer, **options):
-    """One for all methods with an adapter, to save compilations: what differs between them is in the context."""
+    """One for all methods of ITA with an adapter, to save compilations: their penalty is one, and its weight is in the
+    context. A method of another mode has a penalty and a loss of its own, and needs a runner of its own."""
     if name not in RUNNERS:
         RUNNERS[name] = jit_runner(loss, optimizer, mesh=data_mesh(1), **options)
     return RUNNERS[name]

@@ -194,7 +194,7 @@ def test_looks_tell_controls_apart():
 @pytest.mark.parametrize("count, lines", [(1, 1), (3, 1), (4, 2), (5, 2)])
 def test_panels_have_labels_at_the_outer_ones(count, lines):
     grid = charts.panels(charts.figure("", 3.0), count, "x", "y")
-    assert len(grid) == count and charts.lines_of(count) == lines
+    assert len(grid) == count and charts.rows_of(count) == lines
     assert grid[0].get_ylabel() == "y" and grid[-1].get_xlabel() == "x"
 
 

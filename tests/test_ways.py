@@ -1,7 +1,6 @@
 """A way to learn is one file: a new one is written here, registered, and learns a stream beside the house's own."""
 
 import importlib
-import re
 from functools import partial
 
 import jax
@@ -176,4 +175,4 @@ def test_the_main_job_s_names_are_the_registry_s(monkeypatch, setup):
         way, _, kind = name.partition("-")
         mode = incremental.WAYS[way].mode(setup, incremental.method(way, kinds.get(kind)))
         assert (mode.begin is None) is (name in options.FROZEN)
-        assert mode.at_once is bool(re.fullmatch(options.AT_ONCE, name))
+        assert mode.at_once is options.at_once((name,))

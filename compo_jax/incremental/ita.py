@@ -18,7 +18,7 @@ def task_arithmetic(setup: Setup, method: Method) -> Mode:
         features=lambda held, module, images: forward(held["base"], module, images, method="features"),
         hold=lambda memory: {"base": base},
         penalty=lambda held, module, f, alpha: ita_penalty(adapter.delta(module, held["base"]), f, alpha),
-        scale=lambda memory, curvature: mean_entry(curvature),
+        alpha_unit=lambda memory, curvature: mean_entry(curvature),
         at_once=True,
     )
 

@@ -139,11 +139,12 @@ def _starts(setup: Setup, method: Method, mode: Mode, width: int) -> Callable[..
                 f"method {method.name!r} wants {method.curvature} curvature, and the reference has "
                 f"{', '.join(metric.weights)}: make it with reference_stage(..., kinds=[{method.curvature!r}])"
             )
-        scale = mode.scale(memory, reference.every.weights[method.curvature]) if method.units == "relative" else 1.0
+        every = reference.every.weights[method.curvature]
+        unit = mode.alpha_unit(memory, every) if method.units == "relative" else 1.0
         context = {
             "held": mode.hold(memory),
             "curvature": metric.weights[method.curvature],
-            "alpha": jnp.float32(method.alpha / scale),
+            "alpha": jnp.float32(method.alpha / unit),
             "head": head,
             "head_fisher": task_columns(metric.head, first, classes, width),
             "pull": jnp.array(method.pull, jnp.float32),

@@ -102,7 +102,7 @@ def training_features(
 
 
 class Mode(NamedTuple):
-    """One way in which the tasks of a stream meet one another: all that is said of it, in one place.
+    """How a task is trained, composed and tested: functions, and all that is said of it, in one place.
 
     A memory has one structure from the first task to the last, and so a training step is one program, whose cost
     doesn't know how many tasks there were. A mode that trains no module has no `begin` and no `features`.
@@ -113,14 +113,14 @@ class Mode(NamedTuple):
       memory: before the first task.
       hold: `memory -> held`, what stays fixed while a task is trained; made once a task.
       penalty: `(held, module, curvature, alpha) -> scalar`.
-      scale: `(memory, curvature) -> scalar`, what alpha is divided by in relative units: the mean entry of the diagonal
-        that the penalty is taken in; `curvature` is that of the tasks so far.
+      alpha_unit: `(memory, curvature) -> scalar`, what alpha is divided by in relative units: the mean entry of the
+        diagonal that the penalty is taken in; `curvature` is that of the tasks so far.
       distil: `(held, features, images, alpha) -> scalar` added to the cross-entropy; None for nothing.
       remember: `(memory, task, first, module, head, key) -> memory` after a task whose first class is number `first`.
     What is trained when:
       lesson: `(stream, task) -> Lesson` that is trained when this task has come; None where nothing is.
       at_once: whether the lessons are `each_task` and none needs what another left: all can be trained together.
-      metric: `reference -> Metric`, the curvature that the penalty is taken in.
+      metric: `reference -> Metric`, the curvature that the penalty measures lengths by (the metric of geometry).
     How it is tested:
       compose: `(names of all tasks' modules, task) -> Composition` after this task; None where none can be tested.
       extract: `(params, split) -> features`, where they aren't the model's own.
@@ -132,7 +132,7 @@ class Mode(NamedTuple):
     memory: Memory = {}
     hold: Callable[[Memory], Tree] = lambda memory: {}
     penalty: Callable[[Tree, Tree, Curvature, jax.Array], jax.Array] = lambda *_: jnp.zeros(())
-    scale: Callable[[Memory, Curvature], jax.Array] = lambda *_: jnp.ones(())
+    alpha_unit: Callable[[Memory, Curvature], jax.Array] = lambda *_: jnp.ones(())
     distil: Callable[[Tree, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
     remember: Callable[[Memory, Task, int, Tree, Head, jax.Array], Memory] = lambda memory, *_: memory
     lesson: Callable[[TaskStream, int], Lesson | None] = each_task
@@ -151,7 +151,7 @@ class MakeMode(Protocol):
 
 
 class Method(NamedTuple):
-    """One way to learn a stream of tasks, with its options; `incremental.method` makes it by its name.
+    """A mode with an adapter and every number chosen: what a run compares. `incremental.method` makes it by its name.
 
     Attributes:
       name: under which it is reported.

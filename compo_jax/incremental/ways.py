@@ -1,11 +1,12 @@
-"""The ways to learn by their names: each is a file that registers itself.
+"""The ways to learn by their names: a file registers one or more, and nothing else knows them.
 
     def fine_tuning(setup: Setup, method: Method) -> Mode:
         return task_arithmetic(setup, method)._replace(...)  # what differs from modules trained alone: see `Mode`
 
     register("sequential", fine_tuning, "one module trained on and on")
 
-Files in `baselines` are imported with the room; one of your own registers its way when it is imported.
+What lies in `baselines/` is imported with the room, and so registered; a file of your own registers its way when you
+import it. A way is written out whole in tests/test_ways.py.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from compo_jax.incremental.modes import MakeMode, Method
 
 
 class Way(NamedTuple):
-    """A mode with the options that make it what the name says.
+    """A registered name: a mode, and the options of `Method` that make it what the name says.
 
     Attributes:
       name: the first word of its methods' names: `ita` of `ita-lora`.

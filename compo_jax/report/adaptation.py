@@ -87,12 +87,12 @@ def by_target(
     accuracies: Mapping[str, Cells], groups: Mapping[str, str], targets: Sequence[str], baseline: str
 ) -> Figure:
     """A panel for each target, a row for each method: its accuracy (fractions); dashed, the baseline's mean."""
-    lines = charts.lines_of(len(targets))
+    lines = charts.rows_of(len(targets))
     figure = charts.figure("Accuracy on each target, by what is adapted", 0.9 + lines * (0.55 + 0.2 * len(accuracies)))
     panels = charts.panels(figure, len(targets), "accuracy (%)", sharex=False)
     for j, (axes, target) in enumerate(zip(panels, targets, strict=True)):
         if baseline in accuracies:
-            charts.reference(axes, "x", 100 * np.mean(accuracies[baseline][:, j]))
+            charts.dashed_line(axes, "x", 100 * np.mean(accuracies[baseline][:, j]))
         for name, values in accuracies.items():
             dots = charts.Dots({name: 100 * values[:, j]}, {**GROUPS[groups[name]].look, "markersize": 6})
             charts.dots(axes, list(accuracies), {name: dots}, length=27)
@@ -111,7 +111,7 @@ def objective_figure(
     correlation: Float[np.ndarray, " targets"],
 ) -> Figure:
     """A panel for each target: accuracy (fractions) over the objective (nats), a mark for each method and seed."""
-    figure = charts.figure("Accuracy over the unlabelled objective", 1.0 + 2.0 * charts.lines_of(len(targets)))
+    figure = charts.figure("Accuracy over the unlabelled objective", 1.0 + 2.0 * charts.rows_of(len(targets)))
     panels = charts.panels(figure, len(targets), "objective (nats)", "accuracy (%)", sharex=False, sharey=False)
     for j, (axes, target) in enumerate(zip(panels, targets, strict=True)):
         for name, values in accuracies.items():
@@ -151,11 +151,11 @@ def routes_figure(
     adapted: Mapping[str, Float[np.ndarray, "layers templates"]],
 ) -> Figure:
     """Heat maps of routes, three in a line: the sources', then on new lines the adapted ones."""
-    lines = [charts.lines_of(3 * (-(-len(part) // 3))) for part in (sources, adapted)]
+    lines = [charts.rows_of(3 * (-(-len(part) // 3))) for part in (sources, adapted)]
     layers, templates = next(iter({**sources, **adapted}.values())).shape
     tall = 0.35 + float(np.clip(1.25 * layers / templates, 0.8, 1.6))
     figure = charts.figure(f"Routes of the sources, and adapted to {middle(target, 24)}", 0.7 + tall * sum(lines))
-    grid = np.array(charts.panels(figure, 3 * sum(lines), lines=sum(lines))).reshape(-1, 3)
+    grid = np.array(charts.panels(figure, 3 * sum(lines), rows=sum(lines))).reshape(-1, 3)
     cells = [*grid[: lines[0]].ravel()[: len(sources)], *grid[lines[0] :].ravel()[: len(adapted)]]
     names = [*(f"source: {middle(name, 16)}" for name in sources), *(middle(name, 19) for name in adapted)]
     for axes, name, route in zip(cells, names, [*sources.values(), *adapted.values()], strict=True):

@@ -51,22 +51,22 @@ def figure(title: str, height: float) -> Figure:
     return made
 
 
-def lines_of(count: int) -> int:
+def rows_of(count: int) -> int:
     """In how many lines `panels` sets so many: three beside each other at most, four in a square."""
     return 2 if count == 4 else -(-count // 3)
 
 
 def panels(
-    figure: Figure, count: int, xlabel: str = "", ylabel: str = "", *, lines: int | None = None, **options: Any
+    figure: Figure, count: int, xlabel: str = "", ylabel: str = "", *, rows: int | None = None, **options: Any
 ) -> list[Axes]:
-    """`count` axes in `lines` lines (default: `lines_of`), with labels at the outer ones.
+    """`count` axes in `rows` rows (default: `rows_of`), with labels at the outer ones.
 
     Args:
       options: of `Figure.subplots`; axes are shared where it isn't said otherwise.
     """
-    lines = lines or lines_of(count)
-    columns = -(-count // lines)
-    grid = figure.subplots(lines, columns, **{"sharex": True, "sharey": True, "squeeze": False} | options).ravel()
+    rows = rows or rows_of(count)
+    columns = -(-count // rows)
+    grid = figure.subplots(rows, columns, **{"sharex": True, "sharey": True, "squeeze": False} | options).ravel()
     for axes in grid[count:]:
         axes.set_visible(False)
     for axes in grid[max(0, count - columns) : count]:
@@ -133,7 +133,7 @@ def log_axis(axes: Axes, axis: str, values: Collection[float] = (), text: Callab
         getattr(axes, f"set_{axis}lim")(positive.min() / 2, positive.max() * 2)
 
 
-def reference(axes: Axes, axis: str, value: float, label: str = "", **look: Any) -> None:
+def dashed_line(axes: Axes, axis: str, value: float, label: str = "", **look: Any) -> None:
     """A dashed line at a value of the axis; where there is a label, it stands at the line's end."""
     across = axis == "x"
     look = {"color": INK, "linestyle": "--", "linewidth": 1} | look

@@ -81,7 +81,7 @@ def differences(results: CurvatureResults) -> Figure:
     by_step, *exact = looks
     charts.lines(axes, {by_step: Curve(products.difference_steps, products.difference_errors)}, looks)
     for name, error in zip(exact, (products.error_float64, products.error_float32), strict=True):
-        charts.reference(axes, "y", error, significant(error), **{"linestyle": "-"} | looks[name])
+        charts.dashed_line(axes, "y", error, significant(error), **{"linestyle": "-"} | looks[name])
     for axis in "xy":
         charts.log_axis(axes, axis)
     axes.set(xlabel="step size along a direction of length one", ylabel="relative error")
@@ -105,7 +105,7 @@ def estimates(title: str, fisher: FisherCheck, keys: tuple[str, ...]) -> Figure:
         for i, (size, shade) in enumerate(zip(sizes, shades, strict=True))
     }
     measures = {key: (label, ideal) for key, label, ideal, _ in MEASURES}
-    for axes, key in zip(charts.panels(figure, len(keys), lines=1, sharex=False), keys, strict=True):
+    for axes, key in zip(charts.panels(figure, len(keys), rows=1, sharex=False), keys, strict=True):
         label, ideal = measures[key]
         for size, look in zip(sizes, looks.values(), strict=True):
             some = [(getattr(row, key), names.index(row.estimate)) for row in rows if row.batch == size]
@@ -117,7 +117,7 @@ def estimates(title: str, fisher: FisherCheck, keys: tuple[str, ...]) -> Figure:
         else:
             charts.number_ticks(axes, "x", 2 if len(keys) > 2 else 4)
         if ideal is not None:
-            charts.reference(axes, "x", ideal)
+            charts.dashed_line(axes, "x", ideal)
         axes.margins(x=0.12)
         axes.set_xlabel(label)
         axes.grid(axis="both")
@@ -217,7 +217,7 @@ def spectrum(results: CurvatureResults) -> Figure:
     widest = np.abs(nodes).max(initial=1e-12)
     axes.set_xscale("symlog", linthresh=10.0 ** (math.floor(math.log10(widest)) - 1))
     axes.xaxis.set_major_formatter(lambda x, _: significant(x, 1))
-    charts.reference(axes, "x", 0.0)
+    charts.dashed_line(axes, "x", 0.0)
     axes.set(xlabel="eigenvalue", ylabel="share of the dimensions", ylim=(floor, 3))
     axes.grid(axis="y")
     axes.legend(loc="upper right")

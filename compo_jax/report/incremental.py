@@ -83,6 +83,10 @@ def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
+def _banded(results: Results) -> bool:
+    return len(results.methods) + 1 <= BANDS  # the frozen features are a line, too
+
+
 def _so_far(matrix: Matrix, tested: Sequence[int], banded: bool) -> Curve:
     """The mean accuracy (%) over the tasks seen, where there is one."""
     rows = np.flatnonzero(np.isfinite(matrix).any(axis=1))
@@ -95,7 +99,7 @@ def accuracy_so_far(results: Results) -> Figure:
     """The mean accuracy over the tasks seen, after each task: a line for each method, the main one bold."""
     outcomes = {**results.methods, FROZEN: results.frozen}
     curves = {
-        name: _so_far(outcome.accuracy_matrix, results.tested, len(outcomes) <= BANDS)
+        name: _so_far(outcome.accuracy_matrix, results.tested, _banded(results))
         for name, outcome in outcomes.items() if np.isfinite(outcome.accuracy_matrix).any()
     }  # fmt: skip
     looks = _looks(list(results.methods)) | {FROZEN: {"color": INK, "linestyle": "--", "linewidth": 1, "marker": "."}}
@@ -127,7 +131,7 @@ def final_accuracies(results: Results) -> Figure:
     axes.set(xlabel="final accuracy (%)", xlim=(0, 112), xticks=range(0, 101, 20))
     if results.frozen.final_accuracy is not None:
         frozen = 100 * results.frozen.final_accuracy
-        charts.reference(axes, "x", frozen, f"{FROZEN} {frozen:.1f}")
+        charts.dashed_line(axes, "x", frozen, f"{FROZEN} {frozen:.1f}")
     return figure
 
 
@@ -155,7 +159,7 @@ def skills(results: Results) -> Figure:
     parts = [("only this task's module", results.specialise), ("all but this task's module", results.unlearn)]
     parts = [(label, values) for label, values in parts if values]
     figure = charts.figure(f"Specialising in a task, and unlearning it, {results.method}", 1.4 + 2 * len(parts))
-    panels = charts.panels(figure, len(parts), ylabel="accuracy (%)", lines=len(parts))
+    panels = charts.panels(figure, len(parts), ylabel="accuracy (%)", rows=len(parts))
     for axes, (label, values) in zip(panels, parts, strict=True):
         target, control = (np.array([value[i] for value in values], float) for i in (1, 2))
         charts.bars(axes, [value.task for value in values], {
@@ -246,7 +250,7 @@ def _blocks(results: Results, samples: Sequence[Sample], records: Sequence[Mappi
             accuracy_so_far(results),
             "More tasks mean more classes to tell apart, so lines sink: look for the one that sinks least, and for "
             "whether it ends above the dashed line, a linear classifier on the frozen backbone's features as it was "
-            "after so many tasks." + (" Bands are ± one standard error." if len(results.methods) < BANDS else ""),
+            "after so many tasks." + (" Bands are ± one standard error." if _banded(results) else ""),
         )
     yield Block(
         final_accuracies(results),

@@ -123,11 +123,11 @@ def normalised(results: MergingResults) -> Figure:
     order = sorted(means, key=lambda rule: -np.nan_to_num(np.mean(means[rule]), nan=-np.inf))
     figure = charts.figure("Normalised accuracy of the rules", 1.7 + len(order) * (0.16 + 0.09 * len(pools)))
     axes = figure.add_subplot(xlabel="normalised accuracy (%)")
-    charts.reference(axes, "x", 100.0)
+    charts.dashed_line(axes, "x", 100.0)
     looks = {name: look | {"linestyle": "none"} for name, look in charts.looks(list(pools)).items()}
     for name, of_name in pools.items():
         _, base = _scores(results, of_name, [pool.base for pool in of_name])
-        charts.reference(axes, "x", 100 * base.mean, color=looks[name]["color"], linestyle=":", linewidth=1.4)
+        charts.dashed_line(axes, "x", 100 * base.mean, color=looks[name]["color"], linestyle=":", linewidth=1.4)
     charts.dots(axes, order, {name: charts.percent_dots(scores[name], looks[name]) for name in pools})
     ends = {ALONE: {"color": INK, "linestyle": "--"}, BASE: {"color": INK, "linestyle": ":"}}
     charts.legend(figure, {name: look | charts.EDGE for name, look in looks.items()} | ends, 2)
@@ -149,7 +149,7 @@ def over_time(name: str, rules: Mapping[str, _Rule], alone: float, warned: list[
     margin = 0.08 * np.ptp(drawn) or 1.0
     axes.set(xlabel="time (s)", ylabel="accuracy, task known (%)", ylim=(drawn.min() - margin, drawn.max() + margin))
     charts.number_ticks(axes, "y")
-    charts.reference(axes, "y", 100 * alone, ALONE)
+    charts.dashed_line(axes, "y", 100 * alone, ALONE)
     charts.scatter(axes, points, dict.fromkeys(points, look), named=True)
     return figure
 

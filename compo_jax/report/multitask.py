@@ -62,7 +62,7 @@ def methods_figure(methods: Mapping[str, MultitaskMethod]) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     runs = {name: 100 * method.accuracy.mean(1) for name, method in methods.items()}
     if REFERENCE in methods:
-        charts.reference(left, "x", runs[REFERENCE].mean())
+        charts.dashed_line(left, "x", runs[REFERENCE].mean())
     charts.dots(left, list(methods), {"accuracy": charts.Dots(runs, {"color": COLOURS[0], "marker": "D"})})
     parameters = [float(method.parameters[0]) for method in methods.values()]
     right.plot(parameters, range(len(methods)), "s", color=COLOURS[1], markersize=6, **charts.EDGE)
@@ -103,14 +103,14 @@ def curves_figure(methods: Mapping[str, MultitaskMethod], phases: tuple[float, f
     """How decided the routes of the first seed are, how many templates they use, and the loss; dotted, where phases
     begin."""
     figure = charts.figure("Routes in the course of training", 5.2)
-    panels = charts.panels(figure, len(CURVES), "part of the training", lines=len(CURVES), sharey=False)
+    panels = charts.panels(figure, len(CURVES), "part of the training", rows=len(CURVES), sharey=False)
     looks = charts.looks(list(methods))
     for axes, (key, label) in zip(panels, CURVES.items(), strict=True):
         for name, method in methods.items():
             curves = method.order.curves
             axes.plot(curves.step[0] / steps, getattr(curves, key)[0], color=looks[name]["color"], linewidth=1.4)
         for place in phases:
-            charts.reference(axes, "x", place, linestyle=":")
+            charts.dashed_line(axes, "x", place, linestyle=":")
         top = max({"entropy": 1.04, "unused": 0.25}.get(key, 0.0), axes.get_ylim()[1])
         axes.set(ylabel=label, ylim=(-0.04 * top, top))
         axes.grid(axis="y")
@@ -129,7 +129,7 @@ def forecast_figure(rerouting: Rerouting, shown: Sequence[int]) -> Figure:
     median error over all templates."""
     lines = len(shown) // 2 + 1
     figure = charts.figure("Another template at one layer: the loss, forecast and true", 0.9 + 2.1 * lines)
-    panels = charts.panels(figure, len(shown) + 1, "ε", lines=lines, sharex=False, sharey=False)
+    panels = charts.panels(figure, len(shown) + 1, "ε", rows=lines, sharex=False, sharey=False)
     looks = {
         "true": {"color": COLOURS[0], "marker": "o", "markersize": 4},
         "forecast": {"color": COLOURS[5], "linestyle": "--", "marker": "s", "markersize": 3},

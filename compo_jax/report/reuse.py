@@ -60,7 +60,7 @@ def by_cost(
     for k, (axes, label) in enumerate(zip(panels, ("parameters (M)", "multiply-adds of an image (M)"), strict=True)):
         places = {name: costs[name][k] / 1e6 for name in accuracies}
         width = max(np.ptp(list(places.values())), 0.2 * max(places.values()))  # sizes that hardly differ stay together
-        charts.reference(axes, "y", 100 * np.mean(accuracies[reference]))
+        charts.dashed_line(axes, "y", 100 * np.mean(accuracies[reference]))
         points = {}
         for name, values in accuracies.items():
             near = [other for other in accuracies if abs(places[other] - places[name]) < 0.02 * width]

@@ -61,7 +61,7 @@ def orders(
     longest = max(map(len, routes.values()))
     lines = 1 if surety is None or longest <= ANNOTATED else 2
     figure = charts.figure("Which template each layer takes", 0.8 + lines * (0.5 + 0.22 * len(routes)))
-    panels = charts.panels(figure, 1 if surety is None else 2, "layer", lines=lines)
+    panels = charts.panels(figure, 1 if surety is None else 2, "layer", rows=lines)
     _templates(panels[0], routes, templates)
     if surety is not None:
         panels[0].set_title("template")

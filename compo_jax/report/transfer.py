@@ -104,12 +104,12 @@ def differences(
     pairs: Mapping[str, Float[np.ndarray, "budgets pairs"]], budgets: Sequence[str], marks: Marks
 ) -> Figure:
     """A panel for each budget, a row for each method: the mean difference ± standard error, pairs as dots below it."""
-    height = 0.7 + charts.lines_of(len(budgets)) * (0.4 + 0.28 * len(pairs))
+    height = 0.7 + charts.rows_of(len(budgets)) * (0.4 + 0.28 * len(pairs))
     figure = charts.figure("Difference to the head alone, pair by pair", height)
     largest = max(100 * np.max(np.abs(values[np.isfinite(values)]), initial=0) for values in pairs.values())
     look = lambda name: {**marks[name], "linestyle": "none", "markerfacecolor": marks[name]["color"]}
     for j, (axes, title) in enumerate(zip(charts.panels(figure, len(budgets), "points"), budgets, strict=True)):
-        charts.reference(axes, "x", 0.0, linestyle="-")
+        charts.dashed_line(axes, "x", 0.0, linestyle="-")
         for name, values in pairs.items():
             known = values[j][np.isfinite(values[j])]
             if len(known):

@@ -101,7 +101,7 @@ def change_maps(
     beside = len(tasks) <= charts.ANNOTATED
     height = 3.3 if beside else 0.6 + 3.7 * len(maps)
     figure = charts.figure(f"Change of accuracy, {middle(method, 40)}", height)
-    axes = charts.panels(figure, len(maps), "tested on", "asked for", lines=1 if beside else len(maps), sharex=False)
+    axes = charts.panels(figure, len(maps), "tested on", "asked for", rows=1 if beside else len(maps), sharex=False)
     for one, (operation, change) in zip(axes, maps.items(), strict=True):
         texts = (lambda x: signed(x / 100, 0)) if len(tasks) <= charts.ANNOTATED // 2 else None
         image = charts.heat(one, 100 * change, (-limit, limit), tasks, tasks, colours="RdBu", texts=texts, length=12)

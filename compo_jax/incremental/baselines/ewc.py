@@ -35,7 +35,7 @@ def elastic_consolidation(setup: Setup, method: Method) -> Mode:
         penalty=lambda held, module, _, alpha: ita_penalty(
             tree.weighted_sum([adapter.delta(module, held["base"]), held["before"]], [1.0, -1.0]), held["fisher"], alpha
         ),
-        scale=lambda memory, _: mean_entry(memory["fisher"]) / jnp.maximum(memory["tasks"], 1),  # of one task
+        alpha_unit=lambda memory, _: mean_entry(memory["fisher"]) / jnp.maximum(memory["tasks"], 1),  # of one task
         remember=remember,
     )
 

@@ -40,7 +40,7 @@ def distillation(setup: Setup, method: Method) -> Mode:
         memory=plain.memory | {"head": head, "seen": jnp.int32(0)},
         hold=lambda memory: {"base": base, **memory},
         penalty=lambda *_: jnp.zeros(()),
-        scale=lambda *_: jnp.ones(()),
+        alpha_unit=lambda *_: jnp.ones(()),
         distil=distil,
         remember=remember,
     )
