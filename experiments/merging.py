@@ -24,7 +24,7 @@ from job import closing, console
 from options import OPEN, Count, OnRuns, Seed, names
 
 SMALL = ["none-lora", "none-full"]
-RULES = [  # those of compose.RULES
+RULES = [  # the names of compose.RULES in its order: a test compares them, as JAX isn't loaded yet
     "average", "task_arithmetic", "ties", "dare", "slerp", "karcher", "model_stock", "tsv", "iso", "fisher", "regmean",
     "kronecker", "ggn", "best_weights",
 ]  # fmt: skip

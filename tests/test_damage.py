@@ -1,6 +1,6 @@
 """Files of a pool and of checkpoints that are damaged in every way: nothing is loaded with other numbers in silence.
 
-COMPO_JAX_DAMAGES=1000 damages as many files.
+COMPO_JAX_DAMAGES=1000 damages 1000 files.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What a module holds for each adapted leaf: held against the base, multiplied and added up."""
+"""What a module holds for each adapted leaf, by kind: an adapter's `scale` and `sum` are made of it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple

@@ -8,8 +8,8 @@ import numpy as np
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import alike
-from compo_jax.compose.leaves import weighed
-from compo_jax.compose.modules import fitted, require_floating
+from compo_jax.compose.leaves import add_weighted
+from compo_jax.compose.modules import require_floating, with_holes
 from compo_jax.compose.numbers import Scalar, Weights, require_number, weigh, wide_number
 from compo_jax.tree import Tree
 
@@ -57,8 +57,8 @@ def compose(base: Tree, deltas: Sequence[Tree], weights: Weights | None = None, 
     paths), moves an integer leaf, or has no weight; so do all rules that take a base and deltas. A UserWarning where a
     delta looks like a model's parameters, not like their difference from the base.
     """
-    deltas = fitted(base, deltas)
-    return weighed(base, deltas, weigh(weights, len(deltas)), check_finite=check_finite)
+    deltas = with_holes(base, deltas)
+    return add_weighted(base, deltas, weigh(weights, len(deltas)), check_finite=check_finite)
 
 
 def task_arithmetic(
@@ -70,7 +70,7 @@ def task_arithmetic(
     check_finite: bool = True,
 ) -> Tree:
     """`base + scale Σ w_t delta_t`, weights default 1 (Ilharco et al., 2023, arXiv 2212.04089)."""
-    deltas = fitted(base, deltas)
+    deltas = with_holes(base, deltas)
     require_number("scale", scale, "a finite number")
     scaled = [wide_number(scale) * w for w in weigh(weights, len(deltas), 1.0)]
-    return weighed(base, deltas, scaled, check_finite=check_finite)
+    return add_weighted(base, deltas, scaled, check_finite=check_finite)

@@ -77,7 +77,7 @@ def entrywise(
     """`function(numbers, *leaves)` of leaves of one shape, rounded once.
 
     Args:
-      function: works entry by entry, in float32 at least; one of a module, as it is compiled once.
+      function: works entry by entry, in float32 at least; a top-level function and no lambda, for it is compiled once.
       numbers: what else it needs that may be traced, scalars; it gets them as one array.
       dtype: of the result; default the first leaf's.
     """

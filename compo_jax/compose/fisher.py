@@ -12,7 +12,7 @@ from jaxtyping import Array
 from compo_jax import tree
 from compo_jax.compose.entries import entrywise, on_host, total
 from compo_jax.compose.leaves import assembled
-from compo_jax.compose.modules import require_finite, same
+from compo_jax.compose.modules import require_finite, require_same
 from compo_jax.compose.numbers import Scalar, Weights, require_not_negative, weigh
 from compo_jax.curvature import Curvature, summed_diagonal
 from compo_jax.tree import Tree
@@ -83,7 +83,7 @@ def fisher_merge(
     Entries that no task's Fisher sees are averaged with the weights. ValueError where the trees or the numbers of them
     don't fit, for a negative weight or Fisher, and where a model or a Fisher isn't finite, naming its leaves.
     """
-    params = same(params, check_finite=check_finite)
+    params = require_same(params, check_finite=check_finite)
     numbers, covered = _prepared(params, fishers, weights, damping, check_finite)
 
     def one(*rows):
@@ -102,7 +102,7 @@ def fisher_compose(
     damping: Scalar = 0.0,
     check_finite: bool = True,
 ) -> Tree:
-    """`base + fisher_merge(deltas, fishers, weights)`, rounded once, of deltas that are `aligned`."""
+    """`base + fisher_merge(deltas, fishers, weights)`, rounded once, of deltas as of `with_zeros`."""
     numbers, covered = _prepared(deltas, fishers, weights, damping, check_finite)
 
     def leaf(_, b, rows, curvature):

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from compo_jax import tree
-from compo_jax.compose.leaves import mean_delta, moved, require_sound
-from compo_jax.compose.modules import aligned
+from compo_jax.compose.leaves import add_delta, mean_delta, require_sound
+from compo_jax.compose.modules import with_zeros
 from compo_jax.compose.numbers import (
     Scalar,
     Weights,
@@ -90,7 +90,7 @@ def regmean(
     ValueError where a summed Gram matrix is singular (dead inputs, or more inputs than examples), naming the layer, and
     where a module or a Gram matrix isn't finite.
     """
-    deltas = aligned(base, deltas, check_finite=check_finite)
+    deltas = with_zeros(base, deltas, check_finite=check_finite)
     require_number("scaling", scaling, "a part of the off-diagonal entries, from 0 to 1", lambda x: 0 <= x <= 1)
     require_not_negative(damping=damping)
     weights = weigh(weights, len(deltas), sign=False)
@@ -122,7 +122,7 @@ def regmean(
         return lay.leaf(centre + step)
 
     merged = tree.combine(tree.map_with_name(layer, *covered), rest)
-    return moved(base, merged, check_finite=check_finite)
+    return add_delta(base, merged, check_finite=check_finite)
 
 
 def kronecker_merge(
@@ -145,7 +145,7 @@ def kronecker_merge(
     Args:
       factors: one `curvature.kronecker` a task. The other arguments, warnings and errors are those of `solve_merge`.
     """
-    deltas = aligned(base, deltas, check_finite=check_finite)
+    deltas = with_zeros(base, deltas, check_finite=check_finite)
     require_not_negative(damping=damping)
     require_iterations(tolerance, max_iterations)
     weights = weigh(weights, len(deltas), sign=False)

@@ -63,17 +63,17 @@ def assembled(
     return params
 
 
-def moved_by(weights: Array, b: Array, *rows: Array) -> Array:
+def add_row(weights: Array, b: Array, *rows: Array) -> Array:
     """`b + Σ w_t row_t`, for `entrywise`."""
     return b + total(weights, *rows)
 
 
-def weighed(base: Tree, deltas: Sequence[Tree], weights: Sequence, *, check_finite: bool) -> Tree:
+def add_weighted(base: Tree, deltas: Sequence[Tree], weights: Sequence, *, check_finite: bool) -> Tree:
     """`base + Σ w_t delta_t`, rounded once."""
 
     def leaf(_, b, row, __):
         shares, present = zip(*[(w, x) for w, x in zip(weights, row, strict=True) if x is not None], strict=True)
-        return entrywise(moved_by, [b, *present], shares)
+        return entrywise(add_row, [b, *present], shares)
 
     return assembled(base, deltas, leaf, check_finite=check_finite)
 
@@ -109,7 +109,7 @@ def by_layer(function: Callable[[Array], Array], leaves: Num[Array, "tasks ..."]
     return jax.lax.map(function, jnp.moveaxis(leaves, 1, 0)) if of_layers else function(leaves)
 
 
-def moved(base: Tree, delta: Tree, scale: Scalar = 1.0, *, check_finite: bool = True) -> Tree:
+def add_delta(base: Tree, delta: Tree, scale: Scalar = 1.0, *, check_finite: bool = True) -> Tree:
     """`base + scale * delta` in the base's types, rounded once: a rule's last step. Errors as `require_sound`."""
     params = tree.add(base, delta, scale)
     if check_finite:

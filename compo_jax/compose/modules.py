@@ -44,7 +44,7 @@ def _listed(trees: Sequence[Tree], least: int, what: str) -> list[Tree]:
     return trees
 
 
-def fitted(base: Tree, deltas: Sequence[Tree], least: int = 1, *, check_finite: bool = False) -> list[Tree]:
+def with_holes(base: Tree, deltas: Sequence[Tree], least: int = 1, *, check_finite: bool = False) -> list[Tree]:
     """The deltas in the base's container (dict or FrozenDict), with None at every leaf that they don't change.
 
     ValueError for fewer than `least` deltas, one that doesn't fit the base (with all paths) or changes nothing, one
@@ -68,12 +68,12 @@ def fitted(base: Tree, deltas: Sequence[Tree], least: int = 1, *, check_finite: 
     return holed
 
 
-def aligned(base: Tree, deltas: Sequence[Tree], least: int = 1, *, check_finite: bool = False) -> list[Tree]:
+def with_zeros(base: Tree, deltas: Sequence[Tree], least: int = 1, *, check_finite: bool = False) -> list[Tree]:
     """The deltas, shaped as `base`, with None where none of them changes a leaf and zeros where some do.
 
-    Errors and warnings as `fitted`.
+    Errors and warnings as `with_holes`.
     """
-    holed = fitted(base, deltas, least, check_finite=check_finite)
+    holed = with_holes(base, deltas, least, check_finite=check_finite)
 
     def filled(*leaves):
         like = next((x for x in leaves if x is not None), None)
@@ -118,7 +118,7 @@ def _warn_of_parameters(base: Tree, delta: Tree, t: int) -> None:
         )
 
 
-def same(trees: Sequence[Tree], *, check_finite: bool = False) -> list[Tree]:
+def require_same(trees: Sequence[Tree], *, check_finite: bool = False) -> list[Tree]:
     """The trees, in the first one's container; ValueError where there are none, or they differ in structure, holes
     included, or in shapes.
 

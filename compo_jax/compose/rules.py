@@ -19,8 +19,8 @@ from compo_jax import tree
 from compo_jax.compose.arithmetic import compose, task_arithmetic
 from compo_jax.compose.fisher import fisher_compose, fisher_merge
 from compo_jax.compose.kronecker import kronecker_merge, regmean
-from compo_jax.compose.leaves import weighed
-from compo_jax.compose.modules import aligned
+from compo_jax.compose.leaves import add_weighted
+from compo_jax.compose.modules import with_zeros
 from compo_jax.compose.numbers import Scalar, Weights
 from compo_jax.compose.solve import Solved, solve_merge
 from compo_jax.compose.sparse import drop_each, ties
@@ -49,7 +49,7 @@ class Rule(NamedTuple):
       takes: names of those that it can use.
       weighted: whether it takes weights.
       leafwise: whether it goes from leaf to leaf, and takes leaves that are `Deferred`.
-      behind: the function that gets the options that `run` has no name for.
+      options_of: the function that gets the options that `run` has no name for.
     """
 
     run: Run
@@ -57,7 +57,7 @@ class Rule(NamedTuple):
     takes: tuple[str, ...] = ()
     weighted: bool = True
     leafwise: bool = True
-    behind: Callable[..., Any] | None = None
+    options_of: Callable[..., Any] | None = None
 
 
 #: What rules need beside the deltas, and how it is made.
@@ -75,19 +75,19 @@ def _dare(base, deltas, weights=None, *, key, rate=0.9, rule="average", check_fi
 
 
 def _slerp(base, deltas, *, t=0.5, check_finite=True):
-    deltas = aligned(base, deltas, least=2, check_finite=check_finite)
+    deltas = with_zeros(base, deltas, least=2, check_finite=check_finite)
     if len(deltas) != 2:
         raise ValueError(f"slerp is of two modules, and {len(deltas)} were given: karcher is its mean of many")
-    return weighed(base, deltas, slerp_weights(deltas, t, False), check_finite=check_finite)
+    return add_weighted(base, deltas, slerp_weights(deltas, t, False), check_finite=check_finite)
 
 
 def _karcher(base, deltas, weights=None, *, check_finite=True, **options):
-    deltas = aligned(base, deltas, check_finite=check_finite)
-    return weighed(base, deltas, karcher_weights(deltas, weights, False, **options), check_finite=check_finite)
+    deltas = with_zeros(base, deltas, check_finite=check_finite)
+    return add_weighted(base, deltas, karcher_weights(deltas, weights, False, **options), check_finite=check_finite)
 
 
 def _fisher(base, deltas, weights=None, *, fishers, check_finite=True, **options):
-    deltas = aligned(base, deltas, check_finite=check_finite)
+    deltas = with_zeros(base, deltas, check_finite=check_finite)
     return fisher_compose(base, deltas, fishers, weights, check_finite=check_finite, **options)
 
 
@@ -107,15 +107,15 @@ RULES = {
     "ties": Rule(ties),
     "dare": Rule(_dare, needs=("key",), takes=("fishers", "factors", "matvecs", "landscape")),
     "slerp": Rule(_slerp, weighted=False),
-    "karcher": Rule(_karcher, behind=karcher_mean),
+    "karcher": Rule(_karcher, options_of=karcher_mean),
     "model_stock": Rule(model_stock, weighted=False),
     "tsv": Rule(tsv),
     "iso": Rule(iso),
-    "fisher": Rule(_fisher, needs=("fishers",), behind=fisher_merge),
+    "fisher": Rule(_fisher, needs=("fishers",), options_of=fisher_merge),
     "regmean": Rule(regmean, needs=("factors",), leafwise=False),
     "kronecker": Rule(kronecker_merge, needs=("factors",), leafwise=False),
-    "ggn": Rule(_full, needs=("matvecs",), takes=("fishers",), leafwise=False, behind=solve_merge),
-    "best_weights": Rule(_best_weights, needs=("landscape",), weighted=False, behind=Landscape.best_weights),
+    "ggn": Rule(_full, needs=("matvecs",), takes=("fishers",), leafwise=False, options_of=solve_merge),
+    "best_weights": Rule(_best_weights, needs=("landscape",), weighted=False, options_of=Landscape.best_weights),
 }
 
 
@@ -141,8 +141,8 @@ def options_of(name: str, behind: str = "average") -> list[str] | None:
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     if name == "dare":
         further = options_of(behind)
-    elif rule.behind is not None:
-        further = list(inspect.signature(rule.behind).parameters)
+    elif rule.options_of is not None:
+        further = list(inspect.signature(rule.options_of).parameters)
     else:
         further = None if len(names) < len(parameters) else []
     return None if further is None else [x for x in dict.fromkeys(names + further) if x not in _OTHERS]
@@ -225,7 +225,7 @@ def dare(
     """
     name = rule if isinstance(rule, str) else {other.run: name for name, other in RULES.items()}.get(rule)
     leafwise = name is not None and find_rule(name).leafwise
-    deltas = aligned(base, deltas, check_finite=check_finite)
+    deltas = with_zeros(base, deltas, check_finite=check_finite)
     deltas = drop_each(key, deltas, rate, deferred=leafwise)
     if name is not None:
         return merge(name, base, deltas, weights=weights, key=key, check_finite=check_finite, **options)

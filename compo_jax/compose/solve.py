@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from compo_jax import tree
 from compo_jax.compose.fisher import diagonals
-from compo_jax.compose.leaves import moved
-from compo_jax.compose.modules import aligned, same
+from compo_jax.compose.leaves import add_delta
+from compo_jax.compose.modules import require_same, with_zeros
 from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_not_negative, weigh
 from compo_jax.compose.sphere import gram
 from compo_jax.curvature import Curvature
@@ -104,7 +104,7 @@ def conjugate_gradients(
     ValueError where b isn't finite (`check_finite`), or the product isn't shaped as b.
     """
     require_iterations(tolerance, max_iterations)
-    (narrow,) = same([b], check_finite=check_finite)
+    (narrow,) = require_same([b], check_finite=check_finite)
     b = jax.tree.map(lambda x: jnp.asarray(x, tree.wide_type(x)), narrow)
     matvec = functools.partial(_product, matvec, like=b)
     precondition = functools.partial(_product, preconditioner or (lambda v: v), like=b, what="the preconditioner")
@@ -208,7 +208,7 @@ def solve_merge(
     """
     if coordinates not in ("full", "modules"):
         raise ValueError(f"unknown coordinates {coordinates!r}; known are full, modules")
-    deltas = aligned(base, deltas, check_finite=check_finite)
+    deltas = with_zeros(base, deltas, check_finite=check_finite)
     tasks = len(deltas)
     if len(matvecs) != tasks:
         raise ValueError(
@@ -226,10 +226,10 @@ def solve_merge(
         merged, residual, weights = _in_modules(problem)
         if check_finite and tree.concrete(residual) and not np.isfinite(residual):
             problem.require_finite_products()
-        params = moved(base, merged, check_finite=check_finite)
+        params = add_delta(base, merged, check_finite=check_finite)
         return Solved(params, residual, jnp.array(0), residual <= jnp.finfo(residual.dtype).eps ** 0.5, weights)
     merged, solution = _in_parameters(problem, preconditioner, tolerance, max_iterations, check_finite)
-    params = moved(base, merged, check_finite=check_finite)
+    params = add_delta(base, merged, check_finite=check_finite)
     return Solved(params, solution.residual, solution.iterations, solution.converged)
 
 

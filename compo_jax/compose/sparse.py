@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Key
 from compo_jax import tree
 from compo_jax.compose.entries import PIECE, Deferred, entrywise, flat, on_host, total
 from compo_jax.compose.leaves import assembled, require_sound
-from compo_jax.compose.modules import aligned, same
+from compo_jax.compose.modules import require_same, with_zeros
 from compo_jax.compose.numbers import Scalar, Weights, require_number, weigh, wide_number
 from compo_jax.compose.selection import kth_largest
 from compo_jax.tree import Tree
@@ -31,7 +31,7 @@ def trim(delta: Tree, density: float, *, check_finite: bool = True) -> Tree:
     `check_finite=False` counts among the largest.
     """
     _require_density(density)
-    (delta,) = same([delta], check_finite=check_finite)
+    (delta,) = require_same([delta], check_finite=check_finite)
     least = _least(delta, density)
     return jax.tree.map(lambda x: entrywise(_trimmed, [x], [least]), delta)
 
@@ -64,7 +64,7 @@ def ties(
     """
     _require_density(density)
     require_number("scale", scale, "a finite number")
-    deltas = aligned(base, deltas, check_finite=check_finite)
+    deltas = with_zeros(base, deltas, check_finite=check_finite)
     weights = weigh(weights, len(deltas), sign=False)
     least = [_least(delta, density) for delta in deltas]
 
@@ -161,7 +161,7 @@ def drop(key: Key[Array, ""], delta: Tree, rate: Scalar, *, check_finite: bool =
 
     ValueError where the delta holds NaN or an infinity, or what is divided is too large for its type (`check_finite`).
     """
-    (delta,) = same([delta], check_finite=check_finite)
+    (delta,) = require_same([delta], check_finite=check_finite)
     rest = jax.tree.map(lambda y, x: y.astype(jnp.result_type(x)), dropped(key, delta, rate), delta)
     if check_finite:
         require_sound(rest, delta)

@@ -15,7 +15,7 @@ from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.entries import whole
 from compo_jax.compose.leaves import Stacked, assembled, by_layer, layers, stack
-from compo_jax.compose.modules import aligned
+from compo_jax.compose.modules import with_zeros
 from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh
 from compo_jax.lapack import svd
 from compo_jax.tree import Tree
@@ -82,7 +82,7 @@ def tsv(
       stacked: patterns of the paths of leaves whose axis 0 counts layers; default: the scanned blocks of our ViT. `()`
         where there are none.
     """
-    deltas = aligned(base, deltas, check_finite=check_finite)
+    deltas = with_zeros(base, deltas, check_finite=check_finite)
     require_number("scale", scale, "a finite number")
 
     def orthonormal(x):
@@ -114,7 +114,7 @@ def iso(
 
     `scale σ̄ U Vᵀ` of each layer's `Σ w_t delta_t`; the arguments are those of `tsv`.
     """
-    deltas = aligned(base, deltas, check_finite=check_finite)
+    deltas = with_zeros(base, deltas, check_finite=check_finite)
     require_number("scale", scale, "a finite number")
 
     def merged(x, eps):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from compo_jax import tree
 from compo_jax.compose.entries import entrywise, on_host, products, total
-from compo_jax.compose.modules import same
+from compo_jax.compose.modules import require_same
 from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_number, weigh, wide_number
 from compo_jax.tree import Tree
 
@@ -58,7 +58,7 @@ def slerp(a: Tree, b: Tree, t: Scalar, *, wide: bool = False, check_finite: bool
     ValueError where the structures differ, a tree is zero or not finite, or the two are opposite: then no great circle
     is shortest.
     """
-    trees = same([a, b], check_finite=check_finite)
+    trees = require_same([a, b], check_finite=check_finite)
     return _sum(trees, slerp_weights(trees, t, check_finite), wide)
 
 
@@ -110,7 +110,7 @@ def karcher_mean(
 
     ValueError as `slerp`, and where the directions cancel; a UserWarning where the iterations end far from the mean.
     """
-    trees = same(trees, check_finite=check_finite)
+    trees = require_same(trees, check_finite=check_finite)
     shares = karcher_weights(trees, weights, check_finite, tolerance=tolerance, max_iterations=max_iterations)
     return _sum(trees, shares, wide)
 

@@ -8,8 +8,8 @@ import numpy as np
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.entries import entrywise, on_host, products
-from compo_jax.compose.leaves import Stacked, assembled, layers, moved_by, stack
-from compo_jax.compose.modules import aligned
+from compo_jax.compose.leaves import Stacked, add_row, assembled, layers, stack
+from compo_jax.compose.modules import with_zeros
 from compo_jax.tree import Tree
 
 
@@ -25,7 +25,7 @@ def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: Stacked = STACKE
       stacked: patterns of the paths of leaves whose axis 0 counts layers; default: the scanned blocks of our ViT. `()`
         where there are none.
     """
-    deltas = aligned(base, deltas, least=2, check_finite=check_finite)
+    deltas = with_zeros(base, deltas, least=2, check_finite=check_finite)
     tasks = len(deltas)
 
     def share(products):  # (..., tasks, tasks)
@@ -39,7 +39,7 @@ def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: Stacked = STACKE
 
     def layer(b, *rows):
         part = share(jnp.asarray(products(rows), tree.wide_type(*rows)))
-        return entrywise(moved_by, [b, *rows], [part] * tasks)
+        return entrywise(add_row, [b, *rows], [part] * tasks)
 
     def leaf(name, b, rows, _):
         if on_host(b, *rows):
