@@ -19,8 +19,10 @@ import jax
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth of the time: where each operation was written
 jax.config.update("jax_num_cpu_devices", 8)
 install_import_hook("compo_jax", "beartype.beartype")
 # The workers compile many programs alike; the folder is empty when a session begins.
 jax.config.update("jax_compilation_cache_dir", os.environ["COMPO_JAX_TESTS_CACHE"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
