@@ -32,7 +32,7 @@ import jax
 import numpy as np
 
 from compo_jax import adapters, data, incremental, mesh, models, report
-from compo_jax.train import jit_runner, open_run, pmap_runner, progress_bar, read_result, write_result
+from compo_jax.train import RUNNERS, open_run, progress_bar, read_result, write_result
 
 
 def setup(options: Options) -> tuple[incremental.Setup, str]:
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
 
         # -- tasks, one after another ----------------------------------------------------------------------------------
-        runner = {"jit": jit_runner, "pmap": pmap_runner}[options.backbone.runner]
+        runner = RUNNERS[options.backbone.runner]
         watched = {"log": run.log, "progress": progress, "extra": config, "began": began}
         for after in incremental.learn_stream(
             learned, tried, run.folder, runner=runner, parallel=how.parallel, **watched

@@ -182,9 +182,8 @@ def parse(arguments: list[str] | None = None, documentation: str | None = None) 
     methods = tuple(sorted(methods, key=lambda name: name in FROZEN))  # in order, those last
     if set(methods) <= set(FROZEN):
         raise ValueError(f"{', '.join(methods)} train nothing: name a method before them, ita-lora say")
-    taken = set().union(*map(_taken, methods))
+    others = set().union(*map(_taken, METHODS)) - set().union(*map(_taken, methods))
     for group in (options.training, options.penalties):
-        others = {option for text in (*WAYS.values(), *KINDS.values()) for option in text.split()} - taken
         line.refuse(group, f"with {', '.join(methods)}", *sorted(others & vars(group).keys()))
     data, seed = options.stream.data, options.place.seed
     label = "compare" if options.training.compare else "-".join(methods)

@@ -22,12 +22,11 @@ from compo_jax.modular import ModularNet, Network, Settings, routes
 from compo_jax.modular.results import Job, NetShape
 from compo_jax.pool import ModulePool
 from compo_jax.report.table import Table
-from compo_jax.train import Run, jit_runner, once, open_run, pmap_runner, progress_bar, read_json, write_json
+from compo_jax.train import RUNNERS, Run, once, open_run, progress_bar, read_json, write_json
 from compo_jax.train.results import structured, unstructured, write_result
 
 Result = TypeVar("Result", bound=tuple)
 FIXED = (0.0, 0.0)  # phases of a training on a fixed route
-RUNNERS = {"jit": jit_runner, "pmap": pmap_runner}
 
 
 class Session(NamedTuple):

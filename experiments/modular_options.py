@@ -7,9 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import job
 import options as line
-from options import OPEN, Count, LocalPath, Name, OpenCount, OpenPath, Rate, Seeds, names, number, values
+from options import OPEN, Count, LocalPath, Name, Names, OpenCount, OpenPath, Rate, Seeds, names, number
 
-Names = Annotated[tuple[str, ...], values(str, "NAME", "*")]
 RENDERED = {"glyphs", "rendered"}
 NEEDED = ("data", "seeds", "templates", "budgets")
 
@@ -31,7 +30,7 @@ class Tasks(Images):
     """What is learned"""
 
     data: Names = ("glyphs",)
-    """glyphs, or names of TFDS image classification sets"""
+    """glyphs, or names of TFDS image classification sets (default: glyphs)"""
     tasks: OpenCount = None
     """tasks that a divided set gives (default: all)"""
 

@@ -34,12 +34,22 @@ def main(*arguments, script="incremental.py"):
     """In this process: quicker, and errors are raised, a wrong command line's as a ValueError with what is printed."""
     sys.path.insert(0, str(ROOT / "experiments"))
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as printed:
+        with wrong_line_as_value_error():
             importlib.import_module(script.removesuffix(".py")).main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        raise ValueError(" ".join(printed.getvalue().replace("│", " ").split())) from end
     finally:
         sys.path.pop(0)
+
+
+@contextlib.contextmanager
+def wrong_line_as_value_error():
+    """What tyro prints of a wrong command line before it exits with 2, as a ValueError in one line."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            yield
+        except SystemExit as end:
+            if end.code != 2:
+                raise
+            raise ValueError(" ".join(printed.getvalue().replace("│", " ").split())) from end
 
 
 def killed(sign, *arguments, script="incremental.py"):

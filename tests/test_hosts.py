@@ -19,10 +19,9 @@ from test_train import CONFIG, batch_of, context, lines, loss, optimizer, start
 from compo_jax import mesh
 from compo_jax.incremental.outcomes import Results
 from compo_jax.pool import ModulePool
-from compo_jax.train import Checkpoints, fit, jit_runner, once, open_run, pmap_runner, read_result
+from compo_jax.train import RUNNERS, Checkpoints, fit, once, open_run, read_result
 
 STEPS = 12
-RUNNERS = {"jit": jit_runner, "pmap": pmap_runner}
 
 
 def job(lines, devices=2):

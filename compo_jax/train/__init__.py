@@ -11,6 +11,7 @@ from compo_jax.train.run import once as once
 from compo_jax.train.run import open_run as open_run
 from compo_jax.train.run import read_json as read_json
 from compo_jax.train.run import write_json as write_json
+from compo_jax.train.runners import RUNNERS as RUNNERS
 from compo_jax.train.runners import Runner as Runner
 from compo_jax.train.runners import jit_runner as jit_runner
 from compo_jax.train.runners import pmap_runner as pmap_runner

@@ -88,3 +88,6 @@ def pmap_runner(loss, optimizer, *, extras=None, devices: int | None = None) -> 
         step=jax.pmap(step, axis_name=meshes.DATA, devices=list(mesh.devices.flat), donate_argnums=0),
         fetch=lambda tree: jax.tree.map(lambda x: x.addressable_data(0)[0], tree),
     )
+
+
+RUNNERS = {"jit": jit_runner, "pmap": pmap_runner}
