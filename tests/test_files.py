@@ -89,10 +89,10 @@ from compo_jax import files
 held = files.lock(pathlib.Path(sys.argv[1]))
 if sys.argv[2] == "fork" and os.fork() == 0:
     files.unlock(held)  # nothing of a child's
-    print("child", flush=True)
+    os.write(1, b"child\\n")  # at once: print may write in pieces, which mix
     time.sleep(60)
     os._exit(0)
-print("held", os.getpid(), flush=True)
+os.write(1, b"held\\n")
 time.sleep(60)
 """
 
