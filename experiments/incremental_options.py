@@ -165,13 +165,13 @@ class Options:
     place: Place = Place()
 
 
-# What a data set wants where the command line leaves it open.
+# What a data set wants where the command line leaves it open; "" is of any.
 PRESETS = {
+    "": {"tasks": 10, "epochs": 20, "batch": 128},
     "glyphs": {"tasks": 10, "epochs": 8, "batch": 64, "images": 100},
     "omniglot": {"tasks": 10, "epochs": 6, "batch": 64},
     "mnist": {"tasks": 5, "epochs": 1, "batch": 128},
 }
-PRESET = {"tasks": 10, "epochs": 20, "batch": 128}
 
 
 def parse(arguments: list[str] | None = None, documentation: str | None = None) -> Options:
@@ -188,7 +188,7 @@ def parse(arguments: list[str] | None = None, documentation: str | None = None) 
     data, seed = options.stream.data, options.place.seed
     label = "compare" if options.training.compare else "-".join(methods)
     name = options.place.name or line.plain(f"incremental-{data}-{seed}" + f"-{label}" * (label != "ita-lora"))
-    wanted = PRESET | PRESETS.get(data, {})
+    wanted = PRESETS[""] | PRESETS.get(data, {})
     return dataclasses.replace(
         options,
         stream=line.filled(options.stream, wanted),

@@ -1,8 +1,7 @@
 """Command lines made from dataclasses: their fields, defaults and docstrings are the options (tyro).
 
 A dataclass is a group of options, and a dataclass of such groups a command line. Numbers have ranges, which the help
-shows. Nothing here loads JAX: help
-and a wrong command line are told at once.
+shows. Nothing here loads JAX: help and a wrong command line are told at once.
 """
 
 import dataclasses
