@@ -142,6 +142,14 @@ def test_lines_are_means_over_the_tasks_seen_and_the_frozen_one_too(results):
     assert lines["ita-lora"].get_marker() == lines["joint-lora"].get_marker()
 
 
+def test_no_band_is_cut_by_the_axes(results):
+    axes = figures.accuracy_so_far(results._replace(tested=[5, 5, 5])).axes[0]
+    low, high = axes.get_ylim()
+    ends = np.concatenate([path.vertices[:, 1] for band in axes.collections for path in band.get_paths()])
+    assert np.ptp(ends) > 0 and (low <= ends.min() or low == 0) and (ends.max() <= high or high == 100)
+    assert ends.min() < 40 - 4  # beyond what the means alone would show
+
+
 def test_bars_are_sorted_accuracies(results):
     axes = figures.final_accuracies(results).axes[0]
     np.testing.assert_allclose([bar.get_width() for bar in axes.patches], [96, 85, 40])

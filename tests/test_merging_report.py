@@ -13,6 +13,7 @@ from compo_jax.compose.rule_results import MergedPool, MergingResults, MergingRu
 from compo_jax.incremental.unlearning_results import PoolSkills, RunSkills, UnlearningResults
 from compo_jax.report import charts, merging, unlearning
 from compo_jax.report.merging import BASE
+from compo_jax.report.table import Score
 from compo_jax.train import read_result, write_result
 
 NAN = np.nan
@@ -140,6 +141,16 @@ def test_rules_are_dots_by_pool_the_best_on_top():
     vertical = [(to_hex(line.get_color()), line.get_xdata()[0]) for line in axes.lines
                 if len(set(line.get_xdata())) == 1 and line.get_linestyle() in ("--", ":")]  # fmt: skip
     assert vertical == [(charts.INK, 100), (charts.COLOURS[0], 37.5), (charts.COLOURS[1], 37.5)]
+
+
+def test_no_error_bar_is_cut_by_the_axes():
+    reached = {"average": Score(np.array([0.82]), 0.015), "ggn": Score(np.array([0.84]), 0.05)}
+    rules = {name: merging._Rule(score, score, score, np.ones(1), 3.25) for name, score in reached.items()}
+    axes = merging.over_time("none-lora", rules, 0.87, [], {"color": "black"}).axes[0]
+    ends = np.concatenate([path.vertices[:, 1] for bars in axes.collections for path in bars.get_paths()])
+    np.testing.assert_allclose([ends.min(), ends.max()], [79, 89])
+    low, high = axes.get_ylim()
+    assert low < 79 and high > 89
 
 
 def test_the_scale_of_normalised_accuracy_begins_at_nothing(tmp_path):

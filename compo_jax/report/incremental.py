@@ -105,7 +105,8 @@ def accuracy_so_far(results: Results) -> Figure:
     looks = _looks(list(results.methods)) | {FROZEN: {"color": INK, "linestyle": "--", "linewidth": 1, "marker": "."}}
     figure = charts.figure("Mean accuracy over the tasks seen so far", max(3.5, 1 + 0.24 * len(curves)))
     axes = figure.add_subplot()
-    drawn = np.concatenate([curve.y for curve in curves.values()])
+    bands = [(y, np.zeros(len(y)) if error is None else np.nan_to_num(error)) for _, y, error in curves.values()]
+    drawn = np.concatenate([y + side * error for y, error in bands for side in (-1, 1)])
     axes.set(xlabel="tasks seen", ylabel="mean accuracy (%)", xlim=(1, len(results.tasks)))
     axes.set_ylim(max(0, drawn.min() - 4), min(100, drawn.max() + 4))
     charts.number_ticks(axes, "x", 10, whole=True)

@@ -144,10 +144,8 @@ def over_time(name: str, rules: Mapping[str, _Rule], alone: float, warned: list[
         for rule, row in rules.items()
     }
     charts.log_axis(axes, "x", [point.x for point in points.values()], "{:g}".format)
-    drawn = np.array([100 * alone, *(point.y for point in points.values())])
-    drawn = drawn[np.isfinite(drawn)] if np.isfinite(drawn).any() else np.array([0.0, 100.0])
-    margin = 0.08 * np.ptp(drawn) or 1.0
-    axes.set(xlabel="time (s)", ylabel="accuracy, task known (%)", ylim=(drawn.min() - margin, drawn.max() + margin))
+    axes.set(xlabel="time (s)", ylabel="accuracy, task known (%)")
+    axes.margins(y=0.08)
     charts.number_ticks(axes, "y")
     charts.dashed_line(axes, "y", 100 * alone, ALONE)
     charts.scatter(axes, points, dict.fromkeys(points, look), named=True)
