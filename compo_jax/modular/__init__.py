@@ -16,6 +16,7 @@ from compo_jax.modular.cost import parameters as parameters
 from compo_jax.modular.edit import add_layer as add_layer
 from compo_jax.modular.edit import add_task as add_task
 from compo_jax.modular.edit import add_templates as add_templates
+from compo_jax.modular.edit import harden as harden
 from compo_jax.modular.edit import new_task as new_task
 from compo_jax.modular.edit import remove_template as remove_template
 from compo_jax.modular.edit import set_route as set_route
@@ -37,6 +38,7 @@ from compo_jax.modular.parts import transfer as transfer
 from compo_jax.modular.random_routes import beside_random as beside_random
 from compo_jax.modular.routes import gumbel as gumbel
 from compo_jax.modular.routes import hard as hard
+from compo_jax.modular.routes import linear as linear
 from compo_jax.modular.routes import soft as soft
 from compo_jax.modular.routes import straight_through as straight_through
 from compo_jax.modular.settings import Settings as Settings
@@ -45,6 +47,7 @@ from compo_jax.modular.storage import load_task as load_task
 from compo_jax.modular.storage import load_templates as load_templates
 from compo_jax.modular.storage import save_task as save_task
 from compo_jax.modular.storage import save_templates as save_templates
+from compo_jax.modular.training import FIXED_ORDER as FIXED_ORDER
 from compo_jax.modular.training import Learner as Learner
 from compo_jax.modular.training import Trained as Trained
 from compo_jax.modular.training import learner as learner
