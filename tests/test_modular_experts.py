@@ -12,6 +12,7 @@ from modular_cases import ONE_DEVICE, changed, held_out, identical, images, move
 from compo_jax import tree
 from compo_jax.modular import ExpertNet, ModularNet, Settings, expert_macs, experts, parameters
 from compo_jax.modular.expert_net import selection_penalty, selectors, smooth_step
+from compo_jax.train import jit_runner
 
 PICTURES = stream()
 CASES = {
@@ -192,6 +193,14 @@ def test_training_normalises_each_task_by_its_batch_and_otherwise_the_stored_sta
     np.testing.assert_allclose(kept["batch_stats"]["shared"]["stem"]["mean"], mean, rtol=1e-4, atol=1e-6)
 
 
+def test_tasks_together_are_tasks_one_after_another(monkeypatch):
+    net, variables = made("cgc")
+    found = applied(net, variables, X, True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    together = net.apply(variables, X, True, mutable=["batch_stats"])
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, together)
+
+
 def test_costs_count_every_expert_and_the_gate():
     plain = 4 * (12 * 8 + 2 * 2 * 9 * 64)  # of one expert on 4 patches: the stem, two blocks
     gates = {"mmoe": 48 * 2, "cgc": 48 * 4, "dselect_k": 48 * (2 * 2 + 2), "static": 0}
@@ -220,6 +229,16 @@ def test_training_learns_what_two_tasks_show(case, tmp_path):
     identical(trained, learn(start, trains(PICTURES), 0, tmp_path / "run"))  # from its last checkpoint
     decided = trained["batch_stats"]["shared"]["stem"]
     assert changed(start, trained) == set(tree.names(start)) and (decided["var"] > 0).all()
+
+
+def test_eight_devices_learn_what_one_learns():
+    net, settings = made("dselect_k")[0].clone(classes=(3, 3)), Settings(steps=2, batch=8, estimate=2)
+    start = jax.jit(net.init)(jax.random.key(0), X)
+    one, eight = (
+        experts.learner(net, PICTURES.prepare, settings, runner=runner)(start, trains(PICTURES), 0)
+        for runner in (ONE_DEVICE, jit_runner)
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), one, eight)
 
 
 def test_statistics_are_those_of_all_batches_together():
