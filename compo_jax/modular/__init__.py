@@ -6,6 +6,7 @@ Knowledge Transfer with Modular Networks" (2021, arXiv 2107.10963); what that do
 
 from compo_jax.modular import analysis as analysis
 from compo_jax.modular import comparison as comparison
+from compo_jax.modular import experts as experts
 from compo_jax.modular import results as results
 from compo_jax.modular import routes as routes
 from compo_jax.modular.batches import balanced_batches as balanced_batches
@@ -26,6 +27,8 @@ from compo_jax.modular.evaluate import Gap as Gap
 from compo_jax.modular.evaluate import accuracies as accuracies
 from compo_jax.modular.evaluate import predictions as predictions
 from compo_jax.modular.evaluate import statistics as statistics
+from compo_jax.modular.expert_net import ExpertNet as ExpertNet
+from compo_jax.modular.expert_net import expert_macs as expert_macs
 from compo_jax.modular.export import plain as plain
 from compo_jax.modular.forecast import rerouting as rerouting
 from compo_jax.modular.losses import objective as objective
