@@ -71,7 +71,7 @@ def sources(session: Session, net: ModularNet, target: data.Task, seed: int, fol
 def adapting(session: Session) -> modular.Settings:
     it = session.options.adapting
     return session.settings._replace(
-        steps=it.adapt_steps, batch=it.adapt_batch, learning_rate=it.adapt_learning_rate, route_rate=it.route_rate
+        steps=it.adapt_steps, batch=it.adapt_batch, learning_rate=it.adapt_learning_rate, route_rate=it.adapt_route_rate
     )
 
 
@@ -92,7 +92,8 @@ def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Tar
     of_source = modular.source_objectives(network, prepare, target)
     accuracy = {BASELINE: score[best], ORACLE: score[bound]}
     objective = {BASELINE: of_source[best], ORACLE: of_source[bound]}
-    hard, weights, runner = routes.hard(variables["params"]["route"]), {}, session.options.training.runner
+    of_sources = routes.KINDS[net.route](variables["params"]["route"])
+    weights, runner = {}, session.options.training.runner
     for name in (MEAN, *session.options.adapting.methods):
         way = METHODS[name]
         smoothing = 1e-6 if way.route == "fixed" else 0.05  # a route that is to be learned starts a little soft
@@ -102,14 +103,19 @@ def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Tar
             one, begun = modular.mean_source(network, smoothing)
         if name != MEAN:
             adapt = adaptation(one, session.stream, adapting(session), way.route, way.bn, runner)
-            mixed = hard if way.route == "convex" else None
+            mixed = of_sources if way.route == "convex" else None
             begun = adapt(begun, target, seed, mixed, **session.logged(f"{target.name}: {name}", f"seed {seed}"))
-        accuracy[name] = modular.accuracies(one, prepare, routes.soft)(begun, [target.test])[0]
-        logits = modular.predictions(one, prepare, routes.soft)(begun, [target.train])[0]
+        accuracy[name] = modular.accuracies(one, prepare)(begun, [target.test])[0]
+        logits = modular.predictions(one, prepare)(begun, [target.train])[0]
         objective[name] = modular.information_maximisation(jnp.asarray(logits))
         if way.route != "fixed":
-            weights[name] = np.round(routes.soft(begun["params"]["route"])[0], 4)
-    return Target(accuracy, objective, score, names[best], routes.indices(variables["params"]["route"]), weights)
+            weights[name] = rows(routes.KINDS[one.route](begun["params"]["route"]))[0]
+    return Target(accuracy, objective, score, names[best], rows(of_sources), weights)
+
+
+def rows(weights) -> np.ndarray:
+    """Weights (..., layers, templates); of groups of channels a row each."""
+    return np.round(np.asarray(weights).reshape(len(weights), -1, weights.shape[-1]), 4)
 
 
 def main(arguments: list[str] | None = None) -> None:

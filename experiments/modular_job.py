@@ -26,7 +26,6 @@ from compo_jax.train import RUNNERS, Run, once, open_run, progress_bar, read_jso
 from compo_jax.train.results import structured, unstructured, write_result
 
 Result = TypeVar("Result", bound=tuple)
-FIXED = (0.0, 0.0)  # phases of a training on a fixed route
 
 
 class Session(NamedTuple):
@@ -43,9 +42,14 @@ class Session(NamedTuple):
         """Side of the images, in pixels."""
         return self.stream.size
 
-    def learner(self, net: ModularNet, settings: Settings, part: str | None = None) -> modular.Learner:
-        """Of this network, or with `part` of that part of a new task; made once."""
-        return _learner(net, self.stream, settings, part, RUNNERS[self.options.training.runner])
+    def learner(
+        self, net: ModularNet, settings: Settings | None = None, *, part: str | None = None, fixed: bool = False
+    ) -> modular.Learner:
+        """Of this network, or with `part` of that part of a new task, or with a `fixed` order of all but the route;
+        made once. Without a route's rate in the command line it is its kind's."""
+        settings, rate = settings or self.settings, self.options.training.route_rate
+        settings = settings._replace(route_rate=rate or (3.0 if net.route == "linear" else 10.0))
+        return _learner(net, self.stream, settings, part, fixed, RUNNERS[self.options.training.runner])
 
     def logged(self, label: str, about: str) -> dict[str, Any]:
         """Options of a training: its lines in the log carry these names."""
@@ -53,9 +57,10 @@ class Session(NamedTuple):
 
 
 @functools.cache
-def _learner(net, stream, settings, part, runner):
+def _learner(net, stream, settings, part, fixed, runner):
     if part is None:
-        return modular.learner(net, stream.prepare, settings, stream.augment, runner=runner)
+        trained = modular.FIXED_ORDER if fixed else ""
+        return modular.learner(net, stream.prepare, settings, stream.augment, trained=trained, runner=runner)
     return modular.transfer(net, stream.prepare, settings, part, stream.augment, runner=runner)
 
 
@@ -78,7 +83,9 @@ def opened(options: Any, stream: TaskStream, net: ModularNet) -> Iterator[Sessio
     free = ("runs", "tensorboard", "seeds", "data_dir", "analysis_images")
     config = {key: value for key, value in line.flat(options).items() if key not in free}
     chosen, place = options.training, options.place
-    settings = Settings(chosen.steps, chosen.batch, chosen.learning_rate, route=chosen.route, phases=chosen.phases)
+    settings = Settings(
+        chosen.steps, chosen.batch, chosen.learning_rate, relaxation=chosen.relaxation, phases=chosen.phases
+    )
     with (
         open_run(place.runs / place.name, config, tensorboard=place.tensorboard) as run,
         progress_bar(console=console) as progress,
@@ -140,17 +147,25 @@ def initial(net: ModularNet, size: int, seed: int, order=None) -> dict:
     variables = _init(net)(jax.random.key(seed), images)
     if order is None:
         return variables
-    logits = routes.fixed(jnp.asarray(order), net.templates)
-    return modular.set_route(variables, jnp.broadcast_to(logits, variables["params"]["route"].shape))
+    one_hot = routes.fixed(jnp.asarray(order), net.templates)
+    return modular.set_route(variables, jnp.broadcast_to(one_hot, variables["params"]["route"].shape))
 
 
 def train(
-    session: Session, net: ModularNet, tasks: Sequence[Task], label: str, seed: int, folder: Path, order=None
+    session: Session,
+    net: ModularNet,
+    tasks: Sequence[Task],
+    label: str,
+    seed: int,
+    folder: Path,
+    order=None,
+    *,
+    fixed: bool = False,
 ) -> tuple[modular.Trained, float]:
-    """A new network trained on these tasks, and the seconds that it took; in this order, or else one that it learns."""
-    settings = session.settings if order is None else session.settings._replace(phases=FIXED)
+    """A new network trained on these tasks, and the seconds that it took; in this order, or else one that it learns;
+    with `fixed` in the order that it starts with."""
     clock, splits = time.perf_counter(), [task.train for task in tasks]
-    trained = session.learner(net, settings).train(
+    trained = session.learner(net, fixed=fixed or order is not None).train(
         initial(net, session.size, seed, order), splits, seed, folder, **session.logged(label, f"seed {seed}")
     )
     return trained, time.perf_counter() - clock

@@ -1,17 +1,22 @@
 """Several tasks at once: does each learn its own order of shared blocks, and what is that worth?
 
     python experiments/modular_multitask.py                                             # rendered scripts, no download
-    python experiments/modular_multitask.py --data cifar100 --data-dir DIR --templates 8 32   # 20 superclasses
-    python experiments/modular_multitask.py --data mnist usps omniglot --data-dir DIR --tasks 6
+    python experiments/modular_multitask.py --data cifar100 --data-dir DIR --orders linear soft hard   # 20 superclasses
+    python experiments/modular_multitask.py --data mnist usps omniglot --data-dir DIR --tasks 6 --baselines mmoe random
 
-Learned orders beside single-task networks, hard sharing, hard sharing with a BN for each task, and fixed random routes
-through as many templates. Writes `runs/NAME/`: metrics.json, metrics.jsonl, report.html, and for each learned order and
+Learned orders beside single-task networks, hard sharing (with a BN for each task; as wide as gives it as many
+parameters), orders that stay as they begin (frozen: the same for all tasks; random), and mixtures of experts (MMoE,
+CGC, DSelect-k). Writes `runs/NAME/`: metrics.json, metrics.jsonl, report.html, and for each learned order and
 seed a pool with its templates and tasks. A killed run goes on where it was, a finished one may be given more seeds. The
 first takes a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
+import re
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import modular_options
 from job import closing, console
@@ -26,84 +31,154 @@ if __name__ == "__main__":
     closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
 import jax
+import jax.numpy as jnp
 import modular_job
 import numpy as np
-from modular_job import Session, part
+from modular_job import RUNNERS, Session, part
 
 from compo_jax import data, modular, report
-from compo_jax.modular import ModularNet, Network, routes
+from compo_jax.modular import ExpertNet, ModularNet, Network, experts, routes
 from compo_jax.modular.forecast import Rerouting
 from compo_jax.modular.results import Curves, LearnedOrder, MultitaskMethod, MultitaskResults, OrderAnalysis, stacked
 
 
-def networks(options: modular_options.Nets, classes: tuple[int, ...]) -> tuple[dict[str, ModularNet], list[str]]:
-    """The network of each method, and the names of those whose order is learned."""
+class Arm(NamedTuple):
+    """A way to learn all tasks: its network, and what trains it to a `MultitaskMethod`."""
+
+    net: ModularNet | ExpertNet
+    train: Callable[..., MultitaskMethod]
+
+
+def arms(options: modular_options.Nets, classes: tuple[int, ...]) -> dict[str, Arm]:
+    """Baselines, then learned orders."""
     shape = {key: getattr(options, key) for key in ("layers", "width", "patch", "block")}
-    single = ModularNet(classes, templates=options.layers, **shape)  # each block once
-    baselines = {"single-task": single, "hard-sharing": single.clone(bn="layer"), "hard-sharing-bn": single}
-    ordered = {
-        f"ordered-{count}": ModularNet(classes, templates=count, bn=options.bn, **shape) for count in options.templates
+    each_once = ModularNet(classes, templates=options.layers, start="one_hot", **shape)
+    wanted = {
+        "single-task": Arm(each_once, alone),
+        "hard-sharing": Arm(each_once.clone(bn="layer"), fixed),
+        "hard-sharing-bn": Arm(each_once, fixed),
     }
-    random = {f"random-{net.templates}": net for net in ordered.values() if "random" in options.baselines}
-    chosen = {name: net for name, net in baselines.items() if name in options.baselines}
-    return chosen | random | ordered, list(ordered)
+    learned_ones = {}
+    for count in options.templates:
+        # as many parameters in the blocks of other networks as in all templates
+        width = lambda blocks, count=count: max(1, round(options.width * (count / blocks) ** 0.5))
+        linear = ModularNet(
+            classes, templates=count, bn=options.bn, start=options.start, groups=options.groups, **shape
+        )
+        several = partial(ExpertNet, classes, **shape)
+        wanted |= {
+            f"hard-sharing-wide-{count}": Arm(each_once.clone(width=width(options.layers)), fixed),
+            f"frozen-{count}": Arm(linear.clone(start="shared"), fixed),
+            f"random-{count}": Arm(linear.clone(groups=1), fixed),
+            f"random-linear-{count}": Arm(linear.clone(start="distinct"), fixed),
+            f"mmoe-{count}": Arm(several(width=width(4 * options.layers), gate="mmoe"), mixed),
+            f"cgc-{count}": Arm(
+                several(width=width((2 + len(classes)) * options.layers), experts=2, task_experts=1, gate="cgc"), mixed
+            ),
+            f"dselect-k-{count}": Arm(several(width=width(4 * options.layers), gate="dselect_k"), mixed),
+        }
+        kinds = {"linear": linear, **{kind: linear.clone(route=kind, groups=1) for kind in ("soft", "hard")}}
+        learned_ones |= {f"{kind}-{count}": Arm(kinds[kind], learned) for kind in options.orders}
+    chosen = {name: arm for name, arm in wanted.items() if re.sub(r"-\d+$", "", name) in options.baselines}
+    return chosen | learned_ones
 
 
 # -- a method and a seed -----------------------------------------------------------------------------------------------
-def alone(session: Session, net: ModularNet, seed: int, folder: Path) -> MultitaskMethod:
+def alone(session: Session, arm: Arm, name: str, seed: int, folder: Path) -> MultitaskMethod:
     """Every task's own network."""
-    accuracy, parameters, seconds = [], 0, 0.0
+    accuracy, parameters, seconds, net = [], 0, 0.0, arm.net
     for t, task in enumerate(session.stream.tasks):
-        one, order = net.clone(classes=net.classes[t : t + 1]), np.arange(net.layers)
-        trained, took = modular_job.train(session, one, [task], f"alone: {task.name}", seed, folder / str(t), order)
+        one = net.clone(classes=net.classes[t : t + 1])
+        trained, took = modular_job.train(
+            session, one, [task], f"alone: {task.name}", seed, folder / str(t), fixed=True
+        )
         accuracy += modular_job.accuracies(session, one, trained.variables, [task]).tolist()
         parameters += modular.parameters(trained.variables["params"], route=False)
         seconds += took
     return MultitaskMethod(accuracy, parameters, modular.macs(net, session.size), seconds)
 
 
-def fixed(session: Session, net: ModularNet, name: str, seed: int, folder: Path) -> MultitaskMethod:
-    """One network whose tasks go through its blocks in the same order, or each in a random one."""
-    tasks, order = session.stream.tasks, np.arange(net.layers)
-    if name.startswith("random"):
+def fixed(session: Session, arm: Arm, name: str, seed: int, folder: Path) -> MultitaskMethod:
+    """One network in the order that it starts with, or each task in a random one."""
+    tasks, net, order = session.stream.tasks, arm.net, None
+    if re.fullmatch(r"random-\d+", name):
         order = np.random.default_rng(seed).integers(net.templates, size=(len(tasks), net.layers))
-    trained, seconds = modular_job.train(session, net, tasks, name, seed, folder, order)
+    trained, seconds = modular_job.train(session, net, tasks, name, seed, folder, order, fixed=True)
     accuracy = modular_job.accuracies(session, net, trained.variables, tasks)
     parameters = modular.parameters(trained.variables["params"], route=False)
     return MultitaskMethod(accuracy, parameters, modular.macs(net, session.size), seconds)
 
 
-def learned(session: Session, net: ModularNet, name: str, seed: int, folder: Path) -> MultitaskMethod:
+def mixed(session: Session, arm: Arm, name: str, seed: int, folder: Path) -> MultitaskMethod:
+    """A mixture of experts."""
+    tasks, net, clock = session.stream.tasks, arm.net, time.perf_counter()
+    images = jnp.zeros((len(tasks), 2, session.size, session.size, 3))
+    train = experts.learner(
+        net, session.stream.prepare, session.settings, session.stream.augment,
+        runner=RUNNERS[session.options.training.runner],
+    )  # fmt: skip
+    begun, splits = jax.jit(net.init)(jax.random.key(seed), images), [task.train for task in tasks]
+    trained = train(begun, splits, seed, folder, **session.logged(name, f"seed {seed}"))
+    seconds = time.perf_counter() - clock
+    accuracy = experts.accuracies(net, session.stream.prepare)(trained, [task.test for task in tasks])
+    parameters = modular.parameters(trained["params"])
+    return MultitaskMethod(accuracy, parameters, modular.expert_macs(net, session.size), seconds)
+
+
+def learned(session: Session, arm: Arm, name: str, seed: int, folder: Path) -> MultitaskMethod:
     """One network, each task with an order that it learns."""
-    tasks = session.stream.tasks
+    tasks, net = session.stream.tasks, arm.net
     trained, seconds = modular_job.train(session, net, tasks, name, seed, folder)
-    train, test = [task.train for task in tasks], [task.test for task in tasks]
-    gap = session.learner(net, session.settings).gap(trained, train, seed, test)
-    network = Network(net, trained.variables)
-    modular_job.store_network(session, f"{name}-{seed}", network, tasks, gap.finetuned, seed)
+    accuracy, network = (
+        modular_job.accuracies(session, net, trained.variables, tasks),
+        Network(net, trained.variables),
+    )
+    modular_job.store_network(session, f"{name}-{seed}", network, tasks, accuracy, seed)
     lines = [line for line in session.run.log.records() if (line["run"], line["task"]) == (name, f"seed {seed}")]
     curves = Curves(*([line[key] for line in lines] for key in Curves._fields))
-    params = trained.variables["params"]
-    soft = routes.soft(trained.before["params"]["route"], session.settings.temperature[1])
-    order = LearnedOrder(routes.indices(params["route"]), np.round(soft, 4), gap, curves)
-    parameters = modular.parameters(params)
-    return MultitaskMethod(gap.finetuned, parameters, modular.macs(net, session.size), seconds, order)
+    route = trained.before["params"]["route"]
+    weights = route if net.route == "linear" else routes.soft(route, last_temperature(session, net))
+    weights = np.asarray(weights).reshape(len(tasks), -1, net.templates)
+    order = LearnedOrder(weights.argmax(-1), np.round(weights, 4), gap(session, network, trained, seed, folder), curves)
+    parameters = modular.parameters(trained.variables["params"])
+    return MultitaskMethod(accuracy, parameters, modular.macs(net, session.size), seconds, order)
+
+
+def last_temperature(session: Session, net: ModularNet) -> float:
+    """Of the softmax, when routes were learned."""
+    return session.settings.temperature[1] if net.route == "hard" else 1.0
+
+
+def gap(session: Session, network: Network, trained: modular.Trained, seed: int, folder: Path) -> modular.Gap | None:
+    """What making the order hard costs: in the training of hard routes, of coefficients where steps are asked for."""
+    net, steps = network.net, session.options.net.harden_steps
+    train, test = ([getattr(task, split) for task in session.stream.tasks] for split in ("train", "test"))
+    if net.route == "hard":
+        return session.learner(net).gap(trained, train, seed, test)
+    if net.route == "soft" or not steps:
+        return None
+    learner = session.learner(net, session.settings._replace(steps=steps), fixed=True)
+    options = session.logged(f"{net.route}-{net.templates}, hardened", f"seed {seed}")
+    done = learner.train(modular.harden(network).variables, train, seed, folder / "hardened", **options)
+    return learner.gap(done._replace(before=network.variables), train, seed, test)
 
 
 # -- what a learned order says -----------------------------------------------------------------------------------------
-def analysed(session: Session, name: str, method: MultitaskMethod, templates: int) -> OrderAnalysis:
+def analysed(session: Session, name: str, net: ModularNet, method: MultitaskMethod) -> OrderAnalysis:
     """Of the first seed: its routes beside random ones, what each template is worth, and a forecast by curvature."""
     seed, tasks, images = session.options.place.seeds[0], session.stream.tasks, session.options.net.analysis_images
-    random = modular.beside_random(np.eye(templates)[method.order.hard[0]], jax.random.key(0))
-    if templates == 1:
-        return OrderAnalysis(name, random, None, None, None)
+    linear = net.route == "linear"
+    weights = method.order.weights[0] if linear else np.eye(net.templates)[method.order.hard[0]]
+    random = modular.beside_random(weights, jax.random.key(0), linear=linear)
+    if net.templates == 1:
+        return OrderAnalysis(name, linear, random, None, None, None)
 
     def removed(_):
         net, variables = modular_job.load_network(session, f"{name}-{seed}", len(tasks))
         few = [some(task.test, images) for task in tasks]
         accuracies = modular.accuracies(net, session.stream.prepare)
-        score = lambda logits: accuracies(modular.set_route(variables, logits), few)
-        return modular.analysis.removal(score, variables["params"]["route"], jax.random.key(seed))
+        score = lambda route: accuracies(modular.set_route(variables, route), few)
+        return modular.analysis.removal(score, variables["params"]["route"], jax.random.key(seed), linear=linear)
 
     def rerouted(_):
         network = modular_job.load_network(session, f"{name}-{seed}", len(tasks))
@@ -111,8 +186,8 @@ def analysed(session: Session, name: str, method: MultitaskMethod, templates: in
         return modular.rerouting(network, session.stream.prepare, few, 0, layer)
 
     removal = part(session, f"{seed}-removal", modular.analysis.Removal, removed)
-    rerouting = part(session, f"{seed}-bridge", Rerouting, rerouted)
-    return OrderAnalysis(name, random, removal, images, rerouting)
+    rerouting = None if net.groups > 1 else part(session, f"{seed}-bridge", Rerouting, rerouted)
+    return OrderAnalysis(name, linear, random, removal, images, rerouting)
 
 
 def some(split: data.Split, count: int) -> data.ArraySplit:
@@ -124,22 +199,20 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     stream = modular_job.open_tasks(options)
     classes = tuple(len(task.classes) for task in stream.tasks)
-    nets, ordered = networks(options.net, classes)
-    with modular_job.opened(options, stream, nets[ordered[0]]) as session:
-        results = {name: [] for name in nets}
+    methods = arms(options.net, classes)
+    first = next(name for name, arm in methods.items() if arm.train is learned)
+    with modular_job.opened(options, stream, methods[first].net) as session:
+        results = {name: [] for name in methods}
         for seed in options.place.seeds:
-            for name, net in nets.items():
-                make = partial(learned if name in ordered else fixed, session, net, name, seed)
-                make = partial(alone, session, net, seed) if name == "single-task" else make
-                made = part(session, f"{seed}-{name}", MultitaskMethod, make)
+            for name, arm in methods.items():
+                made = part(session, f"{seed}-{name}", MultitaskMethod, partial(arm.train, session, arm, name, seed))
                 results[name].append(made)
                 console.print(f"seed {seed}: {name} {100 * made.accuracy.mean():.1f} % in {made.seconds:.0f} s")
-        methods = {name: stacked(made) for name, made in results.items()}
-        analysis = analysed(session, ordered[0], methods[ordered[0]], nets[ordered[0]].templates)
-        names = tuple(task.name for task in stream.tasks)
-        job = modular_job.about(session, nets[ordered[0]])
-        reached = MultitaskResults(job, names, np.array(classes), methods, analysis)
-        modular_job.finish(session, reached, report.multitask_page, report.multitask_table)
+        reached = {name: stacked(made) for name, made in results.items()}
+        analysis = analysed(session, first, methods[first].net, reached[first])
+        names, job = tuple(task.name for task in stream.tasks), modular_job.about(session, methods[first].net)
+        whole = MultitaskResults(job, names, np.array(classes), reached, analysis)
+        modular_job.finish(session, whole, report.multitask_page, report.multitask_table)
 
 
 if __name__ == "__main__":

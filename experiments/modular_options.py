@@ -7,10 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import job
 import options as line
-from options import OPEN, Count, LocalPath, Name, Names, OpenCount, OpenPath, Rate, Seeds, names, number
+from options import OPEN, Count, LocalPath, Name, Names, OpenCount, OpenPath, OpenRate, Rate, Seeds, names, number
 
 RENDERED = {"glyphs", "rendered"}
-NEEDED = ("data", "seeds", "templates", "budgets")
+NEEDED = ("data", "seeds", "templates", "budgets", "orders", "times")
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,30 @@ class Templates(Net):
 
     templates: OpenCount = None
     """modules (default: the set's)"""
+    route: Literal["linear", "soft", "hard"] = "linear"
+    """what weighs them: coefficients; softmax; the largest logit"""
+    start: Literal["shared", "one_hot", "distinct"] = "shared"
+    """of coefficients: the same in all tasks; a template a layer; others in each task"""
+    groups: Count = 1
+    """of channels, each with its coefficients"""
 
 
 @dataclass(frozen=True)
 class Training:
     """How it is trained"""
 
-    route: Literal["soft", "straight_through", "gumbel"] = "soft"
-    """how routes are learned"""
-    phases: Annotated[tuple[float, float], number(float, 0, 1, many=2)] = (0.1, 0.4)
-    """parts of the steps after which routes begin to harden, and are fixed"""
     steps: OpenCount = None
     """of a training (default: the set's)"""
     batch: OpenCount = None
     """images of each task in a step (default: the set's)"""
     learning_rate: Rate = 3e-3
     """at its highest"""
+    route_rate: OpenRate = None
+    """of routes, in multiples of that rate (default: 3 of coefficients, 10 of logits)"""
+    relaxation: Literal["soft", "straight_through", "gumbel"] = "soft"
+    """how hard routes are learned"""
+    phases: Annotated[tuple[float, float], number(float, 0, 1, many=2)] = (0.1, 0.4)
+    """parts of the steps after which hard routes begin to harden, and are fixed"""
     runner: Literal["jit", "pmap"] = "jit"
     """how a batch is divided among the devices"""
 
@@ -89,6 +97,15 @@ class Place:
     """write its logs too"""
 
 
+def _refuse_kinds(options: Any) -> None:
+    """ValueError for options of another kind of route than the network's."""
+    net = options.net
+    if net.route != "linear":
+        line.refuse(net, f"with {net.route} routes", "start", "groups")
+    if net.route != "hard":
+        line.refuse(options.training, f"with {net.route} routes", "relaxation", "phases")
+
+
 class Experiment:
     """Groups of options.
 
@@ -105,7 +122,12 @@ class Experiment:
 
 
 # -- several tasks at once --------------------------------------------------------------------------------------------
-BASELINES = ("single-task", "hard-sharing", "hard-sharing-bn", "random")
+ORDERS = ("linear", "soft", "hard")
+BASELINES = (
+    "single-task", "hard-sharing", "hard-sharing-bn", "hard-sharing-wide", "frozen", "random", "random-linear", "mmoe",
+    "cgc", "dselect-k",
+)  # fmt: skip
+FEW = ("single-task", "hard-sharing-bn", "frozen", "random")
 
 
 @dataclass(frozen=True)
@@ -115,9 +137,17 @@ class Nets(Net):
     templates: Annotated[tuple[int, ...] | None, number(int, 1, many="*"), OPEN] = None
     """modules; several numbers make several networks (default: the set's)"""
     bn: Literal["task", "layer", "template"] = "task"
-    """whose batch norm, of learned orders and random routes"""
-    baselines: Annotated[tuple[str, ...], names(BASELINES)] = BASELINES
+    """whose batch norm, of all orders"""
+    orders: Annotated[tuple[str, ...], names(ORDERS)] = ("linear",)
+    """what is learned: coefficients; softmax; the largest logit"""
+    start: Literal["shared", "one_hot", "distinct"] = "shared"
+    """of coefficients: the same in all tasks; a template a layer; others in each task"""
+    groups: Count = 1
+    """of channels, each with its coefficients"""
+    baselines: Annotated[tuple[str, ...], names(BASELINES)] = FEW
     """what learned orders are held against"""
+    harden_steps: Annotated[int, number(int, 0)] = 0
+    """steps on the nearest one-hot order afterwards, for the gap"""
     analysis_images: Count = 50
     """test images of a task that modules are removed on"""
 
@@ -126,7 +156,7 @@ class Nets(Net):
 class Multitask(Experiment):
     experiment = "modular-multitask"
     presets = {
-        "": {"layers": 8, "width": 32, "templates": (8,), "steps": 1000, "batch": 32},
+        "": {"layers": 4, "width": 32, "templates": (8,), "steps": 2000, "batch": 8},
         "glyphs": {"tasks": 5, "layers": 4, "width": 16, "templates": (4,), "steps": 250, "batch": 16, "images": 50},
         "cifar100": {"steps": 750, "batch": 16, "width": 16},
     }
@@ -138,12 +168,24 @@ class Multitask(Experiment):
     def check(self) -> None:
         if (self.net.templates or (0,))[0] == 1:
             line.refuse(self.net, "with one template, which can't be removed", "analysis_images")
+        if "linear" not in self.net.orders:
+            line.refuse(self.net, "without linear orders", "start", "groups", "harden_steps")
+        if "hard" not in self.net.orders:
+            line.refuse(self.training, "without hard orders", "relaxation", "phases")
 
 
 # -- a new task --------------------------------------------------------------------------------------------------------
-PARTS = ("head", "head+route", "head+bn", "head+bn+route", "all")  # those of modular.PARTS
-CONTROLS = ("head, random route", "head+route, new route", "head+route, untrained templates")
+PARTS = ("head", "head+route", "head+gain", "head+route+gain", "head+bn", "head+bn+route", "all")  # of modular.PARTS
+CONTROLS = ("head, random route", "head+route, random start", "head+route, untrained templates")
 WAYS = (*PARTS, "scratch", *CONTROLS)
+
+
+@dataclass(frozen=True)
+class Sources(Templates):
+    """The network"""
+
+    bn: Literal["task", "layer", "template"] = "layer"
+    """whose batch norm; with each task's there is less for an order to say"""
 
 
 @dataclass(frozen=True)
@@ -163,7 +205,7 @@ class NewTask:
     new_learning_rate: Rate = 1e-2
     """of its training"""
     smoothing: Annotated[float, number(float, above=0, below=1)] = 0.3
-    """of the source's route, where a new one starts from it"""
+    """of a source's hard or soft route, where a new one starts from it"""
 
 
 @dataclass(frozen=True)
@@ -177,7 +219,7 @@ class Transfer(Experiment):
         "cifar100": {"width": 16, "steps": 750, "batch": 16},
     }  # fmt: skip
     stream: Tasks
-    net: Templates
+    net: Sources
     training: Training
     new: NewTask
     place: Place
@@ -185,8 +227,9 @@ class Transfer(Experiment):
     def check(self) -> None:
         if "head" not in self.new.methods:
             raise ValueError("the other methods are held against head: name it among --methods, too")
-        if not {"head+route", "head+bn+route", "all"} & set(self.new.methods):
-            line.refuse(self.new, "where no method learns the source's route", "smoothing")
+        if self.net.route == "linear" or not any("route" in name for name in self.new.methods):
+            line.refuse(self.new, "where no method learns a source's logits", "smoothing")
+        _refuse_kinds(self)
         if 1 in (self.new.budgets or ()):
             raise ValueError(
                 "--budgets are 2 or more, for the nearest source is told by two images of each class; 0 for all"
@@ -246,7 +289,7 @@ class Adapting:
     """images in such a step (default: the set's)"""
     adapt_learning_rate: Rate = 1e-3
     """of batch norm"""
-    route_rate: Rate = 100.0
+    adapt_route_rate: Rate = 100.0
     """of a route, in multiples of that rate"""
 
 
@@ -262,7 +305,7 @@ class Adaptation(Experiment):
         "pacs64": {"size": 64, "patch": 8, "steps": 700},
     }  # fmt: skip
     stream: Domains
-    net: Templates
+    net: Sources
     training: Training
     adapting: Adapting
     place: Place
@@ -274,7 +317,8 @@ class Adaptation(Experiment):
         if not any(way.route != "fixed" or way.bn == "affine" for way in ways):
             line.refuse(self.adapting, when, "adapt_steps", "adapt_learning_rate")
         if not any(way.route != "fixed" for way in ways):
-            line.refuse(self.adapting, when, "route_rate")
+            line.refuse(self.adapting, when, "adapt_route_rate")
+        _refuse_kinds(self)
 
 
 # -- blocks used again -------------------------------------------------------------------------------------------------
@@ -294,6 +338,10 @@ class Blocks(Net):
 
     bn: Literal["template", "task"] = "template"
     """whose scale and bias: the block's, the layer's"""
+    route: Literal["linear", "soft", "hard"] = "linear"
+    """what weighs blocks in a learned order: coefficients, from each block k times on; softmax; the largest logit"""
+    times: Annotated[tuple[int, ...], number(int, 2, many="*")] = (2,)
+    """how often each block is called"""
 
 
 @dataclass(frozen=True)
@@ -308,6 +356,10 @@ class Reuse(Experiment):
     net: Blocks
     training: Training
     place: Place
+
+    def check(self) -> None:
+        if self.net.route != "hard":
+            line.refuse(self.training, f"with {self.net.route} routes", "relaxation", "phases")
 
 
 Options = TypeVar("Options", bound=Experiment)

@@ -3,12 +3,13 @@
     python experiments/modular_reuse.py                                       # rendered characters, no download
     python experiments/modular_reuse.py --data cifar100 --data-dir DIR
 
-L blocks in L layers; in 2L layers, each block twice in a row (AABB), the whole twice (ABAB), each block twice in random
-order, and in a learned order; and 2L blocks in 2L layers, the upper bound. BN's scale and bias belong to the block, so
-that depth costs no parameter but the logits of a learned order (`--bn task` gives each layer its own). Writes
-`runs/NAME/`: metrics.json, metrics.jsonl, report.html and a pool for each learned order. A killed run goes on where it
-was, a finished one may be given more seeds. The first takes a few minutes on 2 CPU cores. Expected numbers:
-README.md.
+L blocks in L layers; in kL layers (--times: 2), each block k times in a row (AABB), the whole k times (ABAB), each
+block k times in random order, and in an order that is learned from AABB on; and kL blocks in kL layers, the bound. BN's
+scale and bias belong to the block, so that depth costs no parameter but a gain a layer, which every network here has,
+and a learned order (`--bn task` gives each layer a BN). Learned coefficients scale what a block adds, too: the gain is
+what tells that from an order, and "aabb, no gain" says what it is worth. Writes `runs/NAME/`: metrics.json,
+metrics.jsonl, report.html and a pool for each learned order. A killed run goes on where it was, a finished one may be
+given more seeds. The first takes a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
 from collections.abc import Callable
@@ -44,18 +45,28 @@ class Order(NamedTuple):
     of_seed: Callable[[int], np.ndarray | None]
 
 
+LEARNED = "learned"
+
+
 def orders(options: modular_options.Blocks, classes: int) -> dict[str, Order]:
-    shape, blocks = {key: getattr(options, key) for key in ("width", "patch", "block", "bn")}, np.arange(options.layers)
-    short = ModularNet((classes,), layers=len(blocks), templates=len(blocks), **shape)
-    deep, twice = short.clone(layers=2 * len(blocks)), np.repeat(blocks, 2)
-    return {
-        f"{len(blocks)}-layers": Order(short, lambda _: blocks),
-        "aabb": Order(deep, lambda _: twice),
-        "abab": Order(deep, lambda _: np.tile(blocks, 2)),
-        "random": Order(deep, lambda seed: np.random.default_rng(seed).permutation(twice)),
-        "learned": Order(deep, lambda _: None),
-        "distinct": Order(deep.clone(templates=2 * len(blocks)), lambda _: np.arange(2 * len(blocks))),
-    }
+    shape = {key: getattr(options, key) for key in ("width", "patch", "block", "bn")}
+    once = np.arange(options.layers)
+    short = ModularNet((classes,), layers=len(once), templates=len(once), start="one_hot", gain=True, **shape)
+    methods, several = {f"{len(once)}-layers": Order(short, lambda _: once)}, len(options.times) > 1
+    for times in options.times:
+        deep, repeated = short.clone(layers=times * len(once)), np.repeat(once, times)
+        of_depth = {
+            "aabb": Order(deep, lambda _, order=repeated: order),
+            "aabb, no gain": Order(deep.clone(gain=False), lambda _, order=repeated: order),
+            "abab": Order(deep, lambda _, times=times: np.tile(once, times)),
+            "random": Order(deep, lambda seed, order=repeated: np.random.default_rng(seed).permutation(order)),
+            LEARNED: Order(deep.clone(route=options.route), lambda _: None),
+            "distinct": Order(
+                deep.clone(templates=times * len(once)), lambda _, times=times: np.arange(times * len(once))
+            ),
+        }
+        methods |= {name + f" x{times}" * several: order for name, order in of_depth.items()}
+    return methods
 
 
 def measured(session: Session, task: data.Task, name: str, order: Order, seed: int, folder: Path) -> ReuseMethod:
@@ -69,10 +80,11 @@ def measured(session: Session, task: data.Task, name: str, order: Order, seed: i
         for split in (task.test, some)
     )
     params, gap = trained.variables["params"], None
+    if route is None and net.route == "hard":
+        gap = session.learner(net).gap(trained, [task.train], seed, [task.test])
     if route is None:
-        gap = session.learner(net, session.settings).gap(trained, [task.train], seed, [task.test])
         network = Network(net, trained.variables)
-        modular_job.store_network(session, f"learned-{seed}", network, [task], [accuracy], seed)
+        modular_job.store_network(session, f"{name}-{seed}", network, [task], [accuracy], seed)
     costs = modular.parameters(params, route=route is None), modular.macs(net, session.size)
     return ReuseMethod(accuracy, of_train, *costs, seconds, net.templates, routes.indices(params["route"])[0], gap)
 
@@ -82,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     stream = modular_job.open_tasks(options)
     task = data.pooled(stream)
     methods = orders(options.net, len(task.classes))
-    deep = methods["learned"].net
+    deep = next(order.net for name, order in methods.items() if name.startswith(LEARNED))
     with modular_job.opened(options, stream, deep) as session:
         results = {name: [] for name in methods}
         for seed in options.place.seeds:

@@ -6,7 +6,7 @@
 For each seed some tasks are left out, the others learn templates and an order each, and each task left out is learned
 from few labelled images: its head, its route, its BN, all, or a network from scratch. Where a source's route is the
 start, it is the source whose features tell the few images' classes apart best (nearest centroid, cross-validated).
-Controls: a random route, a new route, untrained templates. Writes `runs/NAME/`: metrics.json, metrics.jsonl,
+Controls: a random route, a random start, untrained templates. Writes `runs/NAME/`: metrics.json, metrics.jsonl,
 report.html and a pool of templates and source tasks for each seed. A killed run goes on behind its last finished part,
 a finished one may be given more seeds. The first takes a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
@@ -73,10 +73,14 @@ def check(options: modular_options.NewTask, stream: data.TaskStream) -> None:
             )
 
 
+def network_of(options: Options, classes: tuple[int, ...]) -> ModularNet:
+    return ModularNet(classes, gain=True, **vars(options.net))
+
+
 # -- the templates, by the other tasks ---------------------------------------------------------------------------------
 def templates(session: Session, division: Division, folder: Path) -> Sources:
     seed, tasks = division.seed, division.sources
-    net = ModularNet(tuple(len(task.classes) for task in tasks), **vars(session.options.net))
+    net = network_of(session.options, tuple(len(task.classes) for task in tasks))
     trained, _ = modular_job.train(session, net, tasks, "sources", seed, folder)
     accuracy = modular_job.accuracies(session, net, trained.variables, tasks)
     modular_job.store_network(session, str(seed), Network(net, trained.variables), tasks, accuracy, seed)
@@ -90,14 +94,15 @@ def start(options: Options, method: str, network: Network, source: int, classes:
         alone, seed = network.net.clone(classes=(classes,)), int(jax.random.randint(key, (), 0, 2**30))
         order = np.arange(options.net.layers) % options.net.templates if method == "scratch" else None
         return Network(alone, modular_job.initial(alone, options.stream.size, seed, order))
-    if method == "head+route, new route":
-        return modular.new_task(network, key, classes)
     one, begun = modular.new_task(network, key, classes, like=source)
-    chosen = routes.hard(begun["params"]["route"])
-    logits = routes.to_logits(chosen, options.new.smoothing)
-    if method == "head, random route":
-        logits = routes.random(key, chosen.shape[:-1], options.net.templates)
-    return Network(one, modular.set_route(begun, logits))
+    route, linear = begun["params"]["route"], one.route == "linear"
+    if method == "head, random route" and not linear:
+        route = routes.random(key, route.shape[:-1], one.templates)
+    elif "random" in method:
+        route = jax.random.normal(key, route.shape) * (one.templates**-0.5 if linear else 0.01)
+    elif not linear:
+        route = routes.to_logits(routes.hard(route), options.new.smoothing)
+    return Network(one, modular.set_route(begun, route))
 
 
 def learned(session: Session, division: Division, budget: int, folder: Path) -> NewTasks:
@@ -112,8 +117,10 @@ def learned(session: Session, division: Division, budget: int, folder: Path) -> 
         about = f"{task.name}, {budget or 'all'} labels, seed {seed}"
         for method in options.new.methods:
             one, begun = start(options, method, network, source, len(task.classes), key)
-            fixed = {"phases": modular_job.FIXED} if method == "scratch" else {}
-            learner = session.learner(one, new_training(session)._replace(**fixed), part_of(method))
+            scratch = method == "scratch"
+            learner = session.learner(
+                one, new_training(session), part=None if scratch else part_of(method), fixed=scratch
+            )
             trained = learner.train(begun, [split], seed, **session.logged(method, about)).variables
             accuracy[method].append(modular_job.accuracies(session, one, trained, [task])[0])
     return NewTasks(accuracy, tuple(chosen))
@@ -131,12 +138,12 @@ def part_of(method: str) -> str:
 
 def costs(options: Options, classes: int) -> dict[str, TransferMethod]:
     """What each method trains, and adds to the pool."""
-    params = modular_job.initial(ModularNet((classes,), **vars(options.net)), options.stream.size, 0)["params"]
+    params = modular_job.initial(network_of(options, (classes,)), options.stream.size, 0)["params"]
     count, methods = modular.parameters, {}
-    whole, shared = count(params), count({key: params[key] for key in ("stem", "templates")})
+    of_task = ("^head", "^route$", "^gain$", *["^norm/"] * (options.net.bn == "task"))
     for name in options.new.methods:
-        trained = count(tree.partition(params, modular.PARTS[part_of(name)])[0])
-        stored = whole if part_of(name) == "all" else whole - shared
+        learned = modular.PARTS[part_of(name)]
+        trained, stored = (count(tree.partition(params, of)[0]) for of in (learned, (*of_task, *learned)))
         if name == "scratch":  # a network of its own, whose blocks stand in a fixed order
             trained = stored = count(params, route=False)
         methods[name] = TransferMethod(trained, stored, name in CONTROLS)
@@ -148,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     stream = modular_job.open_tasks(options)
     check(options.new, stream)
     console.print(f"left out: {options.new.held_out}")
-    first = ModularNet((len(stream.tasks[0].classes),), **vars(options.net))
+    first = network_of(options, (len(stream.tasks[0].classes),))
     divisions = [divided(stream, options.new.held_out, seed) for seed in options.place.seeds]
     with modular_job.opened(options, stream, first) as session:
         sources, results = [], {budget: [] for budget in options.new.budgets}

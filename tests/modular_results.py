@@ -32,7 +32,7 @@ HARD = np.array([[0, 1, 0, 1], [0, 1, 2, 0], [0, 0, 2, 0]])  # three tasks, four
 
 def job(name, images, seeds=(3, 4)):
     """Of each task or domain so many test images, and twice as many to train."""
-    net = NetShape(layers=2, templates=3, width=8, patch=4, block="basic <u>", bn="task", size=28)
+    net = NetShape(layers=2, templates=3, width=8, patch=4, block="basic <u>", bn="task", route="hard", size=28)
     train = {task: 2 * count for task, count in images.items()}
     return Job(name, "glyphs <i>", seeds, 1234.5, net, Settings(40, phases=(0.2, 0.7)), train, images)
 
@@ -80,7 +80,7 @@ def adaptation():
         of = lambda values: {name: np.array(rows[seed][target]) for name, rows in values.items()}
         adapted = {"<s>route": np.array([[0.5, 0.25, 0.25], [0, 1, 0]])}
         sources = np.full(2, (0.2, 0.4)[target] + 0.1 * seed)
-        return Target(of(accuracy), of(objective), sources, "x", np.array([[0, 2], [1, 1]]), adapted)
+        return Target(of(accuracy), of(objective), sources, "x", np.eye(3)[[[0, 2], [1, 1]]], adapted)
 
     at_home = tuple(Sources(np.full(2, value)) for value in (0.9, 0.8))  # without photo, without art
     names = ("photo", "art <s>", "$sketch_{")
@@ -140,6 +140,6 @@ def multitask():
         "random-4": method([[0.8, 0.8, UNKNOWN], [0.9, 0.8, 0.4]]),
         order: method(reached, order=learned),
     }
-    analysis = OrderAnalysis(order, random, lost, 512, rerouting)
+    analysis = OrderAnalysis(order, False, random, lost, 512, rerouting)
     about = job("multi <1> $x_{$", dict.fromkeys(names, 40), (0, 1))
     return MultitaskResults(about, names, np.array([20, 30, 40]), methods, analysis)

@@ -10,7 +10,8 @@ from compo_jax.pool import ModulePool
 from compo_jax.train import read_result
 
 TINY = ["--images", 6, "--size", 8, "--layers", 2, "--width", 4, "--steps", 5, "--batch", 4]
-MULTITASK = [*TINY, "--tasks", 2, "--templates", 2, "--baselines", "hard-sharing-bn", "--analysis-images", 4]
+MULTITASK = [*TINY, "--tasks", 2, "--templates", 2, "--baselines", "hard-sharing-bn", "--orders", "linear", "hard"]
+MULTITASK += ["--analysis-images", 4, "--harden-steps", 3]
 
 
 def results_of(done, folder, kind):
@@ -21,9 +22,9 @@ def results_of(done, folder, kind):
 
 def test_a_killed_multitask_run_that_is_given_more_seeds_ends_as_a_whole_one(tmp_path):
     job = {"script": "modular_multitask.py"}
-    begun = tmp_path / "a" / "checkpoints" / "0-ordered-2" / "fixed"  # in the third phase of its second part
+    begun = tmp_path / "a" / "checkpoints" / "0-hard-2" / "fixed"  # in the third phase of its third part
     assert killed(begun, *MULTITASK, "--seeds", 0, "--runs", tmp_path, "--name", "a", **job)
-    assert not (tmp_path / "a" / "parts" / "0-ordered-2.json").exists()
+    assert not (tmp_path / "a" / "parts" / "0-hard-2.json").exists()
     both = []
     for name in "ab":
         done = run(*MULTITASK, "--seeds", 0, 1, "--runs", tmp_path, "--name", name, **job)
@@ -38,22 +39,39 @@ def test_a_killed_multitask_run_that_is_given_more_seeds_ends_as_a_whole_one(tmp
         timeless.append(results._replace(job=results.job._replace(name="", seconds=0.0), methods=methods))
     for value, other in zip(*map(jax.tree.leaves, timeless), strict=True):
         np.testing.assert_array_equal(value, other)
-    shared, ordered = first.methods["hard-sharing-bn"], first.methods["ordered-2"]
-    assert list(first.methods) == ["hard-sharing-bn", "ordered-2"]
-    np.testing.assert_array_equal(ordered.accuracy, ordered.order.gap.finetuned)
-    np.testing.assert_array_equal(ordered.parameters - shared.parameters, 2 * 2 * 2)  # tasks, layers, templates
+    shared, linear, hard = (first.methods[name] for name in ("hard-sharing-bn", "linear-2", "hard-2"))
+    assert list(first.methods) == ["hard-sharing-bn", "linear-2", "hard-2"]
+    np.testing.assert_array_equal(hard.accuracy, hard.order.gap.finetuned)
+    np.testing.assert_array_equal(linear.accuracy, linear.order.gap.learned)
+    for ordered in (linear, hard):  # tasks, layers, templates
+        np.testing.assert_array_equal(ordered.parameters - shared.parameters, 2 * 2 * 2)
     assert first.analysis.removal.drop.shape == (2, 2) and first.analysis.random.draws == 200
-    rerouting = first.analysis.rerouting
-    assert rerouting.true[rerouting.template] == pytest.approx([rerouting.loss] * 5)  # no re-routing at all
-    pool = ModulePool(tmp_path / "a" / "pools" / "ordered-2-1")
+    assert first.analysis.linear and first.analysis.rerouting.true.shape == (2, 5)
+    pool = ModulePool(tmp_path / "a" / "pools" / "linear-2-1")
     assert pool.names() == ["task-000", "task-001", "templates"]
     assert pool.manifest("task-001").task == "armenian"
     with pytest.raises(ValueError, match="patch: 4 there, 2 now"):
         main(*MULTITASK, "--batch", 8, "--patch", 2, "--runs", tmp_path, "--name", "a", **job)
 
 
+def test_every_way_to_learn_several_tasks_runs(tmp_path):
+    kinds = ["single-task", "hard-sharing", "hard-sharing-bn", "hard-sharing-wide", "frozen", "random"]
+    kinds += ["random-linear", "mmoe", "cgc", "dselect-k"]
+    options = [*TINY, "--steps", 2, "--tasks", 2, "--templates", 4, "--groups", 2, "--orders", "linear", "soft"]
+    done = run(*options, "--baselines", *kinds, "--seeds", 0, "--runs", tmp_path, script="modular_multitask.py")
+    results = results_of(done, tmp_path / "modular-multitask-glyphs", MultitaskResults)
+    numbered = [name + "-4" * (i > 2) for i, name in enumerate(kinds)]
+    assert list(results.methods) == [*numbered, "linear-4", "soft-4"]
+    size = {name: int(method.parameters[0]) for name, method in results.methods.items()}
+    assert size["frozen-4"] == size["random-4"] == size["random-linear-4"]
+    assert size["linear-4"] - size["frozen-4"] == 2 * 2 * 2 * 4  # tasks, layers, groups, templates
+    assert size["soft-4"] - size["frozen-4"] == 2 * 2 * 4
+    assert results.methods["linear-4"].order.weights.shape == (1, 2, 4, 4)  # layers and groups together
+    assert results.analysis.rerouting is None
+
+
 def test_a_new_task_is_learned_from_few_labels(tmp_path):
-    methods = ["head", "head+route", "scratch"]
+    methods = ["head", "head+route", "head+route+gain", "head+bn", "scratch"]
     options = ["--tasks", 3, "--templates", 2, "--new-steps", 4, "--new-batch", 8, "--budgets", 2, 0]
     done = run(*TINY, *options, "--methods", *methods, "--seeds", 0, "--runs", tmp_path, script="modular_transfer.py")
     results = results_of(done, tmp_path / "modular-transfer-glyphs", TransferResults)
@@ -62,7 +80,11 @@ def test_a_new_task_is_learned_from_few_labels(tmp_path):
     assert results.parts[0][0].chosen[0] in results.sources[0]
     sizes = {name: method.trained for name, method in results.methods.items()}
     head, kernels, stem, norms = 8 * (4 + 1), 2 * 2 * (3 * 3 * 4 * 4), 4 * 4 * 3 * 4, 2 * 4 * (1 + 2 * 2)
-    assert sizes == {"head": head, "head+route": head + 2 * 2, "scratch": head + kernels + stem + norms}
+    scratch = head + kernels + stem + norms + 2  # and a gain a layer
+    learned = {"head": 0, "head+route": 2 * 2, "head+route+gain": 2 * 2 + 2, "head+bn": norms}
+    assert sizes == {name: head + more for name, more in learned.items()} | {"scratch": scratch}
+    kept = {name: method.stored for name, method in results.methods.items()}  # the route and gain of a source, too
+    assert kept == {name: head + 2 * 2 + 2 + norms * (name == "head+bn") for name in learned} | {"scratch": scratch}
     assert all(results.accuracy(name).shape == (2, 1, 1) for name in methods)
 
 
@@ -78,18 +100,22 @@ def test_a_target_without_labels_is_adapted_to(tmp_path):
     assert part.accuracy["best source (by labels)"] == max(by_source.values())
     assert set(methods) < set(part.accuracy) == set(results.methods)
     assert list(part.routes) == methods
-    for weights in part.routes.values():
-        np.testing.assert_allclose(np.sum(weights, axis=-1), 1, atol=1e-3)
+    assert all(weights.shape == (2, 2) for weights in part.routes.values())
+    mixed, (a, b, c) = part.routes["convex mixture + AdaBN"], part.source_routes
+    parts = np.linalg.lstsq(np.stack([x.ravel() for x in (a, b, c)], 1), mixed.ravel(), rcond=None)[0]
+    np.testing.assert_allclose(parts.sum(), 1, atol=0.02)
 
 
 def test_blocks_are_used_twice_at_equal_parameters(tmp_path):
     done = run(*TINY, "--tasks", 2, "--seeds", 0, "--runs", tmp_path, script="modular_reuse.py")
     methods = results_of(done, tmp_path / "modular-reuse-glyphs", ReuseResults).methods
     short, parameters = methods["2-layers"], {name: int(method.parameters[0]) for name, method in methods.items()}
-    assert {parameters[name] for name in ("aabb", "abab", "random")} == {parameters["2-layers"]}
-    assert parameters["learned"] == parameters["2-layers"] + 4 * 2
+    gained = parameters["2-layers"] + 2  # of two more layers
+    assert {parameters[name] for name in ("aabb", "abab", "random")} == {gained}
+    assert parameters["aabb, no gain"] == gained - 4
+    assert parameters["learned"] == gained + 4 * 2
     block = 2 * (3 * 3 * 4 * 4) + 2 * 2 * 4
-    assert parameters["distinct"] == parameters["2-layers"] + 2 * block
+    assert parameters["distinct"] == gained + 2 * block
     assert [methods[name].route[0].tolist() for name in ("aabb", "abab")] == [[0, 0, 1, 1], [0, 1, 0, 1]]
     multiplications = 2 * (2 * 2) * 2 * (3 * 3 * 4 * 4)  # two more layers on 2 x 2 positions
     assert methods["aabb"].macs == methods["distinct"].macs == short.macs + multiplications

@@ -51,8 +51,9 @@ def test_a_page_says_seeds_settings_test_images_and_error_bars(pages, kind):
     text = " ".join(pages[kind].text.split())
     assert f"seeds: {'0, 1' if kind == 'multitask' else '3, 4'}" in text
     for words in (
-        "glyphs <i>", "basic <u> blocks of 8 channels", "40 steps of 32 images of each task at rate 0.001; soft routes",
-        "hardening from 20% and fixed from 70%", "sample standard deviation over 2 runs", "± standard error over",
+        "glyphs <i>", "basic <u> blocks of 8 channels", "40 steps of 32 images of each task at rate 0.001; hard routes",
+        "soft at first, hardening from 20% and fixed from 70%", "sample standard deviation over 2 runs",
+        "± standard error over",
         f"tested on: {dict(zip(KINDS, ('40', '50 to 100', '20', '100'), strict=True))[kind]} images",
     ):  # fmt: skip
         assert words in text, words
@@ -202,7 +203,7 @@ def test_maps_of_sources_and_routes():
     assert sorted(text.get_text() for text in left.texts) == ["25", "25", "45", "45"]
     assert [text.get_text() for text in right.texts] == ["80", "90", "85"]
     part = results.parts[0][0]
-    sources = dict(zip(results.sources_of("photo"), np.eye(3)[part.source_routes], strict=True))
+    sources = dict(zip(results.sources_of("photo"), part.source_routes, strict=True))
     figure = adaptation.routes_figure("photo", sources, part.routes)
     shown = [axes for axes in figure.axes if axes.images and axes.get_visible()]
     assert [axes.get_title(loc="left") for axes in shown] == ["source: art <s>", "source: $sketch_{", "<s>route"]

@@ -44,7 +44,7 @@ def test_the_page(page):
     text = page.text.replace("\u00a0", " ")
     for words in (
         f"{ORDERED} less random-4: +10.0 points. {ORDERED} less hard-sharing-bn: +15.0 ± 5.0 points.",
-        "(other seeds 0.00)", "Nearest are n$ko and vai, 0.25;", "Dead, without any place: 3 (1 of 4;",
+        "(other seeds 0.00)", "Nearest are n$ko and vai, 0.25;", "Largest nowhere: 3 (1 of 4;",
         "Beyond two deviations: templates 0.", "512 images of each task", "10 random routes",
         "5.0 % at ε = 0.1, 25 % at ε = 0.5, 50 % at ε = 1 of the true change",
     ):  # fmt: skip
@@ -65,7 +65,7 @@ def one_seed(tasks, layers, templates):
     hard = np.minimum(order.hard[:1, :tasks, :1].repeat(layers, 2), templates - 1)
     gap = order.gap._make(points[:1, :tasks] for points in order.gap)
     curves = order.curves._make(records[:1] for records in order.curves)
-    order = order._replace(hard=hard, soft=np.eye(templates)[hard], gap=gap, curves=curves)
+    order = order._replace(hard=hard, weights=np.eye(templates)[hard], gap=gap, curves=curves)
     methods = {
         name: method._replace(accuracy=method.accuracy[:1, :tasks], seconds=method.seconds[:1], order=None)
         for name, method in results.methods.items()

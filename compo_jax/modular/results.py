@@ -35,6 +35,7 @@ class NetShape(NamedTuple):
     patch: int
     block: str
     bn: str
+    route: str
     size: int
 
 
@@ -60,7 +61,8 @@ class Job(NamedTuple):
 
 # -- several tasks at once ---------------------------------------------------------------------------------------------
 class Curves(NamedTuple):
-    """What was logged while routes were learned: the loss (nats), H(a) / log M and 1 - H(ā) / log M."""
+    """What was logged while routes were learned: the loss (nats), H(a) / log M and 1 - H(ā) / log M, where a are a
+    layer's weights, or the shares of its coefficients (`routes.shares`)."""
 
     step: Int[np.ndarray, "*seeds records"]
     cross_entropy: Float[np.ndarray, "*seeds records"]
@@ -69,11 +71,18 @@ class Curves(NamedTuple):
 
 
 class LearnedOrder(NamedTuple):
-    """A learned route: the template of each layer, the soft weights before it was fixed, and how it came about."""
+    """A learned route.
+
+    Attributes:
+      hard: the template of the largest weight at each layer (of groups of channels: at each layer's groups in turn).
+      weights: coefficients, or the soft weights at their end.
+      gap: None where no order was made hard.
+      curves: how it came about.
+    """
 
     hard: Int[np.ndarray, "*seeds tasks layers"]
-    soft: Float[np.ndarray, "*seeds tasks layers templates"]
-    gap: Gap
+    weights: Float[np.ndarray, "*seeds tasks layers templates"]
+    gap: Gap | None
     curves: Curves
 
 
@@ -88,9 +97,11 @@ class MultitaskMethod(NamedTuple):
 
 
 class OrderAnalysis(NamedTuple):
-    """What the routes of one method say, first seed; the last three are None with one template."""
+    """What the routes of one method say, first seed; the last three are None with one template, the last with groups of
+    channels. `linear`: routes are coefficients (see `analysis`)."""
 
     method: str
+    linear: bool
     random: BesideRandom
     removal: Removal | None
     removal_images: int | None  # of each task
@@ -166,15 +177,15 @@ class Target(NamedTuple):
       accuracy, objective: of each method; information maximisation on the target's training images, in nats.
       sources: accuracy of each source as it is.
       chosen: the source that the lowest objective says.
-      source_routes: the template of each layer.
-      routes: the weights that methods adapted.
+      source_routes: the sources' weights or coefficients.
+      routes: those that methods adapted.
     """
 
     accuracy: dict[str, Float[np.ndarray, ""]]
     objective: dict[str, Float[np.ndarray, ""]]
     sources: Float[np.ndarray, " sources"]
     chosen: str
-    source_routes: Int[np.ndarray, "sources layers"]
+    source_routes: Float[np.ndarray, "sources layers templates"]
     routes: dict[str, Float[np.ndarray, "layers templates"]]
 
 
@@ -247,8 +258,8 @@ class ReuseMethod(NamedTuple):
     macs: Int[np.ndarray, "*seeds"]
     seconds: Float[np.ndarray, "*seeds"]
     templates: Int[np.ndarray, "*seeds"]
-    route: Int[np.ndarray, "*seeds layers"]
-    gap: Gap | None = None  # of a learned order
+    route: Int[np.ndarray, "*seeds layers"]  # the template of the largest weight
+    gap: Gap | None = None  # of a hard order that was learned
 
 
 class ReuseResults(NamedTuple):

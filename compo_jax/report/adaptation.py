@@ -158,8 +158,12 @@ def routes_figure(
     grid = np.array(charts.panels(figure, 3 * sum(lines), rows=sum(lines))).reshape(-1, 3)
     cells = [*grid[: lines[0]].ravel()[: len(sources)], *grid[lines[0] :].ravel()[: len(adapted)]]
     names = [*(f"source: {middle(name, 16)}" for name in sources), *(middle(name, 19) for name in adapted)]
-    for axes, name, route in zip(cells, names, [*sources.values(), *adapted.values()], strict=True):
-        image = charts.heat(axes, route, (0.0, 1.0))
+    every = [*sources.values(), *adapted.values()]
+    largest = float(np.nanmax(np.abs(every), initial=0.1))
+    signs = any(np.min(route, initial=0) < 0 for route in every)
+    look = {"limits": (-largest, largest), "colours": "RdBu"} if signs else {"limits": (0.0, max(largest, 1.0))}
+    for axes, name, route in zip(cells, names, every, strict=True):
+        image = charts.heat(axes, route, **look)
         axes.set_title(name, fontsize=8)
         axes.tick_params(labelsize=7, labelbottom=False)
     for axes in set(grid.ravel()) - set(cells):
@@ -212,14 +216,14 @@ def _blocks(results: AdaptationResults) -> Iterator[Block]:
         "Where rows differ much, the choice of the source matters. Mean over seeds.",
     )
     for target, part in zip(targets, results.parts[0], strict=True):
-        one_hot = np.eye(results.job.net.templates)[part.source_routes]
         adapted = (
-            " an adapted route may mix several. See which source the adapted ones resemble, and in which layers they "
-            "leave all sources." if part.routes else " look for layers in which they agree."
-        )  # fmt: skip
+            " See which source the adapted ones resemble, and in which layers they leave all sources."
+            if part.routes
+            else " Look for layers in which they agree."
+        )
         yield Block(
-            routes_figure(target, dict(zip(results.sources_of(target), one_hot, strict=True)), part.routes),
-            f"Which block, counted from 0, each layer calls: sources call one,{adapted} Seed {results.job.seeds[0]}.",
+            routes_figure(target, dict(zip(results.sources_of(target), part.source_routes, strict=True)), part.routes),
+            f"The weights of the blocks, counted from 0, at each layer.{adapted} Seed {results.job.seeds[0]}.",
         )
 
 
@@ -245,7 +249,7 @@ def adaptation_page(folder: str | os.PathLike, results: AdaptationResults) -> Pa
         f"{made} The objective is lower where predictions are surer and more varied."
     )
     pairs = f"{counted(len(job.seeds) * len(targets), 'pair')} of a seed and a target (taken as independent)"
-    adapting = training_text(results.adapting, "the target", routes=False)
+    adapting = training_text(results.adapting, "the target")
     rate = f"{adapting}, of a route at {results.adapting.route_rate:g} times that"
     told = facts(job, pairs, [targets] * len(job.seeds), adaptation=rate)
     return write_page(

@@ -29,12 +29,13 @@ def accuracy_cells(accuracies: Sequence[Float[np.ndarray, " seeds"]], images: in
     )
 
 
-def training_text(settings: Settings, of_what: str = "each task", *, routes: bool = True) -> str:
-    """Steps, batch and rate of a training, and with `routes` how routes are learned."""
+def training_text(settings: Settings, of_what: str = "each task", route: str = "") -> str:
+    """Steps, batch and rate of a training, and of what kind the routes are that it learns."""
     begin, end = settings.phases
-    learned = f"; {settings.route} routes, hardening from {begin:.0%} and fixed from {end:.0%} of the steps"
+    hardening = f", {settings.relaxation} at first, hardening from {begin:.0%} and fixed from {end:.0%} of the steps"
+    learned = f"; {route} routes" + hardening * (route == "hard") if route else ""
     images = f"{counted(settings.steps, 'step')} of {counted(settings.batch, 'image')} of {of_what}"
-    return f"{images} at rate {settings.learning_rate:g}" + learned * routes
+    return f"{images} at rate {settings.learning_rate:g}" + learned
 
 
 def facts(job: Job, pairs: str, tested: Sequence[Sequence[str]] | None = None, **more: str) -> dict[str, str]:
@@ -54,7 +55,7 @@ def facts(job: Job, pairs: str, tested: Sequence[Sequence[str]] | None = None, *
         "network": f"{counted(net.layers, 'layer')}, {counted(net.templates, 'template')}, {net.block} blocks of "
         f"{counted(net.width, 'channel')}, batch norm of each {net.bn}, images of {net.size} pixels in patches of "
         f"{net.patch}",
-        "training": training_text(job.training),
+        "training": training_text(job.training, route=net.route),
         **more,
         "whole job": f"{decimal(job.seconds, 0)} s",
     }

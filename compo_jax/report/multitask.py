@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from compo_jax.modular import analysis
+from compo_jax.modular import analysis, routes
 from compo_jax.modular.comparison import paired
 from compo_jax.modular.forecast import Rerouting
 from compo_jax.modular.results import MultitaskMethod, MultitaskResults, OrderAnalysis
@@ -99,9 +100,9 @@ def by_task_figure(
 
 
 @styled
-def curves_figure(methods: Mapping[str, MultitaskMethod], phases: tuple[float, float], steps: int) -> Figure:
-    """How decided the routes of the first seed are, how many templates they use, and the loss; dotted, where phases
-    begin."""
+def curves_figure(methods: Mapping[str, MultitaskMethod], steps: int, phases: tuple[float, ...] = ()) -> Figure:
+    """How decided the routes of the first seed are, how many templates they use, and the loss; dotted, where the phases
+    of hard routes begin."""
     figure = charts.figure("Routes in the course of training", 5.2)
     panels = charts.panels(figure, len(CURVES), "part of the training", rows=len(CURVES), sharey=False)
     looks = charts.looks(list(methods))
@@ -115,7 +116,7 @@ def curves_figure(methods: Mapping[str, MultitaskMethod], phases: tuple[float, f
         axes.set(ylabel=label, ylim=(-0.04 * top, top))
         axes.grid(axis="y")
     panels[-1].set_xlim(0, 1)
-    for begin, end, name in zip((0, *phases), (*phases, 1), PHASES, strict=True):
+    for begin, end, name in zip((0, *phases), (*phases, 1), PHASES[: len(phases) and 3], strict=False):
         if end - begin >= 0.12:
             place = panels[0].get_xaxis_transform()
             panels[0].text((begin + end) / 2, 1.02, name, transform=place, ha="center", fontsize=8)
@@ -156,7 +157,8 @@ def _methods(results: MultitaskResults) -> Iterator[Block]:
     methods = results.methods
     told = ""
     for name, method in methods.items():
-        for control in (name.replace("ordered", "random"), "hard-sharing-bn"):
+        count = name.split("-")[-1]
+        for control in (f"frozen-{count}", f"random-{count}", "hard-sharing-bn"):
             if method.order is not None and control in methods:
                 told += f" {name} less {control}: {_against(methods, name, control)} points."
     dashed = f"; dashed, the {REFERENCE} networks" if REFERENCE in methods else ""
@@ -166,7 +168,7 @@ def _methods(results: MultitaskResults) -> Iterator[Block]:
         methods_figure(methods),
         f"Mean over tasks{dashed}.{seeds * (len(results.job.seeds) > 1)}{told}{merit}",
     )
-    gaps = {name: method.order.gap for name, method in methods.items() if method.order is not None}
+    gaps = {name: method.order.gap for name, method in methods.items() if method.order and method.order.gap}
     if gaps:
         yield route_figures.gap_block(gaps)
 
@@ -194,11 +196,13 @@ def _by_task(results: MultitaskResults) -> Iterator[Block]:
 def _curves(results: MultitaskResults) -> Iterator[Block]:
     learned = {name: method for name, method in results.methods.items() if method.order is not None}
     if learned and all(method.order.curves.step.size for method in learned.values()):
+        hard = any(name.startswith("hard") for name in learned)
+        decided = " Hard routes should have decided before they are fixed, without the second number rising." * hard
         yield Block(
-            curves_figure(learned, results.job.training.phases, results.job.training.steps),
-            "H(a) / log M is 1 where a route takes all templates alike and 0 where it takes one; 1 − H(ā) / log M is 0 "
-            "where all templates are used alike and 1 where one does all the work. Routes should have decided before "
-            "they are fixed, without the second number rising. First seed.",
+            curves_figure(learned, results.job.training.steps, results.job.training.phases if hard else ()),
+            "H(a) / log M is 1 where a layer takes all templates alike and 0 where it takes one (of coefficients a are "
+            "the parts of their squares); 1 − H(ā) / log M is 0 where all templates are used alike and 1 where one "
+            f"does all the work.{decided} First seed.",
         )
 
 
@@ -206,35 +210,41 @@ def _routes(results: MultitaskResults, it: OrderAnalysis) -> Iterator[Block]:
     """What the routes of the first seed say, beside random ones."""
     from scipy.cluster.hierarchy import leaves_list
 
-    order, random, tasks = results.methods[it.method].order, it.random, results.tasks
-    count = order.soft.shape[-1]
-    weights = np.eye(count)[order.hard]
-    hard, matrix = order.hard[0], analysis.task_distances(weights[0])
+    order, random, tasks, linear = results.methods[it.method].order, it.random, results.tasks, it.linear
+    count = order.weights.shape[-1]
+    weights = order.weights if linear else np.eye(count)[order.hard]
+    hard, matrix = order.hard[0], analysis.task_distances(weights[0], linear=linear)
     linkage = analysis.dendrogram(matrix) if len(tasks) > 1 else None
     rows = np.arange(1) if linkage is None else leaves_list(linkage)
-    surety = np.take_along_axis(order.soft[0], hard[..., None], -1)[..., 0]
+    shares = np.asarray(routes.shares(order.weights[0])) if linear else order.weights[0]
+    surety = np.take_along_axis(shares, hard[..., None], -1)[..., 0]
     named = {tasks[i]: hard[i] for i in rows}
     layers = [f"layer {i}" for i in range(hard.shape[1])]
+    what = (
+        "a cell is the template of the largest coefficient, and beside it stands the part of the layer's squared "
+        "coefficients that it has: far below 1, a layer is a sum of several and no choice of one."
+        if linear
+        else "beside, the weight that the template had before routes were fixed: 1 was decided."
+    )
     yield Block(
         route_figures.orders(named, count, surety[rows]),
         f"{it.method}: down a column, tasks of one colour share that layer; along a row, a colour that comes again "
-        "is a block invoked twice. Beside, the weight that the template had before routes were fixed: 1 was decided."
-        f"{' Tasks in the order of the dendrogram.' * (len(tasks) > 1)} {_COUNTED}",
+        f"is a block invoked twice; {what}{' Tasks in the order of the dendrogram.' * (len(tasks) > 1)} {_COUNTED}",
         [Table("Routes", ["task", *layers], [[task, *map(str, route)] for task, route in named.items()])],
     )
     if linkage is not None:
         yield _distances(results, matrix, linkage, weights, it)
     if len(layers) > 1:
         yield _similarity(it)
-    used, dead = analysis.usage(weights[0]), analysis.dead(weights[0])
+    used, dead = analysis.usage(weights[0], linear=linear), analysis.dead(weights[0], linear=linear)
     falling = np.argsort(-used, kind="stable").tolist()
     beside = zip(falling, random.mean.usage, random.deviation.usage, strict=True)
     yield Block(
         route_figures.usage(used, random, falling),
         "Bars steeper than the band are a few templates that do most of the work, flatter ones an evenness that "
-        f"chance would not give. Dead, without any place: {', '.join(map(str, dead)) or 'none'} ({len(dead)} of "
+        f"chance would not give. Largest nowhere: {', '.join(map(str, dead)) or 'none'} ({len(dead)} of "
         f"{count}; of random routes {random.mean.dead:.1f} ± {random.deviation.dead:.1f}). {_COUNTED}",
-        [Table("Use", ["template", "places (%)", "random, same rank (%)", "±"],
+        [Table("Use", ["template", "weights (%)", "random, same rank (%)", "±"],
                [[str(m), *(decimal(100 * x) for x in (used[m], mean, error))] for m, mean, error in beside])],
     )  # fmt: skip
     if it.removal is not None:
@@ -245,17 +255,25 @@ def _distances(results: MultitaskResults, matrix, linkage, weights, it: OrderAna
     tasks, random, count = results.tasks, it.random, len(results.tasks)
     nearest = np.unravel_index(np.argmin(matrix + np.eye(count)), matrix.shape)
     pairs = np.triu_indices(count, 1)
-    by_seed = ", ".join(f"{analysis.task_distances(one)[pairs].mean():.2f}" for one in weights[1:])
+    distance = partial(analysis.task_distances, linear=it.linear)
+    by_seed = ", ".join(f"{distance(one)[pairs].mean():.2f}" for one in weights[1:])
     others = f" (other seeds {by_seed})" if by_seed else ""
     rows = [[task, *(f"{x:.2f}" for x in row)] for task, row in zip(tasks, matrix, strict=True)]
+    label = "angle / π" if it.linear else "Jensen-Shannon distance"
+    what = "the same direction, 0.5 a right angle" if it.linear else "the same route and 1 no common template"
     return Block(
-        route_figures.distances(matrix, linkage, tasks),
-        "0 is the same route and 1 no common template at any layer; look for groups of tasks that are alike. Mean over "
+        route_figures.distances(matrix, linkage, tasks, label),
+        f"0 is {what} at any layer; look for groups of tasks that are alike. Mean over "
         f"pairs {random.value.distance:.2f}{others}, of random routes {random.mean.distance:.2f} ± "
         f"{random.deviation.distance:.2f}. Nearest are {tasks[nearest[0]]} and {tasks[nearest[1]]}, "
         f"{random.value.nearest:.2f}; the nearest of random routes {random.mean.nearest:.2f} ± "
-        f"{random.deviation.nearest:.2f}: groups no nearer than that say nothing. Random routes use all templates "
-        f"alike; a few that are used much bring tasks nearer, too. {random.draws} random routes; first seed.",
+        f"{random.deviation.nearest:.2f}: groups no nearer than that say nothing. "
+        + (
+            "Routes that began alike stay nearer than random ones: what counts is which tasks moved away together. "
+            if it.linear
+            else "Random routes use all templates alike; a few that are used much bring tasks nearer, too. "
+        )
+        + f"{random.draws} random routes; first seed.",
         [Table("Distances", ["distance", *tasks], rows)],
     )
 
@@ -265,9 +283,10 @@ def _similarity(it: OrderAnalysis) -> Block:
     pairs = np.triu_indices(len(value), 1)
     rare = int((above[pairs] <= 0.05).sum())
     rows = [[str(i), *(f"{x:.2f}" for x in row)] for i, row in enumerate(value)]
+    what = "|cos| of two layers' coefficients" if it.linear else "The part of tasks with one template at both layers"
     return Block(
         route_figures.similarity(it.random),
-        "The part of the tasks that take the same template at both layers. A loop over blocks would be a bright line "
+        f"{what}. A loop over blocks would be a bright line "
         "beside the diagonal, one block again and again a bright square. A dot: at most 5 % of random routes are as "
         f"large. Such pairs: {rare} of {len(pairs[0])}, by chance {0.05 * len(pairs[0]):.1f} or fewer. {_COUNTED}",
         [Table("Layers", ["|cos|", *map(str, range(len(value)))], rows)],
@@ -280,14 +299,19 @@ def _removal(it: OrderAnalysis, falling: list[int], used: np.ndarray) -> Block:
     rows = [
         [str(m), decimal(100 * used[m]), signed(drop[m]), signed(null[m]), decimal(100 * deviation[m])] for m in falling
     ]
+    what = (
+        "A template is removed from all sums; beside, every layer loses one drawn at random"
+        if it.linear
+        else "A template is removed and its layers take their next best; beside, as many places drawn at random lose "
+        "what they have"
+    )
     return Block(
         route_figures.removal(it.removal, falling),
-        "A template is removed and its layers take their next best; beside, as many places drawn at random lose what "
-        "they have (mean ± standard deviation over draws, taken as independent between tasks). A much used template "
+        f"{what} (mean ± standard deviation over draws, taken as independent between tasks). A much used template "
         "costs much either way: what says that it does work of its own is a drop beyond the bar. Beyond two "
         f"deviations: {f'templates {beyond}' if beyond else 'none'}. Mean over tasks, {it.removal_images} images of "
         "each task; first seed.",
-        [Table("Removal", ["template", "places (%)", "drop (points)", "random places", "±"], rows)],
+        [Table("Removal", ["template", "weights (%)", "drop (points)", "random places", "±"], rows)],
     )
 
 
@@ -305,10 +329,11 @@ def _forecast(method: str, task: str, it: Rerouting) -> Block:
     ]
     return Block(
         forecast_figure(it, shown),
-        f"{method}, task {task}, layer {it.layer}, from template {it.template} by ε towards "
-        "another: those with the least, the middle and the greatest loss at the largest ε. The forecast is a quadratic "
-        f"from the curvature at the trained route, and holds nearby only. Its median error is {errors} of the true "
-        f"change: a forecast of no change at all would have 100\u00a0%. On {it.images} training images; first seed.",
+        f"{method}, task {task}, layer {it.layer}, from its weights (the largest is of template {it.template}) by ε "
+        "towards one template: those with the least, the middle and the greatest loss at the largest ε. The forecast "
+        "is a quadratic from the curvature at the trained route, and holds nearby only. Its median error is "
+        f"{errors} of the true change: a forecast of no change at all would have 100\u00a0%. On {it.images} training "
+        "images; first seed.",
         [Table("Forecasts", ["loss, true / forecast (nats)", *amounts], rows)],
     )
 

@@ -21,7 +21,7 @@ from compo_jax.report.page import Block
 from compo_jax.report.table import Table
 from compo_jax.report.text import middle, spread
 
-POINTS = ("soft", "argmax", "statistics again", "trained on")  # of a `Gap`
+POINTS = ("learned", "one-hot", "statistics again", "trained on")  # of a `Gap`
 
 
 def _shades(count: int) -> ListedColormap:
@@ -56,7 +56,7 @@ def orders(
     """A row for each route, a colour and a number for the template of each layer.
 
     Args:
-      surety: the soft weight of these templates before routes were fixed, which then stands beside them.
+      surety: the part of a layer's weights that these templates have, which then stands beside them.
     """
     longest = max(map(len, routes.values()))
     lines = 1 if surety is None or longest <= ANNOTATED else 2
@@ -65,15 +65,15 @@ def orders(
     _templates(panels[0], routes, templates)
     if surety is not None:
         panels[0].set_title("template")
-        panels[1].set_title("its soft weight before")
+        panels[1].set_title("its part of the weights")
         charts.colour_bar(figure, charts.heat(panels[1], surety, (0.0, 1.0)), panels[1], "weight")
     return figure
 
 
 @styled
 def gap(gaps: Mapping[str, Gap]) -> Figure:
-    """The mean accuracy over tasks from soft to hard routes: thick the mean over seeds, thin the seeds."""
-    figure = charts.figure("From soft to hard routes: the discretisation gap", 3.1 + 0.18 * ((len(gaps) - 1) // 2))
+    """The mean accuracy over tasks from learned to hard routes: thick the mean over seeds, thin the seeds."""
+    figure = charts.figure("From learned to hard routes: the discretisation gap", 3.1 + 0.18 * ((len(gaps) - 1) // 2))
     axes, looks = figure.add_subplot(), charts.looks(list(gaps))
     for name, points in gaps.items():
         values = 100 * np.stack([accuracy.mean(-1) for accuracy in points])
@@ -89,7 +89,7 @@ def gap(gaps: Mapping[str, Gap]) -> Figure:
 
 def gap_block(gaps: Mapping[str, Gap]) -> Block:
     """`gap` with what to look for in it and its numbers."""
-    several = len(next(iter(gaps.values())).soft) > 1
+    several = len(next(iter(gaps.values())).learned) > 1
     rows = [[name, *(spread(100 * accuracy.mean(-1)) for accuracy in points)] for name, points in gaps.items()]
     return Block(
         gap(gaps),
@@ -97,16 +97,19 @@ def gap_block(gaps: Mapping[str, Gap]) -> Block:
         "back at the third was batch statistics alone, and the rest needs training on the fixed route."
         + " Thin lines are seeds."
         * several,
-        [Table("From soft to hard routes", ["accuracy (%)", *POINTS], rows)],
+        [Table("From learned to hard routes", ["accuracy (%)", *POINTS], rows)],
     )
 
 
 # -- beside random routes ----------------------------------------------------------------------------------------------
 @styled
 def distances(
-    matrix: Float[np.ndarray, "tasks tasks"], linkage: Float[np.ndarray, "merges 4"], tasks: Sequence[str]
+    matrix: Float[np.ndarray, "tasks tasks"],
+    linkage: Float[np.ndarray, "merges 4"],
+    tasks: Sequence[str],
+    label: str = "Jensen-Shannon distance",
 ) -> Figure:
-    """Heat map of distances between tasks under their dendrogram, in whose order they stand."""
+    """Heat map of distances between tasks, called `label`, under their dendrogram, in whose order they stand."""
     from scipy.cluster.hierarchy import dendrogram
 
     tree = dendrogram(linkage, no_plot=True)
@@ -122,7 +125,7 @@ def distances(
     texts = (lambda x: f"{x:.2f}") if len(tasks) <= ANNOTATED else None
     image = charts.heat(axes, shown, (0.0, 1.0), names, names, texts=texts)
     above.tick_params(axis="x", length=0, labelbottom=False)
-    charts.colour_bar(figure, image, axes, "Jensen-Shannon distance")
+    charts.colour_bar(figure, image, axes, label)
     return figure
 
 
@@ -130,7 +133,7 @@ def distances(
 def similarity(random: BesideRandom) -> Figure:
     """|cos| between the routes of layers, beside random routes'; a dot where at most 5 % of the draws are as large."""
     layers = len(random.value.similarity)
-    figure = charts.figure("How often two layers take the same template", 2.9)
+    figure = charts.figure("How alike the routes of two layers are", 2.9)
     panels = charts.panels(figure, 2, "layer", "layer")
     off = ~np.eye(layers, dtype=bool)
     for axes, numbers, title in zip(
@@ -164,7 +167,7 @@ def usage(used: Float[np.ndarray, " templates"], random: BesideRandom, order: Se
     axes.bar(place, 100 * used[order], 0.7, color=COLOURS[0], label="learned")
     axes.bar(place, 200 * deviation, 0.9, 100 * (mean - deviation), color=COLOURS[1], alpha=0.45, label="random routes")
     axes.hlines(100 * mean, place - 0.45, place + 0.45, color=INK, linewidth=1.2)
-    _by_template(axes, order, "part of all places (%)")
+    _by_template(axes, order, "part of all weights (%)")
     axes.set_ylim(bottom=0)
     handles = [Patch(color=COLOURS[0]), Patch(color=COLOURS[1], alpha=0.45)]
     labels = ["learned routes", "random routes, same rank: mean ± standard deviation"]

@@ -216,7 +216,7 @@ def transfer_page(folder: str | os.PathLike, results: TransferResults) -> Path:
         job,
         f"{counted(pairs, 'pair')} of a seed and a new task (taken as independent)",
         results.tasks,
-        **{"training of a new task": training_text(results.new_training, "all classes", routes=False)},
+        **{"training of a new task": training_text(results.new_training, "all classes")},
     )
     tables = [transfer_table(results), *[difference_table(results)] * (len(results.methods) > 1)]
     return write_page(folder, Page(job.name, lead, told, _tiles(results), tables, _blocks(results)))

@@ -21,8 +21,8 @@ accuracy = modular.accuracies(net, stream.prepare)(trained, [task.test for task 
 print("accuracy of each task:", np.round(accuracy, 2))
 
 # -- what each task's order is -----------------------------------------------------------------------------------------
-print("the template that each layer of each task takes:")
-print(modular.routes.indices(trained["params"]["route"]))
+print("the part of each template in the second layer of each task:")
+print(np.round(modular.routes.shares(trained["params"]["route"])[:, 1], 2))
 
 # -- one task as an ordinary ResNet, with nothing modular left in it ---------------------------------------------------
 resnet, weights = modular.plain(network, task=0)
