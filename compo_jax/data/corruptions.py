@@ -122,7 +122,7 @@ CORRUPTIONS: dict[str, tuple[Effect, tuple[float, float, float, float, float]]] 
     "gaussian_noise": (_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
     "shot_noise": (_shot_noise, (60, 25, 12, 5, 3)),
     "impulse_noise": (_impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27)),
-    "gaussian_blur": (_gaussian_blur, (0.015, 0.025, 0.035, 0.05, 0.065)),
+    "gaussian_blur": (_gaussian_blur, (0.02, 0.03, 0.04, 0.05, 0.065)),
     "motion_blur": (_motion_blur, (0.06, 0.1, 0.15, 0.2, 0.25)),
     "elastic": (_elastic, (0.01, 0.02, 0.03, 0.04, 0.05)),
     "contrast": (_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),

@@ -1,6 +1,8 @@
 """Domains of one set of classes that differ by how their images are corrupted; some of them are held out as targets."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -29,47 +31,48 @@ def corrupted_domains(
     sources: Sequence[str] | None = None,
     held_out: Sequence[str] = HELD_OUT,
 ) -> TaskStream:
-    """All classes of the stream in several domains, each of which has other training images and the same test images.
+    """All classes of the stream in several domains, each with training images of its own and with the same test images.
 
     A domain's name says what is done to its images: `clean`, `fog` (of severity 3), `fog-5`, `contrast+gaussian_noise`
-    (one after the other). The images are corrupted once, here. Of what is random, nothing in a test image is that of a
-    training image.
+    (one after the other). Images are corrupted once, here, each by random numbers that no other of the domain has.
 
     Args:
-      images: training images of a class in a domain, drawn by the seed; None for all, divided equally.
-      sources: domains that are learned from; default: clean and twelve corruptions, two of which are `hue` and
-        `saturate`, or for grey images `shot_noise` and `jpeg`.
-      held_out: domains that are only adapted to.
+      images: training images of a class in a domain, drawn by the seed; None for all, in equal parts. The test images
+        are drawn by it too, as many of each class and at most 2000 in all.
+      sources: domains to learn from; default: clean and twelve corruptions, which are, for grey images, `shot_noise`
+        and `jpeg` where those in colour have `hue` and `saturate`.
+      held_out: domains that are only adapted to (`held_out` of the stream).
 
-    The test images are the same part of each class, drawn by the seed, 2000 at most. ValueError for names that
-    are none, and where a class has fewer training images than there are domains.
+    Raises ValueError for names that are none, and where a class has fewer training images than there are domains.
     """
     whole = pooled(stream)
     if sources is None:
         some = whole.train.images(np.arange(min(32, len(whole.train))))
         sources = (*_SOURCES, *(_OF_GREY if (some == some[..., :1]).all() else _OF_COLOUR))
     names = (*sources, *held_out)
+    for name in names:  # says what is wrong with a name, before images are read
+        _corrupted(name, np.zeros((0, stream.size, stream.size, 3), np.uint8), [seed], np.arange(0))
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"domains are named twice: {', '.join(twice)}")
-    train = _dealt(whole.train.labels, len(names), images, [seed, 0])
-    test = _dealt(whole.test.labels, 1, max(1, _TESTED // len(whole.classes)), [seed, 1])[0]
-    fewest = np.bincount(whole.train.labels, minlength=len(whole.classes))
-    if fewest.min() < len(names):
+    if images is not None and images < 1:
+        raise ValueError(f"images is {images} and must be 1 or more")
+    counts = np.bincount(whole.train.labels, minlength=len(whole.classes))
+    if counts.min() < len(names):
         raise ValueError(
-            f"class {whole.classes[fewest.argmin()]} of {stream.name} has {fewest.min()} training images, and each of "
-            f"{len(names)} domains needs another one: name fewer domains, or a coarser label"
+            f"class {whole.classes[counts.argmin()]!r} of {stream.name} has {counts.min()} training images, and each "
+            f"of {len(names)} domains needs another: name fewer domains, or a label with fewer classes"
         )
-    tested = whole.test.images(test)
-    domains = [
-        Task(
-            name,
-            whole.classes,
-            ArraySplit(_made(name, whole.train.images(rows), [seed, 0], rows), whole.train.labels[rows]),
-            ArraySplit(_made(name, tested, [seed, 1], test), whole.test.labels[test]),
-        )
-        for name, rows in zip(names, train, strict=True)
-    ]
-    return checked(stream._replace(tasks=tuple(domains), held_out=tuple(held_out)))
+    tests = _dealt(whole.test.labels, 1, max(1, _TESTED // len(whole.classes)), [seed, 1])[0]
+    tested = whole.test.images(tests)
+
+    def domain(name: str, rows: np.ndarray) -> Task:
+        train = ArraySplit(_corrupted(name, whole.train.images(rows), [seed, 0], rows), whole.train.labels[rows])
+        test = ArraySplit(_corrupted(name, tested, [seed, 1], tests), whole.test.labels[tests])
+        return Task(name, whole.classes, train, test)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        domains = tuple(pool.map(domain, names, _dealt(whole.train.labels, len(names), images, [seed, 0])))
+    return checked(stream._replace(tasks=domains, held_out=tuple(held_out)))
 
 
 def _dealt(labels: Int[np.ndarray, " images"], parts: int, images: int | None, seed: list[int]) -> list[np.ndarray]:
@@ -80,9 +83,9 @@ def _dealt(labels: Int[np.ndarray, " images"], parts: int, images: int | None, s
     return [np.sort(np.concatenate([rows[part::parts][:images] for rows in shuffled])) for part in range(parts)]
 
 
-def _made(domain: str, images: UInt8[np.ndarray, "n size size 3"], seed: list[int], rows: Int[np.ndarray, " n"]):
-    """The images in this domain."""
-    names, _, severity = domain.partition("-")
-    if severity and not severity.isdecimal():
-        raise ValueError(f"domain {domain!r} has no severity behind its dash: call it {names}-5, say")
+def _corrupted(domain: str, images: UInt8[np.ndarray, "n size size 3"], seed: list[int], rows: Int[np.ndarray, " n"]):
+    """The images as this domain has them."""
+    names, dash, severity = domain.partition("-")
+    if dash and not severity.isdecimal():
+        raise ValueError(f"domain {domain!r} has no severity behind its dash, as {names}-5 has")
     return images if domain == "clean" else corrupt(images, names, int(severity or 3), seed, rows)

@@ -195,7 +195,8 @@ def _of_one_set(stream: TaskStream) -> TaskStream:
     classes = {domain.name: domain.classes for domain in stream.tasks}
     if len(classes) < 2:
         raise ValueError(
-            f"{stream.name} has one split and no domains: its splits must be the domains, as those of PACS are"
+            f"{stream.name} has one split and no domains: its splits must be the domains, as those of PACS are; or "
+            f"{stream.name}-corrupted makes some of it"
         )
     if len(set(classes.values())) > 1:
         told = "; ".join(f"{name}: {', '.join(found)}" for name, found in classes.items())
