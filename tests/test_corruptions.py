@@ -142,7 +142,7 @@ def test_saturating_keeps_the_largest_channel_and_moves_the_smallest_away():
     assert (saturated.max(-1) == largest).all() and np.abs(saturated.min(-1) - expected).max() <= 0.51
 
 
-@pytest.mark.parametrize(("severity", "part"), [(1, 0.03), (3, 0.09), (5, 0.27)])
+@pytest.mark.parametrize(("severity", "part"), [(1, 0.01), (3, 0.05), (5, 0.15)])
 def test_impulses_hit_their_part_of_the_values_half_of_them_white(severity, part):
     noisy = corrupt(flat(100, 40, 32), "impulse_noise", severity)
     assert set(np.unique(noisy)) == {0, 100, 255}
@@ -152,9 +152,9 @@ def test_impulses_hit_their_part_of_the_values_half_of_them_white(severity, part
 
 def test_noise_has_the_mean_and_variance_of_its_law():
     gaussian = corrupt(flat(128, 40, 32), "gaussian_noise", 1) / 255
-    assert abs(gaussian.mean() - 128 / 255) < 0.002 and abs(gaussian.std() - 0.08) < 0.001
+    assert abs(gaussian.mean() - 128 / 255) < 0.002 and abs(gaussian.std() - 0.04) < 0.001
     shot = corrupt(flat(51, 40, 32), "shot_noise", 1) / 255
-    assert abs(shot.mean() - 0.2) < 0.002 and abs(shot.var() - 0.2 / 60) < 1e-4
+    assert abs(shot.mean() - 0.2) < 0.002 and abs(shot.var() - 0.2 / 250) < 1e-4
     assert (corrupt(flat(0), "shot_noise", 5) == 0).all()
 
 
@@ -184,7 +184,7 @@ def test_blur_fog_and_bending_leave_a_flat_image_as_flat_as_they_should():
     fog = corrupt(flat(77, 8, 32), "fog", 5).astype(float)
     grey = 77 / 255
     assert (fog.max((1, 2, 3)) == 77).all()
-    assert np.abs(fog.min((1, 2, 3)) - 255 * grey * grey / (grey + 3)).max() <= 0.51
+    assert np.abs(fog.min((1, 2, 3)) - 255 * grey * grey / (grey + 2)).max() <= 0.51
     assert (fog == fog[..., :1]).all() and len(np.unique(fog[:, 0, 0, 0])) > 1
 
 

@@ -1,6 +1,6 @@
 """Corruptions of byte images, by the names and in the severities 1 to 5 of Hendrycks and Dietterich (2019).
 
-arXiv 1903.12261; noise, brightness and JPEG are as strong as in its ImageNet-C, contrast as in its CIFAR-10-C. Lengths
+arXiv 1903.12261; brightness and JPEG are as strong as in ImageNet-C, contrast as in CIFAR-10-C, noise between. Lengths
 are parts of the image's side, so that 16 pixels are blurred as 64 are. Beside those of the paper stand `invert` and
 `hue`, shifts that a person hardly minds. `saturate` and `hue` leave grey images as they are.
 """
@@ -119,15 +119,15 @@ def _bytes(images):
 
 #: How images are corrupted, and the level of each severity.
 CORRUPTIONS: dict[str, tuple[Effect, tuple[float, float, float, float, float]]] = {
-    "gaussian_noise": (_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
-    "shot_noise": (_shot_noise, (60, 25, 12, 5, 3)),
-    "impulse_noise": (_impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27)),
+    "gaussian_noise": (_gaussian_noise, (0.04, 0.07, 0.1, 0.15, 0.22)),
+    "shot_noise": (_shot_noise, (250, 120, 60, 25, 12)),
+    "impulse_noise": (_impulse_noise, (0.01, 0.03, 0.05, 0.09, 0.15)),
     "gaussian_blur": (_gaussian_blur, (0.02, 0.03, 0.04, 0.05, 0.065)),
     "motion_blur": (_motion_blur, (0.06, 0.1, 0.15, 0.2, 0.25)),
     "elastic": (_elastic, (0.01, 0.02, 0.03, 0.04, 0.05)),
     "contrast": (_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
     "brightness": (partial(_hsv, channel=2, change=np.add), (0.1, 0.2, 0.3, 0.4, 0.5)),
-    "fog": (_fog, (0.4, 0.7, 1.0, 1.75, 3.0)),
+    "fog": (_fog, (0.3, 0.6, 0.9, 1.3, 2.0)),
     "invert": (lambda images, level, _: (1 - level) * images + level * (1 - images), (0.8, 0.85, 0.9, 0.95, 1.0)),
     "hue": (partial(_hsv, channel=0, change=lambda hue, level: (hue + level) % 1), (0.1, 0.2, 0.3, 0.4, 0.5)),
     "saturate": (partial(_hsv, channel=1, change=np.multiply), (1.5, 2, 3, 5, 10)),
