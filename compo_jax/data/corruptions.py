@@ -81,7 +81,7 @@ def _fog(images, level, generators):
     """A fractal haze, `level` where it is thickest; the brightest value stays where it is thickest there."""
     scales = (1 / 4, 1 / 8, 1 / 16)
     fields = np.stack([each.standard_normal((len(scales), *images.shape[1:3]), np.float32) for each in generators])
-    haze = sum(scale * _smooth(fields[:, i], scale * images.shape[1]) for i, scale in enumerate(scales))
+    haze = np.sum([scale * _smooth(fields[:, i], scale * images.shape[1]) for i, scale in enumerate(scales)], axis=0)
     haze -= haze.min((1, 2), keepdims=True)
     haze /= np.maximum(haze.max((1, 2), keepdims=True), 1e-6)
     brightest = images.max((1, 2, 3), keepdims=True)
@@ -173,5 +173,6 @@ def corrupt(
         for start in range(0, len(images), _CHUNK):
             part = slice(start, start + _CHUNK)
             generators = (np.random.default_rng([*seeds, code, row]) for row in rows[part].tolist())
-            corrupted[part] = _bytes(effect(np.float32(corrupted[part]) / 255, levels[severity - 1], generators))
+            values = corrupted[part].astype(np.float32) / 255
+            corrupted[part] = _bytes(effect(values, levels[severity - 1], generators))
     return corrupted
