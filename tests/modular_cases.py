@@ -55,7 +55,7 @@ def start(net, seed=0):
 @cache
 def small(classes=(3, 2), **options):
     """A network with moved variables."""
-    net = ModularNet(classes, **{"layers": 3, "templates": 3, "width": 8, "patch": 2} | options)
+    net = ModularNet(classes, **{"layers": 3, "templates": 3, "width": 8, "patch": 2, "route": "hard"} | options)
     return Network(net, moved(start(net)))
 
 

@@ -158,7 +158,7 @@ def test_a_float64_network_is_computed_in_float64():
     net, variables = small()
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), variables)
-        found = jax.jit(net.apply)(wide, jnp.asarray(X, jnp.float64))
+        found = jax.jit(lambda v, x: net.apply(v, x, soft))(wide, jnp.asarray(X, jnp.float64))
     assert found.dtype == jnp.float64
     close(found[0], outputs(net, variables)[0], 1e-5)
 
@@ -170,12 +170,17 @@ def test_a_compute_dtype_of_16_bits_is_kept_and_near():
     close(found[0].astype(jnp.float32), outputs(net, variables)[0], 0.1)
 
 
-def test_templates_start_he_normal_and_logits_near_zero():
+def test_templates_start_he_normal_and_routes_as_the_network_says():
     net = ModularNet((3, 3), layers=16, templates=8, width=16, patch=2)
     params = jax.jit(net.init)(jax.random.key(0), X)["params"]
     for template in params["templates"]["conv2"]:
         assert abs(float(template.std()) / np.sqrt(2 / (9 * 16)) - 1) < 0.06
-    assert abs(float(params["route"].std()) / 0.01 - 1) < 0.2 and abs(float(params["route"].mean())) < 0.003
+    begun = lambda **options: jax.jit(net.clone(**options).init)(jax.random.key(0), X)["params"]["route"]
+    for options, deviation in (({"route": "soft"}, 0.01), ({"start": "distinct"}, 8**-0.5), ({}, 8**-0.5)):
+        route = begun(**options)
+        assert abs(float(route.std()) / deviation - 1) < 0.2 and abs(float(route.mean())) < 0.3 * deviation
+        assert np.array_equal(route[0], route[1]) == (not options)
+    assert np.array_equal(begun(start="one_hot"), np.broadcast_to(np.repeat(np.eye(8), 2, axis=0), (2, 16, 8)))
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ SETTINGS = {
     "weight_decay": (-0.1, nan),
     "warmup": (-0.1, 1.0, 2.0, nan),
     "clip": (-1.0, 0.0, nan),
-    "route": ("mean", "hard"),
+    "relaxation": ("mean", "hard"),
     "route_rate": (-1.0, inf),
     "entropy": (-0.1, nan),
     "usage": (-0.1, nan),

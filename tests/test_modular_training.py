@@ -30,7 +30,7 @@ from compo_jax.modular import (
     soft,
     statistics,
 )
-from compo_jax.modular.losses import training_route
+from compo_jax.modular.losses import relaxed
 from compo_jax.modular.net import standardize
 from compo_jax.train import Checkpoints, fit, init_state, jit_runner
 
@@ -116,7 +116,7 @@ def test_the_route_of_a_step_is_of_the_kind_asked_for_until_it_is_fixed():
 
     @jax.jit
     def found_at(now):
-        of = {kind: lambda x, k=kind: training_route(SETTINGS._replace(route=k), x, now, key) for kind in kinds}
+        of = {kind: lambda x, k=kind: relaxed(SETTINGS._replace(relaxation=k), x, now, key) for kind in kinds}
         gradients = {kind: jax.grad(lambda x, f=f: jnp.sum(slope * f(x)))(logits) for kind, f in of.items()}
         return {kind: f(logits) for kind, f in of.items()}, gradients
 
@@ -133,10 +133,10 @@ def test_the_route_of_a_step_is_of_the_kind_asked_for_until_it_is_fixed():
     assert all(np.array_equal(weights[kind], one_hot) and not np.any(gradients[kind]) for kind in kinds)
 
 
-def test_routes_learn_ten_times_faster_and_neither_they_nor_bn_decay():
-    settings = Settings(steps=100, weight_decay=0.5, warmup=0.01, clip=1e9)
-    params = {name: jnp.ones(2) for name in ("route", "stem")} | {"norm": {"scale": jnp.ones(2)}, "hole": None}
-    transform = optimizer(settings)
+def test_routes_learn_ten_times_faster_and_neither_they_nor_gains_nor_bn_decay():
+    settings = Settings(steps=100, weight_decay=0.5, warmup=0.01, clip=1e9, route_rate=10.0)
+    params = {name: jnp.ones(2) for name in ("route", "gain", "stem")} | {"norm": {"scale": jnp.ones(2)}, "hole": None}
+    transform = optimizer(settings, settings.freeze)
     state = transform.init(params)
     gradient = jax.tree.map(lambda x: 0.3 * x, params)
     updates, state = transform.update(gradient, state, params)
@@ -145,6 +145,7 @@ def test_routes_learn_ten_times_faster_and_neither_they_nor_bn_decay():
     # Adam's step is the rate itself where all gradients have been alike
     np.testing.assert_allclose(updates["stem"], -1e-3 * 1.5, rtol=1e-4)
     np.testing.assert_allclose(updates["norm"]["scale"], -1e-3, rtol=1e-4)
+    np.testing.assert_allclose(updates["gain"], -1e-3, rtol=1e-4)
     np.testing.assert_allclose(updates["route"], -1e-2, rtol=1e-4)
     for step in range(2, 72):
         updates, state = transform.update(gradient, state, params)
@@ -201,7 +202,7 @@ def trained(kind="soft"):
     net, _ = small((3, 3))
     begin = start(net)
     # without penalties, so that it is the images that move the route
-    settings = Settings(steps=60, batch=8, learning_rate=5e-3, estimate=2, route=kind, entropy=0.0, usage=0.0)
+    settings = Settings(steps=60, batch=8, learning_rate=5e-3, estimate=2, relaxation=kind, entropy=0.0, usage=0.0)
     runs = []
 
     def runner(*args):
@@ -254,7 +255,7 @@ def test_the_gap_is_measured_at_its_four_points():
         return (np.asarray(logits).argmax(-1) == labels).mean(1)
 
     tau = partial(soft, temperature=0.1)
-    np.testing.assert_allclose(gap.soft, by_hand(done.before, tau, tau))
+    np.testing.assert_allclose(gap.learned, by_hand(done.before, tau, tau))
     np.testing.assert_allclose(gap.hard, by_hand(done.before, tau, hard))
     np.testing.assert_allclose(gap.reestimated, by_hand(done.before, hard, hard))
     np.testing.assert_allclose(gap.finetuned, by_hand(done.variables, hard, hard))

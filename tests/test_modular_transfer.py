@@ -43,10 +43,11 @@ def first_names(names):
 
 
 def test_a_part_is_what_it_is_called():
-    _, new = small((3,))
+    _, new = small((3,), gain=True)
     expected = {
         "head": {"head_0"}, "head+route": {"head_0", "route"}, "head+bn": {"head_0", "norm"},
-        "head+bn+route": {"head_0", "norm", "route"}, "all": {"head_0", "norm", "route", "stem", "templates"},
+        "head+gain": {"gain", "head_0"}, "head+route+gain": {"gain", "head_0", "route"},
+        "head+bn+route": {"head_0", "norm", "route"}, "all": {"head_0", "norm", "route", "gain", "stem", "templates"},
     }  # fmt: skip
     for part, patterns in PARTS.items():
         assert first_names(tree.names(tree.partition(new["params"], patterns)[0])) == expected[part]

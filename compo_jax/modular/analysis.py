@@ -1,6 +1,8 @@
 """What trained routes say: distances between tasks, loops, usage, and what a module is worth; each beside a null.
 
-A route's weights are (tasks, layers, templates), as `routes.hard(params["route"])` gives them.
+A route's weights are (tasks, layers, templates), as `routes.hard(params["route"])` gives them. With `linear` they are
+coefficients, whose scale says nothing where BN follows: tasks are then compared by angles, and the null has random
+directions.
 """
 
 from collections.abc import Callable
@@ -17,12 +19,23 @@ from compo_jax.modular import routes
 Weights = Float[Array, "tasks layers templates"] | Float[np.ndarray, "tasks layers templates"]
 
 
-def _weights(weights: Weights) -> Float[np.ndarray, "tasks layers templates"]:
+def _weights(weights: Weights, linear: bool = False) -> Float[np.ndarray, "tasks layers templates"]:
     a = np.asarray(weights, np.float64)
     if a.ndim != 3 or not a.size:
-        raise ValueError(f"routes' weights are (tasks, layers, templates), and these are {a.shape}")
-    routes.require_weights(a)
+        raise ValueError(
+            f"routes' weights are (tasks, layers, templates), and these are {a.shape}; of groups of channels take a "
+            "layer's together, (tasks, layers, groups · templates), or apart, (tasks, layers · groups, templates)"
+        )
+    if linear:
+        routes.linear(a)
+    else:
+        routes.require_weights(a)
     return a
+
+
+def _directions(coefficients: np.ndarray) -> np.ndarray:
+    norm = np.linalg.norm(coefficients, axis=-1, keepdims=True)
+    return np.divide(coefficients, norm, out=np.zeros_like(coefficients), where=norm > 0)
 
 
 def _draws(draws: int, least: int = 1) -> None:
@@ -30,12 +43,17 @@ def _draws(draws: int, least: int = 1) -> None:
         raise ValueError(f"a null of {draws} draws says nothing: take {least} or more")
 
 
-def task_distances(weights: Weights) -> Float[np.ndarray, "tasks tasks"]:
+def task_distances(weights: Weights, *, linear: bool = False) -> Float[np.ndarray, "tasks tasks"]:
     """The Jensen-Shannon distance between two tasks' weights at a layer (base 2: 0 the same, 1 disjoint), mean over
-    layers: a metric."""
+    layers: a metric. Of coefficients their angle as a part of π: 0 the same direction, 1 opposite ones."""
     from scipy.special import rel_entr
 
-    a = _weights(weights)
+    a = _weights(weights, linear)
+    if linear:
+        unit = _directions(a)
+        cosine = np.einsum("slm,tlm->stl", unit, unit)
+        angles = np.arccos(np.clip(cosine, -1, 1)).mean(-1) / np.pi
+        return np.where(np.eye(len(a), dtype=bool), 0, angles)
     p, q = a[:, None], a[None]
     mean = (p + q) / 2
     divergence = (rel_entr(p, mean) + rel_entr(q, mean)).sum(-1) / (2 * np.log(2))
@@ -58,16 +76,16 @@ def dendrogram(distances: Float[np.ndarray, "tasks tasks"]) -> Float[np.ndarray,
     return scipy.cluster.hierarchy.linkage(condensed, "average")
 
 
-def layer_similarity(weights: Weights) -> Float[np.ndarray, "tasks layers layers"]:
+def layer_similarity(weights: Weights, *, linear: bool = False) -> Float[np.ndarray, "tasks layers layers"]:
     """|cos| between the weights of a task's layers; a loop shows as a bright block."""
-    a = _weights(weights)
-    a = a / np.linalg.norm(a, axis=-1, keepdims=True)
+    a = _directions(_weights(weights, linear))
     return np.abs(a @ a.swapaxes(-1, -2))
 
 
-def usage(weights: Weights) -> Float[np.ndarray, " templates"]:
-    """The mean weight of each template over tasks and layers; sums to one."""
-    return _weights(weights).mean(axis=(0, 1))
+def usage(weights: Weights, *, linear: bool = False) -> Float[np.ndarray, " templates"]:
+    """The mean weight of each template over tasks and layers (of coefficients `routes.shares`); sums to one."""
+    a = _weights(weights, linear)
+    return np.asarray(routes.shares(a) if linear else a).mean(axis=(0, 1))
 
 
 def entropies(weights: Weights) -> Float[np.ndarray, "tasks layers"]:
@@ -76,15 +94,16 @@ def entropies(weights: Weights) -> Float[np.ndarray, "tasks layers"]:
     return np.asarray(routes.entropy(jnp.asarray(weights)))
 
 
-def dead(weights: Weights) -> Int[np.ndarray, " dead"]:
-    """The templates that no hard route goes through."""
-    return np.setdiff1d(np.arange(np.shape(weights)[-1]), _weights(weights).argmax(-1))
+def dead(weights: Weights, *, linear: bool = False) -> Int[np.ndarray, " dead"]:
+    """The templates that no hard route goes through: whose weight is the largest nowhere."""
+    return np.setdiff1d(np.arange(np.shape(weights)[-1]), _weights(weights, linear).argmax(-1))
 
 
 def rerouted(
-    logits: Float[Array, "tasks layers templates"], templates: Int[Array, "tasks layers"]
+    logits: Float[Array, "tasks layers templates"], templates: Int[Array, "tasks layers"], *, linear: bool = False
 ) -> Float[Array, "tasks layers templates"]:
-    """The logits without one template at each place, whose layers take their next best; -1 leaves a place as it is.
+    """The logits without one template at each place, whose layers take their next best; -1 leaves a place as it is. Of
+    coefficients that of the template becomes 0.
 
     ValueError for a template that isn't there.
     """
@@ -92,7 +111,7 @@ def rerouted(
     if values.size and not -1 <= values.min() <= values.max() < count:
         raise ValueError(f"the templates {values.tolist()} were to be left out, and there are {count}, from 0 on")
     out = jax.nn.one_hot(templates, logits.shape[-1], dtype=bool)
-    return jnp.where(out, -jnp.inf, logits)
+    return jnp.where(out, 0.0 if linear else -jnp.inf, logits)
 
 
 class Removal(NamedTuple):
@@ -100,7 +119,8 @@ class Removal(NamedTuple):
 
     Attributes:
       drop: accuracy with all modules less that without one.
-      null: the same when as many places, drawn at random, lose whatever module they have; mean over draws.
+      null: the same when as many places, drawn at random, lose whatever module they have (of coefficients: when every
+        place loses a module drawn at random); mean over draws.
       deviation: standard deviation of the null over draws; nan for one draw.
     """
 
@@ -114,11 +134,13 @@ def removal(
     logits: Float[Array, "tasks layers templates"],
     key: Key[Array, ""],
     draws: int = 5,
+    *,
+    linear: bool = False,
 ) -> Removal:
-    """The accuracy drop when one module is removed and its layers take their next best.
+    """The accuracy drop when one module is removed and its layers take their next best, or sum up the others.
 
     Args:
-      score: `logits -> accuracy of each task` on the hard route of these logits.
+      score: `logits -> accuracy of each task` on the hard route of these logits, or the linear one of coefficients.
       draws: of the null, for each module.
     """
     _draws(draws)
@@ -127,9 +149,13 @@ def removal(
         raise ValueError("one module can't be removed: no other is left to take its layers")
     taken = routes.indices(logits)
     whole = score(logits)
-    drop = np.stack([whole - score(rerouted(logits, jnp.full(taken.shape, m))) for m in range(count)])
+    drop = np.stack([whole - score(rerouted(logits, jnp.full(taken.shape, m), linear=linear)) for m in range(count)])
     drops = np.zeros((draws, count, len(whole)))
     for draw in range(draws):
+        if linear:
+            any_template = jax.random.randint(jax.random.fold_in(key, draw), taken.shape, 0, count)
+            drops[draw] = whole - score(rerouted(logits, any_template, linear=True))
+            continue
         order = jax.random.permutation(jax.random.fold_in(key, draw), taken.size)
         for m in range(count):
             chosen = jnp.zeros(taken.size, bool).at[order[: int(jnp.sum(taken == m))]].set(True).reshape(taken.shape)
@@ -139,7 +165,7 @@ def removal(
 
 
 class Null(NamedTuple):
-    """Numbers of trained routes and the same of random hard routes: their values, the null's mean and standard
+    """Numbers of trained routes and the same of random ones: their values, the null's mean and standard
     deviation (of single draws), and the part of draws at least as large. Each is a tree as the statistic's."""
 
     value: Any
@@ -149,13 +175,27 @@ class Null(NamedTuple):
 
 
 def against_random(
-    statistic: Callable[[Weights], Any], weights: Weights, key: Key[Array, ""], draws: int = 200
+    statistic: Callable[[Weights], Any],
+    weights: Weights,
+    key: Key[Array, ""],
+    draws: int = 200,
+    *,
+    linear: bool = False,
 ) -> Null:
-    """`statistic(weights)` beside hard routes of the same size drawn uniformly, two or more."""
+    """`statistic(weights)` beside routes of the same size drawn at random, two or more: hard ones drawn uniformly, or
+    coefficients of uniform direction and of the norms that these have."""
     _draws(draws, 2)
     value = jax.tree.map(np.asarray, statistic(weights))
-    keys = jax.random.split(key, draws)
-    drawn = [statistic(routes.random(k, np.shape(weights)[:-1], np.shape(weights)[-1])) for k in keys]
+    keys, shape = jax.random.split(key, draws), np.shape(weights)
+
+    def random(key):
+        if not linear:
+            return routes.random(key, shape[:-1], shape[-1])
+        return _directions(np.asarray(jax.random.normal(key, shape), np.float64)) * np.linalg.norm(
+            weights, axis=-1, keepdims=True
+        )
+
+    drawn = [statistic(random(key)) for key in keys]
     null = jax.tree.map(lambda *numbers: np.stack(numbers), *drawn)
     mean, deviation = (jax.tree.map(f, null) for f in (lambda x: x.mean(0), lambda x: x.std(0, ddof=1)))
     return Null(value, mean, deviation, jax.tree.map(lambda x, at: (x >= at).mean(0), null, value))

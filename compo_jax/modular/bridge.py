@@ -1,5 +1,6 @@
 """The loss of re-routings near a trained route, forecast by curvature: a route is a composition of templates, too."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,6 @@ import optax
 from jaxtyping import Array
 
 from compo_jax.curvature import Landscape, landscape
-from compo_jax.modular import routes
 from compo_jax.modular.edit import take_tasks
 from compo_jax.modular.export import block, plain
 from compo_jax.modular.net import Network, Route
@@ -20,20 +20,20 @@ def route_landscape(
     task: int,
     layer: int,
     *args: Any,
-    route: Route = routes.hard,
+    route: Route | None = None,
     loss: Callable[[Array, Array], Array] | None = None,
     **options: Any,
 ) -> Landscape:
-    """The task's loss over all mixtures of the templates at one layer, the other layers as trained.
+    """The task's loss over all sums of the templates at one layer, the other layers as trained.
 
-    With θ what the route mixes there and a its weights, the landscape is over `θ + Σ w_m (T_m - θ)`: `.predict(b)`
-    forecasts the loss of the route b at that layer, and since `Σ a_m (T_m - θ) = 0`, `.predict(b - a)` is the same. The
-    expansion is at the trained route: it is good for b near a, and `.remainder()` says how far off it is elsewhere. The
-    kinks of ReLU are in no Hessian, so that near is nearer in a small network on few images.
+    With θ what the route mixes there and a its weights, the landscape is over `θ + Σ w_m T_m`: `.predict(b - a)`
+    forecasts the loss of the weights b at that layer. The expansion is at the trained route: it is good for b near a,
+    and `.remainder()` says how far off it is elsewhere. The kinks of ReLU are in no Hessian, so that near is nearer in
+    a small network on few images. With groups of channels w has a number for each group and template, in this order.
 
     Args:
       args: the one batch (images (batch, height, width, channels), labels (batch,)); or `batches=` of such pairs.
-      route: the function that the network is used with.
+      route: as in `ModularNet`.
       loss: `(logits, labels) -> mean`; default the cross-entropy.
       options: of `curvature.landscape`: batches, check, anchor, ...
 
@@ -51,13 +51,13 @@ def route_landscape(
     model, exported = plain(network, task, route)
     name = f"block{layer}"
     base = exported["params"][name]
-    corners = [block(one, taken["params"], layer, jnp.asarray(m)) for m in range(net.templates)]
+    shape = taken["params"]["route"].shape[2:]
+    corners = [block(one, taken["params"], layer, jnp.reshape(unit, shape)) for unit in jnp.eye(math.prod(shape))]
 
-    def delta(path, corner, mixed):
-        is_norm = path[0].key.startswith("norm")
-        return None if is_norm and net.bn != "template" else corner - mixed
+    def delta(path, corner):
+        return None if path[0].key.startswith("norm") and net.bn != "template" else corner
 
-    deltas = [jax.tree_util.tree_map_with_path(delta, corner, base) for corner in corners]
+    deltas = [jax.tree_util.tree_map_with_path(delta, corner) for corner in corners]
 
     def of_block(params, images, labels):
         whole = {**exported, "params": {**exported["params"], name: params}}

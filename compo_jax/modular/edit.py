@@ -73,8 +73,8 @@ def _digests(parts: Tree) -> dict[str, str]:
 def new_task(network: Network, key: Key[Array, ""], classes: int | None = None, *, like: int | None = None) -> Network:
     """A network of one new task on the same stem and templates.
 
-    Its head is new (kernel truncated normal of variance 1 / width, bias 0), unless the tasks share one. Its route and
-    BN are those of task `like`; by default BN is the tasks' mean, and the route is new.
+    Its head is new (kernel truncated normal of variance 1 / width, bias 0), unless the tasks share one. Its route, gain
+    and BN are those of task `like`; by default they are the tasks' means, but logits are new, of almost equal weights.
     """
     net, variables = network
     one, taken = take_tasks(network, [0 if like is None else like])
@@ -85,7 +85,8 @@ def new_task(network: Network, key: Key[Array, ""], classes: int | None = None, 
         means = jax.tree.map(lambda x: jnp.mean(x, axis=0, keepdims=True), parted(bare).of_tasks)
         taken = tree.combine(means, bare.variables)
         params = taken["params"] | _heads(net, variables["params"], [0])
-        params["route"] = 0.01 * jax.random.normal(key_route, params["route"].shape, params["route"].dtype)
+        if net.route != "linear":
+            params["route"] = 0.01 * jax.random.normal(key_route, params["route"].shape, params["route"].dtype)
     if net.shared_head:
         if classes not in (None, net.classes[0]):
             raise ValueError(f"the tasks share a head of {net.classes[0]} classes, and the new one has {classes}")
@@ -99,15 +100,28 @@ def new_task(network: Network, key: Key[Array, ""], classes: int | None = None, 
 
 
 def set_route(variables: Tree, logits: Array) -> Tree:
-    """The variables with these route logits; ValueError where they are of another size, or say no route."""
+    """The variables with these route logits or coefficients; ValueError where they are of another size, or no route."""
     routes.require_logits(logits)
     have = variables["params"]["route"]
     if logits.shape != have.shape:
         raise ValueError(
-            f"a route of shape {logits.shape} was given for one of {have.shape}: (tasks, layers, templates). "
-            "`take_layers` changes the number of layers, `add_templates` that of templates"
+            f"a route of shape {logits.shape} was given for one of {have.shape}: (tasks, layers, templates), or with "
+            "groups (tasks, layers, groups, templates). `take_layers` changes the number of layers, `add_templates` "
+            "that of templates"
         )
     return {**variables, "params": {**variables["params"], "route": jnp.asarray(logits, have.dtype)}}
+
+
+def harden(network: Network) -> Network:
+    """The network whose layers each take one template, that of the largest weight: the nearest one-hot order.
+
+    Of a linear network coefficients become 0 and 1; a soft one becomes a hard one. Take the statistics again
+    (`statistics`) or train on in this order (`learner(..., trained=FIXED_ORDER)`).
+    """
+    net, variables = network
+    if net.route == "linear":
+        return Network(net, set_route(variables, routes.hard(variables["params"]["route"])))
+    return Network(net.clone(route="hard"), variables)
 
 
 def take_layers(network: Network, order: Sequence[int] | Int[np.ndarray, " n"]) -> Network:
@@ -133,16 +147,19 @@ def add_layer(network: Network, at: int, template: int) -> Network:
     order = np.insert(np.arange(net.layers), at, max(at - 1, 0))
     net, variables = take_layers(network, order)
     route = variables["params"]["route"]
-    finite = np.asarray(route)[np.isfinite(route)]  # -inf is a template that a layer can't take
-    height = np.ptp(finite) + 10.0  # a soft route takes the template too, and the logits' scale is kept
-    logits = route.at[:, at].set(height * routes.fixed(np.full(len(net.classes), template), net.templates))
-    return Network(net, set_route(variables, logits))
+    height = 1.0  # of a coefficient
+    if net.route != "linear":
+        finite = np.asarray(route)[np.isfinite(route)]  # -inf is a template that a layer can't take
+        height = np.ptp(finite) + 10.0  # a soft route takes the template too, and the logits' scale is kept
+    chosen = route.at[:, at].set(height * routes.fixed(np.full(route[:, at, ..., 0].shape, template), net.templates))
+    return Network(net, set_route(variables, chosen))
 
 
 def add_templates(network: Network, kernels: Tree) -> Network:
-    """The network with more templates, `kernels` stacked as its own; no hard route changes.
+    """The network with more templates, `kernels` stacked as its own; no linear or hard route changes.
 
-    Each layer's logit of a new template is the lowest that it has; BN of a new template starts at the identity.
+    The coefficients of a new template are 0, its logits the lowest that a layer has; BN of a new template starts at the
+    identity.
     ValueError for kernels of another shape, and for NaN or infinities in them.
     """
     net, variables = network
@@ -155,7 +172,8 @@ def add_templates(network: Network, kernels: Tree) -> Network:
     )
     added = take(network, "template", [0] * number)
     params = added["params"]
-    lowest = variables["params"]["route"].min(axis=-1, keepdims=True)
+    route = variables["params"]["route"]
+    lowest = jnp.zeros_like(route[..., :1]) if net.route == "linear" else route.min(axis=-1, keepdims=True)
     params["route"], params["templates"] = jnp.broadcast_to(lowest, params["route"].shape), kernels
     if net.bn == "template":
         params["norm"] = tree.map_with_name(
@@ -165,16 +183,17 @@ def add_templates(network: Network, kernels: Tree) -> Network:
 
 
 def remove_template(network: Network, template: int) -> Network:
-    """The network without one template; ValueError where a hard route still goes through it, it isn't there, or no
-    other is."""
+    """The network without one template; ValueError where a route still goes through it (a coefficient that isn't 0, the
+    largest logit of a layer), it isn't there, or no other is."""
     net, variables = network
     if not 0 <= template < net.templates:
         raise ValueError(f"there is no template {template} to remove: there are {net.templates}, from 0 on")
     if net.templates == 1:
         raise ValueError("the only template can't be removed: a network has one at least")
-    used = np.argwhere(np.asarray(routes.indices(variables["params"]["route"])) == template)
+    route = np.asarray(variables["params"]["route"])
+    used = np.argwhere(route[..., template] != 0 if net.route == "linear" else route.argmax(-1) == template)
     if len(used):
-        places = ", ".join(f"layer {layer} of task {t}" for t, layer in used[:8].tolist())
+        places = ", ".join(f"layer {layer} of task {t}" for t, layer, *_ in used[:8].tolist())
         raise ValueError(
             f"template {template} is still used, in {places}{' ...' if len(used) > 8 else ''}: change the route there "
             "first (`set_route`), or take these layers out (`take_layers`)"

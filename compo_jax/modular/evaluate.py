@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from compo_jax.data import Split
 from compo_jax.data.batches import Batch
@@ -76,9 +76,10 @@ class Measure(Protocol):
     def __call__(self, variables: Tree, splits: Sequence[Split], batch: int = 64) -> Float[np.ndarray, " tasks"]: ...
 
 
-def statistics(net: ModularNet, prepare: Prepare, route: Route = routes.hard) -> Estimate:
+def statistics(net: ModularNet, prepare: Prepare, route: Route | None = None) -> Estimate:
     """Takes batch statistics again ("precise BN", Wu and Johnson, 2021, arXiv 2105.07576), each layer seeing what the
-    layers before it give on a batch."""
+    layers before it give on a batch. `route` as in `ModularNet`, here and below."""
+    route = route or routes.KINDS[net.route]
 
     def run(variables, batches):
         total, count = None, 0
@@ -94,8 +95,9 @@ def statistics(net: ModularNet, prepare: Prepare, route: Route = routes.hard) ->
     return run
 
 
-def predictions(net: ModularNet, prepare: Prepare, route: Route = routes.hard) -> Predict:
-    """What the network answers on this route."""
+def predictions(net: ModularNet, prepare: Prepare, route: Route | None = None) -> Predict:
+    """What the network answers."""
+    route = route or routes.KINDS[net.route]
 
     def run(variables, splits, batch=64):
         require_tasks(net, splits)
@@ -108,8 +110,8 @@ def predictions(net: ModularNet, prepare: Prepare, route: Route = routes.hard) -
     return run
 
 
-def accuracies(net: ModularNet, prepare: Prepare, route: Route = routes.hard) -> Measure:
-    """How often the network is right on this route."""
+def accuracies(net: ModularNet, prepare: Prepare, route: Route | None = None) -> Measure:
+    """How often the network is right."""
     predict = predictions(net, prepare, route)
 
     def run(variables, splits, batch=64):
@@ -121,10 +123,10 @@ def accuracies(net: ModularNet, prepare: Prepare, route: Route = routes.hard) ->
 
 
 class Gap(NamedTuple):
-    """The accuracy of each task at four points: on the soft route at the end of the second phase; on its argmax, all
-    else as it was; with the statistics taken again; after training on the fixed route."""
+    """The accuracy of each task at four points: on the route that was learned; on the nearest one-hot one, all else as
+    it was; with the statistics taken again; after training on that fixed route."""
 
-    soft: Float[np.ndarray, "*seeds tasks"]
+    learned: Float[np.ndarray, "*seeds tasks"]
     hard: Float[np.ndarray, "*seeds tasks"]
     reestimated: Float[np.ndarray, "*seeds tasks"]
     finetuned: Float[np.ndarray, "*seeds tasks"]
@@ -138,24 +140,23 @@ def discretisation_gap(
     batches: Callable[[], Iterable[Batch]],
     splits: Sequence[Split],
     *,
-    temperature: float | Array,
+    route: Route,
     batch: int = 64,
 ) -> Gap:
-    """What is lost from soft to hard routes.
+    """What is lost where a route is made hard: each layer takes the template of its largest weight.
 
     Args:
-      before: variables at the end of the second phase.
-      after: variables at the end of training, statistics taken.
+      before: variables whose route was learned.
+      after: variables trained on the fixed route, statistics taken.
       batches: makes the batches that statistics are taken over.
       splits: what accuracy is measured on.
-      temperature: of the soft route.
+      route: the function that the route was learned with.
     """
-    soft = partial(routes.soft, temperature=temperature)
-    hard_accuracy = accuracies(net, prepare)
-    at_soft = statistics(net, prepare, soft)(before, batches())
+    hard = accuracies(net, prepare, routes.hard)
+    as_learned = statistics(net, prepare, route)(before, batches())
     return Gap(
-        accuracies(net, prepare, soft)(at_soft, splits, batch),
-        hard_accuracy(at_soft, splits, batch),
-        hard_accuracy(statistics(net, prepare)(before, batches()), splits, batch),
-        hard_accuracy(after, splits, batch),
+        accuracies(net, prepare, route)(as_learned, splits, batch),
+        hard(as_learned, splits, batch),
+        hard(statistics(net, prepare, routes.hard)(before, batches()), splits, batch),
+        hard(after, splits, batch),
     )

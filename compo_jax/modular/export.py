@@ -12,30 +12,34 @@ from compo_jax.tree import Tree
 
 
 def block(net: ModularNet, params: Tree, layer: int, weights) -> Tree:
-    """The parameters of the block that these weights (M,) mix at that layer, as `models.isometric.Block` names them.
+    """The parameters of the block that these weights (M,), or (groups, M), mix at that layer, as
+    `models.isometric.Block` names them.
 
-    `params` are of one task, see `take_tasks`.
+    `params` are of one task, see `take_tasks`; its gain at that layer becomes part of the last BN.
     """
-    kernels = mix_templates(params["templates"], weights)
+    kernels = mix_templates(params["templates"], weights, net.groups)
     norms = params["norm"]["blocks"]
     if net.bn == "template":
-        norms = mix_templates(norms, weights)
+        norms = mix_templates(norms, weights, net.groups)
     else:
         norms = jax.tree.map(lambda x: x[0, layer] if net.bn == "task" else x[layer], norms)
+    if net.gain:
+        last = f"norm{len(norms)}"
+        norms = norms | {last: jax.tree.map(lambda x: x * params["gain"][0, layer], norms[last])}
     return {name: {"kernel": kernel} for name, kernel in kernels.items()} | norms
 
 
-def plain(network: Network, task: int = 0, route: Route = routes.hard) -> tuple[IsometricNet, Tree]:
+def plain(network: Network, task: int = 0, route: Route | None = None) -> tuple[IsometricNet, Tree]:
     """(network, variables) that give the task's logits, with as many blocks as the route has layers.
 
     A hard route is a plain network, and under weight-space mixing any route is; ValueError for a soft one under
-    output-space mixing.
+    output-space mixing. A gain becomes part of each block's last BN. `route` as in `ModularNet`.
     """
     net, variables = network
     one, taken = take_tasks(network, [task])
     params, statistics = taken["params"], taken["batch_stats"]["tasks"]
-    weights = route(variables["params"]["route"])[task]
-    chosen, one_hot = routes.indices(weights), np.array_equal(weights, routes.hard(weights))
+    weights = (route or routes.KINDS[net.route])(variables["params"]["route"])[task]
+    chosen, one_hot = routes.indices(weights), net.groups == 1 and np.array_equal(weights, routes.hard(weights))
     if net.mixing == "outputs" and not one_hot:
         raise ValueError("a soft mixture of outputs is no plain network: give a hard route (route=routes.hard)")
     layers = [block(one, params, layer, chosen[layer] if one_hot else weights[layer]) for layer in range(net.layers)]

@@ -17,13 +17,13 @@ from compo_jax.modular.net import Network
 
 
 class Rerouting(NamedTuple):
-    """The loss (nats) of one task as the weights of one layer go from its template to each of the others.
+    """The loss (nats) of one task as the weights of one layer go to a single template, each in turn.
 
     Attributes:
-      template: that the trained route takes there.
+      template: that has the largest weight there.
       amounts: parts of the way.
       loss: of the trained route.
-      true, forecast: with the weights `amounts` of the way towards each template.
+      true, forecast: with the weights `amounts` of the way towards each template (of the coefficients' norm).
       error: median over the other templates of |forecast - true| / |true - loss|.
     """
 
@@ -50,17 +50,20 @@ def rerouting(
     one, taken = take_tasks(network, [task])
     images, labels = prepare(split.images(np.arange(len(split)))), jnp.asarray(split.labels)
     landscape = route_landscape(network, task, layer, images, labels)
-    whole = routes.hard(taken["params"]["route"])
+    whole = routes.KINDS[one.route](taken["params"]["route"])
 
     @jax.jit
     def loss(weights):
         logits = one.apply(taken, images[None], lambda _: whole.at[0, layer].set(weights))[0]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
+    if one.groups > 1:
+        raise ValueError("a layer is led to single templates as a whole: its coefficients have one group of channels")
     start = whole[0, layer]
-    moved = start + jnp.asarray(amounts)[:, None] * (jnp.eye(one.templates)[:, None] - start)
+    corners = jnp.eye(one.templates) * (jnp.linalg.norm(start) if one.route == "linear" else 1.0)
+    moved = start + jnp.asarray(amounts)[:, None] * (corners[:, None] - start)
     true = np.array([[float(loss(weights)) for weights in row] for row in moved])
-    forecast = np.array([[float(landscape.predict(weights)) for weights in row] for row in moved])
+    forecast = np.array([[float(landscape.predict(weights - start)) for weights in row] for row in moved])
     template, trained = int(start.argmax()), float(loss(start))
     others = np.arange(one.templates) != template
     error = np.median(np.abs(forecast - true)[others] / np.abs(true - trained)[others], axis=0)

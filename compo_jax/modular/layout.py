@@ -24,10 +24,12 @@ class Parts(NamedTuple):
 def axes(net: ModularNet, name: str) -> tuple[str, ...]:
     """What the leading axes of the leaf at path `name` of the network's variables are."""
     norm = {"task": ("task", "layer"), "layer": ("layer",), "template": ("template",)}[net.bn]
+    group = () if net.groups == 1 else ("group",)
     statistics = ("layer",) if net.bn == "layer" else ("task", "layer")
     rules = (
         ("^params/templates/", ("template",)),
-        ("^params/route$", ("task", "layer", "template")),
+        ("^params/route$", ("task", "layer", *group, "template")),
+        ("^params/gain$", ("task", "layer")),
         ("^params/norm/stem/", norm[:1] if net.bn == "task" else ()),
         ("^params/norm/blocks/", norm),
         ("^batch_stats/tasks/stem/", statistics[:-1]),

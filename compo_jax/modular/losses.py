@@ -30,14 +30,14 @@ def forward(net: ModularNet, variables: Tree, images: Array, weights: Array, tra
     return logits
 
 
-def training_route(settings: Settings, logits: Array, now: Phase, key: Key[Array, ""]) -> Array:
-    """The route weights of a training step: the settings' kind, or one-hot once the route is fixed."""
+def relaxed(settings: Settings, logits: Array, now: Phase, key: Key[Array, ""]) -> Array:
+    """The weights of hard routes in a training step: of the settings' relaxation, or one-hot once they are fixed."""
     kinds = {
         "soft": lambda: routes.soft(logits, now.temperature),
         "straight_through": lambda: routes.straight_through(logits, now.temperature),
         "gumbel": lambda: routes.gumbel(logits, key, now.temperature),
     }
-    return jnp.where(now.fixed, routes.hard(logits), kinds[settings.route]())
+    return jnp.where(now.fixed, routes.hard(logits), kinds[settings.relaxation]())
 
 
 def cross_entropy(logits: Float[Array, "tasks batch classes"], labels: Int[Array, "tasks batch"]) -> Float[Array, ""]:
@@ -49,7 +49,8 @@ def cross_entropy(logits: Float[Array, "tasks batch classes"], labels: Int[Array
 def objective(net: ModularNet, prepare: Prepare, settings: Settings, augment: Augmentation | None = None) -> Callable:
     """`(params, context, batch, step) -> (J, metrics)` for `train.jit_runner`.
 
-    `J = mean_t CE_t + β mean_{t,l} H(a) / log M + γ (1 - H(ā) / log M)`, with the phase's τ, β and γ.
+    `J = mean_t CE_t`; where routes are hard, `β mean_{t,l} H(a) / log M + γ (1 - H(ā) / log M)` is added, with the
+    phase's τ, β and γ.
 
     `context` has `frozen` (the parameters that aren't trained, None where they are), `statistics` (the collection
     `batch_stats`) and `key`; a batch is one of `balanced_batches`.
@@ -57,22 +58,26 @@ def objective(net: ModularNet, prepare: Prepare, settings: Settings, augment: Au
     tasks = len(net.classes)
 
     def loss(params, context, batch, step):
-        now = phase(settings, step)
         key_route, key_augment = jax.random.split(jax.random.fold_in(context["key"], step))
         whole = tree.combine(params, context["frozen"])
         images = prepare(batch["image"])
         if augment is not None:
             images = augment(key_augment, images)
         images, labels = by_task(images, tasks), by_task(batch["label"], tasks)
-        weights = training_route(settings, whole["route"], now, key_route)
+        if net.route == "hard":
+            now = phase(settings, step)
+            weights, a = relaxed(settings, whole["route"], now, key_route), routes.soft(whole["route"], now.temperature)
+        else:
+            weights = routes.KINDS[net.route](whole["route"])
+            a = routes.shares(weights) if net.route == "linear" else weights
         variables = {"params": whole, "batch_stats": context["statistics"]}
         logits = forward(net, variables, images, weights, settings.statistics == "batch")
         value = cross_entropy(logits, labels)
-        soft = routes.soft(whole["route"], now.temperature)
-        sharpness, waste = routes.scaled_entropy(soft), routes.unused(soft)
-        metrics = {
-            "cross_entropy": value,
-            "accuracy": jnp.mean(logits.argmax(-1) == labels),
+        sharpness, waste = routes.scaled_entropy(a), routes.unused(a)
+        metrics = {"cross_entropy": value, "accuracy": jnp.mean(logits.argmax(-1) == labels)}
+        if net.route != "hard":
+            return value, metrics | {"entropy": sharpness, "unused": waste}
+        metrics |= {
             "entropy": jnp.where(now.fixed, 0.0, sharpness),
             "unused": jnp.where(now.fixed, routes.unused(routes.hard(whole["route"])), waste),
             "temperature": now.temperature,

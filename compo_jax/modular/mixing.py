@@ -17,13 +17,17 @@ def count(templates: Tree) -> int:
     return lengths.pop()
 
 
-def mix_templates(templates: Tree, route: Float[Array, "*layers templates"] | Int[Array, "*layers"]) -> Tree:
+def mix_templates(
+    templates: Tree, route: Float[Array, "*layers templates"] | Int[Array, "*layers"], groups: int = 1
+) -> Tree:
     """`θ = Σ_m a_m T_m` at each layer: leaves (M, ...) become (*layers, ...).
 
     Args:
       templates: a tree whose leaves have the M templates on axis 0.
       route: weights; or integers, the templates themselves, which are then read and not summed: exact, and the work
         doesn't depend on M.
+      groups: with more than one, weights are (*layers, groups, templates): of each group of the leaves' last axis, of
+        consecutive output channels.
 
     ValueError for weights of another number of templates or with NaN, and for a template that isn't there (under
     tracing, where no value can be looked at, NaN).
@@ -41,4 +45,12 @@ def mix_templates(templates: Tree, route: Float[Array, "*layers templates"] | In
     if tree.concrete(route) and not np.isfinite(np.asarray(route)).all():
         raise ValueError(f"a route's weights are finite numbers, and these are {np.asarray(route).tolist()}")
     # At full precision: a device's default would round the weights of a network that isn't mixed at all.
-    return jax.tree.map(lambda x: jnp.tensordot(route.astype(x.dtype), x, 1, precision="highest"), templates)
+    if groups == 1:
+        return jax.tree.map(lambda x: jnp.tensordot(route.astype(x.dtype), x, 1, precision="highest"), templates)
+
+    def by_group(x):
+        parts = x.reshape(total, -1, groups, x.shape[-1] // groups)
+        mixed = jnp.einsum("...gm,msgo->...sgo", route.astype(x.dtype), parts, precision="highest")
+        return mixed.reshape(*route.shape[:-2], *x.shape[1:])
+
+    return jax.tree.map(by_group, templates)

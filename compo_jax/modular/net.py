@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from compo_jax.models.isometric import Convolution, branch, convolutions, convolve, patchify, residual
@@ -29,6 +30,7 @@ class _Layout(NamedTuple):
     width: int
     mixing: str
     bn: str
+    groups: int
     train: bool
 
     @property
@@ -129,17 +131,17 @@ class _Layer(nn.Module):
     layout: _Layout
 
     @nn.compact
-    def __call__(self, x, weights, affine, kernels):
-        layout = self.layout
+    def __call__(self, x, weights, gain, affine, kernels):
+        layout, times = self.layout, lambda x: x if gain is None else x * gain.astype(x.dtype)
         if layout.mixing == "weights":
             inside = _Branch(layout, name="branch")
-            return residual(layout.block, x, lambda x: inside(x, kernels, affine)), None
+            return residual(layout.block, x, lambda x: times(inside(x, kernels, affine))), None
         axes = (None, 0, 0 if layout.bn == "template" else None, 0)
         each = nn.vmap(_Branch, in_axes=axes, variable_axes={"batch_stats": None}, axis_name="templates")
         inside = each(layout, name="branch")
 
         def mixture(x):
-            return jnp.tensordot(weights.astype(x.dtype), inside(x, kernels, affine, weights), 1)
+            return times(jnp.tensordot(weights.astype(x.dtype), inside(x, kernels, affine, weights), 1))
 
         return residual(layout.block, x, mixture), None
 
@@ -152,33 +154,38 @@ class _Task(nn.Module):
     unroll: bool
 
     @nn.compact
-    def __call__(self, _, images, weights, stem_affine, affine, stem, kernels):
+    def __call__(self, _, images, weights, gain, stem_affine, affine, stem, kernels):
         layout = self.layout
         x = patchify(images, stem.astype(images.dtype))
         x = nn.relu(_Norm(layout, name="stem")(x, stem_affine, None))
         mixed = layout.mixing == "weights"
         if mixed:  # of all layers in one product: layer by layer each would add to the gradient of all templates
-            kernels = mix_templates(kernels, weights)
-            affine = mix_templates(affine, weights) if layout.bn == "template" else affine
+            kernels = mix_templates(kernels, weights, layout.groups)
+            affine = mix_templates(affine, weights, layout.groups) if layout.bn == "template" else affine
         whole = nn.broadcast
         scanned = nn.scan(
             _Layer,
             variable_axes={"batch_stats": 0},
-            in_axes=(0, 0 if mixed or layout.bn != "template" else whole, 0 if mixed else whole),
+            in_axes=(
+                0,
+                whole if gain is None else 0,
+                0 if mixed or layout.bn != "template" else whole,
+                0 if mixed else whole,
+            ),
             length=self.layers,
             unroll=self.layers if self.unroll else 1,
         )
-        x, _ = scanned(layout, name="layers")(x, weights, affine, kernels)
+        x, _ = scanned(layout, name="layers")(x, weights, gain, affine, kernels)
         return None, x.mean(axis=(1, 2))
 
 
-def _over_tasks(layout: _Layout, unroll: int):
+def _over_tasks(layout: _Layout, gains: bool, unroll: int):
     """`_Task` of all tasks: on a CPU one after another, whose arrays then stay in its cache; together on a device that
     one task doesn't fill, and where tasks share their statistics."""
     together = layout.bn == "layer" or jax.default_backend() != "cpu"
     same = None if together else nn.broadcast
     norm = 0 if layout.bn == "task" else same
-    axes = (0, 0, norm, norm, same, same)
+    axes = (0, 0, 0 if gains else same, norm, norm, same, same)
     if together:
         stats = {"batch_stats": None if layout.bn == "layer" else 0}
         return nn.vmap(_Task, in_axes=(None, *axes), variable_axes=stats, axis_name="tasks")
@@ -188,9 +195,10 @@ def _over_tasks(layout: _Layout, unroll: int):
 class ModularNet(nn.Module):
     """Networks of T tasks that are mixtures of M block templates; images of all tasks in, logits of all tasks out.
 
-    `net.apply(variables, images, route, train)`: `route` is a function from logits to weights (`routes.soft`, ...).
-    The parameters are `stem` (patch, patch, channels, width), `templates` (M, ...), `route` (T, layers, M), `norm`
-    (scale and bias) and `head_0`, ... or `head`.
+    `net.apply(variables, images, route, train)`: `route` is a function from the parameters of that name to weights
+    (`routes.linear`, ...), by default the network's. The parameters are `stem` (patch, patch, channels, width),
+    `templates` (M, ...), `route` (T, layers, M) or (T, layers, groups, M), `norm` (scale and bias) and `head_0`, ... or
+    `head`.
 
     Batch normalisation has no running averages. With `train` each batch is normalised by its own statistics, which the
     collection `batch_stats` then holds; without, by those in it: see `evaluate.statistics`, which takes them over as
@@ -202,9 +210,18 @@ class ModularNet(nn.Module):
       width, patch, block: see `IsometricNet`.
       bn: whose scale and bias they are: `task`, of each task at each layer; `layer`, of each layer, shared by the tasks
         (statistics too: they are taken over all tasks' images); `template`, of each template, and then depth costs
-        route logits only. Statistics are no parameters: but for `layer` they always belong to (task, layer).
+        the route only. Statistics are no parameters: but for `layer` they always belong to (task, layer).
       mixing: `weights`, one block with mixed kernels, whose work doesn't depend on M; `outputs`, all M blocks,
         their outputs mixed.
+      route: what weighs the templates. `linear`, free coefficients: the kind to take first; `soft`, softmax of logits;
+        `hard`, the template of the largest logit, on soft routes while it is learned (see `Settings`).
+      start: of coefficients. `shared`, from N(0, 1/M), the same in all tasks, which leave it as they learn; `one_hot`,
+        each layer takes one template, again the same in all tasks; `distinct`, from N(0, 1/M), others in each task.
+        Logits start near 0.
+      groups: of the output channels of a block's convolutions; with more than one each has linear coefficients of its
+        own: a finer order, whose scalars are still few.
+      gain: one more parameter `gain` (T, layers), from 1 on, that scales what a block adds: the control for
+        coefficients, which scale it too where BN is of `template`.
       shared_head: one head, for tasks that are domains of one set of classes.
       unroll: writes the layers (and tasks) out instead of scanning over them; count FLOPs with this on.
     """
@@ -217,12 +234,17 @@ class ModularNet(nn.Module):
     block: str = "basic"
     bn: str = "task"
     mixing: str = "weights"
+    route: str = "linear"
+    start: str = "shared"
+    groups: int = 1
+    gain: bool = False
     shared_head: bool = False
     dtype: Any = None
     unroll: bool = False
 
     def __post_init__(self):
-        whole_numbers(layers=self.layers, templates=self.templates, width=self.width, patch=self.patch)
+        sizes = ("layers", "templates", "width", "patch", "groups")
+        whole_numbers(**{name: getattr(self, name) for name in sizes})
         whole_numbers(0, **{f"classes[{t}]": count for t, count in enumerate(self.classes)})
         if not self.classes:
             raise ValueError("a modular network needs a task: classes= has the number of classes of each")
@@ -231,10 +253,22 @@ class ModularNet(nn.Module):
                 raise ValueError(f"task {t} has {count} class and needs two: leave it out, or join it with another")
         if self.shared_head and len(set(self.classes)) > 1:
             raise ValueError(f"a shared head is for tasks of the same classes, and they have {self.classes}")
-        for option, choices in (("bn", ("task", "layer", "template")), ("mixing", ("weights", "outputs"))):
+        for option, choices in (
+            ("bn", ("task", "layer", "template")), ("mixing", ("weights", "outputs")), ("route", tuple(routes.KINDS)),
+            ("start", ("shared", "one_hot", "distinct")),
+        ):  # fmt: skip
             if getattr(self, option) not in choices:
                 raise ValueError(f"{option}={getattr(self, option)!r} is not among {', '.join(choices)}")
-        convolutions(self.block, self.width)
+        if (self.mixing, self.route) == ("outputs", "linear"):
+            raise ValueError(
+                "outputs are mixed by weights of sum 1, which their statistics are taken with, too: give route='soft' "
+                "or 'hard'; or mix weights"
+            )
+        shapes = convolutions(self.block, self.width)
+        if self.groups > 1 and self.route != "linear":
+            raise ValueError(f"groups={self.groups} is of linear routes: a {self.route} one takes whole templates")
+        if uneven := sorted({shape.outputs for shape in shapes if shape.outputs % self.groups}):
+            raise ValueError(f"{uneven[0]} output channels can't be cut into {self.groups} groups of one size")
         super().__post_init__()
 
     def _check(self, images):
@@ -250,8 +284,19 @@ class ModularNet(nn.Module):
                 "`prepare`"
             )
 
+    def _first_route(self, key, shape):
+        if self.route != "linear":
+            return 0.01 * jax.random.normal(key, shape)
+        if self.start == "one_hot":
+            order = np.arange(self.layers) * self.templates // self.layers
+            one = routes.fixed(order, self.templates).reshape(1, self.layers, *[1] * (len(shape) - 3), -1)
+        else:
+            tasks = shape[0] if self.start == "distinct" else 1
+            one = jax.random.normal(key, (tasks, *shape[1:])) / self.templates**0.5
+        return jnp.broadcast_to(one, shape)
+
     @nn.compact
-    def features(self, images: Images, route: Route = routes.soft, train: bool = False) -> Array:
+    def features(self, images: Images, route: Route | None = None, train: bool = False) -> Array:
         """The pooled features (tasks, batch, width)."""
         self._check(images)
         tasks, shapes = len(self.classes), convolutions(self.block, self.width)
@@ -270,27 +315,31 @@ class ModularNet(nn.Module):
         stem_shape = (tasks, self.width) if self.bn == "task" else (self.width,)
         stem = self.param("stem", _HE, (self.patch, self.patch, images.shape[-1], self.width))
         kernels = self.param("templates", stacked)
-        logits = self.param("route", nn.initializers.normal(0.01), (tasks, self.layers, self.templates))
+        groups = () if self.groups == 1 else (self.groups,)
+        given = self.param("route", self._first_route, (tasks, self.layers, *groups, self.templates))
         norm = self.param(
             "norm",
             lambda _: {"stem": {"scale": jnp.ones(stem_shape), "bias": jnp.zeros(stem_shape)}, "blocks": norms(*stack)},
         )
-        weights = route(logits)
-        if weights.shape != logits.shape:
+        weights = (route or routes.KINDS[self.route])(given)
+        if weights.shape != given.shape:
             raise ValueError(
-                f"the route has shape {weights.shape} and the network's is {logits.shape}: (tasks, layers, templates)"
+                f"the route has shape {weights.shape} and the network's is {given.shape}: (tasks, layers, templates), "
+                "with groups before the templates where there are several"
             )
         if self.dtype is not None:
             images = images.astype(self.dtype)
-        layout = _Layout(self.block, self.width, self.mixing, self.bn, train)
-        _, x = _over_tasks(layout, tasks if self.unroll else 1)(layout, self.layers, self.unroll, name="tasks")(
-            None, images, weights, norm["stem"], norm["blocks"], stem, kernels
+        layout = _Layout(self.block, self.width, self.mixing, self.bn, self.groups, train)
+        gain = self.param("gain", nn.initializers.ones, (tasks, self.layers)) if self.gain else None
+        over_tasks = _over_tasks(layout, self.gain, tasks if self.unroll else 1)
+        _, x = over_tasks(layout, self.layers, self.unroll, name="tasks")(
+            None, images, weights, gain, norm["stem"], norm["blocks"], stem, kernels
         )
         return x
 
     @nn.compact
     def __call__(
-        self, images: Images, route: Route = routes.soft, train: bool = False
+        self, images: Images, route: Route | None = None, train: bool = False
     ) -> Float[Array, "tasks batch classes"]:
         """Logits, -inf for the classes that a task has fewer than the largest."""
         x, widest = self.features(images, route, train), max(self.classes)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from compo_jax.data.stream import Augmentation, Split
-from compo_jax.modular import routes
 from compo_jax.modular.losses import Prepare
 from compo_jax.modular.net import ModularNet, Network
 from compo_jax.modular.settings import Settings
@@ -16,6 +15,8 @@ from compo_jax.modular.training import Learner, learner
 PARTS: dict[str, tuple[str, ...]] = {
     "head": ("^head",),
     "head+route": ("^head", "^route$"),
+    "head+gain": ("^head", "^gain$"),
+    "head+route+gain": ("^head", "^(route|gain)$"),
     "head+bn": ("^head", "^norm/"),
     "head+bn+route": ("^head", "^norm/", "^route$"),
     "all": ("",),
@@ -34,19 +35,19 @@ def transfer(
     """A `learner` of these parts of a new task (see `edit.new_task`).
 
     But for `all`, stem and templates stay as they are to the bit. `head+route` learns by order only. Where the route
-    isn't learned, the hard route of its logits is taken as given. Batch statistics are those of the new task's images,
-    or with `settings.statistics="stored"` those it began with.
+    isn't learned, it is taken as given. Batch statistics are those of the new task's images, or with
+    `settings.statistics="stored"` those it began with. ValueError for a gain that the network doesn't have.
     """
     if part not in PARTS:
         raise ValueError(f"no part of a network is called {part!r}; there are {', '.join(PARTS)}")
-    if part in ("head", "head+bn"):
-        settings = settings._replace(phases=(0.0, 0.0))
+    if "gain" in part and not net.gain:
+        raise ValueError(f"{part!r} learns a gain, and this network has none: make it with gain=True")
     more = {} if runner is None else {"runner": runner}
     return learner(net, prepare, settings, augment, trained=PARTS[part], **more)
 
 
 def nearest_source(network: Network, prepare: Prepare, split: Split, images: int = 250) -> int:
-    """The task whose hard route tells the classes of these labelled images apart best, and so is a new one's start.
+    """The task whose route tells the classes of these labelled images apart best, and so is a new one's start.
 
     By the accuracy of nearest centroids on the features, cross-validated in at most five folds, on about as many images
     in all; batch statistics are those of the images. ValueError where a class has fewer than two images.
@@ -63,7 +64,7 @@ def nearest_source(network: Network, prepare: Prepare, split: Split, images: int
     labels = split.labels[rows]
     features = jax.jit(
         lambda variables, images: net.apply(
-            variables, jnp.stack([images] * len(net.classes)), routes.hard, True,
+            variables, jnp.stack([images] * len(net.classes)), None, True,
             method="features", mutable=["batch_stats"],
         )[0]
     )(network.variables, prepare(split.images(rows)))  # fmt: skip

@@ -1,5 +1,6 @@
-"""What a method's hard routes say, all of it beside routes drawn at random."""
+"""What a method's routes say, all of it beside routes drawn at random."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ class RouteNumbers(NamedTuple):
       distance, nearest: mean and least of the distances between two tasks; nan for one task.
       similarity: of layers, the mean over tasks.
       usage: of the templates, the most used first.
-      dead: number of templates that no route goes through.
+      dead: number of templates whose weight is the largest nowhere.
     """
 
     distance: Float[np.ndarray, ""]
@@ -27,7 +28,7 @@ class RouteNumbers(NamedTuple):
 
 
 class BesideRandom(NamedTuple):
-    """Trained routes beside random hard ones; the fields of `analysis.Null`.
+    """Trained routes beside random ones; the fields of `analysis.Null`.
 
     Attributes:
       mean, deviation: of the random ones; standard deviation of single draws.
@@ -42,18 +43,22 @@ class BesideRandom(NamedTuple):
     draws: int
 
 
-def route_numbers(weights: analysis.Weights) -> RouteNumbers:
-    """The numbers of routes (tasks, layers, templates)."""
-    pairs = analysis.task_distances(weights)[np.triu_indices(len(weights), 1)]
+def route_numbers(weights: analysis.Weights, *, linear: bool = False) -> RouteNumbers:
+    """The numbers of routes (tasks, layers, templates); `linear` as in `analysis`."""
+    pairs = analysis.task_distances(weights, linear=linear)[np.triu_indices(len(weights), 1)]
     return RouteNumbers(
         np.mean(pairs) if len(pairs) else np.nan,
         np.min(pairs) if len(pairs) else np.nan,
-        analysis.layer_similarity(weights).mean(0),
-        np.sort(analysis.usage(weights))[::-1],
-        np.float64(len(analysis.dead(weights))),
+        analysis.layer_similarity(weights, linear=linear).mean(0),
+        np.sort(analysis.usage(weights, linear=linear))[::-1],
+        np.float64(len(analysis.dead(weights, linear=linear))),
     )
 
 
-def beside_random(weights: analysis.Weights, key: Key[jax.Array, ""], draws: int = 200) -> BesideRandom:
-    """The numbers of hard routes beside those of as many drawn uniformly, two draws or more."""
-    return BesideRandom(*analysis.against_random(route_numbers, weights, key, draws), draws)
+def beside_random(
+    weights: analysis.Weights, key: Key[jax.Array, ""], draws: int = 200, *, linear: bool = False
+) -> BesideRandom:
+    """The numbers of routes beside those of as many drawn at random (see `analysis.against_random`), two draws or
+    more."""
+    numbers = partial(route_numbers, linear=linear)
+    return BesideRandom(*analysis.against_random(numbers, weights, key, draws, linear=linear), draws)

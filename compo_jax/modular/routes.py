@@ -1,7 +1,7 @@
-"""Routes: from logits (..., M) to the weights that M templates have at each layer of each task.
+"""Routes: from a network's parameters (..., M) to the weights that M templates have at each layer of each task.
 
-A route function takes logits and gives weights that sum to one over the last axis; hand its settings over with
-`functools.partial`.
+Linear routes are coefficients, which are the weights themselves. All others are logits, whose weights sum to one over
+the last axis; hand a function's settings over with `functools.partial`.
 """
 
 import jax
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 from compo_jax import tree
 
 Logits = Float[Array, "*layers templates"]
+Coefficients = Float[Array, "*layers templates"] | Float[np.ndarray, "*layers templates"]
 Weights = Float[Array, "*layers templates"]
 
 
@@ -42,6 +43,12 @@ def require_weights(weights: Weights | np.ndarray) -> None:
 def _require_temperature(temperature: float | Float[Array, ""]) -> None:
     if tree.concrete(temperature) and not 0 < float(temperature) < np.inf:
         raise ValueError(f"a route's temperature is a positive number, not {temperature}")
+
+
+def linear(coefficients: Coefficients) -> Coefficients:
+    """The coefficients as they are; ValueError for NaN and infinities."""
+    tree.require_finite({"the route": coefficients}, "a linear route")
+    return coefficients
 
 
 def soft(logits: Logits, temperature: float | Float[Array, ""] = 1.0) -> Weights:
@@ -99,6 +106,14 @@ def to_logits(weights: Weights, smoothing: float = 1e-3) -> Logits:
     return jnp.log((1 - smoothing) * weights + smoothing / weights.shape[-1])
 
 
+def shares(coefficients: Coefficients) -> Weights:
+    """The part of each template in a layer's coefficients, `c_m² / Σ c²`: none negative and of sum 1, as a route's
+    entropy and usage want them; equal parts where all coefficients are 0."""
+    square = coefficients**2
+    total = square.sum(-1, keepdims=True)
+    return jnp.where(total > 0, square / jnp.where(total > 0, total, 1), 1 / coefficients.shape[-1])
+
+
 def entropy(weights: Weights) -> Float[Array, "*layers"]:
     """`H = -Σ_m a_m log a_m`, from 0 for a one-hot route to log M for a uniform one, in nats; NaN for a NaN."""
     absent = weights <= 0
@@ -116,3 +131,6 @@ def unused(weights: Weights) -> Float[Array, ""]:
     count = weights.shape[-1]
     mean = jnp.mean(weights.reshape(-1, count), axis=0)
     return 1 - entropy(mean) / jnp.log(count) if count > 1 else jnp.zeros(())
+
+
+KINDS = {"linear": linear, "soft": soft, "hard": hard}  # what `ModularNet.route` can be

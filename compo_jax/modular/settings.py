@@ -1,4 +1,4 @@
-"""The settings of a modular training, and what changes in its course: three phases."""
+"""The settings of a modular training, and what changes in the course of one of hard routes: three phases."""
 
 import math
 from typing import Any, Literal, NamedTuple
@@ -15,8 +15,8 @@ class _Fields(NamedTuple):
     weight_decay: float = 0.01
     warmup: float = 0.05
     clip: float = 1.0
-    route: Literal["soft", "straight_through", "gumbel"] = "soft"
-    route_rate: float = 10.0
+    route_rate: float = 3.0
+    relaxation: Literal["soft", "straight_through", "gumbel"] = "soft"
     entropy: float = 0.1
     usage: float = 0.01
     temperature: tuple[float, float] = (1.0, 0.1)
@@ -50,8 +50,8 @@ _RANGES = {
     "weight_decay": _NOT_NEGATIVE,
     "warmup": _Range("no part of the steps, from 0 to below 1", lambda x: 0 <= x < 1),
     "clip": _Range("no positive number (infinity clips nothing)", lambda x: x > 0),
-    "route": _among("soft", "straight_through", "gumbel"),
     "route_rate": _NOT_NEGATIVE,
+    "relaxation": _among("soft", "straight_through", "gumbel"),
     "entropy": _NOT_NEGATIVE,
     "usage": _NOT_NEGATIVE,
     "temperature": _Range("no two positive numbers", lambda x: len(x) == 2 and all(0 < t < math.inf for t in x)),
@@ -68,16 +68,19 @@ class Settings(_Fields):
       steps, batch: of the whole training; images of each task in a step.
       learning_rate, weight_decay, warmup, clip: AdamW's rate at its highest and decay, the part of the steps that it
         rises over (a cosine to 0 follows), the largest norm of the gradient.
-      route: the route function while routes are learned.
-      route_rate: the logits' learning rate, in multiples of `learning_rate`; they have no weight decay.
+      route_rate: the learning rate of routes, in multiples of `learning_rate`: about 3 for coefficients and 10 for
+        logits. They have no weight decay.
+      statistics: `batch`, each batch is normalised by its own statistics; `stored`, by those in the variables.
+      estimate: batches that the statistics are taken over when training is done.
+
+    Of hard routes only:
+      relaxation: what stands for them while they are learned.
       entropy: β at its highest, the weight of the mean of H(a) / log M, which pushes routes to one-hot.
       usage: γ, the weight of 1 - H(ā) / log M, which has all modules used.
       temperature: τ in the first phase, and at the end of the second.
       phases: the parts of the steps after which the second and the third phase begin. In the second τ falls
         geometrically and β rises linearly; in the third the route is fixed to its argmax. (0, 0) trains on the hard
-        route of the logits as given, (1, 1) on soft routes to the end.
-      statistics: `batch`, each batch is normalised by its own statistics; `stored`, by those in the variables.
-      estimate: batches that the statistics are taken over when training is done.
+        route of the logits as given.
     """
 
     __slots__ = ()
@@ -102,7 +105,7 @@ class Settings(_Fields):
 
     @property
     def freeze(self) -> int:
-        """The first step of the third phase."""
+        """The first step of the third phase, of hard routes."""
         return round(self.phases[1] * self.steps)
 
 

@@ -17,7 +17,8 @@ SHARED, TASK = "modular-templates", "modular-task"
 
 
 def _settings(net: ModularNet) -> dict[str, Any]:
-    names = ("layers", "templates", "width", "patch", "block", "bn", "mixing", "shared_head")
+    names = ("layers", "templates", "width", "patch", "block", "bn", "mixing", "route", "start", "groups", "gain")
+    names += ("shared_head",)
     return {name: getattr(net, name) for name in names}
 
 
@@ -66,7 +67,7 @@ def load_task(pool: ModulePool, name: str, shared: Tree) -> Network:
             f"task {name!r} of {pool.path} was stored against other templates ({manifest.base[:12]}) than these "
             f"({fingerprint[:12]}): load the templates that were stored with it"
         )
-    settings = dict(manifest.settings)
+    settings = {"route": "hard"} | manifest.settings  # older pools have hard routes and don't say so
     net = ModularNet(classes=(settings.pop("classes"),), **settings)
     variables = unflatten_dict(flatten_dict(shared) | flatten_dict(pool.load(name)))
     return Network(net, jax.tree.map(jnp.asarray, variables))

@@ -27,13 +27,16 @@ class Trained(NamedTuple):
     """A trained network.
 
     Attributes:
-      variables: at the end, with batch statistics for the route that was trained on: hard, or soft where the settings
-        have no third phase.
-      before: at the end of the second phase, its statistics those that training began with.
+      variables: at the end, with batch statistics for the network's route.
+      before: when routes were learned, its statistics those that training began with: of hard ones at the end of the
+        second phase, of others at the end.
     """
 
     variables: Tree
     before: Tree
+
+
+FIXED_ORDER = "^(?!route$)"  # the paths of all parameters but the route
 
 
 @runtime_checkable
@@ -50,7 +53,11 @@ class Train(Protocol):
 
 @runtime_checkable
 class MeasureGap(Protocol):
-    """The discretisation gap on the test splits, statistics taken over images of the training splits."""
+    """The discretisation gap on the test splits, statistics taken over images of the training splits.
+
+    `trained` is of a hard network; or of a linear or soft one that was trained on in the nearest one-hot order (see
+    `edit.harden`), `before` what it was.
+    """
 
     def __call__(self, trained: Trained, splits: Sequence[Split], seed: int, test_splits: Sequence[Split]) -> Gap: ...
 
@@ -75,14 +82,17 @@ def learner(
 
     Args:
       prepare: bytes (rows, size, size, 3) to the network's input, `TaskStream.prepare` say.
-      trained: path patterns of the parameters that are trained; default all. The others stay as they are to the bit.
+      trained: path patterns of the parameters that are trained; default all. The others stay as they are to the bit:
+        `FIXED_ORDER` trains all but the route.
       runner: `jit_runner` or `pmap_runner`, under which each device normalises its part by that part's statistics.
     """
-    transform = optimizer(settings)
+    patterns = [trained] if isinstance(trained, str) else trained
+    if not tree.first_match("route", [(pattern, True) for pattern in patterns], False):
+        settings = settings._replace(phases=(0.0, 0.0))
+    freeze = settings.freeze if net.route == "hard" else settings.steps
+    transform = optimizer(settings, freeze)
     run = runner(objective(net, prepare, settings, augment), transform)
-    temperature = float(phase(settings, settings.freeze).temperature)
-    last = routes.hard if settings.freeze < settings.steps else partial(routes.soft, temperature=temperature)
-    estimate = statistics(net, prepare, last)
+    estimate = statistics(net, prepare)
 
     def some(splits, seed):
         return itertools.islice(balanced_batches(splits, settings.batch, seed)(0), settings.estimate)
@@ -95,13 +105,16 @@ def learner(
         state = init_state(params, transform)
         before = variables
         # In two goes with a folder each, so that the state between them is there again when a run is resumed.
-        for name, steps in (("routing", settings.freeze), ("fixed", settings.steps)):
+        for name, steps in {"routing": freeze, "fixed": settings.steps}.items():
             kept = None if folder is None else Checkpoints(local_path(folder) / name)
             batches = balanced_batches(splits, settings.batch, seed)
             state = fit(run, state, context, batches, steps, checkpoints=kept, **fit_options)
             whole = {**variables, "params": tree.combine(state.params, frozen)}
             before = whole if name == "routing" else before
         return Trained(whole if settings.statistics == "stored" else estimate(whole, some(splits, seed)), before)
+
+    temperature = phase(settings, settings.freeze).temperature
+    as_learned = partial(routes.soft, temperature=temperature) if net.route == "hard" else routes.KINDS[net.route]
 
     def gap(trained, splits, seed, test_splits) -> Gap:
         return discretisation_gap(
@@ -111,7 +124,7 @@ def learner(
             trained.variables,
             lambda: some(splits, seed),
             test_splits,
-            temperature=temperature,
+            route=as_learned,
         )
 
     return Learner(train, gap)

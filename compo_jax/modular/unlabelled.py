@@ -37,23 +37,33 @@ def information_maximisation(logits: Float[Array, "batch classes"]) -> Float[Arr
     return jnp.mean(routes.entropy(p)) - routes.entropy(jnp.mean(p, axis=0))
 
 
+def _on_route(network: Network, weights: Array, smoothing: float) -> Network:
+    """The network on a route that can be learned on: these coefficients, or soft weights."""
+    net, variables = network
+    if net.route == "linear":
+        return Network(net, set_route(variables, weights))
+    return Network(net.clone(route="soft"), set_route(variables, routes.to_logits(weights, smoothing)))
+
+
 def mean_source(network: Network, smoothing: float = 0.05) -> Network:
-    """A one-task network whose route is the mean of the sources' hard routes, and so BN and its statistics."""
-    one, start = new_task(network, jax.random.key(0))
-    mean = routes.hard(network.variables["params"]["route"]).mean(axis=0, keepdims=True)
-    return Network(one, set_route(start, routes.to_logits(mean, smoothing)))
+    """A one-task network whose route is the mean of the sources' routes, and so BN and its statistics.
+
+    `smoothing` is of soft weights, which it is on where the sources aren't linear (see `routes.to_logits`).
+    """
+    weights = routes.KINDS[network.net.route](network.variables["params"]["route"])
+    return _on_route(new_task(network, jax.random.key(0)), weights.mean(axis=0, keepdims=True), smoothing)
 
 
 def one_source(network: Network, source: int, smoothing: float = 0.05) -> Network:
-    """The one-task network of a source, its hard route smoothed so that it can be learned on."""
-    one, start = take_tasks(network, [source])
-    return Network(one, set_route(start, routes.to_logits(routes.hard(start["params"]["route"]), smoothing)))
+    """The one-task network of a source; `smoothing` as in `mean_source`."""
+    one = take_tasks(network, [source])
+    return _on_route(one, routes.KINDS[one.net.route](one.variables["params"]["route"]), smoothing)
 
 
 def source_objectives(
     network: Network, prepare: Prepare, target: Task, batch: int = 64, *, bn: str = "source"
 ) -> Float[np.ndarray, " sources"]:
-    """Information maximisation of each source's hard network on the target's training images: the lowest is the best
+    """Information maximisation of each source's network on the target's training images: the lowest is the best
     source that can be told without labels.
 
     `bn="target"` takes batch statistics on them first (on 20 batches at most), so that sources are compared by what
@@ -71,9 +81,10 @@ def source_objectives(
 
 @runtime_checkable
 class Adapt(Protocol):
-    """The variables of a one-task network, to be used with `routes.soft`, adapted to the target's training images.
+    """The variables of a one-task network adapted to the target's training images.
 
-    No label is read. `sources` are the routes' weights that `route="convex"` mixes; `fit_options` are `train.fit`'s.
+    No label is read. `sources` are the routes' weights or coefficients that `route="convex"` mixes; `fit_options` are
+    `train.fit`'s.
     """
 
     def __call__(
@@ -100,7 +111,7 @@ def adaptation(
 
     Args:
       net: of one task; `mean_source` and `one_source` make it and where training starts.
-      settings: steps, batch, rates; there are no phases, the route stays soft at temperature 1.
+      settings: steps, batch, rates.
       classes: names of the sources' classes.
       route: `free`, its logits are learned; `convex`, it is a convex mixture of `sources`, whose weights are learned
         from equal ones on; `fixed`, it stays.
@@ -110,13 +121,12 @@ def adaptation(
     """
     _require_options(net, route, bn)
     trained = [pattern for pattern, yes in (("^route$", route == "free"), ("^norm/", bn == "affine")) if yes]
-    settings = settings._replace(phases=(1.0, 1.0))
-    transform = optimizer(settings)
-    estimate = statistics(net, prepare, routes.soft)
+    transform, route_of = optimizer(settings), routes.KINDS[net.route]
+    estimate = statistics(net, prepare)
 
     def weights_of(params, whole, sources):
         if route != "convex":
-            return routes.soft(whole["route"])
+            return route_of(whole["route"])
         return jnp.tensordot(jax.nn.softmax(params["mixture"]), sources, 1)[None]
 
     def loss(params, context, batch, step):
@@ -131,7 +141,7 @@ def adaptation(
     run = runner(loss, transform)
 
     def adapt(variables, target, seed, sources=None, **fit_options):
-        _require_target(variables, target, classes, sources, route)
+        _require_target(net, variables, target, classes, sources, route)
         labelled = balanced_batches([target.train], settings.batch, seed)
         batches = lambda start: ({"image": batch["image"], "task": batch["task"]} for batch in labelled(start))
         if trained:
@@ -147,7 +157,8 @@ def adaptation(
             variables = {**variables, "params": whole}
             if mixture:
                 weights = weights_of(state.params, whole, sources)
-                variables = set_route(variables, routes.to_logits(weights, 1e-6))
+                weights = weights if net.route == "linear" else routes.to_logits(weights, 1e-6)
+                variables = set_route(variables, weights)
         return variables if bn == "source" else estimate(variables, itertools.islice(batches(0), settings.estimate))
 
     return adapt
@@ -164,9 +175,13 @@ def _require_options(net: ModularNet, route: str, bn: str) -> None:
             "adaptation is of one domain on the sources' head: train the sources with shared_head=True, and take one "
             "task (`mean_source`, `one_source`)"
         )
+    if net.route == "hard":
+        raise ValueError("a hard route has no gradient: start from `mean_source` or `one_source`, whose route is soft")
 
 
-def _require_target(variables: Tree, target: Task, classes: Sequence[str], sources: Array | None, route: str) -> None:
+def _require_target(
+    net: ModularNet, variables: Tree, target: Task, classes: Sequence[str], sources: Array | None, route: str
+) -> None:
     if tuple(target.classes) != tuple(classes):
         raise ValueError(
             f"the target {target.name!r} has the classes {', '.join(target.classes[:6])} and the sources "
@@ -179,4 +194,4 @@ def _require_target(variables: Tree, target: Task, classes: Sequence[str], sourc
             f"sources' routes of shape {sources.shape} don't fit the network's {variables['params']['route'].shape}"
         )
     if sources is not None:
-        routes.require_weights(sources)
+        routes.linear(sources) if net.route == "linear" else routes.require_weights(sources)

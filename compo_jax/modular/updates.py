@@ -1,4 +1,4 @@
-"""AdamW with its own rate for the routes."""
+"""AdamW with a rate of their own for the routes."""
 
 import jax.numpy as jnp
 import optax
@@ -7,7 +7,7 @@ from compo_jax import tree
 from compo_jax.modular.settings import Settings
 
 ROUTES = r"(^|/)(route|mixture)$"
-UNDECAYED = rf"{ROUTES}|(^|/)norm/"
+UNDECAYED = rf"{ROUTES}|(^|/)(norm/|gain$)"
 
 
 def _only(pattern: str, matching: bool = True):
@@ -20,14 +20,15 @@ def _only(pattern: str, matching: bool = True):
     return mask
 
 
-def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine and a clipped gradient; neither routes nor BN decay.
+def optimizer(settings: Settings, freeze: int | None = None) -> optax.GradientTransformation:
+    """AdamW with warm-up, cosine and a clipped gradient; neither routes nor gains nor BN decay.
 
-    Routes learn `route_rate` times faster, and not at all once they are fixed.
+    Routes learn `route_rate` times faster, and not at all from step `freeze` on (`settings.freeze` of hard routes).
     """
     rise = min(max(round(settings.warmup * settings.steps), 1), settings.steps - 1)  # the cosine needs a step
     rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, rise, settings.steps)
-    faster = optax.scale_by_schedule(lambda count: jnp.where(count < settings.freeze, settings.route_rate, 0.0))
+    last = settings.steps if freeze is None else freeze
+    faster = optax.scale_by_schedule(lambda count: jnp.where(count < last, settings.route_rate, 0.0))
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),
         optax.scale_by_adam(),
