@@ -3,13 +3,15 @@
     python experiments/modular_adaptation.py                              # digits rendered in four ways, no download
     python experiments/modular_adaptation.py --data pacs64 --data-dir DIR
     python experiments/modular_adaptation.py --data digits --data-dir DIR # MNIST, USPS and rendered digits
+    python experiments/modular_adaptation.py --data rendered-corrupted    # or cifar100-corrupted: twelve corruptions
 
-Each domain is left out in turn: the others learn templates, a head that they share, and an order each; then the
-target's training images, their labels unread, choose a source (by information maximisation, under BN statistics of the
-target), or learn a route, or adapt BN (AdaBN, Tent), or both. Nothing in a run is chosen by target labels but the row
-that says so. Writes `runs/NAME/`: metrics.json, metrics.jsonl, report.html and a pool of the sources for each seed and
-target. A killed run goes on behind its last finished target, a finished one may be given more seeds. The first takes
-a few minutes on 2 CPU cores. Expected numbers: README.md.
+Each domain is left out in turn, of a corrupted set combinations and higher severities once for all: the others learn
+templates, a head that they share, and an order each; then the target's training images, their labels unread, choose a
+source (by information maximisation, under BN statistics of the target), or learn a route, or adapt BN (AdaBN, Tent), or
+both. Nothing in a run is chosen by target labels but the row that says so. Writes `runs/NAME/`: metrics.json,
+metrics.jsonl, report.html and a pool of the sources for each seed and target. A killed run goes on behind its last
+finished target, a finished one may be given more seeds. The first takes a few minutes on 2 CPU cores. Expected numbers:
+README.md.
 """
 
 from functools import cache, partial
@@ -22,6 +24,10 @@ from modular_options import ADAPTED, BASELINE, MEAN, ORACLE, UNADAPTED
 from modular_options import Adaptation as Options
 
 METHODS = UNADAPTED | ADAPTED
+MADE = {
+    "rendered": "the domains are one set of digits, rendered in four ways",
+    "corrupted": "the domains are one set, corrupted in other ways each; combinations and severities are held out",
+}
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -42,28 +48,32 @@ from compo_jax.modular.results import AdaptationResults, Sources, Target
 
 
 def open_domains(options: modular_options.Domains) -> data.TaskStream:
-    stream = data.open_domains(options.data, options.size, data_dir=options.data_dir, images=options.images)
+    where = {"data_dir": options.data_dir, "label": options.label}
+    stream = data.open_domains(options.data, options.size, images=options.images, **where)
     job.tell_images(stream, options.images)
     domains = [task.name for task in stream.tasks]
     if unknown := sorted(set(options.targets) - set(domains)):
         raise ValueError(f"no domain is called {', '.join(unknown)}; there are {', '.join(domains)}")
+    if len({target in stream.held_out for target in options.targets}) > 1:
+        raise ValueError("--targets are all held out or none is: the same sources are learned for all of them")
     if len(domains) < 3:
         raise ValueError(f"there are {len(domains)} domains: with one left out, two sources at least must stay")
     console.print(f"{stream.name}: {', '.join(domains)}; {len(stream.tasks[0].classes)} classes")
     return stream
 
 
-def others(session: Session, target: data.Task) -> list[data.Task]:
-    return [domain for domain in session.stream.tasks if domain.name != target.name]
+def learned(session: Session, target: data.Task, seed: int) -> str:
+    """The name of the sources' network: targets that are held out have the same sources, learned once."""
+    return f"{seed}-{'held-out' if target.name in session.stream.held_out else target.name}"
 
 
 # -- the sources -------------------------------------------------------------------------------------------------------
 def sources(session: Session, net: ModularNet, target: data.Task, seed: int, folder: Path) -> Sources:
-    tasks = others(session, target)
+    tasks = session.stream.sources(target.name)
     trained, _ = modular_job.train(session, net, tasks, f"without {target.name}", seed, folder)
     accuracy = modular_job.accuracies(session, net, trained.variables, tasks)
     network = Network(net, trained.variables)
-    modular_job.store_network(session, f"{seed}-{target.name}", network, tasks, accuracy, seed)
+    modular_job.store_network(session, learned(session, target, seed), network, tasks, accuracy, seed)
     return Sources(accuracy)
 
 
@@ -83,8 +93,8 @@ def adaptation(net: ModularNet, stream: data.TaskStream, settings: modular.Setti
 
 def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Target:
     """All methods on one target, whose labels only the accuracies and the oracle see."""
-    prepare, names = session.stream.prepare, [task.name for task in others(session, target)]
-    network = modular_job.load_network(session, f"{seed}-{target.name}", len(names))
+    prepare, names = session.stream.prepare, [task.name for task in session.stream.sources(target.name)]
+    network = modular_job.load_network(session, learned(session, target, seed), len(names))
     net, variables = network
     score = modular.accuracies(net, prepare)(variables, [target.test] * len(names))
     best = int(np.argmin(modular.source_objectives(network, prepare, target, bn="target")))
@@ -122,15 +132,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     stream = open_domains(options.stream)
     domains = {task.name: task for task in stream.tasks}
-    targets = [domains[name] for name in options.stream.targets or domains]
-    classes = (len(stream.tasks[0].classes),) * (len(stream.tasks) - 1)
+    targets = [domains[name] for name in options.stream.targets or stream.held_out or domains]
+    classes = (len(stream.tasks[0].classes),) * len(stream.sources(targets[0].name))
     net = ModularNet(classes, shared_head=True, **vars(options.net))
     with modular_job.opened(options, stream, net) as session:
         trained, made = {seed: [] for seed in options.place.seeds}, {seed: [] for seed in options.place.seeds}
         for seed in options.place.seeds:
             for target in targets:
                 name, make = f"{seed}-{target.name}", partial(sources, session, net, target, seed)
-                trained[seed].append(part(session, f"{name}-sources", Sources, make))
+                trained[seed].append(part(session, f"{learned(session, target, seed)}-sources", Sources, make))
                 made[seed].append(part(session, name, Target, partial(adapted, session, target, seed)))
                 accuracies = ", ".join(f"{method} {100 * x:.1f}" for method, x in made[seed][-1].accuracy.items())
                 console.print(f"seed {seed}, {target.name}: {accuracies}")
@@ -140,11 +150,12 @@ def main(arguments: list[str] | None = None) -> None:
             domains=tuple(domains),
             targets=tuple(target.name for target in targets),
             classes=stream.tasks[0].classes,
-            made="the domains are one set of digits, rendered in four ways" if stream.name == "rendered" else "",
+            made=MADE.get(stream.name.split("-")[-1], ""),
             baseline=BASELINE,
             methods={name: METHODS[name].group for name in (BASELINE, MEAN, *options.adapting.methods, ORACLE)},
             source_parts=tuple(map(tuple, trained.values())),
             parts=tuple(map(tuple, made.values())),
+            held_out=stream.held_out,
         )
         modular_job.finish(session, results, report.adaptation_page, report.adaptation_table)
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import job
 import options as line
-from options import OPEN, Count, LocalPath, Name, Names, OpenCount, OpenPath, OpenRate, Rate, Seeds, names, number
+from options import OPEN, Count, LocalPath, Name, Names, OpenCount, OpenPath, OpenRate, Rate, Seeds, Text, names, number
 
-RENDERED = {"glyphs", "rendered"}
+RENDERED = {"glyphs", "rendered", "rendered-corrupted"}
 NEEDED = ("data", "seeds", "templates", "budgets", "orders", "times")
 
 
@@ -272,9 +272,11 @@ class Domains(Images):
     """What is learned"""
 
     data: str = "rendered"
-    """rendered; digits; or a TFDS set whose splits are domains"""
+    """rendered; digits; a TFDS set whose splits are domains; rendered-corrupted; or a TFDS set and -corrupted"""
+    label: Text = None
+    """feature of a TFDS set that gives the classes (default: label; CIFAR-100's coarse_label)"""
     targets: Names = ()
-    """domains left out in turn (default: all)"""
+    """domains left out in turn (default: those that are held out for it, or all)"""
 
 
 @dataclass(frozen=True)
@@ -298,10 +300,12 @@ class Adaptation(Experiment):
     experiment = "modular-adaptation"
     presets = {
         "": {"layers": 8, "width": 32, "templates": 8, "steps": 1000, "batch": 32, "adapt_steps": 100,
-             "adapt_batch": 64},
+             "adapt_batch": 64, "label": "label"},
         "rendered": {"layers": 4, "width": 16, "templates": 4, "steps": 250, "batch": 16, "adapt_steps": 40,
                      "adapt_batch": 32, "images": 50},
+        "rendered-corrupted": {"layers": 4, "width": 16, "steps": 1000, "batch": 16, "images": 50},
         "digits": {"steps": 500, "width": 16},
+        "cifar100-corrupted": {"width": 16, "batch": 16, "label": "coarse_label"},
         "pacs64": {"size": 64, "patch": 8, "steps": 700},
     }  # fmt: skip
     stream: Domains
@@ -311,6 +315,8 @@ class Adaptation(Experiment):
     place: Place
 
     def check(self) -> None:
+        if self.stream.data in {*RENDERED, "digits"}:
+            line.refuse(self.stream, f"with {self.stream.data}, whose classes are digits", "label")
         ways, when = [ADAPTED[name] for name in self.adapting.methods], "with these --methods"
         if not ways:
             line.refuse(self.adapting, when, "adapt_batch")

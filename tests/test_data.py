@@ -290,6 +290,18 @@ def test_domains_share_their_classes(data_dir):
         data.open_domains("toy", 4, data_dir=data_dir)
 
 
+def test_a_set_under_corruptions_is_divided_into_domains(data_dir):
+    with pytest.raises(ValueError, match="class 'a' of toy has 8 training images, and each of 20 domains"):
+        data.open_domains("toy-corrupted", 4, data_dir=data_dir)
+    stream = data.open_domains("toy-corrupted", 4, data_dir=data_dir, label="torn", seed=3)
+    assert (stream.name, stream.augment) == ("toy-corrupted", augment.random_flip)
+    assert {task.classes for task in stream.tasks} == {("even", "odd")}
+    assert [len(task.train) for task in stream.tasks] == [4] * 4 + [2] * 16 and len(stream.tasks[0].test) == 24
+    clean, invert = (next(task for task in stream.tasks if task.name == name) for name in ("clean", "invert"))
+    assert (np.abs(greys(invert.test) - (0.9 * 255 - 0.8 * greys(clean.test))) <= 0.5).all()
+    assert len({task.name for task in stream.sources("fog-5")} - {"clean"}) == 12
+
+
 def test_classes_absent_from_both_splits_are_left_out(data_dir):
     half = {"train_split": "half", "test_split": "half", "overlap": True}
     stream = data.tfds_stream("toy", data_dir, size=4, tasks=1, seed=None, **half)

@@ -106,6 +106,20 @@ def test_a_target_without_labels_is_adapted_to(tmp_path):
     np.testing.assert_allclose(parts.sum(), 1, atol=0.02)
 
 
+def test_targets_that_are_held_out_have_the_same_sources(tmp_path):
+    options = [*TINY, "--images", 2, "--templates", 2, "--adapt-steps", 2, "--adapt-batch", 8, "--seeds", 0]
+    chosen = ["--targets", "fog-5", "contrast+gaussian_noise", "--methods", "convex mixture + AdaBN"]
+    done = run(*options, *chosen, "--data", "rendered-corrupted", "--runs", tmp_path, script="modular_adaptation.py")
+    folder = tmp_path / "modular-adaptation-rendered-corrupted"
+    results = results_of(done, folder, AdaptationResults)
+    sources = results.sources_of("fog-5")
+    assert len(sources) == 13 and len(results.domains) == 20 and set(results.targets) < set(results.held_out)
+    (parts,), (learned,) = results.parts, results.source_parts
+    np.testing.assert_array_equal(learned[0].accuracy, learned[1].accuracy)
+    assert [len(part.sources) for part in parts] == [13, 13] and {part.chosen for part in parts} <= set(sources)
+    assert [pool.name for pool in (folder / "pools").iterdir()] == ["0-held-out"]
+
+
 def test_blocks_are_used_twice_at_equal_parameters(tmp_path):
     done = run(*TINY, "--tasks", 2, "--seeds", 0, "--runs", tmp_path, script="modular_reuse.py")
     methods = results_of(done, tmp_path / "modular-reuse-glyphs", ReuseResults).methods
@@ -129,6 +143,8 @@ def test_blocks_are_used_twice_at_equal_parameters(tmp_path):
         ("transfer", ["--tasks", 2, "--budgets", 7], "7 images of each class were asked for"),
         ("transfer", ["--methods", "scratch"], "held against head"),
         ("adaptation", ["--targets", "snow"], "no domain is called snow"),
+        ("adaptation", ["--label", "coarse_label"], "--label plays no part with rendered"),
+        ("adaptation", ["--data", "rendered-corrupted", "--targets", "fog", "fog-5"], "all held out or none is"),
         ("reuse", ["--patch", 3], "can't be cut into patches of 3"),
     ],
 )

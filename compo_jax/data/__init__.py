@@ -1,11 +1,13 @@
 """Streams of tasks (glyphs, TFDS sets, arrays), batches that are addressable by step, and augmentation in JAX."""
 
 from compo_jax.data import augment as augment
+from compo_jax.data import corruptions as corruptions
 from compo_jax.data import glyphs as glyphs
 
 from .batches import eval_batches as eval_batches
 from .batches import steps_per_epoch as steps_per_epoch
 from .batches import train_batches as train_batches
+from .domains import corrupted_domains as corrupted_domains
 from .named import open_domains as open_domains
 from .named import open_stream as open_stream
 from .named import open_tasks as open_tasks

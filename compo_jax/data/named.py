@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from compo_jax.data import augment, glyphs
+from compo_jax.data.domains import DOMAINS, corrupted_domains
 from compo_jax.data.records import split_names
 from compo_jax.data.sets import SETS, base_name, data_set
 from compo_jax.data.sources import tfds_stream
@@ -19,6 +20,8 @@ _RENDERED = {  # domains that differ in nothing but how their images are made
     "faint": glyphs.Distortion(contrast=(0.35, 0.5), noise=0.3),
     "slanted": glyphs.Distortion(rotation=0.6, shear=0.6, bend=0.05),
 }
+_CLEAR = glyphs.Distortion(contrast=(0.7, 1.0), noise=0.05)  # what is to be corrupted
+_CORRUPTED = "-corrupted"
 
 
 def open_stream(
@@ -140,15 +143,19 @@ def open_domains(
     data_dir: str | Path | None = None,
     seed: int = 0,
     images: int | None = None,
+    label: str = "label",
 ) -> TaskStream:
     """Domains of one set of classes, as tasks whose classes are the same (so that `classes` and `offsets` of the stream
     mean nothing): a split of each domain's images is its test.
 
     Args:
-      name: `rendered`, digits that are rendered in four ways; `digits`: MNIST, USPS and rendered digits; or a TFDS set
-        whose splits are domains, of each of which a fifth is held out (PACS).
+      name: `rendered`, digits that are rendered in four ways; `digits`: MNIST, USPS and rendered digits; a TFDS set
+        whose splits are domains, of each of which a fifth is held out (PACS); or `rendered-corrupted` or a TFDS set
+        with that ending (`cifar100-corrupted`): one set under twelve corruptions, and, only to be adapted to
+        (`held_out` of the stream), under other severities and two corruptions at once, see `corrupted_domains`.
       images: training images of a class, drawn by the seed, all where there are fewer; None for all, but 50 where all
         are rendered and 500 for rendered ones beside MNIST's. For the test a fifth as many are rendered.
+      label: feature of a TFDS set that gives the classes, such as CIFAR-100's `coarse_label`.
     """
 
     def rendered(domain, distortion, number, default=50):
@@ -158,19 +165,28 @@ def open_domains(
     if name == "rendered":
         made = [rendered(domain, distortion, i) for i, (domain, distortion) in enumerate(_RENDERED.items())]
         return checked(TaskStream(name, tuple(made), size))
-    folder = _needs_folder(name, data_dir, "rendered")
+    if name == "rendered" + _CORRUPTED:
+        count = DOMAINS * (50 if images is None else images)
+        digits = glyph_task(jax.random.key(seed), name, _DIGITS, count, count // 5, size, _CLEAR)
+        return corrupted_domains(TaskStream(name, (digits,), size), seed=seed, images=images)
+    folder = _needs_folder(name, data_dir, "rendered, rendered-corrupted")
+    flip = None if data_set(name.removesuffix(_CORRUPTED)).characters else augment.random_flip
     if name == "digits":
         real = [
             tfds_stream(each, folder, size=size, tasks=1, seed=None, images=images).tasks[0]._replace(name=each)
             for each in ("mnist", "usps")
         ]
         return _of_one_set(TaskStream(name, (*real, rendered("rendered", glyphs.Distortion(), 0, 500)), size))
-    whole = {"size": size, "tasks": 1, "seed": None, "crop": 1.0, "images": images}
+    whole = {"size": size, "tasks": 1, "seed": None, "crop": 1.0, "augment": flip, "label": label}
+    if name.endswith(_CORRUPTED):
+        stream = tfds_stream(name.removesuffix(_CORRUPTED), folder, memory=0, **whole)
+        return corrupted_domains(stream, seed=seed, images=images)._replace(name=name)
     domains = [
-        tfds_stream(name, folder, train_split=split, test_fraction=0.2, **whole).tasks[0]._replace(name=split)
+        tfds_stream(name, folder, train_split=split, test_fraction=0.2, images=images, **whole)
+        .tasks[0]
+        ._replace(name=split)
         for split in split_names(name, folder)
     ]
-    flip = None if data_set(name).characters else augment.random_flip
     return _of_one_set(TaskStream(name, tuple(domains), size, augment=flip))
 
 
@@ -179,7 +195,8 @@ def _of_one_set(stream: TaskStream) -> TaskStream:
     classes = {domain.name: domain.classes for domain in stream.tasks}
     if len(classes) < 2:
         raise ValueError(
-            f"{stream.name} has one split and no domains: its splits must be the domains, as those of PACS are"
+            f"{stream.name} has one split and no domains: its splits must be the domains, as those of PACS are; or "
+            f"{stream.name}-corrupted makes some of it"
         )
     if len(set(classes.values())) > 1:
         told = "; ".join(f"{name}: {', '.join(found)}" for name, found in classes.items())

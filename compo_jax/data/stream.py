@@ -95,6 +95,7 @@ class TaskStream(NamedTuple):
       size: side of the images, in pixels.
       mean, std: of each channel, for pixel values scaled to [0, 1].
       augment: function (key, prepared images) -> images for training, or None.
+      held_out: of domains the names of those that are only adapted to, never learned from.
     """
 
     name: str
@@ -103,6 +104,7 @@ class TaskStream(NamedTuple):
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     augment: Augmentation | None = None
+    held_out: tuple[str, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -113,6 +115,10 @@ class TaskStream(NamedTuple):
     def offsets(self) -> tuple[int, ...]:
         """The global index of each task's first class."""
         return tuple(itertools.accumulate((len(task.classes) for task in self.tasks[:-1]), initial=0))
+
+    def sources(self, target: str) -> tuple[Task, ...]:
+        """The domains that are learned before `target` is adapted to: all others that aren't held out."""
+        return tuple(task for task in self.tasks if task.name not in (target, *self.held_out))
 
     def prepare(self, images: UInt8[Array | np.ndarray, "batch size size 3"]) -> Float[Array, "batch size size 3"]:
         """`(images / 255 - mean) / std` in float32. Pure; call it inside jit, so that bytes travel to the device."""

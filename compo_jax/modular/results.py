@@ -199,6 +199,7 @@ class AdaptationResults(NamedTuple):
       baseline: the method that the others are held against.
       methods: what each of them adapts: sources (nothing), order, bn, order+bn; or oracle, chosen by labels.
       source_parts, parts: of each seed and target.
+      held_out: domains that are no source of any target.
     """
 
     job: Job
@@ -211,6 +212,7 @@ class AdaptationResults(NamedTuple):
     methods: dict[str, str]
     source_parts: tuple[tuple[Sources, ...], ...]
     parts: tuple[tuple[Target, ...], ...]
+    held_out: tuple[str, ...] = ()
 
     def accuracy(self, name: str) -> Float[np.ndarray, "seeds targets"]:
         """Of a method."""
@@ -221,17 +223,18 @@ class AdaptationResults(NamedTuple):
         return np.array([[part.objective[name] for part in of_seed] for of_seed in self.parts])
 
     def sources_of(self, target: str) -> list[str]:
-        """The other domains."""
-        return [domain for domain in self.domains if domain != target]
+        """The other domains that aren't held out."""
+        return [domain for domain in self.domains if domain not in (target, *self.held_out)]
 
     def source_accuracy(self) -> tuple[Float[np.ndarray, "domains targets"], Float[np.ndarray, " domains"]]:
         """Of each domain as a source of each target, and on its own test images; means over seeds, nan for none."""
-        places = [self.domains.index(target) for target in self.targets]
 
         def of_domains(parts, key):
-            return np.array(
-                [[np.insert(getattr(x, key), at, np.nan) for at, x in zip(places, row, strict=True)] for row in parts]
-            )
+            table = np.full((len(parts), len(self.targets), len(self.domains)), np.nan)
+            for seed, t in np.ndindex(table.shape[:2]):
+                places = [self.domains.index(source) for source in self.sources_of(self.targets[t])]
+                table[seed, t, places] = getattr(parts[seed][t], key)
+            return table
 
         on_targets, at_home = of_domains(self.parts, "sources"), of_domains(self.source_parts, "accuracy")
         return mean_known(on_targets, 0).T, mean_known(at_home, (0, 1))
