@@ -59,7 +59,7 @@ def open_domains(options: modular_options.Domains) -> data.TaskStream:
     if len(domains) < 3:
         raise ValueError(f"there are {len(domains)} domains: with one left out, two sources at least must stay")
     console.print(f"{stream.name}: {', '.join(domains)}; {len(stream.tasks[0].classes)} classes")
-    return stream
+    return modular_job.held_out(stream, options.validation)
 
 
 def learned(session: Session, target: data.Task, seed: int) -> str:

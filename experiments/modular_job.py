@@ -68,11 +68,21 @@ def open_tasks(options: Any) -> TaskStream:
     """The tasks that the options ask for; says what they are."""
     it = options.stream
     names = [it.data] if isinstance(it.data, str) else list(it.data)
-    stream = data.open_tasks(names, it.size, data_dir=it.data_dir, tasks=it.tasks, images=it.images)
+    split = {"train_split": getattr(it, "train_split", None)}
+    stream = data.open_tasks(names, it.size, data_dir=it.data_dir, tasks=it.tasks, images=it.images, **split)
     job.tell_images(stream, it.images)
+    stream = held_out(stream, it.validation)
     images = sum(len(task.train) for task in stream.tasks)
     console.print(f"{stream.name}: {len(stream.tasks)} tasks, {len(stream.classes)} classes, {images} images")
     return stream
+
+
+def held_out(stream: TaskStream, validation: float) -> TaskStream:
+    """The stream, tested on a part of its training images where one is asked for; says so."""
+    if not validation:
+        return stream
+    console.print(f"tested on {validation:.0%} of the training images, which are not trained on")
+    return data.validation(stream, validation)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ class Images:
     """where TFDS has prepared the set"""
     images: OpenCount = None
     """training images of a class (default: all of a real set)"""
+    validation: Annotated[float, number(float, 0, below=1)] = 0.0
+    """part of the training images to test on in place of the test images, to choose settings by"""
     size: OpenCount = None
     """side of the images, in pixels (default: the set's)"""
 
@@ -33,6 +35,8 @@ class Tasks(Images):
     """glyphs, or names of TFDS image classification sets (default: glyphs)"""
     tasks: OpenCount = None
     """tasks that a divided set gives (default: all)"""
+    train_split: Text = None
+    """of a divided set, in TFDS's syntax: train+test has all of Omniglot's alphabets (default: the set's)"""
 
 
 @dataclass(frozen=True)

@@ -516,3 +516,24 @@ def test_augmentations_are_pure_and_treat_images_independently(augmentation):
     assert (once == again).all() and (once != other).any() and once.dtype == images.dtype
     changed = augmentation(jax.random.key(1), images.at[0].set(0.0))
     np.testing.assert_allclose(changed[1:], once[1:], atol=1e-6)
+
+
+def test_a_validation_part_is_of_each_class_and_trained_on_no_more():
+    labels = np.repeat([0, 1, 2], [10, 5, 2])
+    pixels = np.arange(17, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    task = data.Task("a", ("x", "y", "z"), data.ArraySplit(pixels, labels), data.ArraySplit(pixels[:1], labels[:1]))
+    stream = data.TaskStream("one", (task,), 4)
+    (divided,) = data.validation(stream, 0.2).tasks
+    assert np.bincount(divided.test.labels).tolist() == [2, 1, 1]
+    assert np.bincount(divided.train.labels).tolist() == [8, 4, 1]
+    rows = np.concatenate([split.images(np.arange(len(split)))[:, 0, 0, 0] for split in divided[2:]])
+    assert sorted(rows) == list(range(17))
+    np.testing.assert_array_equal(labels[divided.test.images(np.arange(4))[:, 0, 0, 0]], divided.test.labels)
+    other = data.validation(stream, 0.2, seed=1).tasks[0]
+    assert not np.array_equal(other.test.rows, divided.test.rows)
+    for part in (0.0, 1.0, -0.1):
+        with pytest.raises(ValueError, match="it lies between 0 and 1"):
+            data.validation(stream, part)
+    lonely = task._replace(train=data.ArraySplit(pixels[:3], np.array([0, 0, 1])))
+    with pytest.raises(ValueError, match="class 'y' of 'a' has one training image"):
+        data.validation(stream._replace(tasks=(lonely,)), 0.5)

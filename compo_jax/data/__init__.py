@@ -15,9 +15,11 @@ from .sources import tfds_stream as tfds_stream
 from .stream import ArraySplit as ArraySplit
 from .stream import JoinedSplit as JoinedSplit
 from .stream import Split as Split
+from .stream import SubsetSplit as SubsetSplit
 from .stream import Task as Task
 from .stream import TaskStream as TaskStream
 from .stream import array_stream as array_stream
 from .stream import glyph_stream as glyph_stream
 from .stream import glyph_task as glyph_task
 from .stream import pooled as pooled
+from .stream import validation as validation

@@ -91,6 +91,7 @@ def open_tasks(
     seed: int | None = 0,
     classes: int | None = 8,
     images: int | None = None,
+    train_split: str | None = None,
 ) -> TaskStream:
     """Tasks of one set or several side by side, at one size: for networks that learn them at once.
 
@@ -102,6 +103,8 @@ def open_tasks(
       tasks: how many a divided set gives, drawn by the seed, of `glyphs` the first ones; default all.
       classes: characters of a script (glyphs only).
       images: training images of a class, drawn by the seed, all where there are fewer; None for 50 glyphs, or all.
+      train_split: of divided sets, in TFDS's syntax (`train+test` has all of Omniglot's 50 alphabets); default: as the
+        set wants it.
     """
     streams = []
     if tasks is not None and names and not any(name == "glyphs" or data_set(name).by for name in names):
@@ -118,7 +121,8 @@ def open_tasks(
         else:
             kind = data_set(name)
             flip = None if kind.characters else augment.random_flip
-            options = {"tasks": tasks, "by": kind.by, "train_split": kind.by_split} if kind.by else {"tasks": 1}
+            of_set = {"tasks": tasks, "by": kind.by, "train_split": train_split or kind.by_split}
+            options = of_set if kind.by else {"tasks": 1}
             found = tfds_stream(
                 name, _needs_folder(name, data_dir, "glyphs"), size=size, seed=seed, augment=flip, crop=1.0,
                 images=images, **options,

@@ -56,6 +56,20 @@ class ArraySplit:
         return self.pixels[indices]
 
 
+class SubsetSplit:
+    """Some rows of a split, in this order, read when asked."""
+
+    def __init__(self, split: Split, rows: Int[np.ndarray, " images"]):
+        self.split, self.rows = split, rows
+        self.labels: Int32[np.ndarray, " images"] = split.labels[rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def images(self, indices: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n size size 3"]:
+        return self.split.images(self.rows[indices])
+
+
 class JoinedSplit:
     """Several splits end to end, the labels of each raised by its offset; images are read from the parts when asked."""
 
@@ -320,3 +334,28 @@ def pooled(stream: TaskStream) -> Task:
     """All tasks as one, for joint training: labels become global classes. Reads nothing until images are asked for."""
     train, test = (JoinedSplit([getattr(t, kind) for t in stream.tasks], stream.offsets) for kind in ("train", "test"))
     return Task(stream.name, stream.classes, train, test)
+
+
+def validation(stream: TaskStream, part: float, *, seed: int = 0) -> TaskStream:
+    """The stream whose test images are a part of its training images, of each class, and are trained on no more: what
+    settings are chosen by, so that the true test images stay unseen.
+
+    Drawn by the seed. Of a class with two images or more at least one is on either side. ValueError for a part that
+    isn't between 0 and 1, and for a class of one image.
+    """
+    if not 0 < part < 1:
+        raise ValueError(f"a validation part of {part} of the training images: it lies between 0 and 1")
+
+    def divided(index: int, task: Task) -> Task:
+        labels, held = task.train.labels, np.zeros(len(task.train), bool)
+        for c in np.unique(labels):
+            rows = np.random.default_rng([seed, index, int(c)]).permutation(np.flatnonzero(labels == c))
+            if len(rows) < 2:
+                raise ValueError(
+                    f"class {task.classes[c]!r} of {task.name!r} has one training image, and none to spare"
+                )
+            held[rows[: int(np.clip(round(part * len(rows)), 1, len(rows) - 1))]] = True
+        train, test = (SubsetSplit(task.train, np.flatnonzero(held == kept)) for kept in (False, True))
+        return task._replace(train=train, test=test)
+
+    return stream._replace(tasks=tuple(divided(i, task) for i, task in enumerate(stream.tasks)))

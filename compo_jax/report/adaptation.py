@@ -243,9 +243,10 @@ def adaptation_page(folder: str | os.PathLike, results: AdaptationResults) -> Pa
     """Writes `folder/report.html`, the page of adaptation by order, and returns its path."""
     job, targets = results.job, results.targets
     made = f" {results.made[:1].upper()}{results.made[1:]}." if results.made else ""
+    turn = " in turn" * (len(targets) > 1 and not results.held_out)
     lead = (
         f"{counted(len(results.domains), 'domain')} of {job.data} with {len(results.classes)} classes; "
-        f"{', '.join(targets)} left out of training{' in turn' * (len(targets) > 1 and not results.held_out)}, then adapted to without labels."
+        f"{', '.join(targets)} left out of training{turn}, then adapted to without labels."
         f"{made} The objective is lower where predictions are surer and more varied."
     )
     pairs = f"{counted(len(job.seeds) * len(targets), 'pair')} of a seed and a target (taken as independent)"
