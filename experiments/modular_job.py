@@ -48,7 +48,7 @@ class Session(NamedTuple):
         """Of this network, or with `part` of that part of a new task, or with a `fixed` order of all but the route;
         made once. Without a route's rate in the command line it is its kind's."""
         settings, rate = settings or self.settings, self.options.training.route_rate
-        settings = settings._replace(route_rate=rate or (3.0 if net.route == "linear" else 10.0))
+        settings = settings._replace(route_rate=rate or (1.0 if net.route == "linear" else 3.0))
         return _learner(net, self.stream, settings, part, fixed, RUNNERS[self.options.training.runner])
 
     def logged(self, label: str, about: str) -> dict[str, Any]:

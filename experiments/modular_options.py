@@ -75,10 +75,10 @@ class Training:
     """of a training (default: the set's)"""
     batch: OpenCount = None
     """images of each task in a step (default: the set's)"""
-    learning_rate: Rate = 3e-3
+    learning_rate: Rate = 1e-2
     """at its highest"""
     route_rate: OpenRate = None
-    """of routes, in multiples of that rate (default: 3 of coefficients, 10 of logits)"""
+    """of routes, in multiples of that rate (default: 1 of coefficients, 3 of logits)"""
     relaxation: Literal["soft", "straight_through", "gumbel"] = "soft"
     """how hard routes are learned"""
     phases: Annotated[tuple[float, float], number(float, 0, 1, many=2)] = (0.1, 0.4)
@@ -181,7 +181,8 @@ class Multitask(Experiment):
 # -- a new task --------------------------------------------------------------------------------------------------------
 PARTS = ("head", "head+route", "head+gain", "head+route+gain", "head+bn", "head+bn+route", "all")  # of modular.PARTS
 CONTROLS = ("head, random route", "head+route, random start", "head+route, untrained templates")
-WAYS = (*PARTS, "scratch", *CONTROLS)
+CLOSED = "head, closed-form route"
+WAYS = (*PARTS, "scratch", CLOSED, *CONTROLS)
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,8 @@ class Transfer(Experiment):
     def check(self) -> None:
         if "head" not in self.new.methods:
             raise ValueError("the other methods are held against head: name it among --methods, too")
+        if self.net.route != "linear" and CLOSED in self.new.methods:
+            raise ValueError(f"{CLOSED!r} is of linear routes: leave it out of --methods")
         if self.net.route == "linear" or not any("route" in name for name in self.new.methods):
             line.refuse(self.new, "where no method learns a source's logits", "smoothing")
         _refuse_kinds(self)

@@ -4,9 +4,9 @@
     python experiments/modular_transfer.py --data cifar100 --data-dir DIR --held-out 4  # of 20 superclasses
 
 For each seed some tasks are left out, the others learn templates and an order each, and each task left out is learned
-from few labelled images: its head, its route, its BN, all, or a network from scratch. Where a source's route is the
-start, it is the source whose features tell the few images' classes apart best (nearest centroid, cross-validated).
-Controls: a random route, a random start, untrained templates. Writes `runs/NAME/`: metrics.json, metrics.jsonl,
+from few labelled images: its head, its route (closed-form: by one Newton step), its gain, its BN, all, or a network from
+scratch. Where a source's route is the start, it is the source whose features tell the few images' classes apart best
+(nearest centroid, cross-validated). Controls: a random route, a random start, untrained templates. Writes `runs/NAME/`: metrics.json, metrics.jsonl,
 report.html and a pool of templates and source tasks for each seed. A killed run goes on behind its last finished part,
 a finished one may be given more seeds. The first takes a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import modular_options
 from job import closing, console
-from modular_options import CONTROLS
+from modular_options import CLOSED, CONTROLS
 from modular_options import Transfer as Options
 
 
@@ -117,11 +117,16 @@ def learned(session: Session, division: Division, budget: int, folder: Path) -> 
         about = f"{task.name}, {budget or 'all'} labels, seed {seed}"
         for method in options.new.methods:
             one, begun = start(options, method, network, source, len(task.classes), key)
+            logged = session.logged(method, about)
+            if method == CLOSED:  # one Newton step of the coefficients, half-way through the head's training
+                half = new_training(session)._replace(steps=max(1, options.new.new_steps // 2))
+                begun = session.learner(one, half, part="head").train(begun, [split], seed, **logged).variables
+                one, begun = modular.newton_route(Network(one, begun), session.stream.prepare, split).network
             scratch = method == "scratch"
             learner = session.learner(
                 one, new_training(session), part=None if scratch else part_of(method), fixed=scratch
             )
-            trained = learner.train(begun, [split], seed, **session.logged(method, about)).variables
+            trained = learner.train(begun, [split], seed, **logged).variables
             accuracy[method].append(modular_job.accuracies(session, one, trained, [task])[0])
     return NewTasks(accuracy, tuple(chosen))
 

@@ -28,6 +28,7 @@ from compo_jax.modular import (
     mean_source,
     mix_templates,
     new_task,
+    newton_route,
     objective,
     one_source,
     plain,
@@ -311,6 +312,33 @@ def test_a_layer_is_led_to_single_templates():
     assert found.template == int(np.argmax(network.variables["params"]["route"][0, 1]))
     near = np.abs(found.forecast - found.true)[:, 0]
     assert np.all(near < 0.3 * np.abs(found.true[:, 0] - found.loss) + 1e-5)
+
+
+def test_a_newton_step_is_the_damped_one_of_the_true_derivatives():
+    network = take_tasks(linear((3, 3), bn="layer"), [0])
+    split = PICTURES.tasks[0].train
+    found = newton_route(network, PICTURES.prepare, split, images=24, dampings=(0.3,))
+    batch = next(balanced_batches([split], 24, 0)(0))
+    rows, route = PICTURES.prepare(batch["image"])[None], network.variables["params"]["route"]
+
+    @jax.jit
+    def loss(flat):
+        weights = flat.reshape(route.shape)
+        logits, _ = network.net.apply(network.variables, rows, lambda _: weights, True, mutable=["batch_stats"])
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits[0]), batch["label"][:, None], 1).mean()
+
+    here = route.ravel()
+    g, (values, vectors) = jax.grad(loss)(here), np.linalg.eigh(jax.hessian(loss)(here))
+    step = -vectors @ ((vectors.T @ g) / (np.abs(values) + 0.3 * np.abs(values).max()))
+    assert found.damping == 0.3 and found.true < found.loss
+    moved = found.network.variables["params"]["route"].ravel() - here
+    np.testing.assert_allclose(moved, step, rtol=1e-2, atol=1e-3 * np.abs(step).max())
+    np.testing.assert_allclose(found.true, loss(here + step), rtol=1e-3)
+    assert changed(network.variables, found.network.variables) == {"params/route"}
+    unmoved = newton_route(network, PICTURES.prepare, split, images=24, dampings=())
+    assert unmoved.damping == np.inf and unmoved.true == unmoved.loss
+    with pytest.raises(ValueError, match="this network has linear routes of 2"):
+        newton_route(linear((3, 3)), PICTURES.prepare, split)
 
 
 # -- a domain without labels -------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The modular network: all tasks' networks at once, each its own mixture of the same block templates."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -38,16 +37,24 @@ class _Layout(NamedTuple):
         return convolutions(self.block, self.width)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def standardize(
     x: Float[Array, "batch height width channels"], across: str | None = None
 ) -> tuple[Float[Array, "batch height width channels"], Float[Array, " channels"], Float[Array, " channels"]]:
     """(x with mean 0 and variance 1 in each channel, the mean, the variance), over the mapped axis `across` too.
 
-    `EPSILON` is added to the variance. The derivative is in closed form, which keeps fewer arrays and reads them less
-    often than JAX's own; it can be differentiated again.
+    `EPSILON` is added to the variance. Without `across` the derivative is in closed form, which keeps fewer arrays and
+    reads them less often than JAX's own; it can be differentiated again. With it there is no such rule: of a function
+    that was compiled JAX would apply it outside of the map, where the axis has no name.
     """
+    if across is None:
+        return _standardize(x)
     mean, var = _moments(x, across)
+    return _standardized(x, mean, var)[0], mean, var
+
+
+@jax.custom_jvp
+def _standardize(x):
+    mean, var = _moments(x)
     return _standardized(x, mean, var)[0], mean, var
 
 
@@ -60,7 +67,7 @@ def _wide(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _moments(x, across):
+def _moments(x, across=None):
     wide = _wide(x)
     mean, second = _means(across, wide, wide**2)
     return mean, jnp.maximum(second - mean**2, 0)
@@ -71,12 +78,12 @@ def _standardized(x, mean, var):
     return (x - mean.astype(x.dtype)) * inverse.astype(x.dtype), inverse
 
 
-@standardize.defjvp
-def _(across, primals, tangents):
+@_standardize.defjvp
+def _(primals, tangents):
     (x,), (dx,) = primals, tangents
-    mean, var = _moments(x, across)
+    mean, var = _moments(x)
     y, inverse = _standardized(x, mean, var)
-    dmean, slope = _means(across, _wide(dx), _wide(y) * _wide(dx))
+    dmean, slope = _means(None, _wide(dx), _wide(y) * _wide(dx))
     dy = inverse.astype(x.dtype) * (dx - dmean.astype(x.dtype) - y * slope.astype(x.dtype))
     return (y, mean, var), (dy, dmean, 2 * slope / inverse)
 
