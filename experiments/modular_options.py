@@ -62,7 +62,7 @@ class Templates(Net):
     route: Literal["linear", "soft", "hard"] = "linear"
     """what weighs them: coefficients; softmax; the largest logit"""
     start: Literal["shared", "one_hot", "distinct"] = "shared"
-    """of coefficients: the same in all tasks; a template a layer; others in each task"""
+    """of routes: the same in all tasks; that, and a template a layer; others in each task"""
     groups: Count = 1
     """of channels, each with its coefficients"""
 
@@ -105,7 +105,7 @@ def _refuse_kinds(options: Any) -> None:
     """ValueError for options of another kind of route than the network's."""
     net = options.net
     if net.route != "linear":
-        line.refuse(net, f"with {net.route} routes", "start", "groups")
+        line.refuse(net, f"with {net.route} routes", "groups")
     if net.route != "hard":
         line.refuse(options.training, f"with {net.route} routes", "relaxation", "phases")
 
@@ -145,7 +145,7 @@ class Nets(Net):
     orders: Annotated[tuple[str, ...], names(ORDERS)] = ("linear",)
     """what is learned: coefficients; softmax; the largest logit"""
     start: Literal["shared", "one_hot", "distinct"] = "shared"
-    """of coefficients: the same in all tasks; a template a layer; others in each task"""
+    """of orders: the same in all tasks; that, and a template a layer; others in each task"""
     groups: Count = 1
     """of channels, each with its coefficients"""
     baselines: Annotated[tuple[str, ...], names(BASELINES)] = FEW
@@ -173,7 +173,7 @@ class Multitask(Experiment):
         if (self.net.templates or (0,))[0] == 1:
             line.refuse(self.net, "with one template, which can't be removed", "analysis_images")
         if "linear" not in self.net.orders:
-            line.refuse(self.net, "without linear orders", "start", "groups", "harden_steps")
+            line.refuse(self.net, "without linear orders", "groups", "harden_steps")
         if "hard" not in self.net.orders:
             line.refuse(self.training, "without hard orders", "relaxation", "phases")
 

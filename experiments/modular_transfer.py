@@ -4,11 +4,12 @@
     python experiments/modular_transfer.py --data cifar100 --data-dir DIR --held-out 4  # of 20 superclasses
 
 For each seed some tasks are left out, the others learn templates and an order each, and each task left out is learned
-from few labelled images: its head, its route (closed-form: by one Newton step), its gain, its BN, all, or a network from
-scratch. Where a source's route is the start, it is the source whose features tell the few images' classes apart best
-(nearest centroid, cross-validated). Controls: a random route, a random start, untrained templates. Writes `runs/NAME/`: metrics.json, metrics.jsonl,
-report.html and a pool of templates and source tasks for each seed. A killed run goes on behind its last finished part,
-a finished one may be given more seeds. The first takes a few minutes on 2 CPU cores. Expected numbers: README.md.
+from few labelled images: its head, its route (closed-form: by one Newton step), its gain, its BN, all, or a network
+from scratch. Where a source's route is the start, it is the source whose features tell the few images' classes apart
+best (nearest centroid, cross-validated). Controls: a random route, a random start, untrained templates. Writes
+`runs/NAME/`: metrics.json, metrics.jsonl, report.html and a pool of templates and source tasks for each seed. A killed
+run goes on behind its last finished part, a finished one may be given more seeds. The first takes a few minutes on 2
+CPU cores. Expected numbers: README.md.
 """
 
 from functools import partial

@@ -17,6 +17,7 @@ from compo_jax.incremental import Settings, Setup, parallel_trainer, task_traine
 from compo_jax.models import embedded
 from compo_jax.train import make_step
 
+TASKS, TEMPLATES = (5, 20, 100), (8, 32, 128)  # of a modular network
 TOGETHER = 8  # tasks that are trained, models that are merged
 
 
@@ -80,6 +81,18 @@ def lora_speed(model: str, sizes: Sizes, repeats: int, peak: float | None) -> No
     )
     if peak:
         print(f"{100 * step.rate / peak:.1f} % of the peak of {peak} TFLOP/s")
+
+
+# -- a modular training step -----------------------------------------------------------------------------------------
+def modular_speed(batch: int, repeats: int) -> None:
+    """Prints a table of the time of a training step of a modular network, over its tasks and its templates."""
+    sizes = Sizes(task_batch=batch, layers=4)
+    print(f"{sizes.layers} layers of {sizes.channels} channels, {batch} images of each task; ms a step")
+    print(f"| tasks | {' | '.join(f'{count} templates' for count in TEMPLATES)} |\n|---|{'---|' * len(TEMPLATES)}")
+    for tasks in TASKS:
+        work = [ours.ROWS["multitask"](sizes._replace(tasks=tasks, templates=count)) for count in TEMPLATES]
+        medians = [timed(step, repeats).median for step in work]
+        print(f"| {tasks} | {' | '.join(f'{1e3 * median:,.1f}' for median in medians)} |", flush=True)
 
 
 # -- curvature of a trained model ------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Speed of a LoRA training step, of curvature, of a whole accelerator, or of everything beside PyTorch.
+"""Speed of a LoRA or a modular training step, of curvature, of a whole accelerator, or of everything beside PyTorch.
 
     python experiments/throughput.py                                  # the embedded size
     python experiments/throughput.py --curvature --batch 32           # products and Fisher, in gradients
+    python experiments/throughput.py --modular --batch 8              # over tasks and templates; images of each task
     python experiments/throughput.py --model s16 --batch 16
     python experiments/throughput.py --model b16 --batch 128 --dtype bfloat16 --peak 989    # on a GPU; TFLOP/s
     python experiments/throughput.py --device --peak 989              # on a GPU: all that matters, in 8 minutes
@@ -32,6 +33,8 @@ TOUR = [
 class Options:
     curvature: bool = False
     """the embedded model with a head of 100 trained classes"""
+    modular: bool = False
+    """a modular network of 5 to 100 tasks and 8 to 128 templates"""
     peers: bool = False
     """ours and PyTorch's time and memory on the same work"""
     device: bool = False
@@ -66,12 +69,14 @@ def parse(arguments: list[str] | None = None) -> Options:
 
 def _refuse(options: Options) -> None:
     """ValueError for options that play no part in what is asked for."""
-    kinds = [key for key in ("curvature", "peers", "device") if getattr(options, key)]
+    kinds = [key for key in ("curvature", "modular", "peers", "device") if getattr(options, key)]
     if len(kinds) > 1:
         raise ValueError(f"{' and '.join(map(line.flag, kinds))} are two kinds of run: name one of them")
     if options.curvature:
         weights = "with --curvature, which is of all the embedded model's weights"
         line.refuse(options, weights, "model", "rank", "dtype", "peak")
+    if options.modular:
+        line.refuse(options, "with --modular, which has sizes of its own", "model", "rank", "dtype", "peak")
     if options.peers:
         line.refuse(options, "with --peers, which is of one ViT in float32 on a CPU", "model", "dtype", "peak")
     if options.device:
@@ -102,6 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.curvature:
         return speed.curvature_speed(options.batch, options.steps)
+    if options.modular:
+        return speed.modular_speed(options.batch, options.steps)
     sizes = Sizes(options.batch, MODELS[options.model], rank=options.rank, dtype=options.dtype)
     if options.device:
         job.divisible(options.batch, "--batch")

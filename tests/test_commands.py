@@ -170,7 +170,7 @@ GLYPHS = "with glyphs, which are rendered"
         ("modular_multitask", "--seeds 1 1", "--seeds: one of the values stands there twice: 1 1"),
         ("modular_multitask", "--orders soft --groups 2", "--groups plays no part without linear orders"),
         ("modular_transfer", "--relaxation gumbel", "--relaxation plays no part with linear routes"),
-        ("modular_adaptation", "--route soft --start distinct", "--start plays no part with soft routes"),
+        ("modular_adaptation", "--route soft --groups 2", "--groups plays no part with soft routes"),
         ("modular_reuse", "--phases 0.1 0.2", "--phases plays no part with linear routes"),
         ("modular_multitask", "--orders hard --phases 0.9 0.1", "the first not after the second"),
         ("modular_reuse", "--batch 12", "--batch 12 can't be divided among 8 devices"),

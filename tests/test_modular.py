@@ -180,7 +180,10 @@ def test_templates_start_he_normal_and_routes_as_the_network_says():
         route = begun(**options)
         assert abs(float(route.std()) / deviation - 1) < 0.2 and abs(float(route.mean())) < 0.3 * deviation
         assert np.array_equal(route[0], route[1]) == (not options)
-    assert np.array_equal(begun(start="one_hot"), np.broadcast_to(np.repeat(np.eye(8), 2, axis=0), (2, 16, 8)))
+    one_hot = np.broadcast_to(np.repeat(np.eye(8), 2, axis=0), (2, 16, 8))
+    assert np.array_equal(begun(start="one_hot"), one_hot)
+    close(jax.nn.softmax(begun(start="one_hot", route="soft")), 0.9 * one_hot + 0.1 / 8, 1e-5)
+    assert abs(float(begun(start="distinct", route="hard").std()) - 1) < 0.1
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------------

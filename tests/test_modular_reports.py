@@ -232,3 +232,18 @@ def test_stacked_seeds_have_an_axis_in_front():
     both = stacked([one, one._replace(accuracy=0.7)])
     np.testing.assert_array_equal(both.accuracy, [0.5, 0.7])
     assert both.route.shape == (2, 2) and both.gap is None
+
+
+def test_accuracy_over_depth_is_drawn_where_there_are_several(tmp_path):
+    results = modular_results.reuse()
+    aabb = results.methods["aabb"]
+    deeper = aabb._replace(route=np.tile([[0, 0, 0, 1, 1, 1]], (2, 1)), accuracy=np.array([0.7, 0.8]))
+    names = {"2-layers": results.methods["2-layers"], "aabb x2": aabb, "aabb x3": deeper}
+    names["learned x3"] = deeper._replace(accuracy=np.array([0.75, 0.9]))
+    page = page_of(tmp_path, "reuse", results._replace(methods=names))
+    assert page.tags.count("svg") == 3
+    text = page.text.replace("\u00a0", " ")
+    assert "learned x3 less aabb x3, which has a free gain at each layer, too: +7.5 ± 2.5 points." in text
+    (axes,) = reuse.by_depth(names, "2-layers").axes
+    lines = {bars.get_label(): bars[0].get_xydata().tolist() for bars in axes.containers}
+    assert lines == {"aabb": [[2, 55], [4, 60], [6, 75]], "learned": [[2, 55], [6, 82.5]]}

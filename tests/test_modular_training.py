@@ -277,11 +277,14 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, killed_at):
     identical(again.before, done.before)
 
 
-def test_two_devices_train_as_one_does():
-    net, _, settings, _, _, one = trained()
-    two = jit_runner(objective(net, PICTURES.prepare, settings), optimizer(settings), mesh=data_mesh(2))
+@pytest.mark.parametrize(("route", "devices"), [("hard", 2), ("linear", 8)])
+def test_several_devices_train_as_one_does(route, devices):
+    hard, _, settings, *_ = trained()
+    net = hard.clone(route=route)
+    loss, transform = objective(net, PICTURES.prepare, settings), optimizer(settings)
+    one, several = (jit_runner(loss, transform, mesh=data_mesh(count)) for count in (1, devices))
     batches = balanced_batches(trains(PICTURES), 8, 0)
-    found = [fit(run, *begun(), batches, 4, every=1000).params for run in (one, two)]
+    found = [fit(run, *begun(), batches, 4, every=1000).params for run in (one, several)]
     for one, two in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-3, atol=2e-4)
 

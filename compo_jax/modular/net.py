@@ -222,9 +222,9 @@ class ModularNet(nn.Module):
         their outputs mixed.
       route: what weighs the templates. `linear`, free coefficients: the kind to take first; `soft`, softmax of logits;
         `hard`, the template of the largest logit, on soft routes while it is learned (see `Settings`).
-      start: of coefficients. `shared`, from N(0, 1/M), the same in all tasks, which leave it as they learn; `one_hot`,
-        each layer takes one template, again the same in all tasks; `distinct`, from N(0, 1/M), others in each task.
-        Logits start near 0.
+      start: of the route. `shared`, coefficients from N(0, 1/M), the same in all tasks, which leave them as they learn;
+        logits near 0. `one_hot`, each layer takes one template, again the same in all tasks (logits to 0.9).
+        `distinct`, others in each task: coefficients from N(0, 1/M), logits from N(0, 1).
       groups: of the output channels of a block's convolutions; with more than one each has linear coefficients of its
         own: a finer order, whose scalars are still few.
       gain: one more parameter `gain` (T, layers), from 1 on, that scales what a block adds: the control for
@@ -292,15 +292,15 @@ class ModularNet(nn.Module):
             )
 
     def _first_route(self, key, shape):
-        if self.route != "linear":
-            return 0.01 * jax.random.normal(key, shape)
+        linear, distinct = self.route == "linear", self.start == "distinct"
         if self.start == "one_hot":
             order = np.arange(self.layers) * self.templates // self.layers
             one = routes.fixed(order, self.templates).reshape(1, self.layers, *[1] * (len(shape) - 3), -1)
-        else:
-            tasks = shape[0] if self.start == "distinct" else 1
-            one = jax.random.normal(key, (tasks, *shape[1:])) / self.templates**0.5
-        return jnp.broadcast_to(one, shape)
+            return jnp.broadcast_to(one if linear else routes.to_logits(one, 0.1), shape)
+        if not linear:
+            return (1.0 if distinct else 0.01) * jax.random.normal(key, shape)
+        one = jax.random.normal(key, (shape[0] if distinct else 1, *shape[1:]))
+        return jnp.broadcast_to(one / self.templates**0.5, shape)
 
     @nn.compact
     def features(self, images: Images, route: Route | None = None, train: bool = False) -> Array:

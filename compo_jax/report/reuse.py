@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from compo_jax.modular.results import ReuseResults
+from compo_jax.modular.comparison import paired
+from compo_jax.modular.results import ReuseMethod, ReuseResults
 from compo_jax.report import charts, route_figures
 from compo_jax.report.charts import styled
 from compo_jax.report.modular_facts import accuracy_cells, facts, paired_text
@@ -18,10 +19,11 @@ from compo_jax.report.text import counted, decimal, percent, spread
 
 WORDS = {  # of the tiles
     "learned": "learned order of reused blocks",
-    "aabb": "each block twice in a row",
+    "aabb": "each block again in a row",
     "abab": "all blocks, then again",
-    "distinct": "twice the blocks (bound)",
+    "distinct": "as many blocks as layers (bound)",
 }
+CONTROL = "aabb"  # a learned order starts from it
 
 
 def _millions(count: int | np.integer) -> str:
@@ -78,6 +80,30 @@ def by_cost(
     return figure
 
 
+def _family(name: str) -> str:
+    """The kind of order, whatever the depth: `aabb` of `aabb x3`."""
+    return name.rpartition(" x")[0] or name
+
+
+@styled
+def by_depth(methods: Mapping[str, ReuseMethod], reference: str) -> Figure:
+    """Accuracy over layers, a line for each kind of order, all from the network that calls each block once."""
+    figure = charts.figure("Accuracy over depth", 3.2)
+    axes, looks = figure.add_subplot(), charts.looks(list(dict.fromkeys(map(_family, methods))))
+    for kind, look in looks.items():
+        points = {reference: methods[reference]} | {n: m for n, m in methods.items() if _family(n) == kind}
+        if len(points) > 1:
+            depths = [method.route.shape[1] for method in points.values()]
+            values = [100 * method.accuracy for method in points.values()]
+            errors = np.nan_to_num([standard_error(runs) for runs in values])
+            axes.errorbar(depths, [runs.mean() for runs in values], errors, **look, markersize=5, label=kind)
+    axes.set_xticks(sorted({method.route.shape[1] for method in methods.values()}))
+    axes.set(xlabel="layers", ylabel="test accuracy (%)")
+    axes.grid(axis="y")
+    charts.legend(figure, {kind: look for kind, look in looks.items() if kind != reference}, 3)
+    return figure
+
+
 def _routes(results: ReuseResults) -> dict[str, Int[np.ndarray, " layers"]]:
     """The routes to show: of each seed where seeds differ."""
     routes = {}
@@ -89,10 +115,21 @@ def _routes(results: ReuseResults) -> dict[str, Int[np.ndarray, " layers"]]:
     return routes
 
 
+def _against_control(methods: Mapping[str, ReuseMethod]) -> str:
+    """What learned orders gain over the order that they start from, which has a free gain at each layer as well."""
+    told = ""
+    for name, method in methods.items():
+        control = name.replace("learned", CONTROL)
+        if _family(name) == "learned" and control in methods:
+            gained = paired_text(paired(method.accuracy, methods[control].accuracy), won=False)
+            told += f" {name} less {control}, which has a free gain at each layer, too: {gained} points."
+    return told
+
+
 def _blocks(results: ReuseResults) -> Iterator[Block]:
     """The figures, each with what to look for in it."""
     methods = results.methods
-    bound = " and the upper bound, whose blocks are all distinct, pays in both" if "distinct" in methods else ""
+    bound = " and the upper bound, whose blocks are all distinct, pays in both" * ("distinct" in map(_family, methods))
     yield Block(
         by_cost(
             {name: method.accuracy for name, method in methods.items()},
@@ -101,12 +138,19 @@ def _blocks(results: ReuseResults) -> Iterator[Block]:
         ),
         f"Left, what the networks store: reuse should lift the accuracy above the dashed line ({results.reference}) "
         f"without moving to the right. Right, what an image costs: reuse pays in multiply-adds{bound}. Small marks are "
-        "seeds; networks of one size are moved apart.",
+        f"seeds; networks of one size are moved apart.{_against_control(methods)}",
         [Table("Time", ["method", "training time (s)"], [[n, spread(m.seconds, 0)] for n, m in methods.items()])],
     )
+    if len({method.route.shape[1] for method in methods.values()}) > 2:
+        yield Block(
+            by_depth(methods, results.reference),
+            "Parameters are those of the shallowest network but for a gain a layer, and for the distinct blocks. See "
+            "whether depth goes on to pay, and whether an order makes more of it than the fixed ones. Mean ± standard "
+            "error over seeds.",
+        )
     learned = (
         " In a learned order see whether blocks repeat at once, come back in loops, or stay unused, and whether seeds "
-        "agree." * ("learned" in methods)
+        "agree. Of coefficients the largest is shown." * ("learned" in map(_family, methods))
     )
     yield Block(
         route_figures.orders(_routes(results), max(int(method.templates[0]) for method in methods.values())),
@@ -121,7 +165,7 @@ def _blocks(results: ReuseResults) -> Iterator[Block]:
 def reuse_page(folder: str | os.PathLike, results: ReuseResults) -> Path:
     """Writes `folder/report.html`, the page of block reuse, and returns its path."""
     job, reference = results.job, results.reference
-    bound = ", beside more, distinct blocks" if "distinct" in results.methods else ""
+    bound = ", beside more, distinct blocks" * ("distinct" in map(_family, results.methods))
     lead = (
         f"{results.classes} classes of {job.data} by networks of {counted(results.blocks, 'block')}, each called once "
         f"({reference}) or more often, in a fixed or a learned order{bound}. "
@@ -130,8 +174,8 @@ def reuse_page(folder: str | os.PathLike, results: ReuseResults) -> Path:
     tiles = [Tile(f"{reference}: test accuracy", percent(results.methods[reference].accuracy.mean()), "%")]
     tiles += [
         Tile(f"{name}: {words}", paired_text(results.against_reference(name), won=False), "points")
-        for name, words in WORDS.items()
-        if name in results.methods
+        for name in results.methods
+        if (words := WORDS.get(_family(name)))
     ]
     told = facts(job, "seeds")
     return write_page(folder, Page(job.name, lead, told, tiles, [reuse_table(results, won=True)], _blocks(results)))
