@@ -46,14 +46,18 @@ class Session(NamedTuple):
         self, net: ModularNet, settings: Settings | None = None, *, part: str | None = None, fixed: bool = False
     ) -> modular.Learner:
         """Of this network, or with `part` of that part of a new task, or with a `fixed` order of all but the route;
-        made once. Without a route's rate in the command line it is its kind's."""
-        settings, rate = settings or self.settings, self.options.training.route_rate
-        settings = settings._replace(route_rate=rate or (1.0 if net.route == "linear" else 3.0))
+        made once."""
+        settings = (settings or self.settings)._replace(route_rate=route_rate(self.options, net))
         return _learner(net, self.stream, settings, part, fixed, RUNNERS[self.options.training.runner])
 
     def logged(self, label: str, about: str) -> dict[str, Any]:
         """Options of a training: its lines in the log carry these names."""
         return {"log": self.run.log, "record": {"run": label, "task": about}, "progress": self.progress}
+
+
+def route_rate(options: Any, net: ModularNet) -> float:
+    """Of the network's routes: that of their kind, unless the command line has one."""
+    return options.training.route_rate or (1.0 if net.route == "linear" else 3.0)
 
 
 @functools.cache
@@ -94,8 +98,9 @@ def opened(options: Any, stream: TaskStream, net: ModularNet) -> Iterator[Sessio
     config = {key: value for key, value in line.flat(options).items() if key not in free}
     chosen, place = options.training, options.place
     settings = Settings(
-        chosen.steps, chosen.batch, chosen.learning_rate, relaxation=chosen.relaxation, phases=chosen.phases
-    )
+        chosen.steps, chosen.batch, chosen.learning_rate, route_rate=route_rate(options, net),
+        relaxation=chosen.relaxation, phases=chosen.phases,
+    )  # fmt: skip
     with (
         open_run(place.runs / place.name, config, tensorboard=place.tensorboard) as run,
         progress_bar(console=console) as progress,

@@ -32,7 +32,8 @@ HARD = np.array([[0, 1, 0, 1], [0, 1, 2, 0], [0, 0, 2, 0]])  # three tasks, four
 
 def job(name, images, seeds=(3, 4)):
     """Of each task or domain so many test images, and twice as many to train."""
-    net = NetShape(layers=2, templates=3, width=8, patch=4, block="basic <u>", bn="task", route="hard", size=28)
+    shape = {"layers": 2, "templates": 3, "width": 8, "patch": 4, "block": "basic <u>", "size": 28}
+    net = NetShape(**shape, bn="task", route="hard", start="shared", groups=1)
     train = {task: 2 * count for task, count in images.items()}
     return Job(name, "glyphs <i>", seeds, 1234.5, net, Settings(40, phases=(0.2, 0.7)), train, images)
 

@@ -52,7 +52,8 @@ def test_a_page_says_seeds_settings_test_images_and_error_bars(pages, kind):
     assert f"seeds: {'0, 1' if kind == 'multitask' else '3, 4'}" in text
     for words in (
         "glyphs <i>", "basic <u> blocks of 8 channels", "40 steps of 32 images of each task at rate 0.001; hard routes",
-        "soft at first, hardening from 20% and fixed from 70%", "sample standard deviation over 2 runs",
+        "at first the same in all tasks, at 3 times that rate, soft until then, hardening from 20% and fixed from 70%",
+        "sample standard deviation over 2 runs",
         "± standard error over",
         f"tested on: {dict(zip(KINDS, ('40', '50 to 100', '20', '100'), strict=True))[kind]} images",
     ):  # fmt: skip

@@ -36,6 +36,8 @@ class NetShape(NamedTuple):
     block: str
     bn: str
     route: str
+    start: str
+    groups: int
     size: int
 
 

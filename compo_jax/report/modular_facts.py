@@ -29,11 +29,19 @@ def accuracy_cells(accuracies: Sequence[Float[np.ndarray, " seeds"]], images: in
     )
 
 
-def training_text(settings: Settings, of_what: str = "each task", route: str = "") -> str:
-    """Steps, batch and rate of a training, and of what kind the routes are that it learns."""
+STARTS = {
+    "shared": "the same in all tasks",
+    "one_hot": "a template a layer in all tasks",
+    "distinct": "others in each task",
+}
+
+
+def training_text(settings: Settings, of_what: str = "each task", route: str = "", start: str = "") -> str:
+    """Steps, batch and rate of a training, and of what kind the routes are that it learns, and how they start."""
     begin, end = settings.phases
-    hardening = f", {settings.relaxation} at first, hardening from {begin:.0%} and fixed from {end:.0%} of the steps"
-    learned = f"; {route} routes" + hardening * (route == "hard") if route else ""
+    hardening = f", {settings.relaxation} until then, hardening from {begin:.0%} and fixed from {end:.0%} of the steps"
+    kind = f"; {route} routes, at first {STARTS.get(start, start)}, at {settings.route_rate:g} times that rate"
+    learned = kind + hardening * (route == "hard") if route else ""
     images = f"{counted(settings.steps, 'step')} of {counted(settings.batch, 'image')} of {of_what}"
     return f"{images} at rate {settings.learning_rate:g}" + learned
 
@@ -47,15 +55,16 @@ def facts(job: Job, pairs: str, tested: Sequence[Sequence[str]] | None = None, *
     """
     net, images = job.net, list(job.train_images.values())
     trained = f"{min(images):,}" if min(images) == max(images) else f"{min(images):,} to {max(images):,}"
+    groups = f" in {net.groups} groups with coefficients of their own" * (net.groups > 1)
     names = tested or [list(job.test_images)] * len(job.seeds)
     return {
         **run_facts(job.seeds, [[job.test_images[name] for name in of_seed] for of_seed in names]),
         "differences": f"mean ± standard error over {pairs}, and the pairs won",
         "trained on": f"{trained} images of each task",
         "network": f"{counted(net.layers, 'layer')}, {counted(net.templates, 'template')}, {net.block} blocks of "
-        f"{counted(net.width, 'channel')}, batch norm of each {net.bn}, images of {net.size} pixels in patches of "
-        f"{net.patch}",
-        "training": training_text(job.training, route=net.route),
+        f"{counted(net.width, 'channel')}{groups}, batch norm of each {net.bn}, images of {net.size} pixels in patches "
+        f"of {net.patch}",
+        "training": training_text(job.training, route=net.route, start=net.start),
         **more,
         "whole job": f"{decimal(job.seconds, 0)} s",
     }
