@@ -78,10 +78,12 @@ def sources(session: Session, net: ModularNet, target: data.Task, seed: int, fol
 
 
 # -- the target --------------------------------------------------------------------------------------------------------
-def adapting(session: Session) -> modular.Settings:
-    it = session.options.adapting
+def adapting(session: Session, free: bool = False) -> modular.Settings:
+    """Of a mixture, or of a `free` route."""
+    it, linear = session.options.adapting, session.options.net.route == "linear"
+    rate = it.adapt_route_rate or (3.0 if free and linear else 100.0)
     return session.settings._replace(
-        steps=it.adapt_steps, batch=it.adapt_batch, learning_rate=it.adapt_learning_rate, route_rate=it.adapt_route_rate
+        steps=it.adapt_steps, batch=it.adapt_batch, learning_rate=it.adapt_learning_rate, route_rate=rate
     )
 
 
@@ -112,8 +114,8 @@ def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Tar
         else:
             one, begun = modular.mean_source(network, smoothing)
         if name != MEAN:
-            adapt = adaptation(one, session.stream, adapting(session), way.route, way.bn, runner)
-            mixed = of_sources if way.route == "convex" else None
+            adapt = adaptation(one, session.stream, adapting(session, way.route == "free"), way.route, way.bn, runner)
+            mixed = of_sources if way.route in modular.MIXTURES else None
             begun = adapt(begun, target, seed, mixed, **session.logged(f"{target.name}: {name}", f"seed {seed}"))
         accuracy[name] = modular.accuracies(one, prepare)(begun, [target.test])[0]
         logits = modular.predictions(one, prepare)(begun, [target.train])[0]
@@ -147,6 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         results = AdaptationResults(
             job=modular_job.about(session, net),
             adapting=adapting(session),
+            free_rate=adapting(session, free=True).route_rate,
             domains=tuple(domains),
             targets=tuple(target.name for target in targets),
             classes=stream.tasks[0].classes,

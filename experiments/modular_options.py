@@ -249,7 +249,7 @@ class Way(NamedTuple):
     and the group of its report."""
 
     start: Literal["best", "mean"]
-    route: Literal["fixed", "free", "convex"]
+    route: Literal["fixed", "free", "convex", "layers"]
     bn: Literal["source", "target", "affine"]
     group: str
 
@@ -264,6 +264,7 @@ ADAPTED = {
     "route from best source": Way("best", "free", "source", "order"),
     "route from mean": Way("mean", "free", "source", "order"),
     "convex mixture": Way("mean", "convex", "source", "order"),
+    "convex mixture by layer": Way("mean", "layers", "source", "order"),
     "AdaBN, best source": Way("best", "fixed", "target", "bn"),
     "AdaBN, mean of sources": Way("mean", "fixed", "target", "bn"),
     "Tent, best source": Way("best", "fixed", "affine", "bn"),
@@ -298,8 +299,8 @@ class Adapting:
     """images in such a step (default: the set's)"""
     adapt_learning_rate: Rate = 1e-3
     """of batch norm"""
-    adapt_route_rate: Rate = 100.0
-    """of a route, in multiples of that rate"""
+    adapt_route_rate: OpenRate = None
+    """of a route, in multiples of that rate (default: 3 of free coefficients, 100 of logits and mixtures)"""
 
 
 @dataclass(frozen=True)

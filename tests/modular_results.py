@@ -88,6 +88,7 @@ def adaptation():
     return AdaptationResults(
         job("adaptation <1>", dict.fromkeys(names, 20)),
         Settings(10, route_rate=100.0),
+        3.0,
         names,
         names[:2],
         ("one", "two"),

@@ -344,7 +344,7 @@ def test_a_newton_step_is_the_damped_one_of_the_true_derivatives():
 # -- a domain without labels -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("route", ["free", "convex"])
+@pytest.mark.parametrize("route", ["free", "convex", "layers"])
 def test_coefficients_adapt_to_a_target(route):
     pictures = stream(3, names=("a", "b", "c"))
     network = linear((3, 3), shared_head=True, bn="layer")
@@ -354,10 +354,11 @@ def test_coefficients_adapt_to_a_target(route):
     close(begun["params"]["route"][0], np.mean(coefficients, axis=0))
     close(one_source(network, 1).variables["params"]["route"][0], coefficients[1])
     adapt = adaptation(one, pictures.prepare, SETTINGS, pictures.tasks[0].classes, route=route, runner=ONE_DEVICE)
-    done = adapt(begun, pictures.tasks[2], 0, coefficients if route == "convex" else None)
+    done = adapt(begun, pictures.tasks[2], 0, None if route == "free" else coefficients)
     assert changed(begun["params"], done["params"]) == {"route"}
-    if route == "convex":  # between the two sources
+    if route != "free":  # between the two sources, at all layers alike or not
         moved, (a, b) = np.asarray(done["params"]["route"][0]), np.asarray(coefficients)
-        part = ((moved - b) * (a - b)).sum() / ((a - b) ** 2).sum()
-        assert 0 < part < 1
+        part = ((moved - b) * (a - b)).sum(-1, keepdims=True) / ((a - b) ** 2).sum(-1, keepdims=True)
+        assert np.all((part > 0) & (part < 1))
+        assert (np.ptp(part) < 1e-4) == (route == "convex")
         close(moved, part * a + (1 - part) * b)

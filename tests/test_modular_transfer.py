@@ -154,7 +154,7 @@ def test_bad_targets_are_told():
     nothing = ArraySplit(np.zeros((0, 4, 4, 3), np.uint8), np.zeros(0, np.int32))
     with pytest.raises(ValueError, match="has no images"):
         adapt(start, Task("empty", NAMES, nothing, nothing), 0)
-    with pytest.raises(ValueError, match="the sources' routes are for route='convex'"):
+    with pytest.raises(ValueError, match="the sources' routes are for a mixture"):
         adapt(start, made.tasks[0], 0, hard(variables["params"]["route"]))
     convex = adaptation(one, made.prepare, SETTINGS, NAMES, route="convex")
     with pytest.raises(ValueError, match="none negative and of sum 1 .*where they are logits"):

@@ -56,6 +56,7 @@ from compo_jax.modular.training import FIXED_ORDER as FIXED_ORDER
 from compo_jax.modular.training import Learner as Learner
 from compo_jax.modular.training import Trained as Trained
 from compo_jax.modular.training import learner as learner
+from compo_jax.modular.unlabelled import MIXTURES as MIXTURES
 from compo_jax.modular.unlabelled import adaptation as adaptation
 from compo_jax.modular.unlabelled import information_maximisation as information_maximisation
 from compo_jax.modular.unlabelled import mean_source as mean_source

@@ -195,7 +195,8 @@ class AdaptationResults(NamedTuple):
     """Of `experiments/modular_adaptation.py`.
 
     Attributes:
-      adapting: settings of an adaptation.
+      adapting: settings of an adaptation; its rate of routes is that of a mixture's weights.
+      free_rate: that of free coefficients or logits, in multiples of the rate as well.
       targets: the domains that are left out in turn; the others are the sources.
       made: a sentence where the domains are one set, corrupted; else empty.
       baseline: the method that the others are held against.
@@ -206,6 +207,7 @@ class AdaptationResults(NamedTuple):
 
     job: Job
     adapting: Settings
+    free_rate: float
     domains: tuple[str, ...]
     targets: tuple[str, ...]
     classes: tuple[str, ...]

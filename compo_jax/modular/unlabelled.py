@@ -22,6 +22,8 @@ from compo_jax.modular.updates import optimizer
 from compo_jax.train import fit, init_state, jit_runner
 from compo_jax.tree import Tree
 
+MIXTURES = ("convex", "layers")
+
 
 def information_maximisation(logits: Float[Array, "batch classes"]) -> Float[Array, ""]:
     """`E H(p) - H(E p)` in nats: low where each prediction is sure and all classes are predicted (Liang et al., 2020,
@@ -83,7 +85,7 @@ def source_objectives(
 class Adapt(Protocol):
     """The variables of a one-task network adapted to the target's training images.
 
-    No label is read. `sources` are the routes' weights or coefficients that `route="convex"` mixes; `fit_options` are
+    No label is read. `sources` are the routes' weights or coefficients that a mixture is of; `fit_options` are
     `train.fit`'s.
     """
 
@@ -113,8 +115,9 @@ def adaptation(
       net: of one task; `mean_source` and `one_source` make it and where training starts.
       settings: steps, batch, rates.
       classes: names of the sources' classes.
-      route: `free`, its logits are learned; `convex`, it is a convex mixture of `sources`, whose weights are learned
-        from equal ones on; `fixed`, it stays.
+      route: `convex`, it is a convex mixture of `sources`, whose weights, one a source, are learned from equal ones on:
+        the one to take where sources span the target; `layers`, the same with weights of its own at each layer;
+        `free`, its coefficients or logits are learned; `fixed`, it stays.
       bn: `source`, as it is; `target`, statistics of the target (AdaBN: Li et al., 2016, arXiv 1603.04779); `affine`,
         those, and scale and bias are learned (Tent: Wang et al., 2021, arXiv 2006.10726).
       runner: `jit_runner`, or `pmap_runner`, under which each device takes H(E p) over its own part of the batch.
@@ -125,9 +128,10 @@ def adaptation(
     estimate = statistics(net, prepare)
 
     def weights_of(params, whole, sources):
-        if route != "convex":
+        if route not in MIXTURES:
             return route_of(whole["route"])
-        return jnp.tensordot(jax.nn.softmax(params["mixture"]), sources, 1)[None]
+        shares = jnp.broadcast_to(jax.nn.softmax(params["mixture"]), (net.layers, len(sources)))
+        return jnp.einsum("ls,sl...->l...", shares, sources)[None]
 
     def loss(params, context, batch, step):
         whole = tree.combine(params["net"], context["frozen"])
@@ -148,7 +152,9 @@ def adaptation(
             kept, frozen = tree.partition(variables["params"], trained)
         else:
             kept, frozen = None, variables["params"]
-        mixture = {} if sources is None else {"mixture": jnp.zeros(sources.shape[0])}
+        mixture = {}
+        if sources is not None:
+            mixture = {"mixture": jnp.zeros((net.layers if route == "layers" else 1, len(sources)))}
         if trained or mixture:
             params = mixture | {"net": kept if trained else jax.tree.map(lambda _: None, frozen)}
             context = {"frozen": frozen, "statistics": variables["batch_stats"], "sources": sources}
@@ -165,7 +171,7 @@ def adaptation(
 
 
 def _require_options(net: ModularNet, route: str, bn: str) -> None:
-    for value, choices in ((route, ("free", "convex", "fixed")), (bn, ("source", "target", "affine"))):
+    for value, choices in ((route, (*MIXTURES, "free", "fixed")), (bn, ("source", "target", "affine"))):
         if value not in choices:
             raise ValueError(f"{value!r} is not among {', '.join(choices)}")
     if (route, bn) == ("fixed", "source"):
@@ -187,8 +193,8 @@ def _require_target(
             f"the target {target.name!r} has the classes {', '.join(target.classes[:6])} and the sources "
             f"{', '.join(list(classes)[:6])}: adaptation keeps the head, so they must be the same, in one order"
         )
-    if (sources is None) is (route == "convex"):
-        raise ValueError("the sources' routes are for route='convex', and are needed there: sources=...")
+    if (sources is None) is (route in MIXTURES):
+        raise ValueError("the sources' routes are for a mixture (convex, layers), and are needed there: sources=...")
     if sources is not None and sources.shape[1:] != variables["params"]["route"].shape[1:]:
         raise ValueError(
             f"sources' routes of shape {sources.shape} don't fit the network's {variables['params']['route'].shape}"

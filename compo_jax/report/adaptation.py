@@ -251,7 +251,8 @@ def adaptation_page(folder: str | os.PathLike, results: AdaptationResults) -> Pa
     )
     pairs = f"{counted(len(job.seeds) * len(targets), 'pair')} of a seed and a target (taken as independent)"
     adapting = training_text(results.adapting, "the target")
-    rate = f"{adapting}, of a route at {results.adapting.route_rate:g} times that"
+    mixed, free = results.adapting.route_rate, results.free_rate
+    rate = f"{adapting}, of a mixture's weights at {mixed:g} times that, of a free route at {free:g} times"
     told = facts(job, pairs, [targets] * len(job.seeds), adaptation=rate)
     return write_page(
         folder, Page(job.name, lead, told, _tiles(results), [adaptation_table(results, won=True)], _blocks(results))
