@@ -93,7 +93,8 @@ def test_adaptation_page(pages):
     numbers = " ".join(page.text.split())
     for words in (
         "The domains are one set, <s>blurred.", "order alone, lowest objective: <s>route +12.5 ± 4.8 points",
-        "† is chosen by the target's labels", "at rate 0.001, of a mixture's weights at 100 times that, of a free route at 3 times",
+        "† is chosen by the target's labels",
+        "at rate 0.001, of a mixture's weights at 100 times that, of a free route at 3 times",
     ):  # fmt: skip
         assert words in numbers, words
 

@@ -163,5 +163,5 @@ def test_bad_targets_are_told():
         adaptation(one, made.prepare, SETTINGS, NAMES, route="fixed")
     with pytest.raises(ValueError, match="train the sources with shared_head=True"):
         adaptation(small()[0], made.prepare, SETTINGS, NAMES)
-    with pytest.raises(ValueError, match="'all' is not among free, convex, fixed"):
+    with pytest.raises(ValueError, match="'all' is not among convex, layers, free, fixed"):
         adaptation(one, made.prepare, SETTINGS, NAMES, route="all")
