@@ -273,6 +273,17 @@ def test_the_null_of_coefficients_has_their_norms_and_any_direction():
     assert 0.01 < beside.above.distance < 0.99
 
 
+def test_kinship_is_a_permutation_test_of_groups():
+    distances = np.array([[0, 1, 5, 5], [1, 0, 5, 5], [5, 5, 0, 3], [5, 5, 3, 0.0]])
+    found = analysis.kinship(distances, ["a", "a", "b", "b"], jax.random.key(0), 3000)
+    assert found.value == 5 - 2  # of 3 ways to make two pairs one is as good: (5 + 5 + 1 + 3) / 4 - 5 = -1.5 else
+    assert abs(found.mean - 0) < 0.2 and abs(found.above - 1 / 3) < 0.04
+    with pytest.raises(ValueError, match="two tasks of one group"):
+        analysis.kinship(distances, [0, 1, 2, 3], jax.random.key(0))
+    with pytest.raises(ValueError, match="3 tasks have a group"):
+        analysis.kinship(distances, [0, 0, 1], jax.random.key(0))
+
+
 def test_removing_a_template_drops_its_coefficients():
     c = jnp.array(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
     score = lambda a: np.asarray((a != 0).mean((1, 2)))

@@ -5,7 +5,7 @@ coefficients, whose scale says nothing where BN follows: tasks are then compared
 directions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -199,3 +199,29 @@ def against_random(
     null = jax.tree.map(lambda *numbers: np.stack(numbers), *drawn)
     mean, deviation = (jax.tree.map(f, null) for f in (lambda x: x.mean(0), lambda x: x.std(0, ddof=1)))
     return Null(value, mean, deviation, jax.tree.map(lambda x, at: (x >= at).mean(0), null, value))
+
+
+def kinship(
+    distances: Float[np.ndarray, "tasks tasks"], groups: Sequence[Any], key: Key[Array, ""], draws: int = 2000
+) -> Null:
+    """How much farther apart tasks of different groups are than tasks of one group (difference of mean distances),
+    beside the same with the groups' names dealt out to the tasks at random: a permutation test (Mantel, 1967).
+
+    Positive, and above almost all draws, where related tasks share more of their order; `above` is the p-value.
+    `groups` names that of each task. ValueError where no two tasks share a group, or all do.
+    """
+    _draws(draws, 2)
+    names = np.unique(np.asarray(groups), return_inverse=True)[1]
+    if len(names) != len(distances):
+        raise ValueError(f"{len(names)} tasks have a group, and distances are of {len(distances)}")
+    pairs = np.triu_indices(len(names), 1)
+    if len({bool(same) for same in (names[:, None] == names)[pairs]}) < 2:
+        raise ValueError("kinship needs two tasks of one group, and two of different ones")
+
+    def farther(names):
+        same = (names[:, None] == names)[pairs]
+        return distances[pairs][~same].mean() - distances[pairs][same].mean()
+
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+    value, drawn = farther(names), np.array([farther(rng.permutation(names)) for _ in range(draws)])
+    return Null(value, drawn.mean(), drawn.std(ddof=1), (drawn >= value - 1e-12).mean())
