@@ -152,11 +152,11 @@ def finish(session: Session, results: Any, page: Callable[[Path, Any], Path], ta
 
 # -- networks ----------------------------------------------------------------------------------------------------------
 @functools.cache
-def _init(net: ModularNet) -> Callable:
+def _init(net: ModularNet | modular.ExpertNet) -> Callable:
     return jax.jit(net.init)  # kept: random numbers take XLA seconds to compile
 
 
-def initial(net: ModularNet, size: int, seed: int, order=None) -> dict:
+def initial(net: ModularNet | modular.ExpertNet, size: int, seed: int, order=None) -> dict:
     """New variables; with `order`, templates (layers,) or (tasks, layers), their route is that."""
     images = jnp.zeros((len(net.classes), 2, size, size, 3))
     variables = _init(net)(jax.random.key(seed), images)

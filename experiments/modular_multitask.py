@@ -31,7 +31,6 @@ if __name__ == "__main__":
     closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
 import jax
-import jax.numpy as jnp
 import modular_job
 import numpy as np
 from modular_job import RUNNERS, Session, part
@@ -112,13 +111,12 @@ def fixed(session: Session, arm: Arm, name: str, seed: int, folder: Path) -> Mul
 def mixed(session: Session, arm: Arm, name: str, seed: int, folder: Path) -> MultitaskMethod:
     """A mixture of experts."""
     tasks, net, clock = session.stream.tasks, arm.net, time.perf_counter()
-    images = jnp.zeros((len(tasks), 2, session.size, session.size, 3))
     train = experts.learner(
         net, session.stream.prepare, session.settings, session.stream.augment,
         runner=RUNNERS[session.options.training.runner],
     )  # fmt: skip
-    begun, splits = jax.jit(net.init)(jax.random.key(seed), images), [task.train for task in tasks]
-    trained = train(begun, splits, seed, folder, **session.logged(name, f"seed {seed}"))
+    begun = modular_job.initial(net, session.size, seed)
+    trained = train(begun, [task.train for task in tasks], seed, folder, **session.logged(name, f"seed {seed}"))
     seconds = time.perf_counter() - clock
     accuracy = experts.accuracies(net, session.stream.prepare)(trained, [task.test for task in tasks])
     parameters = modular.parameters(trained["params"])
@@ -129,24 +127,23 @@ def learned(session: Session, arm: Arm, name: str, seed: int, folder: Path) -> M
     """One network, each task with an order that it learns."""
     tasks, net = session.stream.tasks, arm.net
     trained, seconds = modular_job.train(session, net, tasks, name, seed, folder)
-    accuracy, network = (
-        modular_job.accuracies(session, net, trained.variables, tasks),
-        Network(net, trained.variables),
-    )
+    accuracy = modular_job.accuracies(session, net, trained.variables, tasks)
+    network = Network(net, trained.variables)
     modular_job.store_network(session, f"{name}-{seed}", network, tasks, accuracy, seed)
     lines = [line for line in session.run.log.records() if (line["run"], line["task"]) == (name, f"seed {seed}")]
     curves = Curves(*([line[key] for line in lines] for key in Curves._fields))
-    route = trained.before["params"]["route"]
-    weights = route if net.route == "linear" else routes.soft(route, last_temperature(session, net))
+    weights = route_function(session, net)(trained.before["params"]["route"])
     weights = np.asarray(weights).reshape(len(tasks), -1, net.templates)
     order = LearnedOrder(weights.argmax(-1), np.round(weights, 4), gap(session, network, trained, seed, folder), curves)
     parameters = modular.parameters(trained.variables["params"])
     return MultitaskMethod(accuracy, parameters, modular.macs(net, session.size), seconds, order)
 
 
-def last_temperature(session: Session, net: ModularNet) -> float:
-    """Of the softmax, when routes were learned."""
-    return session.settings.temperature[1] if net.route == "hard" else 1.0
+def route_function(session: Session, net: ModularNet) -> modular.Route:
+    """What gave the weights when the learning of routes ended: of hard ones the sharpest softmax."""
+    if net.route != "hard":
+        return routes.KINDS[net.route]
+    return partial(routes.soft, temperature=session.settings.temperature[1])
 
 
 def gap(session: Session, network: Network, trained: modular.Trained, seed: int, folder: Path) -> modular.Gap | None:

@@ -35,6 +35,7 @@ from compo_jax.modular.losses import objective as objective
 from compo_jax.modular.mixing import mix_templates as mix_templates
 from compo_jax.modular.net import ModularNet as ModularNet
 from compo_jax.modular.net import Network as Network
+from compo_jax.modular.net import Route as Route
 from compo_jax.modular.newton import NewtonStep as NewtonStep
 from compo_jax.modular.newton import newton_route as newton_route
 from compo_jax.modular.parts import PARTS as PARTS
