@@ -118,15 +118,12 @@ def learned(session: Session, division: Division, budget: int, folder: Path) -> 
         about = f"{task.name}, {budget or 'all'} labels, seed {seed}"
         for method in options.new.methods:
             one, begun = start(options, method, network, source, len(task.classes), key)
-            logged = session.logged(method, about)
+            logged, settings, scratch = session.logged(method, about), new_training(session), method == "scratch"
             if method == CLOSED:  # one Newton step of the coefficients, half-way through the head's training
-                half = new_training(session)._replace(steps=max(1, options.new.new_steps // 2))
-                begun = session.learner(one, half, part="head").train(begun, [split], seed, **logged).variables
+                settings = settings._replace(steps=max(1, settings.steps // 2))
+                begun = session.learner(one, settings, part="head").train(begun, [split], seed, **logged).variables
                 one, begun = modular.newton_route(Network(one, begun), session.stream.prepare, split).network
-            scratch = method == "scratch"
-            learner = session.learner(
-                one, new_training(session), part=None if scratch else part_of(method), fixed=scratch
-            )
+            learner = session.learner(one, settings, part=None if scratch else part_of(method), fixed=scratch)
             trained = learner.train(begun, [split], seed, **logged).variables
             accuracy[method].append(modular_job.accuracies(session, one, trained, [task])[0])
     return NewTasks(accuracy, tuple(chosen))
@@ -148,7 +145,7 @@ def costs(options: Options, classes: int) -> dict[str, TransferMethod]:
     count, methods = modular.parameters, {}
     of_task = ("^head", "^route$", "^gain$", *["^norm/"] * (options.net.bn == "task"))
     for name in options.new.methods:
-        learned = modular.PARTS[part_of(name)]
+        learned = modular.PARTS["head+route" if name == CLOSED else part_of(name)]
         trained, stored = (count(tree.partition(params, of)[0]) for of in (learned, (*of_task, *learned)))
         if name == "scratch":  # a network of its own, whose blocks stand in a fixed order
             trained = stored = count(params, route=False)
