@@ -190,6 +190,7 @@ def test_what_plays_no_part_or_does_not_go_together_is_refused(script, line, tol
     ("script", "line", "told"),
     [
         ("throughput", "--curvature --rank 3 --peak 9", "--rank and --peak play no part with --curvature"),
+        ("throughput", "--modular --model s16", "--model plays no part with --modular"),
         ("throughput", "--batch 12", "--batch 12 can't be divided among 8 devices"),
         ("throughput", "--device --batch 12", "--batch 12 can't be divided among 8 devices"),
         ("throughput", "--peers --model s16", "--model plays no part with --peers"),

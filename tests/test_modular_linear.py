@@ -39,6 +39,7 @@ from compo_jax.modular import (
     save_task,
     save_templates,
     statistics,
+    storage,
     take_tasks,
     transfer,
 )
@@ -249,6 +250,18 @@ def test_a_linear_network_comes_back_from_a_pool(tmp_path):
     assert again.net == take_tasks(network, [1]).net
     identical(again.variables, take_tasks(network, [1]).variables)
     assert manifest.settings["route"] == "linear"
+
+
+def test_a_pool_of_before_linear_routes_is_of_a_hard_network(tmp_path, monkeypatch):
+    older = small()
+    names = ("layers", "templates", "width", "patch", "block", "bn", "mixing", "shared_head")
+    monkeypatch.setattr(storage, "_settings", lambda net: {name: getattr(net, name) for name in names})
+    pool = ModulePool(tmp_path)
+    save_templates(pool, "shared", older)
+    save_task(pool, "task", older, 0)
+    again = load_task(pool, "task", load_templates(pool, "shared"))
+    assert again.net == take_tasks(older, [0]).net and again.net.route == "hard"
+    identical(outputs(again, X[:1]), outputs(take_tasks(older, [0]), X[:1]))
 
 
 # -- what coefficients say ---------------------------------------------------------------------------------------------

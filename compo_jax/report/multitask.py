@@ -369,7 +369,7 @@ def multitask_page(folder: str | os.PathLike, results: MultitaskResults) -> Path
     job, tasks = results.job, len(results.tasks)
     lead = (
         f"{counted(tasks, 'task')} of {job.data}, {results.classes.sum()} classes in all, learned by "
-        f"{', '.join(middle(name, 40) for name in results.methods)}. Each layer of a shared network is one of "
+        f"{', '.join(middle(name, 40) for name in results.methods)}. Each layer of a shared network is made of "
         f"{job.net.templates} templates unless the method's name says otherwise."
     )
     told = facts(job, "seeds")
