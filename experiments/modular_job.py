@@ -139,7 +139,9 @@ def about(session: Session, net: ModularNet, tasks: Sequence[Task] | None = None
     seconds = sum(read_json(path)["seconds"] for path in (session.run.folder / "parts").iterdir())
     shape = NetShape(*(getattr(net, key) for key in NetShape._fields[:-1]), session.size)
     images = ({task.name: len(getattr(task, split)) for task in tasks} for split in ("train", "test"))
-    return Job(options.place.name, session.stream.name, options.place.seeds, seconds, shape, session.settings, *images)
+    validation = options.stream.validation
+    it = (options.place.name, session.stream.name, options.place.seeds, seconds, shape, session.settings)
+    return Job(*it, *images, validation)
 
 
 def finish(session: Session, results: Any, page: Callable[[Path, Any], Path], table: Callable[[Any], Table]) -> None:
@@ -162,8 +164,10 @@ def initial(net: ModularNet | modular.ExpertNet, size: int, seed: int, order=Non
     variables = _init(net)(jax.random.key(seed), images)
     if order is None:
         return variables
-    one_hot = routes.fixed(jnp.asarray(order), net.templates)
-    return modular.set_route(variables, jnp.broadcast_to(one_hot, variables["params"]["route"].shape))
+    one_hot, shape = routes.fixed(jnp.asarray(order), net.templates), variables["params"]["route"].shape
+    if net.groups > 1:  # all groups of a layer alike
+        one_hot = one_hot[..., None, :]
+    return modular.set_route(variables, jnp.broadcast_to(one_hot, shape))
 
 
 def train(

@@ -64,10 +64,11 @@ def arms(options: modular_options.Nets, classes: tuple[int, ...]) -> dict[str, A
         linear = ModularNet(
             classes, templates=count, bn=options.bn, start=options.start, groups=options.groups, **shape
         )
+        same = linear.clone(start="shared") if options.start == "distinct" else linear
         several = partial(ExpertNet, classes, **shape)
         wanted |= {
             f"hard-sharing-wide-{count}": Arm(each_once.clone(width=width(options.layers)), fixed),
-            f"frozen-{count}": Arm(linear.clone(start="shared"), fixed),
+            f"frozen-{count}": Arm(same, fixed),
             f"random-{count}": Arm(linear.clone(groups=1), fixed),
             f"random-linear-{count}": Arm(linear.clone(start="distinct"), fixed),
             f"mmoe-{count}": Arm(several(width=width(4 * options.layers), gate="mmoe"), mixed),
@@ -175,7 +176,7 @@ def analysed(session: Session, name: str, net: ModularNet, method: MultitaskMeth
         few = [some(task.test, images) for task in tasks]
         accuracies = modular.accuracies(net, session.stream.prepare)
         score = lambda route: accuracies(modular.set_route(variables, route), few)
-        return modular.analysis.removal(score, variables["params"]["route"], jax.random.key(seed), linear=linear)
+        return modular.analysis.removal(score, variables["params"]["route"], jax.random.key(seed), route=net.route)
 
     def rerouted(_):
         network = modular_job.load_network(session, f"{name}-{seed}", len(tasks))

@@ -210,7 +210,7 @@ class NewTask:
     new_learning_rate: Rate = 1e-2
     """of its training"""
     smoothing: Annotated[float, number(float, above=0, below=1)] = 0.3
-    """of a source's hard or soft route, where a new one starts from it"""
+    """of a source's hard route, where a new one starts from it"""
 
 
 @dataclass(frozen=True)
@@ -234,8 +234,8 @@ class Transfer(Experiment):
             raise ValueError("the other methods are held against head: name it among --methods, too")
         if self.net.route != "linear" and CLOSED in self.new.methods:
             raise ValueError(f"{CLOSED!r} is of linear routes: leave it out of --methods")
-        if self.net.route == "linear" or not any("route" in name for name in self.new.methods):
-            line.refuse(self.new, "where no method learns a source's logits", "smoothing")
+        if self.net.route != "hard" or not any("route" in name for name in self.new.methods):
+            line.refuse(self.new, "where no method learns a source's hard route", "smoothing")
         _refuse_kinds(self)
         if 1 in (self.new.budgets or ()):
             raise ValueError(
@@ -387,7 +387,8 @@ def parse(kind: type[Options], documentation: str | None, arguments: list[str] |
     data = options.stream.data
     name = data if isinstance(data, str) else "+".join(data)
     if set(name.split("+")) <= RENDERED:
-        line.refuse(options.stream, f"with {name}, whose images are rendered", "data_dir")
+        given = ("data_dir", *["train_split"] * hasattr(options.stream, "train_split"))
+        line.refuse(options.stream, f"with {name}, whose images are rendered", *given)
     groups = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     if empty := [line.flag(key) for key in NEEDED if any(getattr(group, key, None) == () for group in groups.values())]:
         raise ValueError(f"{' and '.join(empty)} needs one value at least")

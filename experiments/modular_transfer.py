@@ -93,15 +93,17 @@ def start(options: Options, method: str, network: Network, source: int, classes:
     """What a method starts a new task from."""
     if method in ("scratch", "head+route, untrained templates"):
         alone, seed = network.net.clone(classes=(classes,)), int(jax.random.randint(key, (), 0, 2**30))
-        order = np.arange(options.net.layers) % options.net.templates if method == "scratch" else None
+        order = None
+        if method == "scratch":
+            alone, order = alone.clone(route="linear", groups=1), np.arange(alone.layers) % alone.templates
         return Network(alone, modular_job.initial(alone, options.stream.size, seed, order))
     one, begun = modular.new_task(network, key, classes, like=source)
     route, linear = begun["params"]["route"], one.route == "linear"
     if method == "head, random route" and not linear:
-        route = routes.random(key, route.shape[:-1], one.templates)
+        route = routes.to_logits(routes.random(key, route.shape[:-1], one.templates))
     elif "random" in method:
         route = jax.random.normal(key, route.shape) * (one.templates**-0.5 if linear else 0.01)
-    elif not linear:
+    elif one.route == "hard":
         route = routes.to_logits(routes.hard(route), options.new.smoothing)
     return Network(one, modular.set_route(begun, route))
 

@@ -153,3 +153,24 @@ def test_bad_input_is_told_before_anything_is_trained(script, arguments, told, t
     with pytest.raises(ValueError, match=told):
         main(*line, script=f"modular_{script}.py")
     assert not (tmp_path / "bad").exists()
+
+
+def test_settings_are_chosen_on_a_part_of_the_training_images(tmp_path):
+    options = [*TINY, "--steps", 2, "--tasks", 2, "--templates", 2, "--baselines", "random", "--validation", 0.34]
+    done = run(*options, "--seeds", 0, "--runs", tmp_path, script="modular_multitask.py")
+    results = results_of(done, tmp_path / "modular-multitask-glyphs", MultitaskResults)
+    assert set(results.job.test_images.values()) == {8 * 2} and set(results.job.train_images.values()) == {8 * 4}
+    page = (tmp_path / "modular-multitask-glyphs" / "report.html").read_text()
+    assert results.job.validation == 0.34 and "34% of the training images, to choose by" in page
+
+
+@pytest.mark.parametrize("kind", ["linear", "soft", "hard"])
+def test_a_new_task_is_learned_by_every_kind_of_route(kind, tmp_path):
+    options = ["--tasks", 3, "--templates", 2, "--new-steps", 2, "--new-batch", 8, "--budgets", 2, "--route", kind]
+    options += ["--groups", 2] * (kind == "linear")
+    methods = ["head", "head+route", "scratch", "head, random route", "head+route, random start"]
+    methods += ["head, closed-form route"] * (kind == "linear")
+    line = [*TINY, "--steps", 2, *options, "--methods", *methods, "--seeds", 0]
+    done = run(*line, "--runs", tmp_path, script="modular_transfer.py")
+    results = results_of(done, tmp_path / "modular-transfer-glyphs", TransferResults)
+    assert list(results.methods) == methods and all(np.isfinite(results.accuracy(name)).all() for name in methods)

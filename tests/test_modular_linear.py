@@ -297,10 +297,19 @@ def test_kinship_is_a_permutation_test_of_groups():
         analysis.kinship(distances, [0, 0, 1], jax.random.key(0))
 
 
+def test_tasks_that_began_alike_are_no_finding():
+    c = np.broadcast_to(np.random.default_rng(1).normal(size=(1, 8, 8)), (20, 8, 8))
+    beside = beside_random(c, jax.random.key(0), 200, linear=True)
+    pairs = np.triu_indices(8, 1)
+    assert (beside.above.similarity[pairs] <= 0.05).sum() <= 4  # 1.4 of 28 by chance
+    assert beside.value.distance < 1e-6 and beside.mean.distance > 0.4
+    assert np.all(np.abs(beside.value.usage - beside.mean.usage) < 4 * beside.deviation.usage)
+
+
 def test_removing_a_template_drops_its_coefficients():
     c = jnp.array(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
     score = lambda a: np.asarray((a != 0).mean((1, 2)))
-    found = analysis.removal(score, c, jax.random.key(0), 3, linear=True)
+    found = analysis.removal(score, c, jax.random.key(0), 3, route="linear")
     close(found.drop, np.full((4, 2), 0.25))
     close(found.null, np.full((4, 2), 0.25))
 

@@ -60,8 +60,8 @@ class SubsetSplit:
     """Some rows of a split, in this order, read when asked."""
 
     def __init__(self, split: Split, rows: Int[np.ndarray, " images"]):
-        self.split, self.rows = split, rows
-        self.labels: Int32[np.ndarray, " images"] = split.labels[rows]
+        self.split, self.rows = split, np.asarray(rows)
+        self.labels: Int32[np.ndarray, " images"] = split.labels[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -6,7 +6,7 @@ directions.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,8 +119,8 @@ class Removal(NamedTuple):
 
     Attributes:
       drop: accuracy with all modules less that without one.
-      null: the same when as many places, drawn at random, lose whatever module they have (of coefficients: when every
-        place loses a module drawn at random); mean over draws.
+      null: the same when as many places, drawn at random, lose whatever module they have (of linear and soft routes:
+        when every place loses a module drawn at random); mean over draws.
       deviation: standard deviation of the null over draws; nan for one draw.
     """
 
@@ -135,26 +135,25 @@ def removal(
     key: Key[Array, ""],
     draws: int = 5,
     *,
-    linear: bool = False,
+    route: Literal["linear", "soft", "hard"] = "hard",
 ) -> Removal:
-    """The accuracy drop when one module is removed and its layers take their next best, or sum up the others.
+    """The accuracy drop when one module is removed and its layers take their next best, or mix the others.
 
     Args:
-      score: `logits -> accuracy of each task` on the hard route of these logits, or the linear one of coefficients.
+      score: `logits -> accuracy of each task` on the route of these logits or coefficients, which is of this kind.
       draws: of the null, for each module.
     """
     _draws(draws)
     count = logits.shape[-1]
     if count < 2:
         raise ValueError("one module can't be removed: no other is left to take its layers")
-    taken = routes.indices(logits)
-    whole = score(logits)
+    linear, taken, whole = route == "linear", routes.indices(logits), score(logits)
     drop = np.stack([whole - score(rerouted(logits, jnp.full(taken.shape, m), linear=linear)) for m in range(count)])
     drops = np.zeros((draws, count, len(whole)))
     for draw in range(draws):
-        if linear:
+        if route != "hard":  # every place has something of every module
             any_template = jax.random.randint(jax.random.fold_in(key, draw), taken.shape, 0, count)
-            drops[draw] = whole - score(rerouted(logits, any_template, linear=True))
+            drops[draw] = whole - score(rerouted(logits, any_template, linear=linear))
             continue
         order = jax.random.permutation(jax.random.fold_in(key, draw), taken.size)
         for m in range(count):
@@ -181,9 +180,14 @@ def against_random(
     draws: int = 200,
     *,
     linear: bool = False,
+    rotated: bool = False,
 ) -> Null:
     """`statistic(weights)` beside routes of the same size drawn at random, two or more: hard ones drawn uniformly, or
-    coefficients of uniform direction and of the norms that these have."""
+    coefficients of uniform direction and of the norms that these have.
+
+    With `rotated` coefficients are turned instead, those of a layer by one random rotation for all tasks: for numbers
+    that tasks share, as tasks that began alike are alike in any null that leaves them so.
+    """
     _draws(draws, 2)
     value = jax.tree.map(np.asarray, statistic(weights))
     keys, shape = jax.random.split(key, draws), np.shape(weights)
@@ -191,6 +195,9 @@ def against_random(
     def random(key):
         if not linear:
             return routes.random(key, shape[:-1], shape[-1])
+        if rotated:
+            turns = np.linalg.qr(np.asarray(jax.random.normal(key, (shape[1], shape[-1], shape[-1])), np.float64))[0]
+            return np.einsum("tlm,lmn->tln", weights, turns)
         return _directions(np.asarray(jax.random.normal(key, shape), np.float64)) * np.linalg.norm(
             weights, axis=-1, keepdims=True
         )
@@ -207,10 +214,13 @@ def kinship(
     """How much farther apart tasks of different groups are than tasks of one group (difference of mean distances),
     beside the same with the groups' names dealt out to the tasks at random: a permutation test (Mantel, 1967).
 
-    Positive, and above almost all draws, where related tasks share more of their order; `above` is the p-value.
-    `groups` names that of each task. ValueError where no two tasks share a group, or all do.
+    Positive, and above almost all draws, where related tasks share more of their order; `above` is the p-value, which
+    counts the tasks' order itself as a draw. `groups` names that of each task. ValueError where no two tasks share a
+    group, or all do, and for distances that aren't finite or square.
     """
     _draws(draws, 2)
+    if np.ndim(distances) != 2 or distances.shape[0] != distances.shape[1] or not np.isfinite(distances).all():
+        raise ValueError(f"kinship is of finite distances (tasks, tasks), and these are {np.shape(distances)}")
     names = np.unique(np.asarray(groups), return_inverse=True)[1]
     if len(names) != len(distances):
         raise ValueError(f"{len(names)} tasks have a group, and distances are of {len(distances)}")
@@ -224,4 +234,5 @@ def kinship(
 
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
     value, drawn = farther(names), np.array([farther(rng.permutation(names)) for _ in range(draws)])
-    return Null(value, drawn.mean(), drawn.std(ddof=1), (drawn >= value - 1e-12).mean())
+    above = (1 + (drawn >= value - 1e-12).sum()) / (1 + draws)
+    return Null(value, drawn.mean(), drawn.std(ddof=1), above)

@@ -41,8 +41,8 @@ def add_task(network: Network, other: Network) -> Network:
 
     ValueError where the other has other settings, or doesn't share the stem and templates to the bit.
     """
-    # Neither the compute dtype nor unrolling is a property of the variables.
-    alike = lambda net: net.clone(classes=(2,), dtype=None, unroll=False)
+    # Neither the compute dtype nor unrolling nor where training started is a property of the variables.
+    alike = lambda net: net.clone(classes=(2,), dtype=None, unroll=False, start="shared")
     if alike(network.net) != alike(other.net):
         raise ValueError("the tasks to add are of a network with other settings: make it with `take_tasks` or new_task")
     digests = [set(_digests(parted(one).shared).items()) for one in (network, other)]

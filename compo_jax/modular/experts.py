@@ -94,7 +94,8 @@ def accuracies(net: ExpertNet, prepare: Prepare) -> Measure:
 def learner(
     net: ExpertNet, prepare: Prepare, settings: Settings, augment: Augmentation | None = None, *, runner=jit_runner
 ) -> TrainExperts:
-    """How a mixture of experts is trained: all of it, for all steps. Of the settings those of routes say nothing here.
+    """How a mixture of experts is trained: all of it, for all steps, by each batch's statistics. Of the settings those
+    of routes, and `statistics`, say nothing here.
 
     Args:
       prepare: bytes (rows, size, size, 3) to the network's input, `TaskStream.prepare` say.

@@ -47,6 +47,8 @@ def rerouting(
     amounts: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0),
 ) -> Rerouting:
     """Of a network with two templates or more, on all images of the split as one batch; see `route_landscape`."""
+    if network.net.groups > 1:
+        raise ValueError("a layer is led to single templates as a whole: its coefficients have one group of channels")
     one, taken = take_tasks(network, [task])
     images, labels = prepare(split.images(np.arange(len(split)))), jnp.asarray(split.labels)
     landscape = route_landscape(network, task, layer, images, labels)
@@ -57,8 +59,6 @@ def rerouting(
         logits = one.apply(taken, images[None], lambda _: whole.at[0, layer].set(weights))[0]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    if one.groups > 1:
-        raise ValueError("a layer is led to single templates as a whole: its coefficients have one group of channels")
     start = whole[0, layer]
     corners = jnp.eye(one.templates) * (jnp.linalg.norm(start) if one.route == "linear" else 1.0)
     moved = start + jnp.asarray(amounts)[:, None] * (corners[:, None] - start)

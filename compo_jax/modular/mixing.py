@@ -42,6 +42,8 @@ def mix_templates(
         raise ValueError(
             f"a route of shape {route.shape} was given for {total} templates: its last axis has a weight for each"
         )
+    if groups > 1 and route.shape[-2:-1] != (groups,):
+        raise ValueError(f"a route of shape {route.shape} was given for {groups} groups: (*layers, groups, templates)")
     if tree.concrete(route) and not np.isfinite(np.asarray(route)).all():
         raise ValueError(f"a route's weights are finite numbers, and these are {np.asarray(route).tolist()}")
     # At full precision: a device's default would round the weights of a network that isn't mixed at all.

@@ -10,6 +10,7 @@ from compo_jax.curvature import landscape
 from compo_jax.data import Split
 from compo_jax.modular.batches import balanced_batches
 from compo_jax.modular.edit import set_route
+from compo_jax.modular.evaluate import require_tasks
 from compo_jax.modular.losses import Prepare, cross_entropy, forward
 from compo_jax.modular.net import Network
 
@@ -18,6 +19,7 @@ class NewtonStep(NamedTuple):
     """A task's network with its new coefficients, and what they were told to be worth.
 
     Attributes:
+      network: its batch statistics are those of the old coefficients: train on, or take them again (`statistics`).
       damping: μ that was taken, in multiples of the largest |eigenvalue|; infinity where no step lowered the loss.
       loss: before, in nats.
       forecast, true: after, by the expansion and by the network.
@@ -56,6 +58,7 @@ def newton_route(
             f"a Newton step is of the coefficients of one task, and this network has {net.route} routes of "
             f"{len(net.classes)}: see `take_tasks`, `new_task`"
         )
+    require_tasks(net, [split], labels=True)
     route = variables["params"]["route"]
     batch = next(balanced_batches([split], min(images, len(split)), 0)(0))
     rows, labels = prepare(batch["image"])[None], jnp.asarray(batch["label"])[None]

@@ -59,6 +59,11 @@ def beside_random(
     weights: analysis.Weights, key: Key[jax.Array, ""], draws: int = 200, *, linear: bool = False
 ) -> BesideRandom:
     """The numbers of routes beside those of as many drawn at random (see `analysis.against_random`), two draws or
-    more."""
+    more. Of coefficients distances are held against independent directions, the rest against rotated ones."""
     numbers = partial(route_numbers, linear=linear)
-    return BesideRandom(*analysis.against_random(numbers, weights, key, draws, linear=linear), draws)
+    null = analysis.against_random(numbers, weights, key, draws, linear=linear)
+    if linear:
+        rotated = analysis.against_random(numbers, weights, key, draws, linear=True, rotated=True)
+        pairs = zip(null, rotated, strict=True)
+        null = [turned._replace(distance=free.distance, nearest=free.nearest) for free, turned in pairs]
+    return BesideRandom(*null, draws)

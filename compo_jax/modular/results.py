@@ -49,6 +49,7 @@ class Job(NamedTuple):
       seconds: wall time of all parts.
       training: of the networks; where a new task is learned or adapted to, of those that it starts from.
       train_images, test_images: of each task or domain.
+      validation: the part of the training images that is tested on in place of the test images; 0 for none.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Job(NamedTuple):
     training: Settings
     train_images: dict[str, int]
     test_images: dict[str, int]
+    validation: float = 0.0
 
 
 # -- several tasks at once ---------------------------------------------------------------------------------------------

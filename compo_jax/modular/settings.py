@@ -68,8 +68,8 @@ class Settings(_Fields):
       steps, batch: of the whole training; images of each task in a step.
       learning_rate, weight_decay, warmup, clip: AdamW's rate at its highest and decay, the part of the steps that it
         rises over (a cosine to 0 follows), the largest norm of the gradient.
-      route_rate: the learning rate of routes, in multiples of `learning_rate`: about 3 for coefficients and 10 for
-        logits. They have no weight decay.
+      route_rate: the learning rate of routes, in multiples of `learning_rate`: the product about 0.01 for coefficients
+        and 0.03 for logits. They have no weight decay.
       statistics: `batch`, each batch is normalised by its own statistics; `stored`, by those in the variables.
       estimate: batches that the statistics are taken over when training is done.
 

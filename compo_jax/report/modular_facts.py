@@ -36,12 +36,16 @@ STARTS = {
 }
 
 
+def hardening_text(settings: Settings) -> str:
+    """How hard routes are learned."""
+    begin, end = settings.phases
+    return f"{settings.relaxation} until then, hardening from {begin:.0%} and fixed from {end:.0%} of the steps"
+
+
 def training_text(settings: Settings, of_what: str = "each task", route: str = "", start: str = "") -> str:
     """Steps, batch and rate of a training, and of what kind the routes are that it learns, and how they start."""
-    begin, end = settings.phases
-    hardening = f", {settings.relaxation} until then, hardening from {begin:.0%} and fixed from {end:.0%} of the steps"
     kind = f"; {route} routes, at first {STARTS.get(start, start)}, at {settings.route_rate:g} times that rate"
-    learned = kind + hardening * (route == "hard") if route else ""
+    learned = kind + f", {hardening_text(settings)}" * (route == "hard") if route else ""
     images = f"{counted(settings.steps, 'step')} of {counted(settings.batch, 'image')} of {of_what}"
     return f"{images} at rate {settings.learning_rate:g}" + learned
 
@@ -61,6 +65,7 @@ def facts(job: Job, pairs: str, tested: Sequence[Sequence[str]] | None = None, *
         **run_facts(job.seeds, [[job.test_images[name] for name in of_seed] for of_seed in names]),
         "differences": f"mean ± standard error over {pairs}, and the pairs won",
         "trained on": f"{trained} images of each task",
+        **({"test images": f"{job.validation:.0%} of the training images, to choose by"} if job.validation else {}),
         "network": f"{counted(net.layers, 'layer')}, {counted(net.templates, 'template')}, {net.block} blocks of "
         f"{counted(net.width, 'channel')}{groups}, batch norm of each {net.bn}, images of {net.size} pixels in patches "
         f"of {net.patch}",

@@ -15,7 +15,7 @@ from compo_jax.modular.forecast import Rerouting
 from compo_jax.modular.results import MultitaskMethod, MultitaskResults, OrderAnalysis
 from compo_jax.report import charts, route_figures
 from compo_jax.report.charts import COLOURS, styled
-from compo_jax.report.modular_facts import accuracy_cells, facts, paired_text
+from compo_jax.report.modular_facts import accuracy_cells, facts, hardening_text, paired_text
 from compo_jax.report.page import Block, Page, Tile, write_page
 from compo_jax.report.table import BOLD, Table
 from compo_jax.report.text import counted, decimal, middle, short, signed, significant, spread
@@ -158,7 +158,7 @@ def _methods(results: MultitaskResults) -> Iterator[Block]:
     told = ""
     for name, method in methods.items():
         count = name.split("-")[-1]
-        for control in (f"frozen-{count}", f"random-{count}", "hard-sharing-bn"):
+        for control in (f"frozen-{count}", f"random-{count}", f"random-linear-{count}", "hard-sharing-bn"):
             if method.order is not None and control in methods:
                 told += f" {name} less {control}: {_against(methods, name, control)} points."
     dashed = f"; dashed, the {REFERENCE} networks" if REFERENCE in methods else ""
@@ -219,12 +219,14 @@ def _routes(results: MultitaskResults, it: OrderAnalysis) -> Iterator[Block]:
     shares = np.asarray(routes.shares(order.weights[0])) if linear else order.weights[0]
     surety = np.take_along_axis(shares, hard[..., None], -1)[..., 0]
     named = {tasks[i]: hard[i] for i in rows}
-    layers = [f"layer {i}" for i in range(hard.shape[1])]
+    groups = results.job.net.groups if linear else 1
+    layers = [f"layer {i // groups}" + f", group {i % groups}" * (groups > 1) for i in range(hard.shape[1])]
     what = (
         "a cell is the template of the largest coefficient, and beside it stands the part of the layer's squared "
         "coefficients that it has: far below 1, a layer is a sum of several and no choice of one."
         if linear
-        else "beside, the weight that the template had before routes were fixed: 1 was decided."
+        else "beside, the weight that the template had when routes were learned: 1 was decided. Soft routes are "
+        "mixtures all the same; distances, usage and the like are of the largest weights."
     )
     yield Block(
         route_figures.orders(named, count, surety[rows]),
@@ -286,7 +288,7 @@ def _similarity(it: OrderAnalysis) -> Block:
     what = "|cos| of two layers' coefficients" if it.linear else "The part of tasks with one template at both layers"
     return Block(
         route_figures.similarity(it.random),
-        f"{what}. A loop over blocks would be a bright line "
+        f"{what} (of groups of channels: each layer's in turn). A loop over blocks would be a bright line "
         "beside the diagonal, one block again and again a bright square. A dot: at most 5 % of random routes are as "
         f"large. Such pairs: {rare} of {len(pairs[0])}, by chance {0.05 * len(pairs[0]):.1f} or fewer. {_COUNTED}",
         [Table("Layers", ["|cos|", *map(str, range(len(value)))], rows)],
@@ -299,18 +301,25 @@ def _removal(it: OrderAnalysis, falling: list[int], used: np.ndarray) -> Block:
     rows = [
         [str(m), decimal(100 * used[m]), signed(drop[m]), signed(null[m]), decimal(100 * deviation[m])] for m in falling
     ]
-    what = (
-        "A template is removed from all sums; beside, every layer loses one drawn at random"
-        if it.linear
-        else "A template is removed and its layers take their next best; beside, as many places drawn at random lose "
-        "what they have"
+    beyond = f"templates {beyond}" if beyond else "none"
+    reading = (
+        "A much used template costs much either way: what says that it does work of its own is a drop beyond the bar. "
+        f"Beyond two deviations: {beyond}."
     )
+    what = (
+        "A template is removed and its layers take their next best; beside, as many places drawn at random lose what "
+        "they have"
+    )
+    if it.linear:
+        what = "A template is removed from all sums; beside, every layer loses one drawn at random"
+        reading = (
+            "The bar is the same for all templates: a template of large coefficients passes it by their size. Batch "
+            "statistics stay those of all templates, and what that costs is in the drop and in the bar."
+        )
     return Block(
         route_figures.removal(it.removal, falling),
-        f"{what} (mean ± standard deviation over draws, taken as independent between tasks). A much used template "
-        "costs much either way: what says that it does work of its own is a drop beyond the bar. Beyond two "
-        f"deviations: {f'templates {beyond}' if beyond else 'none'}. Mean over tasks, {it.removal_images} images of "
-        "each task; first seed.",
+        f"{what} (mean ± standard deviation over draws, taken as independent between tasks). {reading} Mean over "
+        f"tasks, {it.removal_images} images of each task; first seed.",
         [Table("Removal", ["template", "weights (%)", "drop (points)", "random places", "±"], rows)],
     )
 
@@ -372,7 +381,9 @@ def multitask_page(folder: str | os.PathLike, results: MultitaskResults) -> Path
         f"{', '.join(middle(name, 40) for name in results.methods)}. Each layer of a shared network is made of "
         f"{job.net.templates} templates unless the method's name says otherwise."
     )
-    told = facts(job, "seeds")
+    kinds = {name.split("-")[0] for name, method in results.methods.items() if method.order}
+    hard = {"hard orders": hardening_text(job.training)} if "hard" in kinds and job.net.route != "hard" else {}
+    told = facts(job, "seeds", **hard)
     return write_page(
         folder, Page(job.name, lead, told, _tiles(results), [multitask_table(results, won=True)], _blocks(results))
     )
