@@ -112,10 +112,9 @@ def open_tasks(
             f"tasks={tasks} plays no part with {', '.join(names)}, a task each; divided into tasks are glyphs, "
             f"{', '.join(name for name, kind in SETS.items() if kind.by)}"
         )
-    if train_split is not None and names and not any(name != "glyphs" and data_set(name).by for name in names):
-        raise ValueError(
-            f"train_split={train_split!r} is of sets that are divided into tasks, not of {', '.join(names)}"
-        )
+    divided = [name for name in names if name != "glyphs" and data_set(name).by]
+    if train_split is not None and names and not divided:
+        raise ValueError(f"train_split={train_split!r} is of sets that are divided into tasks, and none is named")
     for name in names:
         if name == "glyphs":
             found = glyph_stream(
