@@ -243,12 +243,12 @@ def test_eight_devices_learn_what_one_learns():
 
 def test_statistics_are_those_of_all_batches_together():
     net, variables = made("cgc", layers=1)
-    rows = [{"image": PICTURES.tasks[0].train.pixels[i * 6 : i * 6 + 6]} for i in range(3)]
-    found = experts._statistics(net, PICTURES.prepare, variables, rows)["shared"]["stem"]
-    together = experts._statistics(
-        net, PICTURES.prepare, variables, [{"image": np.concatenate([batch["image"] for batch in rows])}]
-    )
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found, together["shared"]["stem"])
+    rows = [{"image": PICTURES.tasks[0].train.pixels[i * 6 : i * 6 + 6], "task": np.arange(6) % 2} for i in range(3)]
+    whole = {name: np.concatenate([batch[name] for batch in rows]) for name in rows[0]}
+    estimate = experts.statistics(net, PICTURES.prepare)
+    found, together = (estimate(variables, batches)["batch_stats"] for batches in (rows, [whole]))
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, found["shared"]["stem"], together["shared"]["stem"])
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from compo_jax.data import Split
 from compo_jax.data.batches import Batch
@@ -32,7 +32,7 @@ def require_tasks(net: ModularNet, splits: Sequence[Split], *, labels: bool = Fa
             )
 
 
-def _with_squared_means(batch_stats: Tree, sign: int) -> Tree:
+def with_squared_means(batch_stats: Tree, sign: int) -> Tree:
     """Second moments instead of variances with sign 1, and back with -1."""
     flat = flatten_dict(batch_stats)
     second = lambda path, var: jnp.maximum(var + sign * flat[(*path[:-1], "mean")] ** 2, 0)
@@ -44,7 +44,7 @@ def _with_squared_means(batch_stats: Tree, sign: int) -> Tree:
 def _moments(net, prepare, variables, weights, images):
     images = by_task(prepare(images), len(net.classes))
     _, moved = net.apply(variables, images, lambda _: weights, True, mutable=["batch_stats"])
-    return _with_squared_means(moved["batch_stats"], 1)
+    return with_squared_means(moved["batch_stats"], 1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -82,17 +82,40 @@ def statistics(net: ModularNet, prepare: Prepare, route: Route | None = None) ->
     route = route or routes.KINDS[net.route]
 
     def run(variables, batches):
-        total, count = None, 0
-        for batch in batches:
-            if (tasks := int(np.max(batch["task"])) + 1) != len(net.classes):
-                raise ValueError(f"a network of {len(net.classes)} tasks was given batches of {tasks}")
-            moments = _moments(net, prepare, variables, route(variables["params"]["route"]), batch["image"])
-            total, count = moments if total is None else jax.tree.map(jnp.add, total, moments), count + 1
-        if not count:
-            raise ValueError("batch statistics need one batch of images at least, and none was given")
-        return {**variables, "batch_stats": _with_squared_means(jax.tree.map(lambda x: x / count, total), -1)}
+        weights = route(variables["params"]["route"])
+        moments = partial(_moments, net, prepare, variables, weights)
+        return {**variables, "batch_stats": pooled_statistics(moments, len(net.classes), batches)}
 
     return run
+
+
+def pooled_statistics(moments: Callable[[Array], Tree], tasks: int, batches: Iterable[Batch]) -> Tree:
+    """The batch statistics of all these batches together, from the first and second moments on one's images."""
+    total, count = None, 0
+    for batch in batches:
+        if (given := int(np.max(batch["task"])) + 1) != tasks:
+            raise ValueError(f"a network of {tasks} tasks was given batches of {given}")
+        found = moments(batch["image"])
+        total, count = found if total is None else jax.tree.map(jnp.add, total, found), count + 1
+    if not count:
+        raise ValueError("batch statistics need one batch of images at least, and none was given")
+    return with_squared_means(jax.tree.map(lambda x: x / count, total), -1)
+
+
+def answers(
+    logits: Callable[[Array], Array], classes: Sequence[int], splits: Sequence[Split], batch: int
+) -> list[Float[np.ndarray, "images classes"]]:
+    """The logits of all images of each task's split, in order, from those of a batch's images."""
+    parts = [[] for _ in splits]
+    for rows, real in balanced_eval(splits, batch):
+        for t, of_task in enumerate(np.asarray(logits(rows["image"]))):
+            parts[t].append(of_task[: real[t], : classes[t]])
+    return [np.concatenate(of_task) for of_task in parts]
+
+
+def right(logits: Sequence[Float[np.ndarray, "_images _classes"]], splits: Sequence[Split]) -> np.ndarray:
+    """The part of each task's images whose largest logit is their label's, in [0, 1]."""
+    return np.array([np.mean(each.argmax(1) == split.labels) for each, split in zip(logits, splits, strict=True)])
 
 
 def predictions(net: ModularNet, prepare: Prepare, route: Route | None = None) -> Predict:
@@ -101,11 +124,8 @@ def predictions(net: ModularNet, prepare: Prepare, route: Route | None = None) -
 
     def run(variables, splits, batch=64):
         require_tasks(net, splits)
-        parts, weights = [[] for _ in splits], route(variables["params"]["route"])
-        for rows, real in balanced_eval(splits, batch):
-            for t, logits in enumerate(np.asarray(_logits(net, prepare, variables, weights, rows["image"]))):
-                parts[t].append(logits[: real[t], : net.classes[t]])
-        return [np.concatenate(of_task) for of_task in parts]
+        logits = partial(_logits, net, prepare, variables, route(variables["params"]["route"]))
+        return answers(logits, net.classes, splits, batch)
 
     return run
 
@@ -116,8 +136,7 @@ def accuracies(net: ModularNet, prepare: Prepare, route: Route | None = None) ->
 
     def run(variables, splits, batch=64):
         require_tasks(net, splits, labels=True)
-        pairs = zip(predict(variables, splits, batch), splits, strict=True)
-        return np.array([np.mean(logits.argmax(1) == split.labels) for logits, split in pairs])
+        return right(predict(variables, splits, batch), splits)
 
     return run
 

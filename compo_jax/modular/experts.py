@@ -8,13 +8,20 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from compo_jax.data import Split
 from compo_jax.data.stream import Augmentation
 from compo_jax.files import local_path
-from compo_jax.modular.batches import balanced_batches, balanced_eval
-from compo_jax.modular.evaluate import Measure, require_tasks
+from compo_jax.modular.batches import balanced_batches
+from compo_jax.modular.evaluate import (
+    Estimate,
+    Measure,
+    answers,
+    pooled_statistics,
+    require_tasks,
+    right,
+    with_squared_means,
+)
 from compo_jax.modular.expert_net import ExpertNet
 from compo_jax.modular.losses import Prepare, by_task, cross_entropy
 from compo_jax.modular.settings import Settings
@@ -55,9 +62,9 @@ def objective(net: ExpertNet, prepare: Prepare, augment: Augmentation | None = N
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _batch_stats(net, prepare, variables, images):
+def _moments(net, prepare, variables, images):
     images = by_task(prepare(images), len(net.classes))
-    return net.apply(variables, images, True, mutable=["batch_stats"])[1]["batch_stats"]
+    return with_squared_means(net.apply(variables, images, True, mutable=["batch_stats"])[1]["batch_stats"], 1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -65,15 +72,14 @@ def _logits(net, prepare, variables, images):
     return net.apply(variables, by_task(prepare(images), len(net.classes)))
 
 
-def _statistics(net, prepare, variables, batches):
-    """The batch statistics of all these batches together, each layer seeing what those before it give on a batch."""
+def statistics(net: ExpertNet, prepare: Prepare) -> Estimate:
+    """Takes batch statistics again, as `evaluate.statistics` does."""
 
-    def together(*each):
-        mean, var = (np.stack([batch[name] for batch in each]) for name in ("mean", "var"))
-        return {"mean": jnp.asarray(mean.mean(0)), "var": jnp.asarray(var.mean(0) + mean.var(0))}
+    def run(variables, batches):
+        moments = partial(_moments, net, prepare, variables)
+        return {**variables, "batch_stats": pooled_statistics(moments, len(net.classes), batches)}
 
-    each = [_batch_stats(net, prepare, variables, batch["image"]) for batch in batches]
-    return jax.tree.map(together, *each, is_leaf=lambda x: "mean" in x)
+    return run
 
 
 def accuracies(net: ExpertNet, prepare: Prepare) -> Measure:
@@ -81,12 +87,7 @@ def accuracies(net: ExpertNet, prepare: Prepare) -> Measure:
 
     def run(variables, splits, batch=64):
         require_tasks(net.one_expert(), splits, labels=True)
-        answers = [[] for _ in splits]
-        for rows, real in balanced_eval(splits, batch):
-            logits = np.asarray(_logits(net, prepare, variables, rows["image"]))
-            for t, count in enumerate(real):
-                answers[t].append(logits[t, :count].argmax(-1))
-        return np.array([np.mean(np.concatenate(a) == split.labels) for a, split in zip(answers, splits, strict=True)])
+        return right(answers(partial(_logits, net, prepare, variables), net.classes, splits, batch), splits)
 
     return run
 
@@ -102,7 +103,7 @@ def learner(
       runner: `jit_runner` or `pmap_runner`, under which each device normalises its part by that part's statistics.
     """
     transform = optimizer(settings)
-    run = runner(objective(net, prepare, augment), transform)
+    run, estimate = runner(objective(net, prepare, augment), transform), statistics(net, prepare)
 
     def train(variables, splits, seed, folder: Path | None = None, **fit_options) -> Tree:
         require_tasks(net.one_expert(), splits, labels=True)
@@ -111,6 +112,6 @@ def learner(
         batches, state = balanced_batches(splits, settings.batch, seed), init_state(variables["params"], transform)
         state = fit(run, state, context, batches, settings.steps, checkpoints=kept, **fit_options)
         trained, some = {**variables, "params": state.params}, itertools.islice(batches(0), settings.estimate)
-        return {**trained, "batch_stats": _statistics(net, prepare, trained, some)}
+        return estimate(trained, some)
 
     return train

@@ -116,7 +116,7 @@ def curves_figure(methods: Mapping[str, MultitaskMethod], steps: int, phases: tu
         axes.set(ylabel=label, ylim=(-0.04 * top, top))
         axes.grid(axis="y")
     panels[-1].set_xlim(0, 1)
-    for begin, end, name in zip((0, *phases), (*phases, 1), PHASES[: len(phases) and 3], strict=False):
+    for begin, end, name in zip((0, *phases), (*phases, 1), PHASES, strict=True) if phases else ():
         if end - begin >= 0.12:
             place = panels[0].get_xaxis_transform()
             panels[0].text((begin + end) / 2, 1.02, name, transform=place, ha="center", fontsize=8)
