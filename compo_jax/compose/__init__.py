@@ -8,6 +8,7 @@ from compo_jax.compose.arithmetic import task_arithmetic as task_arithmetic
 from compo_jax.compose.arithmetic import task_vector as task_vector
 from compo_jax.compose.checkpoints import merge_files as merge_files
 from compo_jax.compose.fisher import fisher_merge as fisher_merge
+from compo_jax.compose.interference import wudi as wudi
 from compo_jax.compose.kronecker import kronecker_merge as kronecker_merge
 from compo_jax.compose.kronecker import regmean as regmean
 from compo_jax.compose.rules import RULES as RULES
@@ -19,11 +20,18 @@ from compo_jax.compose.solve import Solution as Solution
 from compo_jax.compose.solve import Solved as Solved
 from compo_jax.compose.solve import conjugate_gradients as conjugate_gradients
 from compo_jax.compose.solve import solve_merge as solve_merge
+from compo_jax.compose.spaces import Space as Space
+from compo_jax.compose.spaces import core_space as core_space
+from compo_jax.compose.spaces import knots_space as knots_space
 from compo_jax.compose.sparse import drop as drop
 from compo_jax.compose.sparse import ties as ties
 from compo_jax.compose.sparse import trim as trim
 from compo_jax.compose.spectral import iso as iso
+from compo_jax.compose.spectral import iso_cts as iso_cts
 from compo_jax.compose.spectral import tsv as tsv
 from compo_jax.compose.sphere import karcher_mean as karcher_mean
 from compo_jax.compose.sphere import slerp as slerp
 from compo_jax.compose.stock import model_stock as model_stock
+from compo_jax.compose.subspaces import boost as boost
+from compo_jax.compose.subspaces import cart as cart
+from compo_jax.compose.subspaces import dc_merge as dc_merge
