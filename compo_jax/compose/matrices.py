@@ -88,7 +88,9 @@ def orthonormal(x: Float[Array, "n k"]) -> Float[Array, "n k"]:
 def joined(parts: Components) -> tuple[Float[Array, "in tk"], Float[Array, "tk out"]]:
     """The left vectors of all matrices side by side, and the right ones one above the other."""
     tasks, size_in, count = parts.left.shape
-    return jnp.moveaxis(parts.left, 0, 1).reshape(size_in, tasks * count), parts.right.reshape(tasks * count, parts.right.shape[2])
+    return jnp.moveaxis(parts.left, 0, 1).reshape(size_in, tasks * count), parts.right.reshape(
+        tasks * count, parts.right.shape[2]
+    )
 
 
 def by_matrix(
@@ -112,15 +114,19 @@ def by_matrix(
     weights = weigh(weights, len(deltas), 1.0)
     of_layers = layers(base, deltas[0], stacked)
 
-    def leaf(name, b, rows, _):
-        eps = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in rows)
-
+    # once for all leaves of a shape: LAPACK's calls in loops take longer to compile than to run
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def merged(x, eps, of_layers):
         def layer(x):
             x = along(weights, x) * x
             if x.ndim < 3:
                 return jnp.mean(x, axis=0)
             return function(x.reshape(x.shape[0], -1, x.shape[-1]), eps).reshape(x.shape[1:])
 
-        return tree.add(whole(b), by_layer(layer, stack(rows), name in of_layers), scale)
+        return by_layer(layer, x, of_layers)
+
+    def leaf(name, b, rows, _):
+        eps = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in rows)
+        return tree.add(whole(b), merged(stack(rows), eps, name in of_layers), scale)
 
     return assembled(base, deltas, leaf, check_finite=check_finite)

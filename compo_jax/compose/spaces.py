@@ -6,8 +6,9 @@ linear, such as the average, make the same in them as without. What `Space.delta
 own; the rules "knots" and "core_space" do it for those of `RULES`.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -61,16 +62,19 @@ def _matrices(x: Any, of_layers: bool) -> Array:
     return x.reshape(x.shape[0] if of_layers else 1, -1, x.shape[-1])
 
 
-def _bases(joint: Array, leaves: Sequence) -> tuple[Array, Array]:
-    """(left, `S right`) singular vectors of each of the matrices (layers, n, m), one after another; the leaves are
-    those that they were made of."""
-    eps = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in leaves)
-
+@functools.partial(jax.jit, static_argnums=1)  # see `by_matrix`
+def _decomposed(joint: Array, eps: float) -> tuple[Array, Array]:
     def one(x):
         parts = svd(x, eps)
         return parts.left, parts.values[:, None] * parts.right
 
     return jax.lax.map(one, joint)
+
+
+def _bases(joint: Array, leaves: Sequence) -> tuple[Array, Array]:
+    """(left, `S right`) singular vectors of each of the matrices (layers, n, m), one after another; the leaves are
+    those that they were made of."""
+    return _decomposed(joint, max(float(jnp.finfo(jnp.result_type(x)).eps) for x in leaves))
 
 
 def _space(base: Tree, holed: list[Tree], stacked: Stacked, share: Callable[[list, bool], _Shared] | None) -> Space:
@@ -124,7 +128,7 @@ def knots_space(
     base: Tree,
     deltas: Sequence[Tree],
     *,
-    shared: Literal["out", "in"] = "out",
+    shared: str = "out",
     stacked: Stacked = STACKED,
     check_finite: bool = True,
 ) -> Space:
@@ -160,7 +164,7 @@ def knots_space(
 class _Product(Deferred):
     """A leaf that is LoRA's two factors."""
 
-    def __init__(self, entry: dict[str, Array]):
+    def __init__(self, entry: Tree):
         self.a, self.b = entry["a"], entry["b"]
         shape, dtype = (*np.shape(self.a)[:-1], np.shape(self.b)[-1]), jnp.result_type(self.a, self.b)
         super().__init__(shape, dtype, lambda: np.matmul(self.a, self.b).reshape(-1))

@@ -74,7 +74,7 @@ def iso_cts(
     deltas: Sequence[Tree],
     weights: Weights | None = None,
     *,
-    common: float = 0.8,
+    common: Scalar = 0.8,
     scale: Scalar = 1.0,
     stacked: Stacked = STACKED,
     check_finite: bool = True,

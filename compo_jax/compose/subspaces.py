@@ -3,8 +3,8 @@
 What a matrix is, and what becomes of other leaves: see `matrices`.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def cart(
     deltas: Sequence[Tree],
     weights: Weights | None = None,
     *,
-    rank: float = 0.08,
+    rank: Scalar = 0.08,
     scale: Scalar = 1.0,
     stacked: Stacked = STACKED,
     check_finite: bool = True,
@@ -67,7 +67,7 @@ def _smoothed(parts: Components, smoothing: str | None, ratio: Scalar) -> Compon
     return parts._replace(values=jnp.sum(values) * shares / jnp.where(total > 0, total, 1))
 
 
-def _elected(cores: Float[Array, "tasks n m"], density: float) -> Float[Array, "n m"]:
+def _elected(cores: Float[Array, "tasks n m"], density: Scalar) -> Float[Array, "n m"]:
     """Of each task the largest entries, and of these the mean of those that have the sign of the sum."""
     size = cores[0].size
     kept = max(1, int(density * size))
@@ -83,9 +83,9 @@ def dc_merge(
     deltas: Sequence[Tree],
     weights: Weights | None = None,
     *,
-    smoothing: Literal["mean", "linear"] | None = "mean",
+    smoothing: str | None = "mean",
     ratio: Scalar = 5.0,
-    density: float | None = 1e-3,
+    density: Scalar | None = 1e-3,
     mask: bool = True,
     scale: Scalar = 1.0,
     stacked: Stacked = STACKED,
@@ -131,7 +131,7 @@ def dc_merge(
     return by_matrix(merged, base, deltas, weights, scale=scale, stacked=stacked, check_finite=check_finite)
 
 
-def boost(delta: Tree, beta: float = 0.01, *, stacked: Stacked = STACKED, check_finite: bool = True) -> Tree:
+def boost(delta: Tree, beta: Scalar = 0.01, *, stacked: Stacked = STACKED, check_finite: bool = True) -> Tree:
     """Subspace Boosting (2025, arXiv 2506.16506) of a merged task vector: `σ_i ← max(σ_i, σ_k)` in each layer.
 
     The weaker directions, which merging has cancelled, become as strong as the k-th.
@@ -148,11 +148,8 @@ def boost(delta: Tree, beta: float = 0.01, *, stacked: Stacked = STACKED, check_
     (delta,) = require_same([delta], check_finite=check_finite)
     of_layers = layers(delta, delta, stacked)
 
-    def one(name, x):
-        if x is None or not np.size(x):
-            return x
-        x, eps = jnp.asarray(x), float(jnp.finfo(jnp.result_type(x)).eps)
-
+    @functools.partial(jax.jit, static_argnums=(1, 2))  # see `by_matrix`
+    def boosted(x, eps, of_layers):
         def layer(x):
             if x[0].ndim < 2:
                 return x[0]
@@ -163,6 +160,13 @@ def boost(delta: Tree, beta: float = 0.01, *, stacked: Stacked = STACKED, check_
             values = parts.real * jnp.maximum(parts.values, parts.values[first])
             return parts._replace(values=values).matrix().reshape(x.shape[1:])
 
-        return by_layer(layer, x[None].astype(tree.wide_type(x)), name in of_layers).astype(x.dtype)
+        return by_layer(layer, x, of_layers)
+
+    def one(name, x):
+        if x is None or not np.size(x):
+            return x
+        x = jnp.asarray(x)
+        eps = float(jnp.finfo(x.dtype).eps)
+        return boosted(x[None].astype(tree.wide_type(x)), eps, name in of_layers).astype(x.dtype)
 
     return tree.map_with_name(one, delta)
