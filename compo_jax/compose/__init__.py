@@ -32,6 +32,6 @@ from compo_jax.compose.spectral import tsv as tsv
 from compo_jax.compose.sphere import karcher_mean as karcher_mean
 from compo_jax.compose.sphere import slerp as slerp
 from compo_jax.compose.stock import model_stock as model_stock
-from compo_jax.compose.subspaces import boost as boost
-from compo_jax.compose.subspaces import cart as cart
-from compo_jax.compose.subspaces import dc_merge as dc_merge
+from compo_jax.compose.directions import boost as boost
+from compo_jax.compose.directions import cart as cart
+from compo_jax.compose.directions import dc_merge as dc_merge

@@ -32,7 +32,7 @@ from compo_jax.compose.sparse import drop_each, ties
 from compo_jax.compose.spectral import iso, iso_cts, tsv
 from compo_jax.compose.sphere import karcher_mean, karcher_weights, slerp_weights
 from compo_jax.compose.stock import model_stock
-from compo_jax.compose.subspaces import boost, cart, dc_merge
+from compo_jax.compose.directions import boost, cart, dc_merge
 from compo_jax.curvature import Landscape
 from compo_jax.tree import Tree
 
