@@ -26,7 +26,8 @@ from options import OPEN, Count, OnRuns, Seed, names
 SMALL = ["none-lora", "none-full"]
 RULES = [  # the names of compose.RULES in its order: a test compares them, as JAX isn't loaded yet
     "average", "task_arithmetic", "ties", "dare", "slerp", "karcher", "model_stock", "tsv", "iso", "fisher", "regmean",
-    "kronecker", "ggn", "best_weights",
+    "kronecker", "ggn", "best_weights", "lines", "della", "breadcrumbs", "consensus", "tall", "emr", "pcb", "sce",
+    "adamerging", "epimer", "layer_weights",
     "wudi", "iso_cts", "dc_merge", "cart", "knots", "core_space", "subspace_boosting",
 ]  # fmt: skip
 OPTIONS = {

@@ -13,6 +13,7 @@ import pytest
 from compo_jax import tree
 from compo_jax.compose import (
     RULES,
+    Unlabelled,
     conjugate_gradients,
     drop,
     fisher_merge,
@@ -38,7 +39,11 @@ OPTIONS = {
     "regmean": {"damping": 0.1},
     "ggn": {"damping": 0.3},
     "ties": {"density": 0.6},
+    "pcb": {"density": 0.6},
+    "sce": {"density": 0.6},
+    "adamerging": {"steps": 3},
 }
+BY_STEPS = ("best_weights", "adamerging", "layer_weights")  # not under jit
 TYPES = {  # of the base and the modules
     "a narrow base": ["bfloat16", "float32", "float16"],
     "unequal modules": ["float16", "float16", "bfloat16"],
@@ -87,6 +92,17 @@ def scaled(v, by):
     return jax.tree.map(lambda x: x * jnp.asarray(by, x.dtype), v)
 
 
+def outputs(params, x, by):
+    """Logits of three classes that depend on every parameter."""
+    summed = sum(jnp.sum(jnp.sin(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(params))
+    return x * jnp.stack([summed, by * jnp.cos(summed), by])[None]
+
+
+def squares(params, x):
+    """A loss that is a quadratic in every parameter."""
+    return sum(jnp.mean(x) * jnp.sum((leaf.astype(jnp.float32) - 0.3) ** 2) for leaf in jax.tree.leaves(params))
+
+
 def gram(seed, *shape):
     x = tensor(seed, (*shape, shape[-1]), "float32")
     return x @ jnp.swapaxes(x, -1, -2)
@@ -108,6 +124,10 @@ def given(count=2):
         ],
         "matvecs": [functools.partial(scaled, by=1.0 + t) for t in range(count)],
         "landscape": quadratic(-0.3, count),
+        "task": 0,
+        "unlabelled": [Unlabelled(functools.partial(outputs, by=1.0 + t), [1.0, 2.0]) for t in range(count)],
+        "loss": squares,
+        "batches": [(jnp.array([x]),) for x in (1.0, 2.0)],
     }  # fmt: skip
 
 
@@ -120,7 +140,7 @@ def compiled(rule, base, deltas, fishers, factors, **options):
     """The rule as one program, which takes less time than its operations one by one."""
     more = given(len(deltas)) | {"fishers": fishers, "factors": factors}
     function = lambda b, d, f, k: run(rule, b, d, more | {"fishers": f, "factors": k}, **options)
-    if rule != "best_weights":
+    if rule not in BY_STEPS:
         function = jax.jit(function)
     return function(base, deltas, fishers, factors)
 
@@ -151,7 +171,7 @@ def test_a_rule_is_the_one_in_float64_whatever_the_types(rule):
     options = OPTIONS.get(rule, {})
     fishers, factors = given()["fishers"], given()["factors"]
     reference = ["float32"] * 3
-    if rule == "dare":  # whose draws in float64 are others
+    if rule in ("dare", "della"):  # whose draws in float64 are others
         wanted = compiled(rule, *trees(reference), fishers, factors)
     else:
         with jax.enable_x64(True):
@@ -243,14 +263,14 @@ def test_what_is_not_finite_is_named_wherever_it_is(rule):
         wrong[i % 2] = spoilt(deltas[i % 2], name, bad)
         call = functools.partial(run, rule, base, wrong, more, **options)
         told(call, f"delta {i % 2} holds NaN or infinite numbers in {name}:")
-        # On purpose it goes through, and no factorisation waits for ever. DARE may drop it.
+        # On purpose it goes through, and no factorisation waits for ever. Some rules may drop it.
         if bad != np.inf:
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             through = call(check_finite=False)
         assert jax.tree.structure(through) == jax.tree.structure(base)
-        if rule != "dare":
+        if rule not in ("dare", "della", "breadcrumbs"):
             assert not all(np.all(np.isfinite(x)) for x in jax.tree.leaves(through)), (rule, name)
     told(functools.partial(run, rule, spoilt(base, "m", np.nan), deltas, more, **options), "the base holds NaN")
     needs = RULES[rule].needs

@@ -3,18 +3,34 @@
 `compose` for weights that are known, `merge` for a rule by its name: `compose.rules` says which to take.
 """
 
+from compo_jax.compose.adaptive import Adapted as Adapted
+from compo_jax.compose.adaptive import Unlabelled as Unlabelled
+from compo_jax.compose.adaptive import adamerging as adamerging
 from compo_jax.compose.arithmetic import compose as compose
 from compo_jax.compose.arithmetic import task_arithmetic as task_arithmetic
 from compo_jax.compose.arithmetic import task_vector as task_vector
 from compo_jax.compose.checkpoints import merge_files as merge_files
+from compo_jax.compose.competition import pcb as pcb
+from compo_jax.compose.competition import sce as sce
+from compo_jax.compose.directions import boost as boost
+from compo_jax.compose.directions import cart as cart
+from compo_jax.compose.directions import dc_merge as dc_merge
 from compo_jax.compose.fisher import fisher_merge as fisher_merge
 from compo_jax.compose.interference import wudi as wudi
 from compo_jax.compose.kronecker import kronecker_merge as kronecker_merge
 from compo_jax.compose.kronecker import regmean as regmean
+from compo_jax.compose.layer_weights import Weighed as Weighed
+from compo_jax.compose.layer_weights import group_landscape as group_landscape
+from compo_jax.compose.layer_weights import layer_weights as layer_weights
+from compo_jax.compose.masks import Unified as Unified
+from compo_jax.compose.masks import consensus as consensus
+from compo_jax.compose.masks import emr as emr
+from compo_jax.compose.masks import tall as tall
 from compo_jax.compose.rules import RULES as RULES
 from compo_jax.compose.rules import Rule as Rule
 from compo_jax.compose.rules import dare as dare
 from compo_jax.compose.rules import find_rule as find_rule
+from compo_jax.compose.rules import lines as lines
 from compo_jax.compose.rules import merge as merge
 from compo_jax.compose.solve import Solution as Solution
 from compo_jax.compose.solve import Solved as Solved
@@ -32,6 +48,6 @@ from compo_jax.compose.spectral import tsv as tsv
 from compo_jax.compose.sphere import karcher_mean as karcher_mean
 from compo_jax.compose.sphere import slerp as slerp
 from compo_jax.compose.stock import model_stock as model_stock
-from compo_jax.compose.directions import boost as boost
-from compo_jax.compose.directions import cart as cart
-from compo_jax.compose.directions import dc_merge as dc_merge
+from compo_jax.compose.subspace import epimer as epimer
+from compo_jax.compose.tails import breadcrumbs as breadcrumbs
+from compo_jax.compose.tails import della as della

@@ -102,7 +102,8 @@ def merge_files(
     FileNotFoundError for one that isn't there, and for the folder of `out`; what else `merge` raises; OSError where the
     file can't be written, the disk is full say.
     """
-    last = options.get("rule", "average") if name == "dare" else name
+    behind = find_rule(name).behind
+    last = options.get("rule", behind) if behind else name
     if not (find_rule(name).leafwise and find_rule(last).leafwise):
         able = ", ".join(other for other in RULES if RULES[other].leafwise)
         raise ValueError(

@@ -17,6 +17,7 @@ from compo_jax.compose.leaves import Stacked, by_layer, layers
 from compo_jax.compose.matrices import Components, by_matrix, joined, orthonormal, product, svd, svd_each
 from compo_jax.compose.modules import require_same
 from compo_jax.compose.numbers import Scalar, Weights, require_number, require_part
+from compo_jax.compose.sparse import require_density
 from compo_jax.tree import Tree
 
 
@@ -114,7 +115,7 @@ def dc_merge(
         raise ValueError(f"smoothing={smoothing!r} is not among mean, linear, None")
     require_number("ratio", ratio, "of the largest singular value to the smallest, 1 or more", lambda x: x >= 1)
     if density is not None:
-        require_part("density", density, "the part of the entries that is kept, above 0 and at most 1", zero=False)
+        require_density(density)
 
     def merged(x, eps):
         tasks = len(x)

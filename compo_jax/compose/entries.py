@@ -6,7 +6,7 @@ through the same function leaf by leaf.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,40 @@ def entrywise(
     return jax.device_put(out.reshape(shape))
 
 
+_SHORT = 128  # entries: what is read in samples isn't worth a whole piece
+
+
+def computed(function: Callable[..., Array], leaves: Sequence[Any], numbers: Sequence = ()) -> Any:
+    """`function(numbers, *leaves)` as of `entrywise`, unrounded: `Deferred` where NumPy can read the leaves."""
+    wide, shape, size = tree.wide_type(*leaves), np.shape(leaves[0]), np.size(leaves[0])
+    if not on_host(*leaves, *numbers):
+        return entrywise(function, leaves, numbers, wide)
+    numbers = np.array([np.asarray(n) for n in numbers], wide)
+    return Deferred(shape, wide, lambda: _Computed(function, [flat(x) for x in leaves], numbers, size, wide))
+
+
+class _Computed(NamedTuple):
+    """The entries of a leaf that are made of other leaves' when they are read, see `Deferred`."""
+
+    function: Callable[..., Array]
+    rows: list[Any]
+    numbers: np.ndarray
+    size: int
+    wide: np.dtype
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        start, stop, _ = place.indices(self.size)
+        made = [self._piece(slice(at, min(at + PIECE, stop))) for at in range(start, stop, PIECE)]
+        return made[0] if len(made) == 1 else np.concatenate([np.empty(0, self.wide), *made])
+
+    def _piece(self, place: slice) -> np.ndarray:
+        count = place.stop - place.start
+        padding = (0, (_SHORT if count <= _SHORT else PIECE) - count)  # two shapes to compile for
+        with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):
+            cut = [np.pad(row[place].astype(self.wide, copy=False), padding) for row in self.rows]
+            return np.asarray(_compiled(self.function, self.wide, self.wide, self.numbers, *cut))[:count]
+
+
 def _rounded(function: Callable[..., Array], wide: Any, dtype: Any, numbers: Any, *rows: Any) -> Array:
     return function(numbers, *[jnp.asarray(x, wide) for x in rows]).astype(dtype)
 
@@ -144,3 +178,13 @@ def sums_are_finite(leaves: Sequence) -> bool:
         return bool(np.all(np.isfinite(jax.device_get([jnp.sum(x, dtype=tree.wide_type(x)) for x in leaves]))))
     with np.errstate(all="ignore"):
         return all(np.isfinite(np.sum(np.asarray(x), dtype=tree.wide_type(x))) for x in leaves)
+
+
+def summed_sizes(leaves: Sequence) -> Any:
+    """`Σ |x|` over all entries of the leaves; on the host in float64."""
+    if not on_host(*leaves):
+        return sum(jnp.sum(jnp.abs(jnp.asarray(x, tree.wide_type(x)))) for x in leaves)
+    with np.errstate(all="ignore"):
+        return sum(
+            float(np.sum(np.abs(piece), dtype=np.float64)) for x in leaves for _, piece in pieces(flat(x), np.size(x))
+        )

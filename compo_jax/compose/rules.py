@@ -8,31 +8,44 @@ Which to take:
   LoRA, `cart`, `wudi`. Around another rule: `core_space` and `knots`, in whose coordinates LoRA modules are more alike,
   and `subspace_boosting`, for what merging has cancelled.
   With data, from the cheapest on: `best_weights` (T numbers, from the landscape), `fisher`, `regmean`, `kronecker`, and
-  `ggn`, which leaves nothing out and takes a thousand times as long.
+  `ggn`, which leaves nothing out and takes a thousand times as long; between them `layer_weights` and `epimer`, T
+  numbers a layer. With test images but no labels: `adamerging`.
+  Where it is known which task an image is of: `emr` and `tall` keep a mask a task, and lose least.
+  Before or after another rule: `lines`, deeper layers more; `dare`, `della`, `breadcrumbs`, fewer entries.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 from jaxtyping import Array, Key
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
+from compo_jax.compose.adaptive import Adapted, Unlabelled, adamerging
 from compo_jax.compose.arithmetic import compose, task_arithmetic
+from compo_jax.compose.around import boosted, in_core_space, knots
+from compo_jax.compose.competition import pcb, sce
+from compo_jax.compose.depth import layer_scales, moved_by_layer, scaled_by_layer, widened
+from compo_jax.compose.directions import cart, dc_merge
+from compo_jax.compose.entries import whole
 from compo_jax.compose.fisher import fisher_compose, fisher_merge
 from compo_jax.compose.interference import wudi
 from compo_jax.compose.kronecker import kronecker_merge, regmean
-from compo_jax.compose.leaves import add_delta, add_weighted
-from compo_jax.compose.modules import with_zeros
+from compo_jax.compose.layer_weights import Weighed, layer_weights
+from compo_jax.compose.leaves import Stacked, add_weighted
+from compo_jax.compose.masks import consensus, emr_params, tall_params
+from compo_jax.compose.modules import with_holes, with_zeros
 from compo_jax.compose.numbers import Scalar, Weights
 from compo_jax.compose.solve import Solved, solve_merge
-from compo_jax.compose.spaces import Space, at_zero, core_space, knots_space
 from compo_jax.compose.sparse import drop_each, ties
 from compo_jax.compose.spectral import iso, iso_cts, tsv
 from compo_jax.compose.sphere import karcher_mean, karcher_weights, slerp_weights
 from compo_jax.compose.stock import model_stock
-from compo_jax.compose.directions import boost, cart, dc_merge
+from compo_jax.compose.subspace import Projected, epimer
+from compo_jax.compose.tails import breadcrumbs, della
 from compo_jax.curvature import Landscape
 from compo_jax.tree import Tree
 
@@ -50,13 +63,13 @@ class Rule(NamedTuple):
     """One way to merge.
 
     Attributes:
-      run: `(base, deltas, **options) -> params` or `Solved`.
+      run: `(base, deltas, **options) -> params`, or a result that has them and more.
       needs: names of the keyword arguments that it can't do without, of those that `MADE_BY` lists.
       takes: names of those that it can use.
       weighted: whether it takes weights.
       leafwise: whether it goes from leaf to leaf, and takes leaves that are `Deferred`.
       options_of: the function that gets the options that `run` has no name for.
-      around: whether another rule, the option `rule`, merges behind this one and gets these.
+      behind: of an add-on, the rule that merges what it leaves where none is said by its option `rule`.
     """
 
     run: Run
@@ -65,7 +78,7 @@ class Rule(NamedTuple):
     weighted: bool = True
     leafwise: bool = True
     options_of: Callable[..., Any] | None = None
-    around: bool = False
+    behind: str | None = None
 
 
 #: What rules need beside the deltas, and how it is made.
@@ -75,11 +88,59 @@ MADE_BY = {
     "factors": "one set of Kronecker factors a module, compo_jax.curvature.kronecker",
     "matvecs": "one curvature product a module, compo_jax.curvature.ggn",
     "landscape": "the landscape of these modules, compo_jax.curvature.landscape",
+    "task": "the number of the module for whose task the model is, from 0 on: the rule makes one a task (compo_jax."
+    "compose.emr, compo_jax.compose.tall)",
+    "unlabelled": "the tasks' test images and models, one compo_jax.compose.Unlabelled a module",
+    "loss": "the mean loss of a batch of all tasks' images, (params, *batch) -> scalar, as for "
+    "compo_jax.curvature.landscape",
+    "batches": "the batches of that loss, a list of tuples, as for compo_jax.curvature.landscape",
 }
 
 
 def _dare(base, deltas, weights=None, *, key, rate=0.9, rule="average", check_finite=True, **options):
     return dare(key, base, deltas, weights, rate=rate, rule=rule, check_finite=check_finite, **options)
+
+
+def lines(
+    base: Tree,
+    deltas: Sequence[Tree],
+    weights: Weights | None = None,
+    *,
+    alpha: Scalar = 1.0,
+    beta: Scalar = 1.0,
+    when: str = "after",
+    rule: str = "average",
+    stacked: Stacked = STACKED,
+    check_finite: bool = True,
+    **options: Any,
+) -> Tree:
+    """LiNeS (Wang et al., 2025, arXiv 2410.17146): layer l of L scaled by `α + β (l - 1) / (L - 1)`, for any rule.
+
+    Args:
+      alpha, beta: the first layer's scale, and what the last one's is above it. The authors' for a rule whose merged
+        task vector is τ: α is `‖Σ delta_t‖₁ / ‖τ‖₁ / T`, which of the average is 1, and β is chosen by the validation
+        accuracy, for the average of T from 0.1 T to T. For one model alone β is `1 - α`. `beta=0` is a plain scale.
+      when: `after` the rule, its merged task vector is scaled; `before` it, each module's.
+      rule: behind it or before it, by name; it and its options as in `merge`.
+      stacked: patterns of the paths of leaves whose axis 0 counts layers; of others, the first number in the path is
+        their layer. Leaves in no layer are scaled by α, as in the authors' code.
+
+    ValueError where no leaf is in a layer.
+    """
+    if when not in ("before", "after"):
+        raise ValueError(f"when is 'before' the rule or 'after' it, not {when!r}")
+    holed = with_holes(base, deltas, check_finite=check_finite)
+    present = jax.tree.map(lambda _, *d: next((x for x in d if x is not None), None), base, *holed)
+    factors = layer_scales(base, present, alpha, beta, stacked)
+    if "stacked" in (options_of(rule) or ()):
+        options["stacked"] = stacked
+    behind = functools.partial(merge, rule, weights=weights, check_finite=check_finite, **options)
+    if when == "before":
+        deltas = scaled_by_layer(holed, factors)
+        return behind(base, deltas if find_rule(rule).leafwise else jax.tree.map(whole, deltas))
+    merged = behind(widened(base), holed)  # unrounded
+    moved = jax.tree.map(lambda _, x, d: None if d is None else x, base, merged, present)
+    return moved_by_layer(base, moved, factors, check_finite=check_finite)
 
 
 def _slerp(base, deltas, *, t=0.5, check_finite=True):
@@ -103,51 +164,45 @@ def _full(base, deltas, weights=None, *, matvecs, fishers=None, **options):
     return solve_merge(base, deltas, matvecs, weights, **({"preconditioner": fishers} | options))
 
 
+def _epimer(base, deltas, weights=None, *, matvecs, **options):
+    return epimer(base, deltas, matvecs, weights, **options)
+
+
+def _layer_weights(base, deltas, *, loss, batches, **options):
+    return layer_weights(loss, base, deltas, batches, **options)
+
+
+def _adamerging(base, deltas, *, unlabelled, **options):
+    return adamerging(base, deltas, unlabelled, **options)
+
+
+def _before(change):
+    """The rule of an add-on: what `change(base, deltas, ...)` leaves is merged by the rule behind it."""
+    names = list(inspect.signature(change).parameters)
+
+    def run(base, deltas, weights=None, *, rule, check_finite=True, **options):
+        chosen = find_rule(rule)
+        theirs = chosen.needs + chosen.takes + tuple(options_of(rule) or ())
+        deltas = with_zeros(base, deltas, check_finite=check_finite)
+        mine = {name: options[name] for name in names if name in options}
+        deltas = change(base, deltas, deferred=chosen.leafwise, **mine)
+        options = {name: x for name, x in options.items() if name not in mine or name in theirs}
+        return merge(rule, base, deltas, weights=weights, check_finite=check_finite, **options)
+
+    return run
+
+
 def _best_weights(base, deltas, *, landscape, check_finite=True, **options):
     if check_finite:
         tree.require_finite({"slope": landscape.slope, "gram": landscape.gram}, "the landscape")
     return compose(base, deltas, landscape.best_weights(**options), check_finite=check_finite)
 
 
-def _inside(space: Space, rule, weights, stacked, check_finite, options) -> Tree:
-    """The delta that another rule makes in the space."""
-    if "stacked" in (options_of(rule) or [] if isinstance(rule, str) else ()):
-        options = {"stacked": stacked} | options
-    merged = merge_by(rule, space.base, space.deltas, weights, check_finite=check_finite, **options)
-    return space.back(merged)
-
-
-def _written(space: Space, base, rule, weights, stacked, check_finite, options):
-    if isinstance(rule, str) and (foreign := [what for what in find_rule(rule).needs if what != "key"]):
-        raise ValueError(
-            f"the rule {rule!r} needs {', '.join(foreign)}, of the weights as they are, and can't merge in other "
-            "coordinates: take one that needs none of these"
-        )
-    delta = _inside(space, rule, weights, stacked, check_finite, options)
-    return add_delta(base, delta, check_finite=check_finite)
-
-
-def _knots(base, deltas, weights=None, *, rule="average", shared="out", stacked=STACKED, check_finite=True, **options):
-    space = knots_space(base, deltas, shared=shared, stacked=stacked, check_finite=check_finite)
-    return _written(space, base, rule, weights, stacked, check_finite, options)
-
-
-def _core_space(base, deltas, weights=None, *, rule="average", stacked=STACKED, check_finite=True, **options):
-    space = core_space(base, deltas, stacked=stacked, check_finite=check_finite)
-    return _written(space, base, rule, weights, stacked, check_finite, options)
-
-
-def _boosted(base, deltas, weights=None, *, rule="average", beta=0.01, stacked=STACKED, check_finite=True, **options):
-    space = at_zero(base, deltas, check_finite=check_finite)
-    delta = _inside(space, rule, weights, stacked, check_finite, options)
-    return add_delta(base, boost(delta, beta, stacked=stacked, check_finite=check_finite), check_finite=check_finite)
-
-
 RULES = {
     "average": Rule(compose),
     "task_arithmetic": Rule(task_arithmetic),
     "ties": Rule(ties),
-    "dare": Rule(_dare, needs=("key",), takes=("fishers", "factors", "matvecs", "landscape"), around=True),
+    "dare": Rule(_dare, needs=("key",), takes=tuple(MADE_BY), behind="average"),
     "slerp": Rule(_slerp, weighted=False),
     "karcher": Rule(_karcher, options_of=karcher_mean),
     "model_stock": Rule(model_stock, weighted=False),
@@ -158,13 +213,28 @@ RULES = {
     "kronecker": Rule(kronecker_merge, needs=("factors",), leafwise=False),
     "ggn": Rule(_full, needs=("matvecs",), takes=("fishers",), leafwise=False, options_of=solve_merge),
     "best_weights": Rule(_best_weights, needs=("landscape",), weighted=False, options_of=Landscape.best_weights),
+    # layers, masks, competition and tails; weights of groups of layers
+    "lines": Rule(lines, takes=tuple(MADE_BY), behind="average"),
+    "della": Rule(_before(della), needs=("key",), takes=tuple(MADE_BY), options_of=della, behind="average"),
+    "breadcrumbs": Rule(_before(breadcrumbs), takes=tuple(MADE_BY), options_of=breadcrumbs, behind="task_arithmetic"),
+    "consensus": Rule(consensus),
+    "tall": Rule(tall_params, needs=("task",)),
+    "emr": Rule(emr_params, needs=("task",), weighted=False),
+    "pcb": Rule(pcb, weighted=False),
+    "sce": Rule(sce, weighted=False),
+    "adamerging": Rule(_adamerging, ("unlabelled",), weighted=False, leafwise=False, options_of=adamerging),
+    "epimer": Rule(_epimer, needs=("matvecs",), leafwise=False, options_of=epimer),
+    "layer_weights": Rule(
+        _layer_weights, ("loss", "batches"), weighted=False, leafwise=False, options_of=layer_weights
+    ),
+    # matrices; coordinates for another rule, and what comes after it
     "wudi": Rule(wudi),
     "iso_cts": Rule(iso_cts),
     "dc_merge": Rule(dc_merge),
     "cart": Rule(cart),
-    "knots": Rule(_knots, takes=("key",), leafwise=False, around=True),
-    "core_space": Rule(_core_space, takes=("key",), leafwise=False, around=True),
-    "subspace_boosting": Rule(_boosted, takes=tuple(MADE_BY), leafwise=False, around=True),
+    "knots": Rule(knots, takes=("key",), leafwise=False, behind="average"),
+    "core_space": Rule(in_core_space, takes=("key",), leafwise=False, behind="average"),
+    "subspace_boosting": Rule(boosted, takes=tuple(MADE_BY), leafwise=False, behind="average"),
 }
 
 
@@ -176,33 +246,30 @@ def find_rule(name: str) -> Rule:
 
 
 #: Parameters of rules that `merge` has by these names, or gives.
-_OTHERS = {"base", "deltas", "params", "trees", "self", "weights", "wide", "check_finite", *MADE_BY}
+_OTHERS = {"base", "deltas", "params", "trees", "self", "weights", "wide", "deferred", "check_finite", *MADE_BY}
 
 
-def options_of(name: str, behind: str = "average") -> list[str] | None:
+def options_of(name: str, behind: str | None = None) -> list[str] | None:
     """The options of the rule of that name, for `merge`; None where it takes any.
 
     Args:
-      behind: of a rule around another one (`dare`, `knots`, ...), the name of that one.
+      behind: of an add-on, the rule that merges what is left; default its own.
     """
     rule = find_rule(name)
     parameters = inspect.signature(rule.run).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-    if rule.around:
-        further = options_of(behind)
-    elif rule.options_of is not None:
+    further = None if len(names) < len(parameters) else []
+    if rule.options_of is not None:
         further = list(inspect.signature(rule.options_of).parameters)
-    else:
-        further = None if len(names) < len(parameters) else []
+    if rule.behind is not None:
+        last = options_of(behind or rule.behind)
+        further = None if last is None else [*(further or ()), *last]
     return None if further is None else [x for x in dict.fromkeys(names + further) if x not in _OTHERS]
 
 
 def require_options(name: str, options: dict[str, Any]) -> None:
     """ValueError, listing those that there are, where the rule of that name hasn't one of the options."""
-    behind = options.get("rule", "average")
-    if find_rule(name).around and not isinstance(behind, str):
-        return  # a function's, which looks at them itself
-    allowed = options_of(name, behind)
+    allowed = options_of(name, options.get("rule"))
     if allowed is not None and (unknown := [option for option in options if option not in allowed]):
         raise ValueError(
             f"the rule {name!r} has no option {', '.join(unknown)}; its options are {', '.join(allowed) or 'none'}"
@@ -220,6 +287,10 @@ def merge(
     factors: Sequence | None = None,
     matvecs: Sequence | None = None,
     landscape: Landscape | None = None,
+    task: int | None = None,
+    unlabelled: Sequence[Unlabelled] | None = None,
+    loss: Callable[..., Any] | None = None,
+    batches: Sequence[tuple] | None = None,
     check_finite: bool = True,
     **options: Any,
 ) -> Tree:
@@ -228,13 +299,13 @@ def merge(
     Args:
       deltas: trees shaped as `base`, None where nothing changes; of `core_space` LoRA modules as they are.
       weights: one a module; each rule says what they mean, and its default.
-      key, fishers, factors, matvecs, landscape: see `MADE_BY`. What the rule doesn't use is left aside, so that a loop
-        over all rules may give everything to each.
+      key, fishers, factors, matvecs, landscape, task, unlabelled, loss, batches: see `MADE_BY`. What the rule doesn't
+        use is left aside, so that a loop over all rules may give everything to each.
       check_finite: ValueError, naming module and leaf, where a module, or what the rule needs beside them, holds NaN or
         an infinity; False lets them through.
-      options: of the rule, such as `scale`, `density`, `rate`, `damping`; `slerp` takes `t`, and `dare`, `knots`,
-        `core_space` and `subspace_boosting` the name of the `rule` behind them (or a function, see `dare`), with its
-        options.
+      options: of the rule, such as `scale`, `density`, `rate`, `damping`; `slerp` takes `t`, and the add-ons (`dare`,
+        `della`, `breadcrumbs`, `lines`, `knots`, `core_space`, `subspace_boosting`) the name of the `rule` behind them,
+        and its options.
 
     The residual of a solve comes with `solve_merge` and `kronecker_merge` themselves. ValueError for an unknown rule
     or option (lists the known), for what the rule needs and didn't get (says what makes it), for weights that the
@@ -243,6 +314,7 @@ def merge(
     rule = find_rule(name)
     require_options(name, options)
     needed = {"key": key, "fishers": fishers, "factors": factors, "matvecs": matvecs, "landscape": landscape}
+    needed |= {"task": task, "unlabelled": unlabelled, "loss": loss, "batches": batches}
     needed = {what: value for what, value in needed.items() if value is not None and what in rule.needs + rule.takes}
     if missing := [f"{what} ({MADE_BY[what]})" for what in rule.needs if what not in needed]:
         raise ValueError(f"the rule {name!r} needs {', '.join(missing)}")
@@ -252,8 +324,10 @@ def merge(
         needed["weights"] = weights
     if not check_finite:
         options["check_finite"] = False
+    if rule.behind is not None:
+        options.setdefault("rule", rule.behind)
     merged = rule.run(base, deltas, **needed, **options)
-    return merged.params if isinstance(merged, Solved) else merged
+    return merged.params if isinstance(merged, Solved | Adapted | Projected | Weighed) else merged
 
 
 def dare(
@@ -276,27 +350,12 @@ def dare(
         one of your own; it gets the rescaled deltas unrounded, in float32 at least.
       options: of that rule.
     """
-    name = _name_of(rule)
+    name = rule if isinstance(rule, str) else {other.run: name for name, other in RULES.items()}.get(rule)
     leafwise = name is not None and find_rule(name).leafwise
     deltas = with_zeros(base, deltas, check_finite=check_finite)
     deltas = drop_each(key, deltas, rate, deferred=leafwise)
     if name is not None:
-        options["key"] = key
-    return merge_by(rule, base, deltas, weights, check_finite=check_finite, **options)
-
-
-def _name_of(rule: str | Callable[..., Any]) -> str | None:
-    """The name of a rule that has one."""
-    return rule if isinstance(rule, str) else {other.run: name for name, other in RULES.items()}.get(rule)
-
-
-def merge_by(
-    rule: str | Callable[..., Any], base: Tree, deltas: Sequence[Tree], weights: Weights | None, *, check_finite: bool,
-    **options: Any,
-) -> Any:  # fmt: skip
-    """`merge` by the name of a rule or by a function, `(base, deltas, weights, **options) -> params`."""
-    if (name := _name_of(rule)) is not None:
-        return merge(name, base, deltas, weights=weights, check_finite=check_finite, **options)
+        return merge(name, base, deltas, weights=weights, key=key, check_finite=check_finite, **options)
     if not check_finite and "check_finite" in inspect.signature(rule).parameters:
         options["check_finite"] = False
     return rule(base, deltas, weights, **options)

@@ -17,7 +17,7 @@ from compo_jax.compose.selection import kth_largest
 from compo_jax.tree import Tree
 
 
-def _require_density(density: float) -> None:
+def require_density(density: float) -> None:
     meaning = "the fraction of entries that is kept, above 0 and at most 1"
     if not tree.concrete(density):
         raise ValueError(f"density is {meaning}, and has to be known when the rule is traced: leave it out of jit")
@@ -30,7 +30,7 @@ def trim(delta: Tree, density: float, *, check_finite: bool = True) -> Tree:
     Entries as large as the last one kept are kept, too. ValueError where the delta holds NaN or an infinity, which
     `check_finite=False` counts among the largest.
     """
-    _require_density(density)
+    require_density(density)
     (delta,) = require_same([delta], check_finite=check_finite)
     least = _least(delta, density)
     return jax.tree.map(lambda x: entrywise(_trimmed, [x], [least]), delta)
@@ -62,7 +62,7 @@ def ties(
 
     An entry that sums to zero has no sign and doesn't change.
     """
-    _require_density(density)
+    require_density(density)
     require_number("scale", scale, "a finite number")
     deltas = with_zeros(base, deltas, check_finite=check_finite)
     weights = weigh(weights, len(deltas), sign=False)
