@@ -4,8 +4,9 @@
     python experiments/merging.py --run RUN [RUN ...]                   # runs of incremental.py, one a seed
 
 For each pool: the curvature of every module at its own weights, on its own training images, taken once and kept beside
-a copy of the module (RUN/merging/pools); then every rule of `compose.RULES` on all modules, each tested on all tasks
-with the modules' own heads. Normalised accuracy is the merged model's over the module's own, where the task is known.
+a copy of the module (RUN/merging/pools); then every rule of `compose.RULES` that makes one model, without steps on
+images, on all modules, each tested on all tasks with the modules' own heads. Normalised accuracy is the merged model's
+over the module's own, where the task is known.
 Seconds are of the rule alone, compiled (the least of three calls, or one of over ten seconds); memory is XLA's count of
 the whole rule as one program, arguments and result included, in multiples of the base. Options are the rules' defaults
 but for those in OPTIONS. Writes report.html and metrics.json to RUN/merging of the first run. A few minutes on 2 CPU
@@ -30,6 +31,7 @@ RULES = [  # the names of compose.RULES in its order: a test compares them, as J
     "adamerging", "epimer", "layer_weights",
     "wudi", "iso_cts", "dc_merge", "cart", "knots", "core_space", "subspace_boosting",
 ]  # fmt: skip
+ELSEWHERE = ("tall", "emr", "adamerging", "layer_weights")  # a model a task, or fitted to images step by step
 OPTIONS = {
     "dare": {"rate": 0.5},
     "regmean": {"scaling": 0.9},
@@ -42,8 +44,8 @@ OPTIONS = {
 class Options(OnRuns):
     images: Count = 64
     """training images of a task for its curvature"""
-    rules: Annotated[tuple[str, ...], names(RULES), OPEN] = ()
-    """rules to compare (default: all that take this many modules)"""
+    rules: Annotated[tuple[str, ...], names([rule for rule in RULES if rule not in ELSEWHERE]), OPEN] = ()
+    """rules to compare (default: all of these that take this many modules)"""
     seed: Seed = 0
     """of the images and of the rules that draw"""
 
@@ -235,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     fewest = min(len(task.train) for run in runs for task in run.stream.tasks)
     if options.images > fewest:
         raise ValueError(f"--images {options.images}: a task has {fewest} training images; ask for that many at most")
-    rules = options.rules or [rule for rule in compose.RULES if rule != "slerp" or tasks == 2]
+    rules = options.rules or [rule for rule in RULES if rule not in ELSEWHERE and (rule != "slerp" or tasks == 2)]
     programs: dict[tuple[str, str], Program] = {}
     measured = [
         merged_run(run, {name: merged_pool(run, name, rules, programs, options.images, options.seed) for name in pools})

@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from compo_jax import adapters, tree
 from compo_jax.compose import (
     RULES,
+    Unlabelled,
     compose,
     dare,
     drop,
@@ -281,6 +282,10 @@ def linear_model():
         ],
         "matvecs": [lambda v, s=s: jax.tree.map(lambda leaf: s * leaf, v) for s in (1, 2)],
         "landscape": landscape(loss, start, deltas, x),
+        "task": 1,
+        "unlabelled": [Unlabelled(lambda p, x: x @ p["w"] + p["b"], [x])] * 2,
+        "loss": loss,
+        "batches": [(x,)],
     }
     return start, deltas, given
 
@@ -290,6 +295,7 @@ def test_every_rule_runs_by_its_name_with_holes_and_without_what_it_does_not_nee
         start, deltas, given = linear_model()
         for name, rule in RULES.items():
             options = {"damping": 1e-3} if name in ("kronecker", "regmean", "ggn") else {}
+            options |= {"stacked": "w"} if name == "lines" else {"steps": 2} if name == "adamerging" else {}
             merged = merge(name, start, deltas, **given, **options)
             assert jax.tree.structure(merged) == jax.tree.structure(start)
             assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(merged)), name

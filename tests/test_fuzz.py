@@ -181,7 +181,8 @@ def test_a_rule_is_the_one_in_float64_whatever_the_types(rule):
             wanted = jax.tree.map(np.asarray, wanted)
     for what, dtypes in list(TYPES.items())[: 2 if rule in ("average", "ties", "karcher", "iso", "fisher") else 1]:
         base, deltas = trees(dtypes)
-        like(compiled(rule, base, deltas, fishers, factors, **options), wanted, base, f"{rule}, {what}")
+        slack = 30.0 if rule == "layer_weights" else 1.0  # whose weights come from the loss of rounded parameters
+        like(compiled(rule, base, deltas, fishers, factors, **options), wanted, base, f"{rule}, {what}", slack)
 
 
 @pytest.mark.parametrize("rule", ["average", "tsv", "karcher", "fisher"])
@@ -265,6 +266,9 @@ def test_what_is_not_finite_is_named_wherever_it_is(rule):
         told(call, f"delta {i % 2} holds NaN or infinite numbers in {name}:")
         # On purpose it goes through, and no factorisation waits for ever. Some rules may drop it.
         if bad != np.inf:
+            continue
+        if "loss" in RULES[rule].needs:  # it comes to the solver, which has no weights to give
+            told(functools.partial(call, check_finite=False), "a quadratic with numbers that aren't finite")
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -46,6 +46,10 @@ def by_depth(stacks):
     return {name: factor[name] * x.mean(0) for name, x in stacks.items()}
 
 
+def average(stacks):
+    return {name: x.mean(0) for name, x in stacks.items()}
+
+
 def without_tails(stacks):
     def one(x):
         flat = x.copy().reshape(len(x), -1)
@@ -123,7 +127,7 @@ class Row(NamedTuple):
 ROWS = [
     Row("lines", {"alpha": 0.5, "beta": 0.8}, by_depth, {"beta": 0.0}),
     Row("lines", {"alpha": 0.5, "beta": 0.8, "when": "before"}, by_depth, None),
-    Row("della", {"rate": 0.0, "window": 0.0}, lambda s: {n: x.mean(0) for n, x in s.items()}, {"rate": 0, "window": 0}),
+    Row("della", {"rate": 0.0, "window": 0.0}, average, {"rate": 0.0, "window": 0.0}),
     Row(
         "breadcrumbs", {"kept": 0.6, "largest": 0.2, "scale": 0.7}, without_tails,
         {"kept": 1.0, "largest": 0.0, "scale": 1.0},
@@ -166,7 +170,7 @@ def test_a_rule_is_its_loop_in_numpy_for_any_number_of_tasks_and_in_16_bits(row)
 
 
 def test_no_vote_is_needed_and_no_entry_competes():
-    base, deltas, stacks = modules(3)
+    base, deltas, _ = modules(3)
     every = merge("consensus", base, deltas, least=0, scale=0.3)
     plain = merge("task_arithmetic", base, deltas, scale=0.3)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), every, plain)

@@ -118,6 +118,7 @@ def adamerging(
         weights, state, value = step(weights, state, inputs, base, deltas)
         entropies.append(float(value))
         if check_finite and not np.isfinite(entropies[-1]):
+            tree.require_finite(base, "the base")
             raise ValueError(f"the entropy isn't finite in step {i}: look at the logits, and at the images for NaN")
     weights = np.clip(np.asarray(weights), 0, 1)
     params = parts.compose(base, deltas, weights, check_finite=check_finite)

@@ -135,7 +135,7 @@ def sce(
             spread = jnp.var(x, axis=0)
             count = jnp.maximum(jnp.floor(density * jnp.count_nonzero(spread) + 1e-6).astype(int), 1)
             least = jnp.sort(spread.ravel())[spread.size - count]
-            x = jnp.where((spread >= least) | (density == 1), x, 0)
+            x = x if density == 1 else x * (spread >= least)  # and nothing that isn't finite is hidden
         energy = jnp.sum(x**2, axis=range(1, x.ndim), keepdims=True)
         majority = jnp.where(jnp.sum(x, axis=0) >= 0, 1, -1)
         share = jnp.where(jnp.sign(x) == majority, energy, 0)

@@ -86,7 +86,7 @@ def entrywise(
     if not on_host(*leaves, *numbers):
         rows = [whole(x) for x in leaves]
         run = _compiled if tree.concrete(rows, list(numbers)) else _rounded
-        return run(function, wide, dtype, jnp.stack([jnp.asarray(n, wide) for n in numbers]), *rows)
+        return run(function, wide, dtype, jnp.array([jnp.asarray(n, wide) for n in numbers], wide), *rows)
     numbers = np.array([np.asarray(n) for n in numbers], wide)
     out, rows = _empty(size, dtype), [flat(x) for x in leaves]
     spare = [_empty(PIECE, jnp.result_type(x)) for x in leaves]

@@ -76,9 +76,9 @@ class GroupLandscape(NamedTuple):
 
     def damped_gram(self, damping: Scalar | None) -> Float[np.ndarray, "parts parts"]:
         gram = np.asarray(self.landscape.gram, np.float64)
-        if damping is None:  # and a little more, so that rounding doesn't undo it
+        if damping is None and np.all(np.isfinite(gram)):  # and a little more, so that rounding doesn't undo it
             damping = 1.001 * max(0.0, -float(np.linalg.eigvalsh(gram)[0]))
-        return gram + damping * np.eye(len(gram))
+        return gram + (damping or 0.0) * np.eye(len(gram))
 
     def best_weights(
         self, lower: Any = 0.0, upper: Any = 1.0, damping: Scalar | None = None
@@ -145,6 +145,8 @@ def group_landscape(
       options: of `curvature.landscape`: `check` (points, tasks * groups), `rematerialise`, `mesh`.
     """
     deltas = with_holes(base, deltas, check_finite=check_finite)
+    if check_finite:
+        tree.require_finite(base, "the base")
     groups = groups if isinstance(groups, Groups) else grouped(base, deltas, groups, stacked)
     shape = (len(deltas), len(groups.names))
     around = np.full(shape, 1 / shape[0]) if anchor is None else np.asarray(anchor)

@@ -60,7 +60,7 @@ def _elected(numbers: Array, *rows: Array) -> Array:
 
 def _agreeing(numbers: Array, x: Array, *rows: Array) -> Array:
     unified = _elected(numbers, *rows)
-    return jnp.where(x * unified > 0, unified, 0)
+    return unified * (x * unified > 0)  # and no infinity is hidden by a mask
 
 
 def _agrees(numbers: Array, x: Array, unified: Array) -> Array:
@@ -109,7 +109,7 @@ def emr_params(base: Tree, deltas: Sequence[Tree], *, task: int, check_finite: b
 
 
 def _wanted(ratio: Any, x: Array, merged: Array) -> Array:
-    return ~(jnp.abs(x) < ratio * jnp.abs(merged - x))  # nan goes through
+    return jnp.abs(x) >= ratio * jnp.abs(merged - x)
 
 
 def _tall_mask(numbers: Array, x: Array, merged: Array) -> Array:
@@ -122,7 +122,7 @@ def _total(numbers: Array, *rows: Array) -> Array:
 
 def _tall_moved(numbers: Array, b: Array, x: Array, *rows: Array) -> Array:
     merged = total(numbers[1:], *rows)
-    return b + jnp.where(_wanted(numbers[0], x, merged), merged, 0)
+    return b + merged * _wanted(numbers[0], x, merged)
 
 
 def _ratios(ratio: Any, tasks: int) -> list:
@@ -186,7 +186,7 @@ def _agreed(numbers: Array, b: Array, *rows: Array) -> Array:
     scale, least, ratios, weights = numbers[0], numbers[1], *jnp.split(numbers[2:], 2)
     merged = total(weights, *rows)
     votes = sum(_wanted(r, x, merged).astype(b.dtype) for r, x in zip(ratios, rows, strict=True))
-    return b + jnp.where(votes >= least, scale * merged, 0)
+    return b + scale * merged * (votes >= least)
 
 
 def consensus(
@@ -194,7 +194,7 @@ def consensus(
     deltas: Sequence[Tree],
     weights: Weights | None = None,
     *,
-    least: int = 2,
+    least: Scalar = 2,
     ratio: Scalar | Sequence = 0.4,
     scale: Scalar = 0.3,
     check_finite: bool = True,
