@@ -29,9 +29,11 @@ RULES = [  # the names of compose.RULES in its order: a test compares them, as J
     "average", "task_arithmetic", "ties", "dare", "slerp", "karcher", "model_stock", "tsv", "iso", "fisher", "regmean",
     "kronecker", "ggn", "best_weights", "lines", "della", "breadcrumbs", "consensus", "tall", "emr", "pcb", "sce",
     "adamerging", "epimer", "layer_weights",
-    "wudi", "iso_cts", "dc_merge", "cart", "knots", "core_space", "subspace_boosting",
+    "wudi", "iso_cts", "dc_merge", "cart", "knots", "core_space", "esm", "regmean_plus",
+    "subspace_boosting",
 ]  # fmt: skip
-ELSEWHERE = ("tall", "emr", "adamerging", "layer_weights")  # a model a task, or fitted to images step by step
+# a model a task, or fitted to images step by step
+ELSEWHERE = ("tall", "emr", "adamerging", "layer_weights", "regmean_plus")
 OPTIONS = {
     "dare": {"rate": 0.5},
     "regmean": {"scaling": 0.9},

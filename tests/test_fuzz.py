@@ -43,7 +43,7 @@ OPTIONS = {
     "sce": {"density": 0.6},
     "adamerging": {"steps": 3},
 }
-BY_STEPS = ("best_weights", "adamerging", "layer_weights")  # not under jit
+BY_STEPS = ("best_weights", "adamerging", "layer_weights", "regmean_plus")  # not under jit
 TYPES = {  # of the base and the modules
     "a narrow base": ["bfloat16", "float32", "float16"],
     "unequal modules": ["float16", "float16", "bfloat16"],
@@ -93,8 +93,11 @@ def scaled(v, by):
 
 
 def outputs(params, x, by):
-    """Logits of three classes that depend on every parameter."""
-    summed = sum(jnp.sum(jnp.sin(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(params))
+    """Logits of three classes that depend on every parameter, on `m` as the weight of a dense layer."""
+    rest = jax.tree.leaves({name: x for name, x in params.items() if name != "m"})
+    summed = sum(jnp.sum(jnp.sin(leaf.astype(jnp.float32))) for leaf in rest)
+    rows = x * jnp.sin(jnp.arange(10.0, dtype=jnp.float32)).reshape(2, 5)
+    summed += jnp.sum(jnp.sin(rows @ params["m"].astype(jnp.float32)))
     return x * jnp.stack([summed, by * jnp.cos(summed), by])[None]
 
 

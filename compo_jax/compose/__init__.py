@@ -3,6 +3,8 @@
 `compose` for weights that are known, `merge` for a rule by its name: `compose.rules` says which to take.
 """
 
+from compo_jax.compose.activations import esm as esm
+from compo_jax.compose.activations import regmean_plus as regmean_plus
 from compo_jax.compose.adaptive import Adapted as Adapted
 from compo_jax.compose.adaptive import Unlabelled as Unlabelled
 from compo_jax.compose.adaptive import adamerging as adamerging

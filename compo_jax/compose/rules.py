@@ -24,6 +24,7 @@ from jaxtyping import Array, Key
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
+from compo_jax.compose.activations import esm, regmean_plus
 from compo_jax.compose.adaptive import Adapted, Unlabelled, adamerging
 from compo_jax.compose.arithmetic import compose, task_arithmetic
 from compo_jax.compose.around import boosted, in_core_space, knots
@@ -234,6 +235,8 @@ RULES = {
     "cart": Rule(cart),
     "knots": Rule(knots, takes=("key",), leafwise=False, behind="average"),
     "core_space": Rule(in_core_space, takes=("key",), leafwise=False, behind="average"),
+    "esm": Rule(esm, needs=("factors",), leafwise=False),
+    "regmean_plus": Rule(regmean_plus, needs=("unlabelled",), leafwise=False),
     "subspace_boosting": Rule(boosted, takes=tuple(MADE_BY), leafwise=False, behind="average"),
 }
 
