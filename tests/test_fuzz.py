@@ -312,7 +312,7 @@ def test_what_is_not_finite_is_named_wherever_it_is(rule):
         )
 
 
-@pytest.mark.parametrize("rule", ["tsv", "iso", "karcher", "regmean"])
+@pytest.mark.parametrize("rule", ["tsv", "iso", "karcher", "regmean", "wudi", "iso_cts", "dc_merge", "core_space"])
 def test_a_traced_infinity_ends_in_nan_and_not_in_a_wait_for_ever(rule):
     base, more = {"m": jnp.zeros((5, 4))}, {"factors": given()["factors"]}
     if rule == "regmean":
@@ -418,7 +418,10 @@ def factorised(jaxpr):
                 yield from factorised(inner)
 
 
-@pytest.mark.parametrize("rule", ["tsv", "iso", "regmean", "kronecker", "ggn"])
+SINGULAR = ["tsv", "iso", "wudi", "iso_cts", "dc_merge", "cart", "knots", "core_space", "subspace_boosting", "esm"]
+
+
+@pytest.mark.parametrize("rule", [*SINGULAR, "regmean", "kronecker", "ggn"])
 def test_factorisations_are_of_one_matrix_at_a_time(rule):
     options = OPTIONS.get(rule, {}) | ({"coordinates": "modules"} if rule == "ggn" else {})
     traced = jax.make_jaxpr(functools.partial(run, rule, **options))(*trees(["float32"] * 3, 2, FEW))

@@ -12,6 +12,7 @@ from cases import close, normal
 
 from compo_jax import adapters, tree
 from compo_jax.compose import boost, compose, core_space, iso, knots_space, merge, ties, wudi
+from compo_jax.pool import ModulePool
 
 X64 = functools.partial(jax.enable_x64, True)
 SHAPES = {"blocks/kernel": (2, 6, 5), "blocks/bias": (2, 5), "head": (4, 6), "conv": (2, 2, 3), "gain": (4,)}
@@ -386,3 +387,15 @@ def test_bad_input():
         merge("core_space", {"w": jnp.ones((2, 4, 3))}, [{"w": stack}])
     with pytest.raises(ValueError, match="delta 0 doesn't fit the parameters: .*w/a is unknown"):
         merge("knots", start, [{"w": pair}])
+
+
+def test_a_pool_hands_its_lora_modules_to_core_space(tmp_path):
+    base = {"w": jnp.asarray(normal(0, 8, 6), jnp.float32), "b": jnp.ones(6)}
+    pool, deltas = ModulePool(tmp_path / "pool"), []
+    for rank in (1, 2):
+        adapter = adapters.lora(rank, targets="w")
+        module = jax.tree.map(lambda x: x + 0.1, adapter.init(jax.random.key(rank), base))
+        pool.add(f"rank{rank}", module, base=base, adapter=adapter)
+        deltas.append(adapter.delta(module, base))
+    merged = merge("core_space", base, [pool.load(name) for name in pool.names()], rule="task_arithmetic", scale=0.7)
+    close(merged, merge("task_arithmetic", base, deltas, scale=0.7), rtol=1e-5)
