@@ -19,7 +19,7 @@ from compo_jax.compose.numbers import (
     weigh,
 )
 from compo_jax.compose.solve import Solved, solve_merge, symmetric_solve
-from compo_jax.curvature import Kronecker, merge_kronecker
+from compo_jax.curvature import Kronecker
 from compo_jax.tree import Tree
 
 
@@ -140,7 +140,7 @@ def kronecker_merge(
     """`(Σ w_t A_t ⊗ B_t + λ I) x = Σ w_t (A_t ⊗ B_t) delta_t` in each dense layer: `solve_merge` by K-FAC.
 
     The sum has no Kronecker form, so it is solved by conjugate gradients on exact products, all layers at once,
-    preconditioned with the exact inverse of `merge_kronecker`, which has. Leaves without factors are averaged.
+    preconditioned in the eigenbasis of `merge_kronecker`, which has. Leaves without factors are averaged.
 
     Args:
       factors: one `curvature.kronecker` a task. The other arguments, warnings and errors are those of `solve_merge`.
@@ -151,10 +151,6 @@ def kronecker_merge(
     weights = weigh(weights, len(deltas), sign=False)
     anchor = None if anchor is None else weigh(anchor, len(deltas))
     covered, factors, rest = split_layers(deltas, factors, weights, ["inputs", "outputs"] if check_finite else [])
-    eigen = merge_kronecker(factors, weights).eigen()
-    highest = jnp.stack([jnp.max(values) for values in eigen.values.values()]).max()
-    # the inverse of the rounding of eigenvalues that are zero would drown the others
-    floor = damping + jnp.where(highest > 0, highest * jnp.finfo(highest.dtype).eps, 1)
     options = {"anchor": anchor, "tolerance": tolerance, "max_iterations": max_iterations}
     solved = solve_merge(
         base,
@@ -162,7 +158,7 @@ def kronecker_merge(
         [f.matvec for f in factors],
         weights,
         damping,
-        preconditioner=lambda v: eigen.solve(v, floor),
+        preconditioner=factors,
         check_finite=check_finite,
         **options,
     )

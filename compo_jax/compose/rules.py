@@ -9,7 +9,7 @@ Which to take:
   and `subspace_boosting`, for what merging has cancelled.
   With data, from the cheapest on: `best_weights` (T numbers, from the landscape), `fisher`, `regmean`, `kronecker`, and
   `ggn`, which leaves nothing out and takes a thousand times as long; between them `layer_weights` and `epimer`, T
-  numbers a layer. With test images but no labels: `adamerging`.
+  numbers a layer. With images but no labels: `esm`, `regmean_plus`, and on the test's `adamerging`.
   Where it is known which task an image is of: `emr` and `tall` keep a mask a task, and lose least.
   Before or after another rule: `lines`, deeper layers more; `dare`, `della`, `breadcrumbs`, fewer entries.
 """
@@ -161,8 +161,9 @@ def _fisher(base, deltas, weights=None, *, fishers, check_finite=True, **options
     return fisher_compose(base, deltas, fishers, weights, check_finite=check_finite, **options)
 
 
-def _full(base, deltas, weights=None, *, matvecs, fishers=None, **options):
-    return solve_merge(base, deltas, matvecs, weights, **({"preconditioner": fishers} | options))
+def _full(base, deltas, weights=None, *, matvecs, factors=None, fishers=None, **options):
+    preconditioner = fishers if factors is None else factors
+    return solve_merge(base, deltas, matvecs, weights, **({"preconditioner": preconditioner} | options))
 
 
 def _epimer(base, deltas, weights=None, *, matvecs, **options):
@@ -212,7 +213,7 @@ RULES = {
     "fisher": Rule(_fisher, needs=("fishers",), options_of=fisher_merge),
     "regmean": Rule(regmean, needs=("factors",), leafwise=False),
     "kronecker": Rule(kronecker_merge, needs=("factors",), leafwise=False),
-    "ggn": Rule(_full, needs=("matvecs",), takes=("fishers",), leafwise=False, options_of=solve_merge),
+    "ggn": Rule(_full, needs=("matvecs",), takes=("factors", "fishers"), leafwise=False, options_of=solve_merge),
     "best_weights": Rule(_best_weights, needs=("landscape",), weighted=False, options_of=Landscape.best_weights),
     # layers, masks, competition and tails; weights of groups of layers
     "lines": Rule(lines, takes=tuple(MADE_BY), behind="average"),

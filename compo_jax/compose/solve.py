@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -11,16 +11,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from compo_jax import tree
-from compo_jax.compose.fisher import diagonals
 from compo_jax.compose.leaves import add_delta
 from compo_jax.compose.modules import require_same, with_zeros
 from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_not_negative, weigh
+from compo_jax.compose.preconditioners import Matvec, inverse
 from compo_jax.compose.sphere import gram
 from compo_jax.curvature import Curvature
 from compo_jax.lapack import eigh
 from compo_jax.tree import Tree
-
-Matvec = Callable[[Tree], Tree]  # such as every `Curvature` is
 
 
 class Solution(NamedTuple):
@@ -154,18 +152,6 @@ def _product(matvec: Matvec, vector: Tree, like: Tree, what: str = "the curvatur
     return jax.tree.map(there, like, vector, tree.spread(image, like))
 
 
-def _diagonal(fishers: Sequence, weights: Sequence, damping: Scalar, like: Tree, check_finite: bool) -> Matvec:
-    """`v / (Σ w_t F_t + damping)`."""
-    if len(fishers) != len(weights):
-        raise ValueError(f"{len(fishers)} Fishers were given to precondition with, for {len(weights)} modules")
-    total = tree.weighted_sum(diagonals(fishers, like, check_finite=check_finite), weights, wide=True)
-    if missing := sorted(set(tree.names(like)) - set(tree.names(total))):
-        raise ValueError(f"the Fishers to precondition with have no entries for {', '.join(missing)}")
-    highest = jnp.stack([jnp.max(x, initial=0) for x in jax.tree.leaves(total)]).max() + damping
-    floor = jnp.where(highest > 0, highest * jnp.finfo(highest.dtype).eps, 1)  # where it is 0, so is the curvature
-    return lambda v: jax.tree.map(lambda x, d: x / jnp.maximum(d + damping, floor).astype(x.dtype), v, total)
-
-
 def solve_merge(
     base: Tree,
     deltas: Sequence[Tree],
@@ -197,8 +183,8 @@ def solve_merge(
         quadratics, of any LoRA rank that the modules have.
       anchor: (tasks,), weights of the composition that damping pulls to, instead of the base (zeros): `[1/T] * T` is
         the average.
-      preconditioner: in full coordinates; one Fisher diagonal a task, or a function near the inverse. With one, nearest
-        is meant in its norm.
+      preconditioner: in full coordinates; one set of Kronecker factors a task, one Fisher diagonal a task, or a
+        function near the inverse. With one, nearest is meant in its norm.
       tolerance: of the residual, see `conjugate_gradients`.
 
     A UserWarning names the residual that was left where conjugate gradients didn't converge, and the best iterate is
@@ -266,7 +252,7 @@ def _in_parameters(
     apart = [tree.add(delta, centre, -1.0) for delta in problem.deltas]
     b = tree.weighted_sum(problem.products(apart), problem.weights)
     if preconditioner is not None and not callable(preconditioner):
-        preconditioner = _diagonal(preconditioner, problem.weights, damping, b, check_finite)
+        preconditioner = inverse(preconditioner, problem.weights, damping, b, check_finite=check_finite)
     solution = conjugate_gradients(
         lambda v: tree.add(problem.curvature(v), v, damping),
         b,
@@ -299,7 +285,7 @@ def _judge(solution: Solution, b: Tree, apart: list[Tree], damping: Scalar) -> N
         warnings.warn(
             f"conjugate gradients stopped after {solution.iterations} iterations with a relative residual of "
             f"{solution.residual:.1e}, and the best iterate is returned: allow more iterations or a higher tolerance, "
-            "give Fisher diagonals as the preconditioner, or more damping",
+            "give Kronecker factors or Fisher diagonals as the preconditioner, or more damping",
             UserWarning,
             stacklevel=4,
         )

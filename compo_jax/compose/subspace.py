@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
-from compo_jax.compose.groups import Grouping, Groups, grouped
+from compo_jax.compose.groups import Grouping, grouped
 from compo_jax.compose.leaves import Stacked
 from compo_jax.compose.modules import with_holes
 from compo_jax.compose.numbers import Scalar, Weights, require_not_negative, require_number, weigh
@@ -44,9 +44,8 @@ class _Basis(NamedTuple):
     products: Float[Array, "parts tasks"]
 
 
-def _basis(deltas: Sequence[Tree], groups: Groups, rank: int) -> _Basis:
+def _basis(products: Float[Array, "tasks groups tasks"], rank: int) -> _Basis:
     """In each group the leading left singular vectors of the task vectors, side by side as columns."""
-    products = jnp.stack([groups.products(deltas, delta) for delta in deltas], axis=-1)  # (tasks, groups, tasks)
     tasks, count, _ = products.shape
     values, vectors = jax.lax.map(eigh, jnp.moveaxis(products, 1, 0))
     values, vectors = values[:, ::-1][:, :rank], vectors[:, :, ::-1][:, :, :rank]
@@ -74,7 +73,8 @@ def epimer(
     `H̃_t = Uᵀ H_t U` comes from products with the basis U, and `z_t = Uᵀ delta_t`. The minimum over the basis of
     `Σ w_t ‖x - delta_t‖²_{H_t}`, as `solve_merge` finds it over all parameters, or over the T modules. The authors
     have published no code; the basis here is of the task vectors as vectors, in each group by itself, so that its span
-    is that of tasks * groups weights, and a direction costs a product with each task's curvature.
+    is that of tasks * groups weights, and a direction costs a product with each task's curvature: `T² * groups` of them
+    at full rank.
 
     Args:
       matvecs: one `v -> H_t v` a task, see `solve_merge`. The paper's is the expected Hessian, for which with a softmax
@@ -99,14 +99,15 @@ def epimer(
     rank = tasks if rank is None else rank
     require_number("rank", rank, "a whole number of directions, from 1 on", lambda x: x >= 1 and x == int(x))
     weights, parts = weigh(weights, tasks, sign=False), grouped(base, deltas, groups, stacked)
-    columns, products = _basis(deltas, parts, min(int(rank), tasks))
     shape = (tasks, len(parts.names))
+    combine, inner = jax.jit(parts.combine), jax.jit(parts.products)  # whose operations are many, and small
+    columns, products = _basis(jnp.stack([inner(deltas, d) for d in deltas], axis=-1), min(int(rank), tasks))
 
     def projected(matvec):
         def image(column):
-            seen = matvec(parts.combine(deltas, column.reshape(shape)))
+            seen = matvec(combine(deltas, column.reshape(shape)))
             tree.require_like(seen, base, "the curvature product")
-            return parts.products(deltas, seen).ravel()
+            return inner(deltas, seen).ravel()
 
         seen = jnp.matmul(columns.T, jnp.stack([image(column) for column in columns.T], axis=1), precision="highest")
         return (seen + seen.T) / 2
