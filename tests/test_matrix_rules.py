@@ -52,7 +52,7 @@ def iso_cts_loop(xs, common=0.8):
     rank = min(xs[0].shape)
     alone = min(round((rank - int(common * rank)) / len(xs)), rank // len(xs))
     top = cut(sum(xs), rank - alone * len(xs))
-    parts = [top, *[cut(x - top[0] @ top[0].T @ x, alone) for x in xs]]
+    parts = [top, *[cut(x - x @ top[2].T @ top[2], alone) for x in xs]]
     left, values, right = (
         np.hstack([p[0] for p in parts]),
         np.hstack([p[1] for p in parts]),

@@ -82,8 +82,8 @@ def iso_cts(
     """Iso-CTS (Marczak et al., 2025, arXiv 2502.04959, algorithm 2): Iso-C with room for what single tasks alone have.
 
     Of the r = min(in, out) components of a layer's sum the top k are kept, `U_k S_k V_kᵀ`; of each task's remainder
-    `Δ_t - U_k U_kᵀ Δ_t` the top (r - k) / T; the joined left vectors are made orthonormal, and the right ones, and all
-    singular values are their mean.
+    `Δ_t - Δ_t V_k V_kᵀ` (in the outputs, as in the authors' code, whose matrices are (out, in)) the top (r - k) / T;
+    the joined left vectors are made orthonormal, and the right ones, and all singular values are their mean.
 
     Args:
       common: k / r. As in the authors' code (0.8) k is moved until T divides r - k; where there are more tasks than
@@ -97,7 +97,7 @@ def iso_cts(
         tasks, rank = len(x), min(x.shape[1:])
         alone = min(round((rank - int(common * rank)) / tasks), rank // tasks)
         top = svd(jnp.sum(x, axis=0), eps).leading(rank - alone * tasks)
-        rest = x - product(top.left, top.left.T, x)
+        rest = x - product(x, top.right.T, top.right)
         parts = svd_each(rest, eps, jnp.linalg.norm(x, axis=(1, 2))).leading(alone)
         left, right = joined(parts)
         return _even(
