@@ -32,12 +32,12 @@ def gauss_newton(jacobian, logits):
 
 
 def trained_apart():
-    """(base, deltas, dense Gauss-Newton matrices, Kronecker factors): three tasks of 300 examples whose inputs are a
-    hundred times larger in one direction than in another."""
+    """(base, deltas, dense Gauss-Newton matrices, Kronecker factors): three tasks of 300 examples whose inputs are
+    thirty times larger in one direction than in another."""
     base = {"first": normal(0, *SIZES[:2]) / 3, "second": normal(1, *SIZES[1:]) / 3}
     turn = [np.linalg.qr(normal(40 + i, 12, 12))[0] for i in range(2)]
-    inputs = [3 * normal(30 + t, 300, 12) @ turn[0] * np.logspace(0, -2, 12) @ turn[1] for t in range(3)]
-    deltas = [{k: 0.3 * normal(10 * t + i, *x.shape) for i, (k, x) in enumerate(base.items())} for t in range(3)]
+    inputs = [3 * normal(30 + t, 300, 12) @ turn[0] * np.logspace(0, -1.5, 12) @ turn[1] for t in range(3)]
+    deltas = [{k: 0.3 * normal(10 * (t + 1) + i, *x.shape) for i, (k, x) in enumerate(base.items())} for t in range(3)]
     unravel = ravel_pytree(base)[1]
     jacobian = jax.jit(jax.jacrev(lambda theta, x: apply(unravel(theta), x)))
     factors = jax.jit(lambda p, x: kronecker(apply, p, x))
