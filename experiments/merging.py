@@ -67,27 +67,31 @@ from compo_jax.incremental.fisher import task_fisher
 from compo_jax.pool import ModulePool
 from compo_jax.train import write_result
 
+KINDS = {"diagonal": "fishers", "kronecker": "factors"}  # of a Fisher, and what rules call it
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
 
 
-def with_curvature(run: incremental.FinishedRun, name: str, images: int, seed: int) -> tuple[ModulePool, dict]:
-    """(a copy of the pool, each module with the Fisher at its own weights on its own task, by kind; seconds spent,
-    None where some was kept already)."""
+def with_curvature(
+    run: incremental.FinishedRun, name: str, images: int, seed: int, needs: set[str]
+) -> tuple[ModulePool, dict]:
+    """(a copy of the pool, each module with the Fisher at its own weights on its own task, by the kinds that are
+    needed; seconds spent, None where some was kept already)."""
     pool, kept = run.pools[name], ModulePool(run.folder / "merging" / "pools" / f"{name}-{images}-{seed}")
     settings = incremental.Settings(fisher_images=images, fisher_method="monte_carlo", eval_batch=images)
     setup = incremental.Setup(run.model, run.base, run.stream, settings, seed)
+    for module in pool.names():
+        if module not in kept:
+            manifest = pool.manifest(module)
+            parts = {part: pool.load(module, part) for part in ("head", "start")}
+            kept.add(
+                module, pool.load(module), base=manifest.base, adapter=manifest.adapter, settings=manifest.settings,
+                task=manifest.task, classes=manifest.classes, **parts,
+            )  # fmt: skip
     seconds = {}
-    for kind in ("diagonal", "kronecker"):
+    for kind in (kind for kind, what in KINDS.items() if what in needs):
         fisher = task_fisher(setup, PATTERNS, [kind])
         clock, count = time.perf_counter(), 0
         for t, (module, task) in enumerate(zip(pool.names(), run.stream.tasks, strict=True)):
-            if module not in kept:
-                manifest = pool.manifest(module)
-                parts = {part: pool.load(module, part) for part in ("head", "start")}
-                kept.add(
-                    module, pool.load(module), base=manifest.base, adapter=manifest.adapter, settings=manifest.settings,
-                    task=manifest.task, classes=manifest.classes, **parts,
-                )  # fmt: skip
             if kind not in kept.manifest(module).curvature:
                 params, classes = pool.compose(run.base, [module], [1.0]), len(task.classes)
                 wide = incremental.task_columns(pool.load(module, "head"), 0, classes, len(run.stream.classes))
@@ -98,7 +102,9 @@ def with_curvature(run: incremental.FinishedRun, name: str, images: int, seed: i
     return kept, seconds
 
 
-def ingredients(run: incremental.FinishedRun, kept: ModulePool, head, images: int, seed: int) -> tuple[dict, float]:
+def ingredients(
+    run: incremental.FinishedRun, kept: ModulePool, head, images: int, seed: int, needs: set[str]
+) -> tuple[dict, dict]:
     """(what rules want beside the deltas, under the names of `compose.MADE_BY`; seconds that the landscape took)."""
     names, weights = kept.names(), tree.partition(run.base, PATTERNS)[0]
     rest = tree.partition(run.base, PATTERNS)[1]
@@ -118,17 +124,15 @@ def ingredients(run: incremental.FinishedRun, kept: ModulePool, head, images: in
         columns = jax.tree.map(jnp.asarray, kept.load(name, "head"))
         matvecs.append(curvature.ggn(partial(apply, columns), tree.add(weights, deltas[t]), [(pixels,)]))
         batches.append((pixels, labels + run.stream.offsets[t]))
-    clock = time.perf_counter()
-    uniform = [1 / len(names)] * len(names)
-    landscape = jax.block_until_ready(curvature.landscape(loss, weights, deltas, batches=batches, anchor=uniform))
-    seconds = time.perf_counter() - clock
-    return {
-        "key": jax.random.key(seed),
-        "fishers": [kept.curvature(name, kind="diagonal") for name in names],
-        "factors": [kept.curvature(name, kind="kronecker") for name in names],
-        "matvecs": matvecs,
-        "landscape": landscape,
-    }, seconds
+    parts, seconds = {"key": jax.random.key(seed), "matvecs": matvecs}, {}
+    for kind, what in KINDS.items():
+        if what in needs:
+            parts[what] = [kept.curvature(name, kind=kind) for name in names]
+    if "landscape" in needs:
+        clock, uniform = time.perf_counter(), [1 / len(names)] * len(names)
+        made = curvature.landscape(loss, weights, deltas, batches=batches, anchor=uniform)
+        parts["landscape"], seconds = jax.block_until_ready(made), {"landscape": time.perf_counter() - clock}
+    return parts, seconds
 
 
 def alone(z, task, first: int, head) -> float:
@@ -183,22 +187,26 @@ def merged_pool(
     programs: dict[tuple[str, str], Program],
     images: int,
     seed: int,
+    joint: np.ndarray | None = None,
 ) -> PoolMerges:
-    """A pool of the run under every rule; `programs` are those of earlier runs, and take in the new ones."""
+    """A pool of the run under every rule; `programs` are those of earlier runs, and take in the new ones; `joint` is
+    the accuracy of one module of all tasks."""
     tasks = len(run.stream.tasks)
     extract = incremental.features(run.model, run.stream, 256)
     test = incremental.evaluator(extract, run.stream)
 
     # -- the modules alone, and what is known of them ------------------------------------------------------------------
-    kept, seconds = with_curvature(run, name, images, seed)
+    needs = set().union(*(compose.RULES[rule].needs for rule in rules))
+    kept, seconds = with_curvature(run, name, images, seed, needs)
     head = incremental.pool_head(kept, kept.names(), run.head)
     individual = np.array([
         alone(extract(kept.compose(run.base, [module], [1.0]), task.test), task, first, head)
         for module, task, first in zip(kept.names(), run.stream.tasks, run.stream.offsets, strict=True)
     ])  # fmt: skip
-    parts, seconds["landscape"] = ingredients(run, kept, jax.tree.map(jnp.asarray, head), images, seed)
+    parts, taken = ingredients(run, kept, jax.tree.map(jnp.asarray, head), images, seed, needs)
     deltas = list(kept.deltas(run.base))
-    pool = PoolMerges(individual, test(run.base, run.head, tasks).within, seconds, {})
+    base, cosines = test(run.base, run.head, tasks).within, np.asarray(compose.cosines(deltas))
+    pool = PoolMerges(individual, base, seconds | taken, {}, cosines, joint)
 
     # -- every rule ----------------------------------------------------------------------------------------------------
     for rule in rules:

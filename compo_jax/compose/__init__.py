@@ -37,6 +37,7 @@ from compo_jax.compose.sparse import ties as ties
 from compo_jax.compose.sparse import trim as trim
 from compo_jax.compose.spectral import iso as iso
 from compo_jax.compose.spectral import tsv as tsv
+from compo_jax.compose.sphere import cosines as cosines
 from compo_jax.compose.sphere import karcher_mean as karcher_mean
 from compo_jax.compose.sphere import slerp as slerp
 from compo_jax.compose.stock import model_stock as model_stock
