@@ -30,12 +30,15 @@ RULES = [  # the names of compose.RULES in its order: a test compares them, as J
     "kronecker", "ggn", "best_weights", "lines", "della", "breadcrumbs", "consensus", "tall", "emr", "pcb", "sce",
     "adamerging", "epimer", "layer_weights",
 ]  # fmt: skip
-ELSEWHERE = ("tall", "emr", "adamerging", "layer_weights")  # a model a task, or fitted to images step by step
+A_TASK = ("tall", "emr")  # a model for each
+BY_STEPS = ("adamerging", "layer_weights")  # with the images in hand, not one program
 OPTIONS = {
     "dare": {"rate": 0.5},
     "regmean": {"scaling": 0.9},
     "kronecker": {"damping": 1e-3},
     "ggn": {"damping": 1e-3, "max_iterations": 30, "tolerance": 1e-2},
+    "epimer": {"damping": 1e-3, "groups": "tasks"},
+    "adamerging": {"steps": 100},
 }
 
 
@@ -43,8 +46,8 @@ OPTIONS = {
 class Options(OnRuns):
     images: Count = 64
     """training images of a task for its curvature"""
-    rules: Annotated[tuple[str, ...], names([rule for rule in RULES if rule not in ELSEWHERE]), OPEN] = ()
-    """rules to compare (default: all of these that take this many modules)"""
+    rules: Annotated[tuple[str, ...], names([rule for rule in RULES if rule not in A_TASK]), OPEN] = ()
+    """rules to compare (default: all that take this many modules and go by no steps)"""
     seed: Seed = 0
     """of the images and of the rules that draw"""
 
@@ -124,7 +127,19 @@ def ingredients(
         columns = jax.tree.map(jnp.asarray, kept.load(name, "head"))
         matvecs.append(curvature.ggn(partial(apply, columns), tree.add(weights, deltas[t]), [(pixels,)]))
         batches.append((pixels, labels + run.stream.offsets[t]))
-    parts, seconds = {"key": jax.random.key(seed), "matvecs": matvecs}, {}
+    parts, seconds = {"key": jax.random.key(seed), "matvecs": matvecs, "loss": loss, "batches": batches}, {}
+    if "unlabelled" in needs:  # as its authors do, the test images, 16 at once
+        size = min(16, *(len(task.test) for task in run.stream.tasks))
+        parts["unlabelled"] = [
+            compose.Unlabelled(
+                partial(apply, jax.tree.map(jnp.asarray, kept.load(name, "head"))),
+                [
+                    jnp.asarray(task.test.images(np.arange(first, first + size)))
+                    for first in range(0, len(task.test) - size + 1, size)
+                ],
+            )
+            for name, task in zip(names, run.stream.tasks, strict=True)
+        ]
     for kind, what in KINDS.items():
         if what in needs:
             parts[what] = [kept.curvature(name, kind=kind) for name in names]
@@ -153,16 +168,18 @@ def program(rule: str, base, deltas, arrays: dict) -> Program:
     options = OPTIONS.get(rule, {})
 
     def run(base, deltas, arrays):
-        return compose.RULES[rule].run(base, deltas, **arrays, **options)
+        made = compose.RULES[rule].run(base, deltas, **arrays, **options)
+        return made if isinstance(made, compose.Solved) else compose.rules.params_of(made)
 
-    if rule == "best_weights":  # its weights come from a solver on the CPU: the memory is of the composition
+    outside = rule == "best_weights" or rule in BY_STEPS
+    if outside:  # its weights come from a solver on the CPU, or step by step: the memory is of the composition
         made = jax.jit(compose.compose).lower(base, deltas, jnp.zeros(len(deltas))).compile()
     else:
         made = jax.jit(run).lower(base, deltas, arrays).compile()
     count = made.memory_analysis()
     size = sum(x.nbytes for x in jax.tree.leaves(base))
     memory = (count.argument_size_in_bytes + count.temp_size_in_bytes + count.output_size_in_bytes) / size
-    return Program(run if rule == "best_weights" else made, memory)
+    return Program(run if outside else made, memory)
 
 
 def timed(call: Callable) -> tuple:
@@ -211,7 +228,9 @@ def merged_pool(
     # -- every rule ----------------------------------------------------------------------------------------------------
     for rule in rules:
         arrays = {what: parts[what] for what in compose.RULES[rule].needs}
-        if (name, rule) not in programs or "matvecs" in arrays:  # whose heads are of other widths in each run
+        if (name, rule) not in programs or {"matvecs", "loss", "unlabelled"} & set(
+            arrays
+        ):  # whose heads are of other widths in each run
             programs[name, rule] = program(rule, run.base, deltas, arrays)
         params, taken, warnings = timed(partial(programs[name, rule].call, run.base, deltas, arrays))
         among_all, within = test(params, head, tasks)
@@ -244,7 +263,9 @@ def main(arguments: list[str] | None = None) -> None:
     fewest = min(len(task.train) for run in runs for task in run.stream.tasks)
     if options.images > fewest:
         raise ValueError(f"--images {options.images}: a task has {fewest} training images; ask for that many at most")
-    rules = options.rules or [rule for rule in RULES if rule not in ELSEWHERE and (rule != "slerp" or tasks == 2)]
+    rules = options.rules or [
+        rule for rule in RULES if rule not in A_TASK + BY_STEPS and (rule != "slerp" or tasks == 2)
+    ]
     programs: dict[tuple[str, str], Program] = {}
     measured = [
         merged_run(run, {name: merged_pool(run, name, rules, programs, options.images, options.seed) for name in pools})

@@ -67,7 +67,9 @@ class Training:
 class Merging:
     """How it is merged"""
 
-    rules: Annotated[tuple[str, ...], names(merging.RULES)] = tuple(rule for rule in merging.RULES if rule != "slerp")
+    rules: Annotated[tuple[str, ...], names([rule for rule in merging.RULES if rule not in merging.A_TASK])] = tuple(
+        rule for rule in merging.RULES if rule not in ("slerp", *merging.A_TASK, *merging.BY_STEPS)
+    )
     """rules to compare"""
     curvature_images: Count = 64
     """training images of a task for its module's curvature"""

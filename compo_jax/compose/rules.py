@@ -313,7 +313,11 @@ def merge(
         options["check_finite"] = False
     if rule.behind is not None:
         options.setdefault("rule", rule.behind)
-    merged = rule.run(base, deltas, **needed, **options)
+    return params_of(rule.run(base, deltas, **needed, **options))
+
+
+def params_of(merged: Any) -> Tree:
+    """The composed parameters of what a rule's `run` returns."""
     return merged.params if isinstance(merged, Solved | Adapted | Projected | Weighed) else merged
 
 

@@ -114,7 +114,7 @@ def epimer(
             tree.require_like(seen, base, "the curvature product")
             return inner(seen).ravel()
 
-        seen = jnp.matmul(columns.T, jnp.stack([image(column) for column in columns.T], axis=1), precision="highest")
+        seen = jnp.matmul(columns.T, jax.lax.map(image, columns.T).T, precision="highest")
         return (seen + seen.T) / 2
 
     total, right = 0, 0
