@@ -13,11 +13,11 @@ from compo_jax.compose.checkpoints import merge_files as merge_files
 from compo_jax.compose.competition import pcb as pcb
 from compo_jax.compose.competition import sce as sce
 from compo_jax.compose.fisher import fisher_merge as fisher_merge
+from compo_jax.compose.group_weights import Weighed as Weighed
+from compo_jax.compose.group_weights import group_landscape as group_landscape
+from compo_jax.compose.group_weights import layer_weights as layer_weights
 from compo_jax.compose.kronecker import kronecker_merge as kronecker_merge
 from compo_jax.compose.kronecker import regmean as regmean
-from compo_jax.compose.layer_weights import Weighed as Weighed
-from compo_jax.compose.layer_weights import group_landscape as group_landscape
-from compo_jax.compose.layer_weights import layer_weights as layer_weights
 from compo_jax.compose.masks import Unified as Unified
 from compo_jax.compose.masks import consensus as consensus
 from compo_jax.compose.masks import emr as emr

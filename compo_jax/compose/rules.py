@@ -28,8 +28,8 @@ from compo_jax.compose.competition import pcb, sce
 from compo_jax.compose.depth import layer_scales, moved_by_layer, scaled_by_layer, widened
 from compo_jax.compose.entries import whole
 from compo_jax.compose.fisher import fisher_compose, fisher_merge
+from compo_jax.compose.group_weights import Weighed, layer_weights
 from compo_jax.compose.kronecker import kronecker_merge, regmean
-from compo_jax.compose.layer_weights import Weighed, layer_weights
 from compo_jax.compose.leaves import Stacked, add_weighted
 from compo_jax.compose.masks import consensus, emr_params, tall_params
 from compo_jax.compose.modules import with_holes, with_zeros
