@@ -41,6 +41,7 @@ from compo_jax.compose.sphere import cosines as cosines
 from compo_jax.compose.sphere import karcher_mean as karcher_mean
 from compo_jax.compose.sphere import slerp as slerp
 from compo_jax.compose.stock import model_stock as model_stock
+from compo_jax.compose.subspace import Projected as Projected
 from compo_jax.compose.subspace import epimer as epimer
 from compo_jax.compose.tails import breadcrumbs as breadcrumbs
 from compo_jax.compose.tails import della as della
