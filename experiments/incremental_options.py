@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import options as line
 from options import OPEN, Count, LocalPath, Name, OpenCount, OpenPath, Rate, Seed, Text, Weight, number, values
 
-FROZEN = ("ncm", "ranpac")  # classifiers on the base's features, which train no module
+FROZEN = ("ncm", "ranpac", "simplecil")  # on the base's features; the last two also WAY-KIND
 # The options that each way to learn takes, `parallel` where no task needs what another left. A new way is a row here,
 # and a file that registers it.
 WAYS = {
@@ -26,17 +26,20 @@ WAYS = {
     "lwf": "lwf",
     "joint": "",
     "tmc": "tmc_learning_rate penalty pull parallel",
+    "slca": "",
+    "magmax": "",
+    "opcm": "",
     **dict.fromkeys(FROZEN, ""),
 }
 KINDS = {"lora": "rank learning_rate", "ia3": "ia3_learning_rate", "full": "full_learning_rate"}  # and those of modules
 METHODS = (
-    *(f"{way}-{kind}" for kind, way in itertools.product(KINDS, WAYS) if way not in ("tmc", *FROZEN)), "tmc-full",
+    *(f"{way}-{kind}" for kind, way in itertools.product(KINDS, WAYS) if way not in ("tmc", "ncm")), "tmc-full",
     *FROZEN,
 )  # fmt: skip
 COMPARED = (
     *(f"{way}-{kind}" for kind in KINDS for way in ("ita", "pull", "none", "iel", "iel_none")),
     "tak-lora", "tak-full", "tmc-full", "sequential-lora", "sequential-full", "ewc-full", "lwf-full", "joint-lora",
-    "joint-full", *FROZEN,
+    "joint-full", "ncm", "ranpac",
 )  # fmt: skip
 Coupling = Literal["coupled", "decoupled"] | None
 Pull = tuple[float, float]

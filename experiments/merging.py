@@ -32,13 +32,15 @@ RULES = [  # the names of compose.RULES in its order: a test compares them, as J
     "wudi", "iso_cts", "dc_merge", "cart", "knots", "core_space", "esm", "regmean_plus",
     "subspace_boosting",
 ]  # fmt: skip
-# a model a task, or fitted to images step by step
-ELSEWHERE = ("tall", "emr", "adamerging", "layer_weights", "regmean_plus")
+A_TASK = ("tall", "emr")  # a model for each
+BY_STEPS = ("adamerging", "layer_weights", "regmean_plus")  # with the images in hand, not one program
 OPTIONS = {
     "dare": {"rate": 0.5},
     "regmean": {"scaling": 0.9},
     "kronecker": {"damping": 1e-3},
     "ggn": {"damping": 1e-3, "max_iterations": 30, "tolerance": 1e-2},
+    "epimer": {"damping": 1e-3, "groups": "tasks"},
+    "adamerging": {"steps": 100},
 }
 
 
@@ -46,8 +48,8 @@ OPTIONS = {
 class Options(OnRuns):
     images: Count = 64
     """training images of a task for its curvature"""
-    rules: Annotated[tuple[str, ...], names([rule for rule in RULES if rule not in ELSEWHERE]), OPEN] = ()
-    """rules to compare (default: all of these that take this many modules)"""
+    rules: Annotated[tuple[str, ...], names([rule for rule in RULES if rule not in A_TASK]), OPEN] = ()
+    """rules to compare (default: all that take this many modules and go by no steps)"""
     seed: Seed = 0
     """of the images and of the rules that draw"""
 
@@ -70,27 +72,31 @@ from compo_jax.incremental.fisher import task_fisher
 from compo_jax.pool import ModulePool
 from compo_jax.train import write_result
 
+KINDS = {"diagonal": "fishers", "kronecker": "factors"}  # of a Fisher, and what rules call it
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
 
 
-def with_curvature(run: incremental.FinishedRun, name: str, images: int, seed: int) -> tuple[ModulePool, dict]:
-    """(a copy of the pool, each module with the Fisher at its own weights on its own task, by kind; seconds spent,
-    None where some was kept already)."""
+def with_curvature(
+    run: incremental.FinishedRun, name: str, images: int, seed: int, needs: set[str]
+) -> tuple[ModulePool, dict]:
+    """(a copy of the pool, each module with the Fisher at its own weights on its own task, by the kinds that are
+    needed; seconds spent, None where some was kept already)."""
     pool, kept = run.pools[name], ModulePool(run.folder / "merging" / "pools" / f"{name}-{images}-{seed}")
     settings = incremental.Settings(fisher_images=images, fisher_method="monte_carlo", eval_batch=images)
     setup = incremental.Setup(run.model, run.base, run.stream, settings, seed)
+    for module in pool.names():
+        if module not in kept:
+            manifest = pool.manifest(module)
+            parts = {part: pool.load(module, part) for part in ("head", "start")}
+            kept.add(
+                module, pool.load(module), base=manifest.base, adapter=manifest.adapter, settings=manifest.settings,
+                task=manifest.task, classes=manifest.classes, **parts,
+            )  # fmt: skip
     seconds = {}
-    for kind in ("diagonal", "kronecker"):
+    for kind in (kind for kind, what in KINDS.items() if what in needs):
         fisher = task_fisher(setup, PATTERNS, [kind])
         clock, count = time.perf_counter(), 0
         for t, (module, task) in enumerate(zip(pool.names(), run.stream.tasks, strict=True)):
-            if module not in kept:
-                manifest = pool.manifest(module)
-                parts = {part: pool.load(module, part) for part in ("head", "start")}
-                kept.add(
-                    module, pool.load(module), base=manifest.base, adapter=manifest.adapter, settings=manifest.settings,
-                    task=manifest.task, classes=manifest.classes, **parts,
-                )  # fmt: skip
             if kind not in kept.manifest(module).curvature:
                 params, classes = pool.compose(run.base, [module], [1.0]), len(task.classes)
                 wide = incremental.task_columns(pool.load(module, "head"), 0, classes, len(run.stream.classes))
@@ -101,7 +107,9 @@ def with_curvature(run: incremental.FinishedRun, name: str, images: int, seed: i
     return kept, seconds
 
 
-def ingredients(run: incremental.FinishedRun, kept: ModulePool, head, images: int, seed: int) -> tuple[dict, float]:
+def ingredients(
+    run: incremental.FinishedRun, kept: ModulePool, head, images: int, seed: int, needs: set[str]
+) -> tuple[dict, dict]:
     """(what rules want beside the deltas, under the names of `compose.MADE_BY`; seconds that the landscape took)."""
     names, weights = kept.names(), tree.partition(run.base, PATTERNS)[0]
     rest = tree.partition(run.base, PATTERNS)[1]
@@ -121,17 +129,27 @@ def ingredients(run: incremental.FinishedRun, kept: ModulePool, head, images: in
         columns = jax.tree.map(jnp.asarray, kept.load(name, "head"))
         matvecs.append(curvature.ggn(partial(apply, columns), tree.add(weights, deltas[t]), [(pixels,)]))
         batches.append((pixels, labels + run.stream.offsets[t]))
-    clock = time.perf_counter()
-    uniform = [1 / len(names)] * len(names)
-    landscape = jax.block_until_ready(curvature.landscape(loss, weights, deltas, batches=batches, anchor=uniform))
-    seconds = time.perf_counter() - clock
-    return {
-        "key": jax.random.key(seed),
-        "fishers": [kept.curvature(name, kind="diagonal") for name in names],
-        "factors": [kept.curvature(name, kind="kronecker") for name in names],
-        "matvecs": matvecs,
-        "landscape": landscape,
-    }, seconds
+    parts, seconds = {"key": jax.random.key(seed), "matvecs": matvecs, "loss": loss, "batches": batches}, {}
+    if "unlabelled" in needs:  # as its authors do, the test images, 16 at once
+        size = min(16, *(len(task.test) for task in run.stream.tasks))
+        parts["unlabelled"] = [
+            compose.Unlabelled(
+                partial(apply, jax.tree.map(jnp.asarray, kept.load(name, "head"))),
+                [
+                    jnp.asarray(task.test.images(np.arange(first, first + size)))
+                    for first in range(0, len(task.test) - size + 1, size)
+                ],
+            )
+            for name, task in zip(names, run.stream.tasks, strict=True)
+        ]
+    for kind, what in KINDS.items():
+        if what in needs:
+            parts[what] = [kept.curvature(name, kind=kind) for name in names]
+    if "landscape" in needs:
+        clock, uniform = time.perf_counter(), [1 / len(names)] * len(names)
+        made = curvature.landscape(loss, weights, deltas, batches=batches, anchor=uniform)
+        parts["landscape"], seconds = jax.block_until_ready(made), {"landscape": time.perf_counter() - clock}
+    return parts, seconds
 
 
 def alone(z, task, first: int, head) -> float:
@@ -152,16 +170,18 @@ def program(rule: str, base, deltas, arrays: dict) -> Program:
     options = OPTIONS.get(rule, {})
 
     def run(base, deltas, arrays):
-        return compose.RULES[rule].run(base, deltas, **arrays, **options)
+        made = compose.RULES[rule].run(base, deltas, **arrays, **options)
+        return made if isinstance(made, compose.Solved) else compose.rules.params_of(made)
 
-    if rule == "best_weights":  # its weights come from a solver on the CPU: the memory is of the composition
+    outside = rule == "best_weights" or rule in BY_STEPS
+    if outside:  # its weights come from a solver on the CPU, or step by step: the memory is of the composition
         made = jax.jit(compose.compose).lower(base, deltas, jnp.zeros(len(deltas))).compile()
     else:
         made = jax.jit(run).lower(base, deltas, arrays).compile()
     count = made.memory_analysis()
     size = sum(x.nbytes for x in jax.tree.leaves(base))
     memory = (count.argument_size_in_bytes + count.temp_size_in_bytes + count.output_size_in_bytes) / size
-    return Program(run if rule == "best_weights" else made, memory)
+    return Program(run if outside else made, memory)
 
 
 def timed(call: Callable) -> tuple:
@@ -186,27 +206,33 @@ def merged_pool(
     programs: dict[tuple[str, str], Program],
     images: int,
     seed: int,
+    joint: np.ndarray | None = None,
 ) -> PoolMerges:
-    """A pool of the run under every rule; `programs` are those of earlier runs, and take in the new ones."""
+    """A pool of the run under every rule; `programs` are those of earlier runs, and take in the new ones; `joint` is
+    the accuracy of one module of all tasks."""
     tasks = len(run.stream.tasks)
     extract = incremental.features(run.model, run.stream, 256)
     test = incremental.evaluator(extract, run.stream)
 
     # -- the modules alone, and what is known of them ------------------------------------------------------------------
-    kept, seconds = with_curvature(run, name, images, seed)
+    needs = set().union(*(compose.RULES[rule].needs for rule in rules))
+    kept, seconds = with_curvature(run, name, images, seed, needs)
     head = incremental.pool_head(kept, kept.names(), run.head)
     individual = np.array([
         alone(extract(kept.compose(run.base, [module], [1.0]), task.test), task, first, head)
         for module, task, first in zip(kept.names(), run.stream.tasks, run.stream.offsets, strict=True)
     ])  # fmt: skip
-    parts, seconds["landscape"] = ingredients(run, kept, jax.tree.map(jnp.asarray, head), images, seed)
+    parts, taken = ingredients(run, kept, jax.tree.map(jnp.asarray, head), images, seed, needs)
     deltas = list(kept.deltas(run.base))
-    pool = PoolMerges(individual, test(run.base, run.head, tasks).within, seconds, {})
+    base, cosines = test(run.base, run.head, tasks).within, np.asarray(compose.cosines(deltas))
+    pool = PoolMerges(individual, base, seconds | taken, {}, cosines, joint)
 
     # -- every rule ----------------------------------------------------------------------------------------------------
     for rule in rules:
         arrays = {what: parts[what] for what in compose.RULES[rule].needs}
-        if (name, rule) not in programs or "matvecs" in arrays:  # whose heads are of other widths in each run
+        if (name, rule) not in programs or {"matvecs", "loss", "unlabelled"} & set(
+            arrays
+        ):  # whose heads are of other widths in each run
             programs[name, rule] = program(rule, run.base, deltas, arrays)
         params, taken, warnings = timed(partial(programs[name, rule].call, run.base, deltas, arrays))
         among_all, within = test(params, head, tasks)
@@ -239,7 +265,9 @@ def main(arguments: list[str] | None = None) -> None:
     fewest = min(len(task.train) for run in runs for task in run.stream.tasks)
     if options.images > fewest:
         raise ValueError(f"--images {options.images}: a task has {fewest} training images; ask for that many at most")
-    rules = options.rules or [rule for rule in RULES if rule not in ELSEWHERE and (rule != "slerp" or tasks == 2)]
+    rules = options.rules or [
+        rule for rule in RULES if rule not in A_TASK + BY_STEPS and (rule != "slerp" or tasks == 2)
+    ]
     programs: dict[tuple[str, str], Program] = {}
     measured = [
         merged_run(run, {name: merged_pool(run, name, rules, programs, options.images, options.seed) for name in pools})

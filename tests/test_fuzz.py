@@ -130,7 +130,7 @@ def given(count=2):
         "task": 0,
         "unlabelled": [Unlabelled(functools.partial(outputs, by=1.0 + t), [1.0, 2.0]) for t in range(count)],
         "loss": squares,
-        "batches": [(jnp.array([x]),) for x in (1.0, 2.0)],
+        "batches": [(np.array([x], np.float32),) for x in (1.0, 2.0)],
     }  # fmt: skip
 
 

@@ -27,6 +27,8 @@ OPTIONS = {
     "dare": {"key": jax.random.key(3), "rate": 0.4, "rule": "ties"},
     "karcher": {"weights": [1.0, 2.0, 3.0]},
     "slerp": {"t": 0.3},
+    "della": {"key": jax.random.key(4), "rule": "ties", "density": 0.8},
+    "lines": {"beta": 0.5, "when": "before", "rule": "ties"},
 }
 SINGULAR = ("tsv", "iso", "wudi", "iso_cts", "dc_merge", "cart")
 LEAFWISE = [name for name, rule in RULES.items() if rule.leafwise and set(rule.needs) <= {"key"}]

@@ -27,7 +27,8 @@ def rule(within, **changes):
 
 def pool(individual, base, *rules):
     seconds = {"diagonal": 10.0, "kronecker": None, "landscape": 3.0}
-    return PoolMerges(np.array(individual), np.array(base), seconds, dict(zip(("average", "_$b", "ggn"), rules)))  # noqa: B905
+    rules, cosines = dict(zip(("average", "_$b", "ggn"), rules)), np.array([[1.0, -0.25], [-0.25, 1.0]])  # noqa: B905
+    return PoolMerges(np.array(individual), np.array(base), seconds, rules, cosines)
 
 
 def measured_merging():
@@ -66,7 +67,8 @@ def measured_unlearning():
 
 def test_merging_page(tmp_path):
     page = Page(report.merging_page(tmp_path, measured_merging()))
-    assert page.tags.count("svg") == page.tags.count("figcaption") == 1 + 2 * 2
+    assert page.tags.count("svg") == page.tags.count("figcaption") == 1 + 2 * 2 + 1
+    assert ["n$ko", "−0.25", "1.00"] in page.rows
     for row in (
         ["each module alone", "90.0 ± 0.0", "–", "100.0", "–", "–"],
         ["base, no module", "35.0 ± 0.0", "–", "37.5 ± 0.0", "–", "–"],  # (1/4 + 1/2) / 2

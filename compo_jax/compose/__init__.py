@@ -18,12 +18,12 @@ from compo_jax.compose.directions import boost as boost
 from compo_jax.compose.directions import cart as cart
 from compo_jax.compose.directions import dc_merge as dc_merge
 from compo_jax.compose.fisher import fisher_merge as fisher_merge
+from compo_jax.compose.group_weights import Weighed as Weighed
+from compo_jax.compose.group_weights import group_landscape as group_landscape
+from compo_jax.compose.group_weights import layer_weights as layer_weights
 from compo_jax.compose.interference import wudi as wudi
 from compo_jax.compose.kronecker import kronecker_merge as kronecker_merge
 from compo_jax.compose.kronecker import regmean as regmean
-from compo_jax.compose.layer_weights import Weighed as Weighed
-from compo_jax.compose.layer_weights import group_landscape as group_landscape
-from compo_jax.compose.layer_weights import layer_weights as layer_weights
 from compo_jax.compose.masks import Unified as Unified
 from compo_jax.compose.masks import consensus as consensus
 from compo_jax.compose.masks import emr as emr
@@ -47,9 +47,11 @@ from compo_jax.compose.sparse import trim as trim
 from compo_jax.compose.spectral import iso as iso
 from compo_jax.compose.spectral import iso_cts as iso_cts
 from compo_jax.compose.spectral import tsv as tsv
+from compo_jax.compose.sphere import cosines as cosines
 from compo_jax.compose.sphere import karcher_mean as karcher_mean
 from compo_jax.compose.sphere import slerp as slerp
 from compo_jax.compose.stock import model_stock as model_stock
+from compo_jax.compose.subspace import Projected as Projected
 from compo_jax.compose.subspace import epimer as epimer
 from compo_jax.compose.tails import breadcrumbs as breadcrumbs
 from compo_jax.compose.tails import della as della

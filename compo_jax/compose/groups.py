@@ -30,47 +30,56 @@ class Groups(NamedTuple):
     names: tuple[str, ...]
     places: dict[str, np.ndarray]
 
-    def weighed(self, name: str, weights: Float[Array, "tasks groups"], rows: Sequence) -> Array:
-        """`Σ_t w_t row_t` of the leaf at that path, in float32 at least; None rows count as zero."""
-        place, summed = self.places[name], 0
-        for factors, row in zip(weights, rows, strict=True):
-            if row is not None:
-                row = jnp.asarray(whole(row), tree.wide_type(row))
-                factor = factors.astype(row.dtype)[place]
-                summed += factor.reshape(*factor.shape, *[1] * (row.ndim - factor.ndim)) * row
-        return summed
-
     def combine(self, deltas: Sequence[Tree], weights: Float[Array, "tasks groups"]) -> Tree:
         """`Σ_t w_{t,g} delta_t`, in float32 at least."""
-
-        def one(name, *rows):
-            return None if all(x is None for x in rows) else self.weighed(name, weights, rows)
-
-        return tree.map_with_name(one, *deltas)
+        return combined(self.places, deltas, weights)
 
     def compose(self, base: Tree, deltas: Sequence[Tree], weights: Any, *, check_finite: bool = True) -> Tree:
         """`base + Σ_t w_{t,g} delta_t`, rounded once; the deltas as of `with_holes`, weights (tasks, groups)."""
         weights = jnp.asarray(weights)
 
         def leaf(name, b, rows, _):
-            return tree.add(whole(b), self.weighed(name, weights, rows))
+            return tree.add(whole(b), _weighed(self.places[name], weights, rows))
 
         return assembled(base, deltas, leaf, check_finite=check_finite)
 
-    def products(self, deltas: Sequence[Tree], vector: Tree) -> Float[Array, "tasks groups"]:
-        """The inner products of each task's part in each group with a vector."""
-        others = tree.by_name(vector)
 
-        def of(delta):
-            summed = jnp.zeros(len(self.names), tree.wide_type(*jax.tree.leaves((delta, vector))))
-            for name, x in tree.by_name(delta).items():
-                if name in others:
-                    place = self.places[name]
-                    x, y = (jnp.asarray(z, summed.dtype).reshape(*place.shape, -1) for z in (x, others[name]))
-                    summed = summed.at[place].add(jnp.einsum("...n,...n->...", x, y, precision="highest"))
-            return summed
+def _weighed(place: Any, weights: Float[Array, "tasks groups"], rows: Sequence) -> Array:
+    """`Σ_t w_t row_t` of a leaf, in float32 at least; None rows count as zero."""
+    summed = 0
+    for factors, row in zip(weights, rows, strict=True):
+        if row is not None:
+            row = jnp.asarray(whole(row), tree.wide_type(row))
+            factor = factors.astype(row.dtype)[place]
+            summed += factor.reshape(*factor.shape, *[1] * (row.ndim - factor.ndim)) * row
+    return summed
 
-        return jnp.stack([of(delta) for delta in deltas])
+
+def combined(places: dict[str, Any], deltas: Sequence[Tree], weights: Float[Array, "tasks groups"]) -> Tree:
+    """`Σ_t w_{t,g} delta_t`, in float32 at least; `places` are those of `Groups`."""
+
+    def one(name, *rows):
+        return None if all(x is None for x in rows) else _weighed(places[name], weights, rows)
+
+    return tree.map_with_name(one, *deltas)
+
+
+def inner_products(
+    places: dict[str, Any], zeros: Float[Array, " groups"], deltas: Sequence[Tree], vector: Tree
+) -> Float[Array, "tasks groups"]:
+    """Of each task's part in each group with a vector; `zeros`, one a group, are of the result's type."""
+    others = tree.by_name(vector)
+
+    def of(delta):
+        summed = zeros
+        for name, x in tree.by_name(delta).items():
+            if name in others:
+                place = jnp.asarray(places[name])
+                x, y = (jnp.asarray(z, zeros.dtype).reshape(*place.shape, -1) for z in (x, others[name]))
+                summed = summed.at[place].add(jnp.einsum("...n,...n->...", x, y, precision="highest"))
+        return summed
+
+    return jnp.stack([of(delta) for delta in deltas])
 
 
 def grouped(base: Tree, deltas: Sequence[Tree], groups: Grouping = "layers", stacked: Stacked = STACKED) -> Groups:

@@ -58,9 +58,13 @@ def _elected(numbers: Array, *rows: Array) -> Array:
     return sign * largest
 
 
+def _masked(mask: Array, x: Array) -> Array:
+    return jnp.where(mask, x, 0 * x)  # nan where x isn't finite: no mask hides it
+
+
 def _agreeing(numbers: Array, x: Array, *rows: Array) -> Array:
     unified = _elected(numbers, *rows)
-    return unified * (x * unified > 0)  # and no infinity is hidden by a mask
+    return _masked(x * unified > 0, unified)
 
 
 def _agrees(numbers: Array, x: Array, unified: Array) -> Array:
@@ -122,7 +126,7 @@ def _total(numbers: Array, *rows: Array) -> Array:
 
 def _tall_moved(numbers: Array, b: Array, x: Array, *rows: Array) -> Array:
     merged = total(numbers[1:], *rows)
-    return b + merged * _wanted(numbers[0], x, merged)
+    return b + _masked(_wanted(numbers[0], x, merged), merged)
 
 
 def _ratios(ratio: Any, tasks: int) -> list:
@@ -186,7 +190,7 @@ def _agreed(numbers: Array, b: Array, *rows: Array) -> Array:
     scale, least, ratios, weights = numbers[0], numbers[1], *jnp.split(numbers[2:], 2)
     merged = total(weights, *rows)
     votes = sum(_wanted(r, x, merged).astype(b.dtype) for r, x in zip(ratios, rows, strict=True))
-    return b + scale * merged * (votes >= least)
+    return b + _masked(votes >= least, scale * merged)
 
 
 def consensus(

@@ -33,12 +33,16 @@ class PoolMerges(NamedTuple):
       base: the same of the base without a module.
       curvature_seconds: by kind, what the modules' curvature took; None where it was there already.
       rules: by their names.
+      cosines: of the modules' deltas with one another.
+      joint: what one module that was trained on all tasks together reaches on each; None where there is none.
     """
 
     individual: Float[np.ndarray, " tasks"]
     base: Float[np.ndarray, " tasks"]
     curvature_seconds: dict[str, float | None]
     rules: dict[str, MergedPool]
+    cosines: Float[np.ndarray, "tasks tasks"]
+    joint: Float[np.ndarray, " tasks"] | None = None
 
     def normalised(self, accuracy: Float[np.ndarray, " tasks"]) -> Float[np.ndarray, " tasks"]:
         """An accuracy over that of the module alone, on each task; nan where that gets nothing right."""

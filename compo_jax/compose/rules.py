@@ -33,9 +33,9 @@ from compo_jax.compose.depth import layer_scales, moved_by_layer, scaled_by_laye
 from compo_jax.compose.directions import cart, dc_merge
 from compo_jax.compose.entries import whole
 from compo_jax.compose.fisher import fisher_compose, fisher_merge
+from compo_jax.compose.group_weights import Weighed, layer_weights
 from compo_jax.compose.interference import wudi
 from compo_jax.compose.kronecker import kronecker_merge, regmean
-from compo_jax.compose.layer_weights import Weighed, layer_weights
 from compo_jax.compose.leaves import Stacked, add_weighted
 from compo_jax.compose.masks import consensus, emr_params, tall_params
 from compo_jax.compose.modules import with_holes, with_zeros
@@ -330,7 +330,11 @@ def merge(
         options["check_finite"] = False
     if rule.behind is not None:
         options.setdefault("rule", rule.behind)
-    merged = rule.run(base, deltas, **needed, **options)
+    return params_of(rule.run(base, deltas, **needed, **options))
+
+
+def params_of(merged: Any) -> Tree:
+    """The composed parameters of what a rule's `run` returns."""
     return merged.params if isinstance(merged, Solved | Adapted | Projected | Weighed) else merged
 
 

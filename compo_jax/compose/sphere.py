@@ -45,6 +45,14 @@ def _cosines(trees: Sequence[Tree], check_finite: bool) -> tuple[Float[Array, "t
     return jnp.clip(products / jnp.outer(norms, norms), -1, 1), norms
 
 
+def cosines(trees: Sequence[Tree], *, check_finite: bool = True) -> Float[Array, "tasks tasks"]:
+    """The cosines of the angles between the trees, as whole vectors; of deltas, how alike modules are. None is a hole.
+
+    ValueError where structures differ, and where a tree is zero or not finite.
+    """
+    return _cosines(require_same(trees, check_finite=check_finite), check_finite)[0]
+
+
 def slerp(a: Tree, b: Tree, t: Scalar, *, wide: bool = False, check_finite: bool = True) -> Tree:
     """From `a` (t = 0) to `b` (t = 1) at constant angular speed (Shoemake, 1985).
 

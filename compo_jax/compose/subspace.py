@@ -1,5 +1,6 @@
 """The joint minimum of the tasks' quadratics in a basis of their task vectors, from products with the basis alone."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,13 +10,16 @@ from jaxtyping import Array, Float
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
-from compo_jax.compose.groups import Grouping, grouped
+from compo_jax.compose.groups import Grouping, combined, grouped, inner_products
 from compo_jax.compose.leaves import Stacked
 from compo_jax.compose.modules import with_holes
 from compo_jax.compose.numbers import Scalar, Weights, require_not_negative, require_number, weigh
 from compo_jax.compose.solve import Matvec, symmetric_solve
 from compo_jax.lapack import eigh
 from compo_jax.tree import Tree
+
+# compiled once: their operations are many, and small
+_combined, _products = jax.jit(combined), jax.jit(inner_products)
 
 
 class Projected(NamedTuple):
@@ -100,16 +104,17 @@ def epimer(
     require_number("rank", rank, "a whole number of directions, from 1 on", lambda x: x >= 1 and x == int(x))
     weights, parts = weigh(weights, tasks, sign=False), grouped(base, deltas, groups, stacked)
     shape = (tasks, len(parts.names))
-    combine, inner = jax.jit(parts.combine), jax.jit(parts.products)  # whose operations are many, and small
-    columns, products = _basis(jnp.stack([inner(deltas, d) for d in deltas], axis=-1), min(int(rank), tasks))
+    zeros = jnp.zeros(len(parts.names), tree.wide_type(*jax.tree.leaves(deltas)))
+    inner = functools.partial(_products, parts.places, zeros, deltas)
+    columns, products = _basis(jnp.stack([inner(d) for d in deltas], axis=-1), min(int(rank), tasks))
 
     def projected(matvec):
         def image(column):
-            seen = matvec(combine(deltas, column.reshape(shape)))
+            seen = matvec(_combined(parts.places, deltas, column.reshape(shape)))
             tree.require_like(seen, base, "the curvature product")
-            return inner(deltas, seen).ravel()
+            return inner(seen).ravel()
 
-        seen = jnp.matmul(columns.T, jnp.stack([image(column) for column in columns.T], axis=1), precision="highest")
+        seen = jnp.matmul(columns.T, jax.lax.map(image, columns.T).T, precision="highest")
         return (seen + seen.T) / 2
 
     total, right = 0, 0

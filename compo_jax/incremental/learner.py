@@ -117,6 +117,9 @@ def training(setup: Setup, method: Method, *, width: int | None = None) -> Train
         return Learned(module, head, mode.remember(memory, task, first, module, head, setup.keys(first).memory))
 
     optimizer = (coupled_adamw if coupled else decoupled_adamw)(method.learning_rate)
+    if mode.module_rate != 1:
+        slower = optax.masked(optax.scale(mode.module_rate), {"module": True, "head": False})
+        optimizer = optax.chain(optimizer, slower)
     return Training(mode, loss, extras, optimizer, _starts(setup, method, mode, width), batches, finish)
 
 

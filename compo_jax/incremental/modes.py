@@ -85,10 +85,11 @@ def nothing(names: Sequence[str], task: int) -> Composition:
     return Composition([], [])
 
 
-def composed(snapshot: Snapshot) -> Classifier:
-    """The base with the mean of the modules' deltas, under the head that the tasks' heads make."""
+def composed(snapshot: Snapshot, params: Tree | None = None) -> Classifier:
+    """The head that the tasks' heads make, on `params`; default: the base with the mean of the modules' deltas."""
     head = pool_head(snapshot.pool, snapshot.composition.heads, snapshot.reference.head)
-    params = snapshot.pool.compose(snapshot.setup.base, snapshot.composition.modules)
+    if params is None:
+        params = snapshot.pool.compose(snapshot.setup.base, snapshot.composition.modules)
     return linear(partial(snapshot.extract, params), head)
 
 
@@ -116,6 +117,7 @@ class Mode(NamedTuple):
       alpha_unit: `(memory, curvature) -> scalar`, what alpha is divided by in relative units: the mean entry of the
         diagonal that the penalty is taken in; `curvature` is that of the tasks so far.
       distil: `(held, features, images, alpha) -> scalar` added to the cross-entropy; None for nothing.
+      module_rate: the module's learning rate as a part of the method's, which is the head's.
       remember: `(memory, task, first, module, head, key) -> memory` after a task whose first class is number `first`.
     What is trained when:
       lesson: `(stream, task) -> Lesson` that is trained when this task has come; None where nothing is.
@@ -134,6 +136,7 @@ class Mode(NamedTuple):
     penalty: Callable[[Tree, Tree, Curvature, jax.Array], jax.Array] = lambda *_: jnp.zeros(())
     alpha_unit: Callable[[Memory, Curvature], jax.Array] = lambda *_: jnp.ones(())
     distil: Callable[[Tree, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+    module_rate: float = 1.0
     remember: Callable[[Memory, Task, int, Tree, Head, jax.Array], Memory] = lambda memory, *_: memory
     lesson: Callable[[TaskStream, int], Lesson | None] = each_task
     at_once: bool = False

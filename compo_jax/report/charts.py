@@ -359,7 +359,8 @@ def colour_bar(figure: Figure, image: AxesImage, axes: Axes | Sequence[Axes], la
     low, high = image.get_clim()
     inner = [x for x in MaxNLocator(5).tick_values(low, high) if 0.07 < (x - low) / (high - low) < 0.93]
     bar = figure.colorbar(image, ax=axes, label=label, shrink=0.8, ticks=[low, *inner, high])
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}".replace("-", "−")))
+    text = lambda x, _: f"{x:.{2 if abs(x) < 100 else 4}g}".replace("-", "−")
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(text))
     bar.outline.set_visible(False)
 
 

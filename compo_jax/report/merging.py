@@ -17,7 +17,7 @@ from compo_jax.report.table import BOLD, Score, Table, run_facts, score, score_c
 from compo_jax.report.text import ABSENT, counted, decimal, middle, percent, spread
 
 HEADINGS = ("task known (%)", "all classes (%)", "normalised (%)", "time (s)", "memory (× base)")
-ALONE, BASE = "each module alone", "base, no module"
+ALONE, JOINT, BASE = "each module alone", "one module of all tasks", "base, no module"
 DAGGER = " †"  # at the name of a rule that had a warning
 Runs = Float[np.ndarray, " runs"]
 
@@ -90,8 +90,11 @@ def merging_tables(results: MergingResults) -> list[Table]:
         costs = [(_seconds(rule.seconds), decimal(rule.memory)) for rule in rules.values()]
         alone, _ = _scores(results, pools, [pool.individual for pool in pools])
         base, ratio = _scores(results, pools, [pool.base for pool in pools])
+        joint = [pool.joint for pool in pools if pool.joint is not None]
+        scores = _scores(results, pools, joint) if len(joint) == len(pools) else None
         rows = [
             (ALONE, alone.text(), ABSENT, "100.0", ABSENT, ABSENT),
+            *([(JOINT, scores[0].text(), ABSENT, scores[1].text(), ABSENT, ABSENT)] if scores else []),
             (BASE, base.text(), ABSENT, ratio.text(), ABSENT, ABSENT),
             *(
                 (_marked(rule, warned), *cells)
@@ -165,6 +168,20 @@ def by_task(name: str, pool: PoolMerges, tasks: list[str], limits: tuple[float, 
     return figure
 
 
+@styled
+def likeness(cosines: Mapping[str, np.ndarray], tasks: list[str]) -> Figure:
+    """Heat maps of the cosines between the modules' deltas, one for each pool."""
+    figure = charts.figure("Likeness of the modules", 1.9 + 0.2 * len(tasks))
+    panels = figure.subplots(1, len(cosines), sharey=True, squeeze=False)[0]
+    for axes, (name, values) in zip(panels, cosines.items(), strict=True):
+        texts = "{:.2f}".format if len(tasks) * len(cosines) <= charts.ANNOTATED else None
+        rows = tasks if axes is panels[0] else ()
+        image = charts.heat(axes, values, (-1.0, 1.0), rows, tasks, colours="RdBu", texts=texts, length=16)
+        axes.set_title(middle(name, 24))
+    charts.colour_bar(figure, image, list(panels), "cosine")
+    return figure
+
+
 def _by_task(pool: PoolMerges) -> dict[str, Float[np.ndarray, " tasks"]]:
     """The normalised accuracy of each rule, and of the base, on each task."""
     rows = {rule: merged.within for rule, merged in pool.rules.items()} | {BASE: pool.base}
@@ -220,6 +237,17 @@ def _blocks(results: MergingResults) -> Iterator[Block]:
             f"Run {first.run}.",
             [Table(name, ["rule (%)", *first.tasks], rows)],
         )
+    yield Block(
+        likeness({name: pool.cosines for name, pool in first.pools.items()}, first.tasks),
+        "Cosines between the modules' deltas. Modules at right angles (white) add without meeting; of those that are "
+        f"alike (blue) the mean keeps both; red ones go against one another. Run {first.run}.",
+        [
+            Table(name, ["cosine", *first.tasks], [
+                (task, *(decimal(x, 2) for x in row)) for task, row in zip(first.tasks, pool.cosines, strict=True)
+            ])
+            for name, pool in first.pools.items()
+        ],
+    )  # fmt: skip
     for (name, of_name), look in zip(pools.items(), charts.looks(list(pools)).values(), strict=True):
         rules = _rules(results, of_name)
         alone = float(np.mean([pool.individual.mean() for pool in of_name]))

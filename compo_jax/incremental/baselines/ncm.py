@@ -28,15 +28,22 @@ def class_counts(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return counts
 
 
+def mean_features(
+    features: Float[np.ndarray, "images features"], labels: Int[np.ndarray, " images"]
+) -> Float[np.ndarray, "classes features"]:
+    """The mean of each class, in float64. ValueError as of `class_counts`."""
+    counts = class_counts(features, labels)
+    sums = np.zeros((len(counts), features.shape[1]))
+    np.add.at(sums, labels, features)
+    return sums / counts[:, None]
+
+
 def nearest_class_mean(features: Float[np.ndarray, "images features"], labels: Int[np.ndarray, " images"]) -> Head:
     """The linear head whose largest logit is the class of the nearest mean: kernel `μ_k`, bias `-‖μ_k‖²/2`.
 
     Classes are 0 … the largest label. ValueError where one of them has no image, or a feature isn't finite.
     """
-    counts = class_counts(features, labels)
-    sums = np.zeros((len(counts), features.shape[1]))
-    np.add.at(sums, labels, features)
-    means = sums / counts[:, None]
+    means = mean_features(features, labels)
     return {"kernel": means.T.astype(np.float32), "bias": (-0.5 * np.sum(means**2, axis=1)).astype(np.float32)}
 
 

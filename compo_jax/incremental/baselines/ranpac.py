@@ -1,9 +1,10 @@
-"""RanPAC: ridge regression on the base's features, widened by a random projection."""
+"""RanPAC: ridge regression on features that a random projection widened; the base's, or those of a first adaptation."""
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from compo_jax.incremental.baselines.first_session import adapted_first
 from compo_jax.incremental.baselines.ncm import class_counts
 from compo_jax.incremental.classifier import Head
 from compo_jax.incremental.evaluate import linear
@@ -19,13 +20,20 @@ def random_projection(
     *,
     width: int = 1000,
     ridges: tuple[float, ...] = tuple(10.0**k for k in range(-8, 9)),
+    newest: int | None = None,
 ) -> tuple[Float[np.ndarray, "features width"], Head]:
-    """(projection, head) of RanPAC (McDonnell et al., 2023, arXiv 2307.02251), without its first-session adaptation.
+    """(projection, head) of RanPAC (McDonnell et al., 2023, arXiv 2307.02251).
 
     The head is the ridge regression of one-hot labels on `relu(features @ projection)`. Its sums over images grow task
     by task in the paper; all images at once, as here, give the same head. The ridge is the one of `ridges` with the
-    least squared error on a fifth of the images after fitting to the others, and then all are fitted. ValueError as of
-    `nearest_class_mean`.
+    least squared error on a fifth of the newest task's images after fitting to all others, and then all are fitted.
+
+    Args:
+      width: of the projection, 10 000 in the paper: its time grows with the cube of this or of the number of images,
+        the smaller of them.
+      newest: how many images, the last ones, are the newest task's; default: all.
+
+    ValueError as of `nearest_class_mean`.
     """
     class_counts(features, labels)
     projection = np.asarray(jax.random.normal(key, (features.shape[1], width)), np.float64)
@@ -33,28 +41,33 @@ def random_projection(
     y = np.eye(labels.max() + 1)[labels]
 
     def fit(rows):
-        values, vectors = np.linalg.eigh(h[rows].T @ h[rows])
-        rotated = vectors.T @ (h[rows].T @ y[rows])
-        return lambda ridge: vectors @ (rotated / (np.maximum(values, 0) + ridge)[:, None])
+        x, few = h[rows], len(h[rows]) < width
+        values, vectors = np.linalg.eigh(x @ x.T if few else x.T @ x)
+        rotated, back = (vectors.T @ y[rows], x.T @ vectors) if few else (vectors.T @ (x.T @ y[rows]), vectors)
+        return lambda ridge: back @ (rotated / (np.maximum(values, 0) + ridge)[:, None])
 
-    held = np.random.default_rng(0).permutation(len(h)) % 5 == 4  # images may come in the order of their classes
+    count = len(h) if newest is None or newest < 5 else newest
+    held = np.zeros(len(h), bool)
+    held[len(h) - count :] = np.random.default_rng(0).permutation(count) % 5 == 4  # they may come class by class
     tried = fit(~held)
     errors = [np.sum((h[held] @ tried(ridge) - y[held]) ** 2) for ridge in ridges]
     kernel = fit(slice(None))(ridges[int(np.argmin(errors))])
     return projection, {"kernel": kernel, "bias": np.zeros(kernel.shape[1])}
 
 
-def projected_regression(setup: Setup, method: Method) -> Mode:
-    """Nothing is trained; the projection is drawn by the seed, once."""
+def projected_regression(setup: Setup, method: Method, *, width: int = 1000) -> Mode:
+    """The projection is drawn by the seed, once. Nothing is trained; with an adapter a module is, on the first task, as
+    in the paper, and the features are the adapted model's."""
 
     def classify(snapshot: Snapshot):
-        projection, head = random_projection(jax.random.key(setup.seed), *training_features(snapshot))
+        newest, key = len(setup.stream.tasks[snapshot.task].train), jax.random.key(setup.seed)
+        projection, head = random_projection(key, *training_features(snapshot), width=width, newest=newest)
         return linear(lambda split: np.maximum(snapshot.base_features(split) @ projection, 0), head)
 
-    return Mode(lesson=lambda stream, task: None, compose=nothing, classify=classify)
+    return adapted_first(setup, method, Mode(lesson=lambda stream, task: None, compose=nothing, classify=classify))
 
 
 register(
     "ranpac", projected_regression,
-    "RanPAC without its first-session adaptation (McDonnell et al., 2023, arXiv 2307.02251)",
+    "RanPAC; with modules after its first-session adaptation (McDonnell et al., 2023, arXiv 2307.02251)",
 )  # fmt: skip

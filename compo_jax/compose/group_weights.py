@@ -1,5 +1,6 @@
 """The best weights of T modules cut into groups of layers, from their landscape, expanded again where they are."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,8 +34,8 @@ class Weighed(NamedTuple):
       forecast: of the loss, by the last landscape.
       forecast_error: its standard error over the batches.
       loss: the true loss, of the same batches.
-      rounds: landscapes that were made.
-      remainders: (rounds,), how far each round's forecast was off the true loss at its best weights, relatively.
+      rounds: trials that were made, each of the best weights of a landscape.
+      remainders: (rounds,), how far each one's forecast was off the true loss, relatively.
       converged: whether the last remainder is within the tolerance; always of one round.
     """
 
@@ -167,11 +168,12 @@ def group_landscape(
 
 
 class _Trial(NamedTuple):
-    """Weights that a landscape takes for the best in its box, its forecast there, and the true loss."""
+    """Weights that a landscape takes for the best in its box, its forecast there, the true loss, and the landscape."""
 
     weights: Float[np.ndarray, "tasks groups"]
     forecast: float
     loss: float
+    expansion: GroupLandscape
 
     @property
     def remainder(self) -> float:
@@ -218,45 +220,64 @@ def layer_weights(
         raise ValueError(f"radius is how far a weight may move in a round, a positive number, not {radius}")
     deltas = with_holes(base, deltas, check_finite=check_finite)
     groups, batches = grouped(base, deltas, groups, stacked), list(batches)
-    data = stack(batches)
-    at = np.full((len(deltas), len(groups.names)), 1 / len(deltas))
-    true = jax.jit(lambda w, data: _mean_loss(loss, base, deltas, groups, w, data))
-    expansion, remainders = None, []
-    for _ in range(rounds):
-        if expansion is None:
-            options = {"groups": groups, "anchor": at, "check_finite": check_finite}
-            expansion = group_landscape(loss, base, deltas, batches, **options)
-        box = np.maximum(lower, at - radius), np.minimum(upper, at + radius)
-        w = expansion.best_weights(*box, damping)
-        trial = _Trial(w, float(expansion.predict(w)), float(true(jnp.asarray(w), data)))
-        remainders.append(trial.remainder)
-        moved, start = np.max(np.abs(w - at)), float(expansion.landscape.loss)
-        better = trial.loss <= start
-        inside = moved < radius or not np.isfinite(radius)
-        if rounds == 1 or (trial.remainder < tolerance and better and inside) or moved == 0:
-            break
-        if better:
-            at, last, expansion = w, expansion, None
-            radius = radius if inside else 2 * radius
-        else:
-            radius = moved / 2
-    used = expansion or last
+    start = np.clip(np.full((len(deltas), len(groups.names)), 1 / len(deltas)), lower, upper)
+    data, mean_loss = stack(batches), jax.jit(functools.partial(_mean_loss, loss, groups))
+
+    def expand(at):
+        options = {"groups": groups, "anchor": at, "check_finite": check_finite}
+        return group_landscape(loss, base, deltas, batches, **options)
+
+    def attempt(expansion, lower, upper):
+        w = expansion.best_weights(lower, upper, damping)
+        true = mean_loss(base, deltas, jnp.asarray(w), data)
+        return _Trial(w, float(expansion.predict(w)), float(true), expansion)
+
+    best, remainders = _descent(expand, attempt, start, (lower, upper, radius), rounds, tolerance)
     return Weighed(
-        params=groups.compose(base, deltas, trial.weights, check_finite=check_finite),
-        weights=trial.weights,
-        errors=used.weight_errors(trial.weights, lower, upper, damping),
+        params=groups.compose(base, deltas, best.weights, check_finite=check_finite),
+        weights=best.weights,
+        errors=best.expansion.weight_errors(best.weights, lower, upper, damping),
         groups=groups.names,
-        forecast=trial.forecast,
-        forecast_error=float(used.standard_error(trial.weights)),
-        loss=trial.loss,
+        forecast=best.forecast,
+        forecast_error=float(best.expansion.standard_error(best.weights)),
+        loss=best.loss,
         rounds=len(remainders),
         remainders=np.array(remainders),
-        converged=rounds == 1 or trial.remainder < tolerance,
+        converged=rounds == 1 or remainders[-1] < tolerance,
     )
 
 
 def _mean_loss(
-    loss: Callable, base: Tree, deltas: Sequence[Tree], groups: Groups, weights: Array, data: Batches
+    loss: Callable, groups: Groups, base: Tree, deltas: Sequence[Tree], weights: Array, data: Batches
 ) -> Array:
     params = tree.add(base, groups.combine(deltas, weights))
     return mean(lambda *batch: loss(params, *batch), data)
+
+
+def _descent(
+    expand: Callable[[np.ndarray], GroupLandscape],
+    attempt: Callable[..., _Trial],
+    at: Float[np.ndarray, "tasks groups"],
+    bounds: tuple[Any, Any, Scalar],
+    rounds: int,
+    tolerance: Scalar,
+) -> tuple[_Trial, list[float]]:
+    """(the last trial that was taken, how far each one's forecast was off), see `layer_weights`; bounds are lower and
+    upper, and the radius."""
+    lower, upper, radius = bounds
+    expansion, remainders = expand(at), []
+    while True:
+        trial = attempt(expansion, np.maximum(lower, at - radius), np.minimum(upper, at + radius))
+        remainders.append(trial.remainder)
+        before, moved = float(expansion.landscape.loss), np.max(np.abs(trial.weights - at))
+        better = trial.loss <= before + 1e-6 * abs(before)
+        last = len(remainders) == rounds
+        if rounds == 1 or (better and (last or moved < radius) and (last or trial.remainder < tolerance)):
+            return trial, remainders
+        if last or moved == 0:
+            return _Trial(at, before, before, expansion), remainders
+        if better:
+            radius = radius if moved < radius else 2 * radius
+            at, expansion = trial.weights, expand(trial.weights)
+        else:
+            radius = moved / 2
