@@ -26,11 +26,16 @@ WAYS = {
     "lwf": "lwf",
     "joint": "",
     "tmc": "tmc_learning_rate penalty pull parallel",
+    "inflora": "",
+    "sdlora": "",
+    "ease": "parallel",
+    "tuna": "",
     **dict.fromkeys(FROZEN, ""),
 }
 KINDS = {"lora": "rank learning_rate", "ia3": "ia3_learning_rate", "full": "full_learning_rate"}  # and those of modules
+ONLY = {"tmc": "full", "inflora": "lora", "sdlora": "lora", "tuna": "lora"}  # ways for modules of one kind
 METHODS = (
-    *(f"{way}-{kind}" for kind, way in itertools.product(KINDS, WAYS) if way not in ("tmc", *FROZEN)), "tmc-full",
+    *(f"{w}-{kind}" for kind, w in itertools.product(KINDS, WAYS) if w not in FROZEN and ONLY.get(w, kind) == kind),
     *FROZEN,
 )  # fmt: skip
 COMPARED = (
