@@ -13,7 +13,7 @@ from compo_jax.incremental.settings import Setup
 from compo_jax.incremental.ways import register
 
 OTHERS = 0.1  #: weight of the subspaces of other tasks than a class's own (the paper's α)
-Prototypes = Float[np.ndarray, "classes features"]
+Prototypes = Float[np.ndarray, "_classes features"]
 
 
 def _unit(rows: Float[np.ndarray, "n features"]) -> Float[np.ndarray, "n features"]:

@@ -20,8 +20,10 @@ Square = Float[Array, "*stack n n"]
 
 
 def input_grams(setup: Setup, adapted: Sequence[str]) -> Callable[[Tree, Split], Tree]:
-    """`(params, split) -> Σ x xᵀ` over all images' tokens x that go into a dense layer, for each weight whose path is in
-    `adapted`. ValueError where one of these isn't the weight of one dense layer."""
+    """`(params, split) -> Σ x xᵀ` over all images' tokens x that go into a dense layer, for each weight in `adapted`.
+
+    ValueError where a path in `adapted` isn't that of the weight of one dense layer.
+    """
     model, stream = setup.model, setup.stream
 
     @jax.jit
