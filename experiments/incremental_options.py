@@ -24,12 +24,12 @@ WAYS = {
     "sequential": "",
     "ewc": "ewc units penalty",
     "lwf": "lwf",
-    "joint": "",
-    "tmc": "tmc_learning_rate penalty pull parallel",
     "inflora": "",
     "sdlora": "",
     "ease": "parallel",
     "tuna": "",
+    "joint": "",
+    "tmc": "tmc_learning_rate penalty pull parallel",
     **dict.fromkeys(FROZEN, ""),
 }
 KINDS = {"lora": "rank learning_rate", "ia3": "ia3_learning_rate", "full": "full_learning_rate"}  # and those of modules

@@ -121,8 +121,8 @@ class Mode(NamedTuple):
       alpha_unit: `(memory, curvature) -> scalar`, what alpha is divided by in relative units: the mean entry of the
         diagonal that the penalty is taken in; `curvature` is that of the tasks so far.
       distil: `(held, features, images, alpha) -> scalar` added to the cross-entropy; None for nothing.
-      keep: `(memory, module) -> module`, what a pool can store of what was trained, where that isn't a module.
       remember: `(memory, task, first, module, head, key) -> memory` after a task whose first class is number `first`.
+      keep: `(memory, module) -> module`, what a pool can store of what was trained, where that isn't a module.
     What is trained when:
       lesson: `(stream, task) -> Lesson` that is trained when this task has come; None where nothing is.
       at_once: whether the lessons are `each_task` and none needs what another left: all can be trained together.
@@ -140,8 +140,8 @@ class Mode(NamedTuple):
     penalty: Callable[[Tree, Tree, Curvature, jax.Array], jax.Array] = lambda *_: jnp.zeros(())
     alpha_unit: Callable[[Memory, Curvature], jax.Array] = lambda *_: jnp.ones(())
     distil: Callable[[Tree, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
-    keep: Callable[[Memory, Tree], Tree] = lambda memory, module: module
     remember: Callable[[Memory, Task, int, Tree, Head, jax.Array], Memory] = lambda memory, *_: memory
+    keep: Callable[[Memory, Tree], Tree] = lambda memory, module: module
     lesson: Callable[[TaskStream, int], Lesson | None] = each_task
     at_once: bool = False
     metric: Callable[[Reference], Metric] = lambda reference: reference.others
