@@ -62,7 +62,7 @@ def expandable_subspaces(setup: Setup, method: Method) -> Mode:
     Adapters are the method's, LoRA say, in the place of the paper's bottlenecks beside the MLPs. (The release divides
     `OTHERS` by the number of other tasks.)
     """
-    stream, made = setup.stream, {}
+    stream, made = setup.stream, {}  # what was measured once stays: modules and tasks don't change
 
     def classify(snapshot: Snapshot):
         names = snapshot.composition.heads
