@@ -24,6 +24,10 @@ WAYS = {
     "sequential": "",
     "ewc": "ewc units penalty",
     "lwf": "lwf",
+    "inflora": "",
+    "sdlora": "",
+    "ease": "parallel",
+    "tuna": "",
     "joint": "",
     "tmc": "tmc_learning_rate penalty pull parallel",
     "slca": "",
@@ -32,8 +36,13 @@ WAYS = {
     **dict.fromkeys(FROZEN, ""),
 }
 KINDS = {"lora": "rank learning_rate", "ia3": "ia3_learning_rate", "full": "full_learning_rate"}  # and those of modules
+ONLY = {"tmc": "full", "inflora": "lora", "sdlora": "lora", "tuna": "lora"}  # ways for modules of one kind
 METHODS = (
-    *(f"{way}-{kind}" for kind, way in itertools.product(KINDS, WAYS) if way not in ("tmc", "ncm")), "tmc-full",
+    *(
+        f"{way}-{kind}"
+        for kind, way in itertools.product(KINDS, WAYS)
+        if way != "ncm" and ONLY.get(way, kind) == kind
+    ),
     *FROZEN,
 )  # fmt: skip
 COMPARED = (
