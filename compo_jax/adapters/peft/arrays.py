@@ -88,8 +88,9 @@ def expected(folder: Folder) -> dict[str, tuple[int, ...]]:
         if whole:
             shapes[key(name, "weight")] = place.torch_shape
         trained = whole or config["bias"] == "all" or (config["bias"] == "lora_only" and name in layers)
-        if place.bias and trained and (key(name, "bias") in arrays or np.any(place.part(leaves[place.bias]))):
-            shapes[key(name, "bias")] = place.shape[-1:]
+        bias = key(name, "bias")
+        if place.bias and trained and (bias in arrays or np.any(place.part(np.asarray(leaves[place.bias])))):
+            shapes[bias] = place.shape[-1:]
     return shapes
 
 

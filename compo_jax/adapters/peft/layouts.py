@@ -18,6 +18,8 @@ Modules = Mapping[str, Names]
 #: PEFT's wrapper in front of every name in its files.
 PREFIX = "base_model.model."
 
+HEAD = "head/kernel"
+
 #: Weights of a ViT and the modules of timm's `vit_*` that hold them.
 TIMM_MODULES: Modules = {
     "blocks/attention/qkv/kernel": "blocks.{block}.attn.qkv",
@@ -28,7 +30,7 @@ TIMM_MODULES: Modules = {
     "blocks/norm2/scale": "blocks.{block}.norm2",
     "norm/scale": "norm",
     "patch/kernel": "patch_embed.proj",
-    "head/kernel": "head",
+    HEAD: "head",
 }
 
 
@@ -52,7 +54,7 @@ def _classifier(blocks: str, within: str, norm: str, patch: str) -> Modules:
         "blocks/norm2/scale": norm2,
         "norm/scale": norm,
         "patch/kernel": patch,
-        "head/kernel": "classifier",
+        HEAD: "classifier",
     }
 
 

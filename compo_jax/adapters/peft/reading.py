@@ -16,14 +16,12 @@ from compo_jax.adapters.low_rank import lora
 from compo_jax.adapters.peft import arrays as meaning
 from compo_jax.adapters.peft import files
 from compo_jax.adapters.peft.arrays import Folder, key
-from compo_jax.adapters.peft.layouts import Modules, places, recognised
+from compo_jax.adapters.peft.layouts import HEAD, Modules, places, recognised
 from compo_jax.adapters.peft.settings import Config
 from compo_jax.adapters.rescaling import ia3
 from compo_jax.adapters.whole import full
 from compo_jax.files import local_path
 from compo_jax.tree import Tree
-
-_HEAD = "head/kernel"
 
 
 def load_peft(
@@ -59,7 +57,7 @@ def load_peft(
     config, arrays = files.read(path)
     modules = modules or recognised(arrays)
     contents = _beside(path, config, arrays, base, modules)
-    if problems := _problems(contents, modules.get(_HEAD)):
+    if problems := _problems(contents, modules.get(HEAD)):
         first = f"the arrays in {path} aren't those that its settings ask for on this base:"
         raise ValueError("\n".join([first, *problems]))
     if check_finite:
@@ -73,8 +71,8 @@ def load_peft(
 def _beside(path: Path, config: Config, arrays: Mapping[str, np.ndarray], base: Tree, modules: Modules) -> Folder:
     """The contents of the folder `path` beside the base, without a trained head where the base has none."""
     leaves, places_of = tree.by_name(base), places(base, modules)
-    if _HEAD in modules and _HEAD not in leaves:
-        plain = {key(modules[_HEAD], "weight"), key(modules[_HEAD], "bias")}
+    if HEAD in modules and HEAD not in leaves:
+        plain = {key(modules[HEAD], "weight"), key(modules[HEAD], "bias")}
         arrays = {name: array for name, array in arrays.items() if name not in plain}
     try:
         layers = meaning.adapted_layers(config, places_of)
@@ -94,12 +92,12 @@ def _problems(contents: Folder, head: str | None) -> list[str]:
     biases = {name for name in expected if name.endswith(".bias")}
     if config["bias"] == "lora_only" and biases and not biases & shapes.keys():
         lines.append(
-            "PEFT up to version 0.19 left the biases that it trained with bias='lora_only' out of its files: they are "
+            "PEFT before version 0.21 left the biases that it trained with bias='lora_only' out of its files: they are "
             f'lost. To take the module without them, write "bias": "none" into {files.CONFIG}'
         )
     weight = key(head or "", "weight")
     if weight in shapes and shapes[weight] != expected.get(weight, shapes[weight]):
-        width = leaves[_HEAD].shape[0]
+        width = leaves[HEAD].shape[0]
         twice = shapes[weight][-1] == 2 * width
         lines.append(
             f"the folder's classifier isn't of the shape of the base's head ({width} features)"
@@ -158,7 +156,7 @@ def peft_head(
     """
     path = local_path(folder)
     _, arrays = files.read(path)
-    head = (modules or recognised(arrays)).get(_HEAD)
+    head = (modules or recognised(arrays)).get(HEAD)
     weight = arrays.get(key(head, "weight")) if head else None
     if weight is None or weight.ndim != 2:
         raise ValueError(

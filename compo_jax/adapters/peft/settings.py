@@ -22,6 +22,7 @@ _TYPES = {
     "modules_to_save": (list, "a list of names"),
     "feedforward_modules": ((str, list), "a list of names or a regular expression"),
     "use_dora": (bool, "true or false"),
+    "bias": (str, "none, all or lora_only"),
 }
 _DEFAULTS = {
     "rank_pattern": {},
@@ -74,14 +75,15 @@ def read(path: Path) -> dict[str, Any]:
         ranks = [settings.get("r", 1), *settings["rank_pattern"].values()]
         scales = [settings.get("lora_alpha", 1), *settings["alpha_pattern"].values()]
         problems += [f"{rank!r} is no rank" for rank in ranks if type(rank) is not int or rank < 1]
-        problems += [f"{x!r} in modules_to_save is no name" for x in settings["modules_to_save"] if not _is_name(x)]
+        names = settings["modules_to_save"]
+        problems += [f"{x!r} in modules_to_save is no name" for x in names if not (x and isinstance(x, str))]
         problems += [f"{x!r} is no scale" for x in scales if type(x) not in (int, float) or not math.isfinite(x)]
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
     unsupported = [
         f"{key}={value!r}"
         for key, value in settings.items()
-        if value and key not in _TYPES.keys() | _HARMLESS | {"bias", "init_lora_weights"}
+        if value and key not in _TYPES.keys() | _HARMLESS | {"init_lora_weights"}
     ]
     if settings["bias"] not in ("none", "all", "lora_only"):
         unsupported.append(f"bias={settings['bias']!r}")
@@ -94,10 +96,6 @@ def read(path: Path) -> dict[str, Any]:
             "merge with PEFT and take the full delta"
         )
     return settings
-
-
-def _is_name(x: Any) -> bool:
-    return isinstance(x, str) and x != ""
 
 
 def _listed(names: str | list[str], layer: str) -> bool:

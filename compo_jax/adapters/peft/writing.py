@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from compo_jax import tree
 from compo_jax.adapters import low_rank, rescaling
 from compo_jax.adapters.adapter import Adapter
-from compo_jax.adapters.entries import entries
+from compo_jax.adapters.entries import ARRAY, entries
 from compo_jax.adapters.peft import files
 from compo_jax.adapters.peft.arrays import key
 from compo_jax.adapters.peft.layouts import TIMM_MODULES, Modules, Place, places
@@ -34,7 +34,8 @@ def save_peft(
 
     LoRA's scale is 1 (`lora_alpha` = `r` everywhere), and the higher rank of a joint qkv goes to the rank pattern.
     Where the model has query, key and value instead, each gets the first factor of the joint weight and its columns of
-    the second one, but for ranks that do nothing there; one that isn't changed at all is left out.
+    the second one, but for ranks that do nothing there; one that isn't changed at all is left out. Full deltas beside
+    LoRA's factors are written as modules that were trained as a whole (a head), and as trained biases.
 
     Args:
       modules: for each adapted kernel's path the name of PyTorch's module, or the names of several whose outputs side
@@ -44,9 +45,9 @@ def save_peft(
 
     Raises:
       FileExistsError: there is something at `folder`.
-      ValueError: the adapter is neither; a kernel has no name in `modules`; the module doesn't fit the base, or is for
-        query, key and value alone and changes nothing; (IA)³ leaves out biases, which PEFT scales with the rest; or the
-        module holds NaN or infinities, unless `check_finite` is False.
+      ValueError: the adapter is neither; a leaf has no name in `modules`; the module doesn't fit the base, or has no
+        factors that change a layer; (IA)³ leaves out biases, which PEFT scales with the rest; or the module holds NaN
+        or infinities, unless `check_finite` is False.
       OSError: the folder can't be written, the disk is full say.
     """
     if adapter.name not in ("lora", "ia3"):
@@ -54,20 +55,22 @@ def save_peft(
             f"only lora and ia3 can be written for PEFT, and not {adapter.name!r}: approximate a full delta with "
             "adapters.recompress"
         )
-    factors_of = entries(module, base, (low_rank.FACTORS if adapter.name == "lora" else rescaling.FACTORS,))
+    held = entries(module, base, low_rank.KINDS if adapter.name == "lora" else (rescaling.FACTORS,))
     if check_finite:
         tree.require_finite(module, "the module")
+    factors_of = {path: jax.tree.map(np.asarray, entry) for path, entry in held.items() if not ARRAY.holds(entry)}
     if unknown := sorted(factors_of.keys() - modules.keys()):
         raise ValueError(f"PyTorch's names of {', '.join(unknown)} are not known: give them in modules=")
-    factors_of = jax.tree.map(np.asarray, factors_of)
-    layers = {name: place for name, place in places(base, modules).items() if place.path in factors_of}
+    places_of = places(base, modules)
+    layers = {name: place for name, place in places_of.items() if place.path in factors_of}
     if adapter.name == "lora":
         factors = _low_rank(layers, factors_of)
-        kind = _ranks({name: held["a"].shape[0] for name, held in factors.items()})
+        kind = _ranks({name: pair["a"].shape[0] for name, pair in factors.items()})
     else:
         _require_scaled_biases(adapter, module, base)
         factors = {name: {"l": place.part(factors_of[place.path]["l"])[:, None]} for name, place in layers.items()}
         kind = {"peft_type": "IA3", "feedforward_modules": [], "init_ia3_weights": True}
+    arrays = {key(name, factor): array for name, entry in factors.items() for factor, array in entry.items()}
     config = kind | {
         "base_model_name_or_path": base_model,
         "fan_in_fan_out": False,
@@ -76,8 +79,29 @@ def save_peft(
         "target_modules": sorted(factors),
         "task_type": None,
     }
-    arrays = {key(name, factor): array for name, held in factors.items() for factor, array in held.items()}
+    if whole := {path: entry for path, entry in held.items() if ARRAY.holds(entry)}:
+        changed = jax.tree.map(np.asarray, tree.by_name(tree.add(base, tree.place(whole, base))))
+        trained, weights = _trained(whole, changed, places_of, factors)
+        config, arrays = config | trained, arrays | weights
     files.write(local_path(folder), config, arrays)
+
+
+def _trained(
+    deltas: Collection[str], leaves: Mapping[str, Any], places_of: Mapping[str, Place], adapted: Collection[str]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Settings and arrays of the full `deltas` beside the factors, from the changed model's leaves: modules that are
+    saved as a whole and, where other biases change, all biases."""
+    if lost := sorted(set(deltas) - {path for place in places_of.values() for path in (place.path, place.bias)}):
+        raise ValueError(f"PyTorch's names of {', '.join(lost)} are not known: give them in modules=")
+    whole = {name: place for name, place in places_of.items() if place.path in deltas}
+    weights = {key(name, "weight"): place.torchs(place.part(leaves[place.path])) for name, place in whole.items()}
+    beside = {place.bias for name, place in places_of.items() if name not in whole} & set(deltas)
+    biases = {
+        key(name, "base_layer.bias" if name in adapted else "bias"): place.part(leaves[place.bias])
+        for name, place in (places_of if beside else whole).items()
+        if place.bias
+    }
+    return {"modules_to_save": list(whole) or None, "bias": "all" if beside else "none"}, weights | biases
 
 
 def _low_rank(
@@ -92,7 +116,7 @@ def _low_rank(
         if used.any():
             factors[name] = {"a": a[:, used].T, "b": right[used].T}
     if not factors:
-        raise ValueError("the module changes nothing of query, key and value, and PEFT takes no empty adapter")
+        raise ValueError("the module has no LoRA factors that change a layer, and PEFT takes no empty adapter")
     return factors
 
 
