@@ -29,6 +29,12 @@ TIMM_MODULES: Modules = {
     "blocks/norm1/scale": "blocks.{block}.norm1",
     "blocks/norm2/scale": "blocks.{block}.norm2",
     "norm/scale": "norm",
+    "norm_pre/scale": "norm_pre",
+    "pool_norm/scale": "fc_norm",
+    "attention_pool/attention/proj/kernel": "attn_pool.proj",
+    "attention_pool/mlp/fc1/kernel": "attn_pool.mlp.fc1",
+    "attention_pool/mlp/fc2/kernel": "attn_pool.mlp.fc2",
+    "attention_pool/norm/scale": "attn_pool.norm",
     "patch/kernel": "patch_embed.proj",
     HEAD: "head",
 }
@@ -41,7 +47,7 @@ def _changed(modules: Modules, change: Callable[[str], str]) -> Modules:
     }
 
 
-def _classifier(blocks: str, within: str, norm: str, patch: str) -> Modules:
+def _classifier(blocks: str, within: str, norm: str, patch: str) -> dict[str, Names]:
     """The modules of a classifier of transformers; `within` a block are query, key, value, what projects their result,
     the MLP's two layers and the two norms."""
     q, k, v, proj, fc1, fc2, norm1, norm2 = (f"{blocks}.{{block}}.{name}" for name in within.split())
@@ -73,6 +79,14 @@ _CLIP = _classifier(
     "vision_model.post_layernorm",
     "vision_model.embeddings.patch_embedding",
 )
+_CLIP |= {  # a base has what is of its kind: CLIP's, or the pooling of SigLIP
+    "norm_pre/scale": "vision_model.pre_layrnorm",
+    "projection/kernel": "visual_projection",
+    "attention_pool/attention/proj/kernel": "vision_model.head.attention.out_proj",
+    "attention_pool/mlp/fc1/kernel": "vision_model.head.mlp.fc1",
+    "attention_pool/mlp/fc2/kernel": "vision_model.head.mlp.fc2",
+    "attention_pool/norm/scale": "vision_model.head.layernorm",
+}
 
 #: Weights of a ViT and the modules of the classifiers of Hugging Face's transformers that hold them, by the type of the
 #: model; with `-v4` as transformers up to version 4 names them. `timm` is a model of timm's inside transformers.
