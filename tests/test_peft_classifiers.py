@@ -331,11 +331,20 @@ def test_what_cannot_go_out(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_second_tower_and_a_pooling_head_are_listed(tmp_path):
+def test_pooling_that_the_base_has_not_is_left_out_and_a_second_tower_is_told(tmp_path):
     arrays, settings = query_and_value(name="vision_model.encoder.layers.{}.self_attn.{}_proj")
-    arrays |= factors("text_model.encoder.layers.0.self_attn.q_proj") | factors("vision_model.head.mlp.fc1")
-    with pytest.raises(ValueError, match=r"unexpected \(4\): ") as error:
-        adapters.load_peft(folder_of(tmp_path, settings, arrays), BASE)
+    settings["target_modules"].append("head.mlp.fc1")
+    pooling = factors("vision_model.head.mlp.fc1", fan_out=HIDDEN)
+    folder = folder_of(tmp_path / "one", settings, arrays | pooling)
+    adapter, module = adapters.load_peft(folder, BASE)
+    assert tree.names(adapter.delta(module, BASE)) == ["blocks/attention/qkv/kernel"]
+    pooled = BASE | {"attention_pool": {"mlp": {"fc1": {"kernel": jnp.ones((WIDTH, HIDDEN))}}}}
+    adapter, module = adapters.load_peft(folder, pooled)
+    found = adapter.delta(module, pooled)["attention_pool"]["mlp"]["fc1"]["kernel"]
+    close(found, product(pooling, "vision_model.head.mlp.fc1"))
+    arrays |= factors("text_model.encoder.layers.0.self_attn.q_proj")
+    with pytest.raises(ValueError, match=r"unexpected \(2\): ") as error:
+        adapters.load_peft(folder_of(tmp_path / "two", settings, arrays | pooling), BASE)
     assert f"{PREFIX}text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight (2, 12)" in str(error.value)
 
 

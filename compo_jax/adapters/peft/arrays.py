@@ -165,4 +165,5 @@ def _dora(held: Mapping[str, np.ndarray], scale: float, weight: np.ndarray) -> n
     """What DoRA (Liu et al., 2024, arXiv 2402.09353) adds to a weight (in, out): the sum of it and LoRA's product gets
     the length `m` for each output."""
     moved = weight + scale * (held["b"] @ held["a"]).T
-    return moved * (held["m"] / np.linalg.norm(moved, axis=0)) - weight
+    with np.errstate(divide="ignore", invalid="ignore"):  # an output of zeros is NaN in PEFT as well
+        return moved * (held["m"] / np.linalg.norm(moved, axis=0)) - weight

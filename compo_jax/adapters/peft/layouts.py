@@ -19,6 +19,8 @@ Modules = Mapping[str, Names]
 PREFIX = "base_model.model."
 
 HEAD = "head/kernel"
+#: Paths of what a model may have behind its blocks to pool the tokens; a classifier of the mean does without.
+POOLING = ("attention_pool/", "pooler/")
 
 #: Weights of a ViT and the modules of timm's `vit_*` that hold them.
 TIMM_MODULES: Modules = {
@@ -65,9 +67,10 @@ def _classifier(blocks: str, within: str, norm: str, patch: str) -> dict[str, Na
 
 
 def _named(root: str, blocks: str, within: str) -> Modules:
-    return _classifier(
-        f"{root}.{blocks}", within, f"{root}.layernorm", f"{root}.embeddings.patch_embeddings.projection"
-    )
+    """The modules of a classifier around the model `root`; `blocks` and `within` as for `_classifier`."""
+    patch = f"{root}.embeddings.patch_embeddings.projection"
+    modules = _classifier(f"{root}.{blocks}", within, f"{root}.layernorm", patch)
+    return modules | {"pooler/kernel": f"{root}.pooler.dense"}
 
 
 _PROJECTIONS = "attention.q_proj attention.k_proj attention.v_proj attention.o_proj mlp.fc1 mlp.fc2"

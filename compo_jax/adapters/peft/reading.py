@@ -16,7 +16,7 @@ from compo_jax.adapters.low_rank import lora
 from compo_jax.adapters.peft import arrays as meaning
 from compo_jax.adapters.peft import files
 from compo_jax.adapters.peft.arrays import Folder, key
-from compo_jax.adapters.peft.layouts import HEAD, Modules, places, recognised
+from compo_jax.adapters.peft.layouts import HEAD, POOLING, Modules, places, recognised
 from compo_jax.adapters.peft.settings import Config
 from compo_jax.adapters.rescaling import ia3
 from compo_jax.adapters.whole import full
@@ -41,7 +41,8 @@ def load_peft(
     full deltas beside LoRA's factors; beside (IA)³'s all becomes full deltas. Arrays of a type narrower than the base's
     take the base's.
 
-    A classifier is such a module: where the base has no head, it is left out and `peft_head` returns it.
+    A classifier is such a module: where the base has no head, it is left out, and `peft_head` returns it. So are layers
+    that pool the tokens (of ViTModel and SigLIP) where the base has none: classifiers of transformers go without.
 
     Args:
       modules: the names of PyTorch's modules, as for `save_peft`. Default: timm's or a Hugging Face model's, whichever
@@ -69,11 +70,13 @@ def load_peft(
 
 
 def _beside(path: Path, config: Config, arrays: Mapping[str, np.ndarray], base: Tree, modules: Modules) -> Folder:
-    """The contents of the folder `path` beside the base, without a trained head where the base has none."""
-    leaves, places_of = tree.by_name(base), places(base, modules)
-    if HEAD in modules and HEAD not in leaves:
-        plain = {key(modules[HEAD], "weight"), key(modules[HEAD], "bias")}
-        arrays = {name: array for name, array in arrays.items() if name not in plain}
+    """The contents of the folder `path` beside the base, without a trained head and pooling that the base has not."""
+    leaves = tree.by_name(base)
+    lacking = {place: name for place, name in modules.items() if place not in leaves}
+    left_out = [key(name, "") for place, name in lacking.items() if place.startswith(POOLING)]
+    left_out += [key(lacking[HEAD], array) for array in ("weight", "bias") if HEAD in lacking]
+    arrays = {name: array for name, array in arrays.items() if not name.startswith(tuple(left_out))}
+    places_of = places(base, modules)
     try:
         layers = meaning.adapted_layers(config, places_of)
     except re.error as error:
