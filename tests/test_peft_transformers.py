@@ -1,5 +1,5 @@
-"""PEFT's adapters of Hugging Face's image classifiers, made and read by those libraries themselves, where they are
-installed: the same merged weights, and for the plain ViT the same logits."""
+"""PEFT's adapters of Hugging Face's image classifiers and of timm's ViT, made and read by those libraries themselves,
+where they are installed: the same merged weights, and for plain ViTs the same logits."""
 
 import re
 
@@ -12,8 +12,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+from test_peft import ADAPTERS, DEPTH, WIDTH, trained  # noqa: E402
+
 from compo_jax import adapters, tree  # noqa: E402
-from compo_jax.models import ViT  # noqa: E402
+from compo_jax.models import ViT, from_timm  # noqa: E402
 
 SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
 PLAIN = SIZES | {"intermediate_size": 20, "layer_norm_eps": 1e-6}
@@ -196,4 +198,59 @@ def test_peft_puts_a_module_of_ours_onto_a_classifier(kind, tmp_path):
     expected = jax.jit(adapters.adapted(VIT, adapter))(base, module, IMAGES)
     print(f"{kind} out: {np.abs(found - expected).max():.1e} of {np.abs(expected).max():.2f}")
     assert np.abs(found - plain).max() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# timm's names
+
+
+def timm_vit():
+    """A Vision Transformer under timm's names in PyTorch, and ours with the same weights; random images for both."""
+    from test_oracle import Transformer, arrays_of, set_randomly
+
+    theirs = set_randomly(Transformer(8, 4, WIDTH, DEPTH, 2, 3), 0.3).eval()
+    ours, base = from_timm(arrays_of(theirs), heads=2)
+    images = np.random.default_rng(3).normal(size=(5, 8, 8, 3)).astype(np.float32)
+    return theirs, torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), ours, base, images
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_peft_loads_what_is_written(kind, tmp_path):
+    theirs, pixels, ours, base, images = timm_vit()
+    plain = theirs(pixels).detach().numpy()
+    adapter = ADAPTERS[kind]
+    module = trained(adapter, base)
+    adapters.save_peft(tmp_path / "out", adapter, module, base)
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "out").eval()
+    found = loaded(pixels).detach().numpy()
+    expected = jax.jit(adapters.adapted(ours, adapter))(base, module, images)
+    assert np.abs(found - plain).max() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("lora", {"r": 3, "lora_alpha": 7, "target_modules": ["qkv", "fc2", "head"]}),
+        ("lora", {"r": 4, "lora_alpha": 7, "use_rslora": True, "target_modules": "all-linear",
+                  "rank_pattern": {"attn.qkv": 6, r"blocks\.1\.mlp\.fc1": 1}, "alpha_pattern": {"proj": 5}}),
+        ("lora", {"r": 2, "target_modules": ["qkv", "fc1"], "layers_to_transform": [1], "layers_pattern": "blocks"}),
+        ("ia3", {"target_modules": ["qkv", "fc1", "attn.proj"], "feedforward_modules": []}),
+    ],
+    ids=["patterns of targets", "ranks and scales", "one block", "ia3"],
+)  # fmt: skip
+def test_what_peft_saves_is_read(kind, settings, tmp_path):
+    theirs, pixels, ours, base, images = timm_vit()
+    plain = theirs(pixels).detach().numpy()
+    made = peft.get_peft_model(theirs, {"lora": peft.LoraConfig, "ia3": peft.IA3Config}[kind](**settings)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_" in name or "ia3_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    made.save_pretrained(tmp_path)
+    expected = made(pixels).detach().numpy()
+    adapter, module = adapters.load_peft(tmp_path, base)
+    found = jax.jit(adapters.adapted(ours, adapter))(base, module, images)
+    assert np.abs(expected - plain).max() > 0.1
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

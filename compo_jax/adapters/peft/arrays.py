@@ -152,7 +152,7 @@ def full_deltas(folder: Folder) -> dict[str, np.ndarray]:
         held = {short: array.astype(np.float64) for short, array in named.items() if array is not None}
         if "weight" in held:
             change(place, place.path, lambda weight: place.ours(held["weight"]) - weight)  # noqa: B023
-        if "bias" in held:
+        if place.bias and "bias" in held:
             change(place, place.bias, lambda bias: held["bias"] - bias)  # noqa: B023
         if "m" in held:
             change(place, place.path, lambda weight: _dora(held, folder.layers[name].scale, weight))  # noqa: B023

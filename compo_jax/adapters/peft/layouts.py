@@ -112,15 +112,21 @@ def recognised(keys: Iterable[str]) -> Modules:
     keys = [re.sub(r"\.\d+\.", ".{block}.", key.removeprefix(PREFIX), count=1) for key in keys]
 
     def keys_of(modules: Modules) -> int:
-        names = tuple(f"{name}." for listed in modules.values() for name in _listed(listed))
-        return sum(key.startswith(names) for key in keys)
+        starts = tuple(f"{name}." for names in modules.values() for name in listed(names))
+        return sum(key.startswith(starts) for key in keys)
 
     bare = [_changed(modules, lambda name: name.partition(".")[2] or name) for modules in HF_MODULES.values()]
     return max([TIMM_MODULES, *HF_MODULES.values(), *bare], key=keys_of)
 
 
-def _listed(names: Names) -> tuple[str, ...]:
+def listed(names: Names) -> tuple[str, ...]:
+    """One name or several as a tuple."""
     return (names,) if isinstance(names, str) else names
+
+
+def head_of(modules: Modules) -> str | None:
+    """The name of the classifier; None where there is none."""
+    return next(iter(listed(modules[HEAD])), None) if HEAD in modules else None
 
 
 class Place(NamedTuple):
@@ -181,7 +187,7 @@ def places(base: Tree, modules: Modules) -> dict[str, Place]:
     for path, names in modules.items():
         if path not in shapes:
             continue
-        shape, names = shapes[path], _listed(names)
+        shape, names = shapes[path], listed(names)
         stacked = "{block}" in names[0]
         inner = shape[1:] if stacked else shape
         allowed = (1,) if path.endswith("scale") else (2,) if stacked else (2, 4)

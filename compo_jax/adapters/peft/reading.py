@@ -16,7 +16,7 @@ from compo_jax.adapters.low_rank import lora
 from compo_jax.adapters.peft import arrays as meaning
 from compo_jax.adapters.peft import files
 from compo_jax.adapters.peft.arrays import Folder, key
-from compo_jax.adapters.peft.layouts import HEAD, POOLING, Modules, places, recognised
+from compo_jax.adapters.peft.layouts import HEAD, POOLING, Modules, head_of, listed, places, recognised
 from compo_jax.adapters.peft.settings import Config
 from compo_jax.adapters.rescaling import ia3
 from compo_jax.adapters.whole import full
@@ -58,7 +58,7 @@ def load_peft(
     config, arrays = files.read(path)
     modules = modules or recognised(arrays)
     contents = _beside(path, config, arrays, base, modules)
-    if problems := _problems(contents, modules.get(HEAD)):
+    if problems := _problems(contents, head_of(modules)):
         first = f"the arrays in {path} aren't those that its settings ask for on this base:"
         raise ValueError("\n".join([first, *problems]))
     if check_finite:
@@ -72,9 +72,10 @@ def load_peft(
 def _beside(path: Path, config: Config, arrays: Mapping[str, np.ndarray], base: Tree, modules: Modules) -> Folder:
     """The contents of the folder `path` beside the base, without a trained head and pooling that the base has not."""
     leaves = tree.by_name(base)
-    lacking = {place: name for place, name in modules.items() if place not in leaves}
-    left_out = [key(name, "") for place, name in lacking.items() if place.startswith(POOLING)]
-    left_out += [key(lacking[HEAD], array) for array in ("weight", "bias") if HEAD in lacking]
+    pooling = [names for place, names in modules.items() if place.startswith(POOLING) and place not in leaves]
+    left_out = [key(name, "") for names in pooling for name in listed(names)]
+    if (head := head_of(modules)) and HEAD not in leaves:
+        left_out += [key(head, "weight"), key(head, "bias")]
     arrays = {name: array for name, array in arrays.items() if not name.startswith(tuple(left_out))}
     places_of = places(base, modules)
     try:
@@ -115,10 +116,10 @@ def _problems(contents: Folder, head: str | None) -> list[str]:
 
 
 def _together(
-    held: Mapping[str, Tree], deltas: Mapping[str, np.ndarray], base: Tree, contents: Folder
+    held: dict[str, Tree], deltas: dict[str, np.ndarray], base: Tree, contents: Folder
 ) -> tuple[Adapter, Tree]:
     """The adapter whose modules have these entries and these full deltas, and that module."""
-    held, deltas = jax.tree.map(jnp.asarray, (dict(held), dict(deltas)))
+    held, deltas = jax.tree.map(jnp.asarray, (held, deltas))
     stacks = {layer.place.path for layer in contents.layers.values() if layer.place.at}
     stacked = [_exactly(path) for path in held if path in stacks]
     if contents.config["peft_type"] == "IA3":
@@ -159,9 +160,9 @@ def peft_head(
     """
     path = local_path(folder)
     _, arrays = files.read(path)
-    head = (modules or recognised(arrays)).get(HEAD)
+    head = head_of(modules or recognised(arrays))
     weight = arrays.get(key(head, "weight")) if head else None
-    if weight is None or weight.ndim != 2:
+    if not head or weight is None or weight.ndim != 2:
         raise ValueError(
             f"{path} holds no trained head: there is no {key(head or 'head', 'weight')} in it with two axes. A head is "
             "saved where modules_to_save names it; one that LoRA adapted is read by load_peft"
