@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from compo_jax import data
-from compo_jax.data import augment, sources
+from compo_jax.data import augment, reading
 from compo_jax.data.stream import JoinedSplit
 
 
@@ -216,7 +216,7 @@ def test_bad_glyph_streams():
 @pytest.mark.parametrize("memory", [0, 2**30])
 def test_a_tfds_stream_holds_every_image_once_under_its_class(data_dir, memory):
     stream = data.tfds_stream("toy", data_dir, size=6, tasks=3, memory=memory)
-    kind = data.ArraySplit if memory else sources.SourceSplit
+    kind = data.ArraySplit if memory else reading.SourceSplit
     assert sorted(stream.classes) == list("abcdef") and stream.classes != tuple("abcdef")
     for which, count in (("train", 8), ("test", 4)):
         splits = [getattr(t, which) for t in stream.tasks]
@@ -323,16 +323,16 @@ def stored(pixels):
 def test_decoding_resizes_the_shorter_side_and_crops_the_centre():
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
     by_hand = np.asarray(Image.fromarray(pixels).crop((12, 2, 48, 38)).resize((9, 9), Image.Resampling.BOX))
-    decoded = sources.Decoding(9, crop=0.9, reduce="BOX")(stored(pixels))
+    decoded = reading.Decoding(9, crop=0.9, reduce="BOX")(stored(pixels))
     assert (decoded == by_hand).all()
     assert np.abs(decoded - pixels[2:38, 12:48].reshape(9, 4, 9, 4, 3).mean((1, 3))).max() < 1  # rounded twice
-    assert (sources.Decoding(40)(stored(pixels)) == pixels[:, 10:50]).all()
+    assert (reading.Decoding(40)(stored(pixels)) == pixels[:, 10:50]).all()
 
 
 def test_decoding_keeps_thin_strokes_and_one_bit_images():
     stroke = np.zeros((105, 105), bool)
     stroke[:, 50] = True
-    decoded = sources.Decoding(32, invert=True, reduce="BOX")(stored(~stroke))
+    decoded = reading.Decoding(32, invert=True, reduce="BOX")(stored(~stroke))
     assert decoded.shape == (32, 32, 3) and decoded.max(axis=1).min() > 30
     assert decoded.mean() == pytest.approx(255 / 105, rel=0.25)  # a filter of whole pixels
 

@@ -30,6 +30,17 @@ class Split(Protocol):
     def images(self, indices: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n size size 3"]: ...
 
 
+Keys = Sequence[Sequence[int]]
+
+
+def images_of(split: Split, indices: Int[np.ndarray, " n"], keys: Keys | None) -> UInt8[np.ndarray, "n size size 3"]:
+    """The split's images; of one that draws from them as it reads (`draws`, as `reading.SourceSplit` may) what it draws
+    by the key of each, which is some whole numbers."""
+    if keys is not None and getattr(split, "draws", False):
+        return split.images(indices, keys)
+    return split.images(indices)
+
+
 def _whole(labels) -> Int32[np.ndarray, " images"]:
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
@@ -66,8 +77,13 @@ class SubsetSplit:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def images(self, indices: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n size size 3"]:
-        return self.split.images(self.rows[indices])
+    @property
+    def draws(self) -> bool:
+        """See `images_of`."""
+        return getattr(self.split, "draws", False)
+
+    def images(self, indices: Int[np.ndarray, " n"], keys: Keys | None = None) -> UInt8[np.ndarray, "n size size 3"]:
+        return images_of(self.split, self.rows[indices], keys)
 
 
 class JoinedSplit:
@@ -83,11 +99,20 @@ class JoinedSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def images(self, indices: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n size size 3"]:
+    @property
+    def draws(self) -> bool:
+        """See `images_of`."""
+        return any(getattr(split, "draws", False) for split in self.splits)
+
+    def images(self, indices: Int[np.ndarray, " n"], keys: Keys | None = None) -> UInt8[np.ndarray, "n size size 3"]:
         indices = np.arange(len(self))[indices]  # rejects what is out of range and resolves negative indices
         part = np.searchsorted(self.starts, indices, side="right") - 1
         order = np.argsort(part, kind="stable")
-        pieces = [self.splits[p].images(indices[part == p] - self.starts[p]) for p in np.unique(part)]
+        places = [np.flatnonzero(part == p) for p in np.unique(part)]
+        pieces = [
+            images_of(self.splits[part[at[0]]], indices[at] - self.starts[part[at[0]]], keys and [keys[i] for i in at])
+            for at in places
+        ]
         if not pieces:
             return self.splits[0].images(indices)
         return np.concatenate(pieces)[np.argsort(order)]
@@ -140,8 +165,11 @@ class TaskStream(NamedTuple):
         return (jnp.asarray(images, jnp.float32) / 255 - mean) / std
 
 
-def group_classes(classes: int, tasks: int | Iterable[Iterable[int]], seed: int | None) -> list[list[int]]:
-    """Divides classes 0 .. `classes` - 1 into `tasks` groups as equal as possible, in an order drawn from the seed.
+def group_classes(
+    classes: int, tasks: int | Iterable[Iterable[int]], seed: int | None, class_order: int | None = None
+) -> list[list[int]]:
+    """Divides classes 0 .. `classes` - 1 into `tasks` groups as equal as possible, in an order drawn from the seed, or
+    from `class_order` by NumPy's older generator, as the field does with 1993.
 
     With seed None the order is kept. Groups that are given are checked and used as they are, and then the seed plays
     no part; classes in none of them are left out.
@@ -156,7 +184,10 @@ def group_classes(classes: int, tasks: int | Iterable[Iterable[int]], seed: int 
         raise ValueError(f"{tasks} tasks were asked for and there are {classes} classes; ask for 1 to {classes // 2}")
     if seed is not None and seed < 0:
         raise ValueError(f"a seed is 0 or more, not {seed}")
-    order = np.arange(classes) if seed is None else np.random.default_rng(seed).permutation(classes)
+    if class_order is not None:
+        order = np.random.RandomState(class_order).permutation(classes)
+    else:
+        order = np.arange(classes) if seed is None else np.random.default_rng(seed).permutation(classes)
     return [group.tolist() for group in np.array_split(order, tasks)]
 
 
