@@ -95,13 +95,14 @@ def test_only_a_clear_lead_is_bold(results):
         "14.0 ± 3.2", "96.0 ± 1.1", "96.8 ± 0.9",
     ]  # fmt: skip
     rows, _ = printed(table.rich())
-    assert rows[-5:-1] == [[cell.replace(" ± ", " ±") for cell in row] for row in [*ROWS[:3], ["frozen", *ROWS[3][1:]]]]
+    wide = [row[1:] for row in rows if "±" in "".join(row)]  # a long name goes on in a second line
+    assert wide == [[cell.replace(" ± ", " ±") for cell in row[1:]] for row in ROWS]
 
 
 def test_numbers_of_a_publication_stand_beside_ours(tmp_path, results):
     beside = results._replace(published={"ita-lora": 0.8996})
     rows = Page(report.incremental_page(tmp_path, beside)).rows
-    assert ["method", "FA (%)", "paper's FA (%)"] == next(row[:3] for row in rows if row[0] == "method")
+    assert next(row[:3] for row in rows if row[0] == "method") == ["method", "FA (%)", "paper's FA (%)"]
     assert [row[2] for row in rows if row[0] in ("ita-lora", "joint-lora") and len(row) == 8][:2] == ["89.96", "–"]
     assert "ViT-B/16" in printed(report.incremental_table(beside).rich())[1]
 

@@ -71,7 +71,7 @@ class Results(NamedTuple):
     unlearn: list[Skill]
     images_per_second: float | None
     seconds: float
-    published: dict[str, float] = {}  # noqa: RUF012
+    published: dict[str, float] = {}
 
     @property
     def method(self) -> str:
