@@ -36,9 +36,10 @@ def each(values, *options):
 
 RANGES = {
     "incremental": {
-        **each(COUNT, "tasks", "images", "heads", "image-size", "epochs", "batch", "rank", "classes"),
+        **each(COUNT, "tasks", "images", "heads", "image-size", "epochs", "batch", "rank", "classes", "probe-epochs"),
         **each(RATE, "learning-rate", "ia3-learning-rate", "tmc-learning-rate", "full-learning-rate"),
         **each(WEIGHT, "alpha", "tak-alpha", "beta", "ewc", "lwf"),
+        **each(["0", "-1", "nan", "1.5"], "crop", "test-fraction"), "class-order": SEED,
         "fisher-images": ["-5", "x"], "seed": SEED, "name": ["../x", "..", "", "/x"], "runs": [""],
     },
     "merging": {"images": COUNT, "seed": SEED},
