@@ -123,8 +123,8 @@ def test_67_classes_are_seven_tasks_of_seven_and_three_of_six_in_the_fields_orde
 
 def test_a_run_on_a_folder_is_opened_again_with_the_very_images(tmp_path):
     images(tmp_path / "greys", 4, 8, 2)
-    line = f"--data folder:greys --data-dir {tmp_path} --tasks 2 --batch 8 --augment original --class-order 3 --images 6 --crop 0.5"
-    chosen = options(line)
+    line = f"--data folder:greys --data-dir {tmp_path} --tasks 2 --batch 8 --images 6"
+    chosen = options(f"{line} --augment original --class-order 3 --crop 0.5")
     assert chosen.place.name == "incremental-greys-0"
     learned, _ = job.setup(chosen)
     folder = tmp_path / "run"

@@ -165,6 +165,8 @@ GLYPHS = "with glyphs, which are rendered"
         ("incremental", "--methods ita-lora ita-lora", "--methods: one of the values stands there twice"),
         ("incremental", "--methods ncm", "train nothing"),
         ("incremental", "bogus", "Unrecognized options: bogus"),
+        ("throughput", "--loader x --peak 3", "--peak plays no part with --loader"),
+        ("throughput", "--loader x --curvature", "--curvature and --loader are two kinds of run"),
         ("merging", "--rules ties ties", "stands there twice"),
         ("modular_multitask", "--data-dir x", "--data-dir plays no part with glyphs"),
         ("modular_multitask", "--templates 1 --analysis-images 3", "--analysis-images plays no part with one template"),

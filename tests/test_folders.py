@@ -98,6 +98,8 @@ def test_kinds_of_images_become_upright_rgb():
     deep = Image.fromarray(ramp.astype(np.uint16) * 256)
     for image in (grey, grey.convert("RGB"), grey.convert("P"), alpha, Image.merge("LA", [grey, grey]), deep):
         assert (decoded(image) == expected).all(), image.mode
+    see_through = grey.convert("P")
+    assert (decoded(see_through, transparency=bytes(range(256))) == expected).all()
     turned = Image.Exif()
     turned[0x0112] = 6  # to be turned by 90 degrees clockwise
     assert (decoded(grey, exif=turned) == np.rot90(expected, -1)).all()

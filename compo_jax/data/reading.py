@@ -36,10 +36,14 @@ def _opened(stored: bytes):
     """The image upright and in RGB; 16 bits a channel become 8, and transparency is dropped."""
     from PIL import Image, ImageOps
 
-    with Image.open(io.BytesIO(stored)) as image:
-        if image.mode.startswith("I;16"):  # which Pillow would cut at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return ImageOps.exif_transpose(image).convert("RGB")
+    image = Image.open(io.BytesIO(stored))
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16"):  # which Pillow would cut at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "transparency" in image.info:  # Pillow warns of palettes with it
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class Decoding(NamedTuple):
