@@ -12,7 +12,7 @@ from PIL import Image
 
 from compo_jax import data
 from compo_jax.data import augment, reading
-from compo_jax.data.stream import JoinedSplit
+from compo_jax.data.splits import JoinedSplit
 
 
 def arrays(images=24, classes=6, size=5, seed=0):
@@ -40,6 +40,7 @@ class Toy(tfds.core.GeneratorBasedBuilder):
             "family": tfds.features.ClassLabel(names=["red", "green", "blue"]),
             "torn": tfds.features.ClassLabel(names=["even", "odd"]),
             "number": tfds.features.Scalar(np.int64),
+            "mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),  # which is never decoded
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -56,6 +57,7 @@ class Toy(tfds.core.GeneratorBasedBuilder):
                     "family": self.FAMILY[label],
                     "torn": number % 2,
                     "number": number,
+                    "mask": Image.new("L", (10, 8)),
                 },
             )
 
@@ -347,7 +349,7 @@ def test_decoding_keeps_thin_strokes_and_one_bit_images():
         ({"tasks": 7}, "7 tasks were asked for and there are 6 classes"),
         ({"tasks": 5}, "has 1 class and needs two"),
         ({"tasks": None}, "number of tasks is needed"),
-        ({"label": "number"}, "class labels 'number', and has family, image, label, n"),
+        ({"label": "number"}, "class labels 'number', and has family, image, label, mask, n"),
         ({"tasks": 3, "train_split": "half", "test_split": "test"}, "no train images"),
         ({"tasks": 3, "train_split": "train", "test_split": "half"}, "no test images"),
         ({"train_split": "validation"}, "Unknown split 'validation'"),

@@ -13,10 +13,10 @@ from .named import open_domains as open_domains
 from .named import open_stream as open_stream
 from .named import open_tasks as open_tasks
 from .sources import tfds_stream as tfds_stream
-from .stream import ArraySplit as ArraySplit
-from .stream import JoinedSplit as JoinedSplit
-from .stream import Split as Split
-from .stream import SubsetSplit as SubsetSplit
+from .splits import ArraySplit as ArraySplit
+from .splits import JoinedSplit as JoinedSplit
+from .splits import Split as Split
+from .splits import SubsetSplit as SubsetSplit
 from .stream import Task as Task
 from .stream import TaskStream as TaskStream
 from .stream import array_stream as array_stream

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from compo_jax.data.stream import ArraySplit, JoinedSplit, Keys, Split, SubsetSplit, images_of
+from compo_jax.data.splits import ArraySplit, JoinedSplit, Keys, Split, SubsetSplit, images_of
 
 Batch = dict[str, np.ndarray]
 

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Int, Integer, UInt8
 
 from compo_jax.data import augment as augmentation
-from compo_jax.data.stream import ArraySplit, Augmentation, Split, Task, TaskStream, checked, relabel
+from compo_jax.data.splits import ArraySplit, Keys, Split
+from compo_jax.data.stream import Augmentation, Task, TaskStream, checked, relabel
 
 _CHUNK = 512  # images decoded at a time
 CROP = 0.875  # of photographs: resize to 256 and keep 224
@@ -129,9 +130,7 @@ class SourceSplit:
         """Whether an image may be drawn from at random while it is read."""
         return self.draw is not None
 
-    def images(
-        self, indices: Int[np.ndarray, " n"], keys: Sequence[Sequence[int]] | None = None
-    ) -> UInt8[np.ndarray, "n size size 3"]:
+    def images(self, indices: Int[np.ndarray, " n"], keys: Keys | None = None) -> UInt8[np.ndarray, "n size size 3"]:
         """The decoded images or, with a key of whole numbers for each, what is drawn from them by it."""
         rows = self.rows[indices].tolist()
         pixels = [
