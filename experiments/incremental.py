@@ -19,6 +19,7 @@ under Slurm or on a Cloud TPU with `--hosts auto`. Where one dies all end, and t
 import functools
 import shutil
 import time
+from typing import Any
 
 import benchmarks
 import job
@@ -57,7 +58,7 @@ def setup(options: Options) -> tuple[incremental.Setup, str]:
 
 def open_stream(options: Options, size: int) -> data.TaskStream:
     """The tasks; a benchmark's data that isn't there is told with how to lay it out."""
-    source = vars(options.stream) | {"seed": options.place.seed}
+    source: dict[str, Any] = vars(options.stream) | {"seed": options.place.seed}
     benchmark = benchmarks.BENCHMARKS.get(source.pop("benchmark"))
     try:
         return data.open_stream(source.pop("data"), size, **source)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from compo_jax import data
+from compo_jax.data import reading
 
 CLASSES, IMAGES = 4, 32  # of each class, in train and in test
 WIDTH, HEIGHT = 500, 375  # as ImageNet's are on average
@@ -48,7 +49,10 @@ def loader_speed(folder: Path, batch: int, steps: int, size: int = 224) -> None:
         make_images(folder)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{folder}: {size} px, batch {batch}, {steps} steps, {cores} cores; a core's: by processor time")
-    for augment, told in (("original", "crops of the stored images"), ("default", "central squares, to be cropped")):
+    kinds: tuple[tuple[reading.Augment, str], ...] = (
+        ("original", "crops of the stored images"), ("default", "central squares, to be cropped"),
+    )  # fmt: skip
+    for augment, told in kinds:
         stream = data.folder_stream(folder, size=size, tasks=1, augment=augment, memory=0)
         load(stream, batch, 1)  # imports, and the files' first reading
         rate, core_rate = load(stream, batch, steps)

@@ -133,7 +133,7 @@ def parse(
     Exits with 0 after `--help`, and with 2 after one line on what is wrong, as tyro does.
     """
     plain = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    others = {} if default is None else {"default": default}
+    others: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(kind, description=documentation, args=arguments, config=plain, **others)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -90,8 +90,15 @@ def _folder(name: str, data_dir: str | Path | None) -> Path:
     return path if data_dir is None else Path(data_dir) / path
 
 
-def _reader(name: str, data_dir: str | Path | None, rendered: str):
-    """`folder_stream` or `tfds_stream` of what is so called; ValueError where a TFDS set has no folder."""
+@runtime_checkable
+class Reader(Protocol):
+    """`tfds_stream` or `folder_stream` of one set, with their options."""
+
+    def __call__(self, **options: Any) -> TaskStream: ...
+
+
+def _reader(name: str, data_dir: str | Path | None, rendered: str) -> Reader:
+    """Of what is so called; ValueError where a TFDS set has no folder."""
     if name.startswith(FOLDER):
         return partial(folder_stream, _folder(name, data_dir))
     if data_dir is None:

@@ -96,8 +96,8 @@ class RandomCrop(NamedTuple):
     def box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
         """Left, top, right and bottom of the part, in whole pixels."""
         for _ in range(10):
-            area = width * height * generator.uniform(*self.scale)
-            aspect = math.exp(generator.uniform(*map(math.log, self.ratio)))
+            area = width * height * generator.uniform(self.scale[0], self.scale[1])
+            aspect = math.exp(generator.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
                 left, top = generator.integers(width - w + 1), generator.integers(height - h + 1)
@@ -246,9 +246,10 @@ def read_stream(
         Task(task, tuple(classes[c] for c in group), split(train, group, trained, draw), split(test, group, tested))
         for task, group in zip(tasks, groups, strict=True)
     ]
-    augment = None if original else look.augment
-    if augment == "default":
+    if look.augment == "default":
         augment = augmentation.random_affine if look.characters else _crop_and_flip(look.size)
+    else:
+        augment = None if look.augment == "original" else look.augment
     return _in_memory(checked(TaskStream(name, tuple(made), look.size, look.mean, look.std, augment)), look.memory)
 
 

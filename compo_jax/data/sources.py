@@ -5,6 +5,7 @@ of CIFAR-100). Only files that are already prepared are opened, since a missing 
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -112,7 +113,8 @@ def tfds_stream(
     names, groups = _groups(every, named[label], by and named[by], tasks, seed, class_order, base)
     train, test = (Part(s, v[0], r) for s, v, r in zip(sources, values, rows, strict=True))
     if crop is None:
-        crop = CROP if None in builder.info.features["image"].shape else 1.0
+        features: Any = builder.info.features
+        crop = CROP if None in features["image"].shape else 1.0
     look = Look(
         size, crop, of_set.characters, of_set.inverted if invert is None else invert, mean, std, augment, memory
     )

@@ -1,7 +1,7 @@
 """Images and their labels, addressed by index: in memory, read when asked, some of another's, several end to end."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
@@ -25,11 +25,17 @@ class Split(Protocol):
 Keys = Sequence[Sequence[int]]
 
 
+class _Drawn(Protocol):
+    """A split that may draw from its images as it reads them."""
+
+    def images(self, indices: Int[np.ndarray, " n"], keys: Keys) -> UInt8[np.ndarray, "n size size 3"]: ...
+
+
 def images_of(split: Split, indices: Int[np.ndarray, " n"], keys: Keys | None) -> UInt8[np.ndarray, "n size size 3"]:
     """The split's images; of one that draws from them as it reads (`draws`, as `reading.SourceSplit` may) what it draws
     by the key of each, which is some whole numbers."""
     if keys is not None and getattr(split, "draws", False):
-        return split.images(indices, keys)
+        return cast(_Drawn, split).images(indices, keys)
     return split.images(indices)
 
 
@@ -101,11 +107,11 @@ class JoinedSplit:
         indices = np.arange(len(self))[indices]  # rejects what is out of range and resolves negative indices
         part = np.searchsorted(self.starts, indices, side="right") - 1
         order = np.argsort(part, kind="stable")
-        places = [np.flatnonzero(part == p) for p in np.unique(part)]
-        pieces = [
-            images_of(self.splits[part[at[0]]], indices[at] - self.starts[part[at[0]]], keys and [keys[i] for i in at])
-            for at in places
-        ]
+        pieces = []
+        for p in np.unique(part).tolist():
+            places = np.flatnonzero(part == p)
+            chosen = None if keys is None else [keys[i] for i in places.tolist()]
+            pieces.append(images_of(self.splits[p], indices[places] - self.starts[p], chosen))
         if not pieces:
             return self.splits[0].images(indices)
         return np.concatenate(pieces)[np.argsort(order)]
