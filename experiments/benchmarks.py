@@ -6,6 +6,7 @@ learning rate; those of (IA)³ and of full deltas stay ours. Where a set has no 
 held out: the paper's very images are not published.
 """
 
+from itertools import groupby
 from typing import NamedTuple
 
 Pull = tuple[float, float]
@@ -117,9 +118,9 @@ def differs(name: str, classes: tuple[int, ...]) -> str:
     benchmark = BENCHMARKS[name]
     if classes == benchmark.classes:
         return ""
-    return (
-        f"{name} has tasks of {', '.join(map(str, benchmark.classes))} classes, and these are of "
-        f"{', '.join(map(str, classes))}: the paper's numbers are left out"
-        + f" ({benchmark.layout})"
-        * bool(benchmark.layout)
+    theirs, these = (
+        " + ".join(f"{len(list(same))} x {count}" for count, same in groupby(each))
+        for each in (benchmark.classes, classes)
     )
+    more = f" ({benchmark.layout})" * bool(benchmark.layout)
+    return f"{name} has tasks of {theirs} classes, and these are {these}: the paper's numbers are left out{more}"
