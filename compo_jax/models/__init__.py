@@ -1,5 +1,6 @@
 """Models in Flax Linen, and checkpoints that others trained."""
 
+from compo_jax.models import prompts as prompts
 from compo_jax.models.bases import backbone as backbone
 from compo_jax.models.bases import embedded as embedded
 from compo_jax.models.isometric import IsometricNet as IsometricNet
