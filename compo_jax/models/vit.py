@@ -5,63 +5,12 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from compo_jax.models.layers import Dense, LayerNorm, attention, gelu
+from compo_jax.models.layers import Dense, LayerNorm
 from compo_jax.models.sizes import channels_last, whole_numbers
-
-_NORMAL = nn.initializers.truncated_normal(0.02)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with one joint qkv weight."""
-
-    heads: int
-    dtype: Any = None
-    kernel: str = "xla"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        batch, tokens, width = x.shape
-        qkv = Dense(3 * width, dtype=self.dtype, kernel_init=_NORMAL, name="qkv")(x)
-        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-        if self.kernel == "xla" and qkv.dtype.itemsize > 2:
-            x = attention(*jnp.transpose(qkv, (2, 0, 3, 1, 4))).swapaxes(1, 2)
-        else:
-            x = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0), implementation=self.kernel)
-        return Dense(width, dtype=self.dtype, kernel_init=_NORMAL, name="proj")(x.reshape(batch, tokens, width))
-
-
-class MLP(nn.Module):
-    """Two dense layers with an exact GELU between them."""
-
-    width: int
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        out = x.shape[-1]
-        x = Dense(self.width, dtype=self.dtype, kernel_init=_NORMAL, name="fc1")(x)
-        x = gelu(x)
-        return Dense(out, dtype=self.dtype, kernel_init=_NORMAL, name="fc2")(x)
-
-
-class Block(nn.Module):
-    """One pre-norm transformer block; scanned over depth, hence the carry and the empty output."""
-
-    heads: int
-    mlp_width: int
-    dtype: Any = None
-    kernel: str = "xla"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"], _=None):
-        norm = LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")(x)
-        x = x + Attention(self.heads, self.dtype, self.kernel, name="attention")(norm)
-        norm = LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")(x)
-        return x + MLP(self.mlp_width, self.dtype, name="mlp")(norm), None
+from compo_jax.models.transformer import NORMAL, blocks
 
 
 class ViT(nn.Module):
@@ -109,19 +58,13 @@ class ViT(nn.Module):
         self.patches = nn.Conv(
             self.width, (self.patch, self.patch), strides=self.patch, padding="VALID", dtype=self.dtype, name="patch"
         )
-        self.cls = self.param("cls", _NORMAL, (1, 1, self.width))
-        self.position = self.param("position", _NORMAL, (1, tokens, self.width))
-        scanned = nn.scan(
-            Block,
-            variable_axes={"params": 0, "adapter": 0},
-            split_rngs={"params": True},
-            length=self.depth,
-            unroll=self.depth if self.unroll else 1,
-        )
-        self.blocks = scanned(self.heads, round(self.width * self.mlp_ratio), self.dtype, self.kernel, name="blocks")
+        self.cls = self.param("cls", NORMAL, (1, 1, self.width))
+        self.position = self.param("position", NORMAL, (1, tokens, self.width))
+        stack = blocks(self.depth, self.unroll)
+        self.blocks = stack(self.heads, round(self.width * self.mlp_ratio), self.dtype, self.kernel, name="blocks")
         self.norm = LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")
         if self.classes:
-            self.head = Dense(self.classes, dtype=self.dtype, kernel_init=_NORMAL, name="head")
+            self.head = Dense(self.classes, dtype=self.dtype, kernel_init=NORMAL, name="head")
 
     def features(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch features"]:
         """The CLS token after the last norm."""
