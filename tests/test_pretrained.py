@@ -13,7 +13,7 @@ import safetensors.numpy
 from scipy.special import erf
 
 from compo_jax import tree
-from compo_jax.models import ViT, backbone, from_timm, load, pretrained, save, to_timm
+from compo_jax.models import ViT, architecture, backbone, from_timm, load, save, to_timm
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 SMALL = {"width": 24, "depth": 3, "hidden": 40, "patch": 4, "grid": 3, "classes": 5}  # heads are given apart
@@ -248,16 +248,15 @@ PUBLISHED = {"Ti/16": (192, 12, 16, 3), "S/16": (384, 12, 16, 6), "S/14": (384, 
 def test_known_architectures_have_their_heads(name):
     width, depth, patch, heads = PUBLISHED[name]
     model = ViT(image_size=2 * patch, patch=patch, width=width, depth=depth, heads=1)
-    position = np.ones((1, 5, width))
-    assert pretrained._heads(model, position, None) == heads
-    assert pretrained._heads(model, position, 2) == 2
+    assert architecture.read_heads(model, False, None) == heads
+    assert architecture.read_heads(model, False, 2) == 2
     for other in (model.clone(depth=depth + 1), model.clone(patch=2 * patch - 1, image_size=2 * patch - 1)):
         with pytest.raises(ValueError, match=rf"no known ViT is {width} wide and {other.depth} deep .*: pass heads="):
-            pretrained._heads(other, position, None)
+            architecture.read_heads(other, False, None)
     if width < 768:  # MoCo v3's ViT-S: 12 heads, and no shape that tells
         with pytest.raises(ValueError, match=rf"12 heads instead of {heads} .*: pass heads="):
-            pretrained._heads(model, 0 * position, None)
-        assert pretrained._heads(model, 0 * position, 12) == 12
+            architecture.read_heads(model, True, None)
+        assert architecture.read_heads(model, True, 12) == 12
 
 
 def test_heads():
@@ -267,7 +266,7 @@ def test_heads():
         from_timm(random_arrays(), heads=5)
     for heads in (0, -2, 2.5):
         with pytest.raises(ValueError, match=f"heads={heads}: a whole number, 1 or more, is needed"):
-            inspect.unwrap(pretrained._heads)(ViT(), np.ones((1, 5, 768)), heads)
+            inspect.unwrap(architecture.read_heads)(ViT(), False, heads)
 
 
 # Position embeddings
