@@ -88,11 +88,11 @@ class LayerNorm(nn.Module):
 
 
 def attention(
-    q: Float[Array, "batch heads tokens size"],
+    q: Float[Array, "batch heads asking size"],
     k: Float[Array, "batch heads tokens size"],
     v: Float[Array, "batch heads tokens size"],
     causal: bool = False,
-) -> Float[Array, "batch heads tokens size"]:
+) -> Float[Array, "batch heads asking size"]:
     """softmax(q·kᵀ / √size)·v of each head; `causal`: without the keys of later tokens."""
     scores = jnp.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
     if causal:

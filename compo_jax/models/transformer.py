@@ -31,17 +31,21 @@ class Attention(nn.Module):
     causal: bool = False
 
     @nn.compact
-    def __call__(self, x: Tokens) -> Tokens:
-        batch, tokens, width = x.shape
+    def __call__(self, x: Tokens, asking: int = 0) -> Float[Array, "batch some width"]:
+        """Of all tokens; or, where `asking` isn't 0, of that many first ones, which see only those after them."""
+        batch, _, width = x.shape
         qkv = Dense(3 * width, dtype=self.dtype, kernel_init=NORMAL, name="qkv")(x)
-        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-        if self.kernel == "xla" and qkv.dtype.itemsize > 2:
+        qkv = qkv.reshape(*x.shape[:2], 3, self.heads, width // self.heads)
+        if asking:
+            q, k, v = qkv[:, :asking, 0], qkv[:, asking:, 1], qkv[:, asking:, 2]
+            x = attention(*(part.swapaxes(1, 2) for part in (q, k, v))).swapaxes(1, 2)
+        elif self.kernel == "xla" and qkv.dtype.itemsize > 2:
             x = attention(*jnp.transpose(qkv, (2, 0, 3, 1, 4)), causal=self.causal).swapaxes(1, 2)
         else:
             x = jax.nn.dot_product_attention(
                 *jnp.moveaxis(qkv, 2, 0), implementation=self.kernel, is_causal=self.causal
             )
-        return Dense(width, dtype=self.dtype, kernel_init=NORMAL, name="proj")(x.reshape(batch, tokens, width))
+        return Dense(width, dtype=self.dtype, kernel_init=NORMAL, name="proj")(x.reshape(batch, -1, width))
 
 
 class MLP(nn.Module):
@@ -106,3 +110,21 @@ def blocks(depth: int, unroll: bool = False):
         length=depth,
         unroll=depth if unroll else 1,
     )
+
+
+class AttentionPool(nn.Module):
+    """One learned query that attends to all tokens, then an MLP: the head of SigLIP (Zhai et al., 2022, 2106.04560)."""
+
+    heads: int
+    mlp_width: int
+    dtype: Any = None
+    activation: str = "gelu"
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Float[Array, "batch width"]:
+        probe = self.param("probe", NORMAL, (1, 1, x.shape[-1])).astype(x.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(probe, (len(x), *probe.shape[1:])), x], axis=1)
+        x = Attention(self.heads, self.dtype, name="attention")(x, asking=1)
+        norm = LayerNorm(self.epsilon, self.dtype, name="norm")(x)
+        return (x + MLP(self.mlp_width, self.dtype, self.activation, name="mlp")(norm))[:, 0]
