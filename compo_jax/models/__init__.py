@@ -1,6 +1,8 @@
 """Models in Flax Linen, and checkpoints that others trained."""
 
+from compo_jax.models import clip_text as clip_text
 from compo_jax.models import prompts as prompts
+from compo_jax.models import zero_shot as zero_shot
 from compo_jax.models.bases import Backbone as Backbone
 from compo_jax.models.bases import backbone as backbone
 from compo_jax.models.bases import embedded as embedded

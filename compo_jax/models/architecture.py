@@ -48,7 +48,7 @@ def read_architecture(shapes: Shapes, layout: Layout, fields: Mapping[str, Any])
 
     `fields` of ViT are the description's, and have precedence; its pool only where the arrays leave a choice.
     """
-    shaped = _shapes_by_path(shapes, layout)
+    shaped = shapes_by_path(shapes, layout)
 
     def length(paths: str, rank: int, axis: int) -> int:
         found = (shape for path, each in shaped.items() if re.fullmatch(paths, path) for shape in each)
@@ -85,11 +85,11 @@ def read_architecture(shapes: Shapes, layout: Layout, fields: Mapping[str, Any])
     hidden = length("blocks/mlp/fc1/bias", 1, 0) or 4 * width
     classes = length("head/kernel", 2, 1) or length("head/bias", 1, 0)
     return ViT(
-        grid * patch, patch, width, _depth(shapes, layout), heads=1, mlp_ratio=hidden / width, classes=classes, **read
+        grid * patch, patch, width, depth(shapes, layout), heads=1, mlp_ratio=hidden / width, classes=classes, **read
     )
 
 
-def _shapes_by_path(shapes: Shapes, layout: Layout) -> dict[str, list[tuple[int, ...]]]:
+def shapes_by_path(shapes: Shapes, layout: Layout) -> dict[str, list[tuple[int, ...]]]:
     """The shapes, as they are in ours, of the parameters of each path that one array holds."""
     rows, by_path = layout.rows_by_name(), defaultdict(list)
     for name, shape in shapes.items():
@@ -104,7 +104,7 @@ def _shapes_by_path(shapes: Shapes, layout: Layout) -> dict[str, list[tuple[int,
     return by_path
 
 
-def _depth(shapes: Shapes, layout: Layout) -> int:
+def depth(shapes: Shapes, layout: Layout) -> int:
     rows = layout.rows_by_name()
     numbers = [
         int(re.search(r"(?<=[._])\d+(?=[./])", name)[0])

@@ -51,7 +51,7 @@ def _hf(config: Mapping[str, Any]) -> Described:
     vision = config.get("vision_config") or config
     fields = {}
     if "hidden_act" in vision:
-        fields["activation"] = _activation(vision["hidden_act"])
+        fields["activation"] = activation_of(vision["hidden_act"])
     if "layer_norm_eps" in vision:
         fields["epsilon"] = vision["layer_norm_eps"]
     return Described(layout, fields, vision.get("num_attention_heads"))
@@ -65,13 +65,13 @@ def _timm(config: Mapping[str, Any]) -> Described:
     arguments = config.get("model_args") or {}
     tag = (config.get("pretrained_cfg") or {}).get("tag") or ""
     quick = re.match(_QUICK, f"{config['architecture']}.{tag}")
-    fields = {"activation": _activation(arguments.get("act_layer", "quick_gelu" if quick else "gelu"))}
+    fields = {"activation": activation_of(arguments.get("act_layer", "quick_gelu" if quick else "gelu"))}
     if config.get("global_pool") == "avg":
         fields["pool"] = "mean"
     return Described(TIMM, fields, arguments.get("num_heads"))
 
 
-def _activation(name: str) -> str:
+def activation_of(name: str) -> str:
     if name not in _ACTIVATIONS:
         raise ValueError(f"its activation is {name!r}, which ViT hasn't: {', '.join(ACTIVATIONS)}")
     return _ACTIVATIONS[name]

@@ -98,15 +98,15 @@ def likely(layouts: Iterable[Layout], names: Iterable[str]) -> Layout:
     return max(layouts, key=fitting)
 
 
-def _linear(path: str, name: str) -> tuple[Row, Row]:
+def linear(path: str, name: str) -> tuple[Row, Row]:
     return Row(f"{path}/kernel", (f"{name}.weight",), LINEAR), Row(f"{path}/bias", (f"{name}.bias",))
 
 
-def _norm(path: str, name: str) -> tuple[Row, Row]:
+def norm(path: str, name: str) -> tuple[Row, Row]:
     return Row(f"{path}/scale", (f"{name}.weight",)), Row(f"{path}/bias", (f"{name}.bias",))
 
 
-def _qkv(path: str, names: Sequence[str], thirds: Sequence[int] = (1, 2)) -> tuple[Row, Row]:
+def qkv(path: str, names: Sequence[str], thirds: Sequence[int] = (1, 2)) -> tuple[Row, Row]:
     return (
         Row(f"{path}/kernel", tuple(f"{name}.weight" for name in names), _joint(LINEAR, thirds)),
         Row(f"{path}/bias", tuple(f"{name}.bias" for name in names), _joint(SAME, thirds)),
@@ -125,24 +125,24 @@ TIMM = Layout(
         Row("registers", ("reg_token",)),
         Row("position", ("pos_embed",)),
         *_patch("patch_embed.proj"),
-        *_norm("norm_pre", "norm_pre"),
-        *_norm("blocks/norm1", "blocks.{block}.norm1"),
-        *_linear("blocks/attention/qkv", "blocks.{block}.attn.qkv"),
-        *_linear("blocks/attention/proj", "blocks.{block}.attn.proj"),
+        *norm("norm_pre", "norm_pre"),
+        *norm("blocks/norm1", "blocks.{block}.norm1"),
+        *linear("blocks/attention/qkv", "blocks.{block}.attn.qkv"),
+        *linear("blocks/attention/proj", "blocks.{block}.attn.proj"),
         Row("blocks/layer_scale1", ("blocks.{block}.ls1.gamma",)),
-        *_norm("blocks/norm2", "blocks.{block}.norm2"),
-        *_linear("blocks/mlp/fc1", "blocks.{block}.mlp.fc1"),
-        *_linear("blocks/mlp/fc2", "blocks.{block}.mlp.fc2"),
+        *norm("blocks/norm2", "blocks.{block}.norm2"),
+        *linear("blocks/mlp/fc1", "blocks.{block}.mlp.fc1"),
+        *linear("blocks/mlp/fc2", "blocks.{block}.mlp.fc2"),
         Row("blocks/layer_scale2", ("blocks.{block}.ls2.gamma",)),
-        *_norm("norm", "norm"),
-        *_norm("pool_norm", "fc_norm"),
+        *norm("norm", "norm"),
+        *norm("pool_norm", "fc_norm"),
         Row("attention_pool/probe", ("attn_pool.latent",)),
-        *_qkv("attention_pool/attention/qkv", ("attn_pool.q", "attn_pool.kv"), thirds=(1,)),
-        *_linear("attention_pool/attention/proj", "attn_pool.proj"),
-        *_norm("attention_pool/norm", "attn_pool.norm"),
-        *_linear("attention_pool/mlp/fc1", "attn_pool.mlp.fc1"),
-        *_linear("attention_pool/mlp/fc2", "attn_pool.mlp.fc2"),
-        *_linear("head", "head"),
+        *qkv("attention_pool/attention/qkv", ("attn_pool.q", "attn_pool.kv"), thirds=(1,)),
+        *linear("attention_pool/attention/proj", "attn_pool.proj"),
+        *norm("attention_pool/norm", "attn_pool.norm"),
+        *linear("attention_pool/mlp/fc1", "attn_pool.mlp.fc1"),
+        *linear("attention_pool/mlp/fc2", "attn_pool.mlp.fc2"),
+        *linear("head", "head"),
     ),
 )
 
@@ -158,8 +158,8 @@ def _hf_embeddings() -> tuple[Row, ...]:
 def _hf_attention() -> tuple[Row, ...]:
     at = "encoder.layer.{block}.attention"
     return (
-        *_qkv("blocks/attention/qkv", [f"{at}.attention.{part}" for part in ("query", "key", "value")]),
-        *_linear("blocks/attention/proj", f"{at}.output.dense"),
+        *qkv("blocks/attention/qkv", [f"{at}.attention.{part}" for part in ("query", "key", "value")]),
+        *linear("blocks/attention/proj", f"{at}.output.dense"),
     )
 
 
@@ -167,13 +167,13 @@ HF_VIT = Layout(
     "vit",
     (
         *_hf_embeddings(),
-        *_norm("blocks/norm1", "encoder.layer.{block}.layernorm_before"),
+        *norm("blocks/norm1", "encoder.layer.{block}.layernorm_before"),
         *_hf_attention(),
-        *_norm("blocks/norm2", "encoder.layer.{block}.layernorm_after"),
-        *_linear("blocks/mlp/fc1", "encoder.layer.{block}.intermediate.dense"),
-        *_linear("blocks/mlp/fc2", "encoder.layer.{block}.output.dense"),
-        *_norm("norm", "layernorm"),
-        *_linear("head", "classifier"),
+        *norm("blocks/norm2", "encoder.layer.{block}.layernorm_after"),
+        *linear("blocks/mlp/fc1", "encoder.layer.{block}.intermediate.dense"),
+        *linear("blocks/mlp/fc2", "encoder.layer.{block}.output.dense"),
+        *norm("norm", "layernorm"),
+        *linear("head", "classifier"),
     ),
     roots=("", "vit."),
     rootless=("classifier.",),
@@ -187,15 +187,15 @@ HF_DINOV2 = Layout(
     "dinov2",
     (
         *_hf_embeddings(),
-        *_norm("blocks/norm1", "encoder.layer.{block}.norm1"),
+        *norm("blocks/norm1", "encoder.layer.{block}.norm1"),
         *_hf_attention(),
         Row("blocks/layer_scale1", ("encoder.layer.{block}.layer_scale1.lambda1",)),
-        *_norm("blocks/norm2", "encoder.layer.{block}.norm2"),
-        *_linear("blocks/mlp/fc1", "encoder.layer.{block}.mlp.fc1"),
-        *_linear("blocks/mlp/fc2", "encoder.layer.{block}.mlp.fc2"),
+        *norm("blocks/norm2", "encoder.layer.{block}.norm2"),
+        *linear("blocks/mlp/fc1", "encoder.layer.{block}.mlp.fc1"),
+        *linear("blocks/mlp/fc2", "encoder.layer.{block}.mlp.fc2"),
         Row("blocks/layer_scale2", ("encoder.layer.{block}.layer_scale2.lambda1",)),
-        *_norm("norm", "layernorm"),
-        *_linear("head", "classifier"),
+        *norm("norm", "layernorm"),
+        *linear("head", "classifier"),
     ),
     roots=("", "dinov2."),
     rootless=("classifier.",),
@@ -212,18 +212,39 @@ HF_DINOV2_REGISTERS = HF_DINOV2._replace(
 )
 
 
-def _hf_tower() -> tuple[Row, ...]:
-    """What the vision towers of CLIP and SigLIP have in common."""
+def hf_blocks() -> tuple[Row, ...]:
+    """The blocks of Hugging Face's CLIP and SigLIP, in both towers."""
     at = "encoder.layers.{block}"
     return (
+        *norm("blocks/norm1", f"{at}.layer_norm1"),
+        *qkv("blocks/attention/qkv", [f"{at}.self_attn.{part}_proj" for part in "qkv"]),
+        *linear("blocks/attention/proj", f"{at}.self_attn.out_proj"),
+        *norm("blocks/norm2", f"{at}.layer_norm2"),
+        *linear("blocks/mlp/fc1", f"{at}.mlp.fc1"),
+        *linear("blocks/mlp/fc2", f"{at}.mlp.fc2"),
+    )
+
+
+def openai_blocks(root: str = "") -> tuple[Row, ...]:
+    """The blocks of OpenAI's CLIP: `root` is `visual.` in the vision tower."""
+    at = f"{root}transformer.resblocks.{{block}}"
+    return (
+        *norm("blocks/norm1", f"{at}.ln_1"),
+        Row("blocks/attention/qkv/kernel", (f"{at}.attn.in_proj_weight",), LINEAR),
+        Row("blocks/attention/qkv/bias", (f"{at}.attn.in_proj_bias",)),
+        *linear("blocks/attention/proj", f"{at}.attn.out_proj"),
+        *norm("blocks/norm2", f"{at}.ln_2"),
+        *linear("blocks/mlp/fc1", f"{at}.mlp.c_fc"),
+        *linear("blocks/mlp/fc2", f"{at}.mlp.c_proj"),
+    )
+
+
+def _hf_tower() -> tuple[Row, ...]:
+    """What the vision towers of CLIP and SigLIP have in common."""
+    return (
         Row("position", ("embeddings.position_embedding.weight",), TABLE),
-        *_norm("blocks/norm1", f"{at}.layer_norm1"),
-        *_qkv("blocks/attention/qkv", [f"{at}.self_attn.{part}_proj" for part in "qkv"]),
-        *_linear("blocks/attention/proj", f"{at}.self_attn.out_proj"),
-        *_norm("blocks/norm2", f"{at}.layer_norm2"),
-        *_linear("blocks/mlp/fc1", f"{at}.mlp.fc1"),
-        *_linear("blocks/mlp/fc2", f"{at}.mlp.fc2"),
-        *_norm("norm", "post_layernorm"),
+        *hf_blocks(),
+        *norm("norm", "post_layernorm"),
     )
 
 
@@ -234,7 +255,7 @@ HF_CLIP = Layout(
     (
         Row("cls", ("embeddings.class_embedding",), VECTOR),
         *_patch("embeddings.patch_embedding", bias=False),
-        *_norm("norm_pre", "pre_layrnorm"),
+        *norm("norm_pre", "pre_layrnorm"),
         *_hf_tower(),
         Row("projection/kernel", ("visual_projection.weight",), LINEAR),
     ),
@@ -253,11 +274,11 @@ HF_SIGLIP = Layout(
         Row("attention_pool/probe", ("head.probe",)),
         Row("attention_pool/attention/qkv/kernel", ("head.attention.in_proj_weight",), LINEAR),
         Row("attention_pool/attention/qkv/bias", ("head.attention.in_proj_bias",)),
-        *_linear("attention_pool/attention/proj", "head.attention.out_proj"),
-        *_norm("attention_pool/norm", "head.layernorm"),
-        *_linear("attention_pool/mlp/fc1", "head.mlp.fc1"),
-        *_linear("attention_pool/mlp/fc2", "head.mlp.fc2"),
-        *_linear("head", "classifier"),
+        *linear("attention_pool/attention/proj", "head.attention.out_proj"),
+        *norm("attention_pool/norm", "head.layernorm"),
+        *linear("attention_pool/mlp/fc1", "head.mlp.fc1"),
+        *linear("attention_pool/mlp/fc2", "head.mlp.fc2"),
+        *linear("head", "classifier"),
     ),
     roots=("vision_model.", ""),
     rootless=("classifier.",),
@@ -273,15 +294,9 @@ OPENAI_CLIP = Layout(
         Row("cls", ("visual.class_embedding",), VECTOR),
         Row("position", ("visual.positional_embedding",), TABLE),
         *_patch("visual.conv1", bias=False),
-        *_norm("norm_pre", "visual.ln_pre"),
-        *_norm("blocks/norm1", "visual.transformer.resblocks.{block}.ln_1"),
-        Row("blocks/attention/qkv/kernel", ("visual.transformer.resblocks.{block}.attn.in_proj_weight",), LINEAR),
-        Row("blocks/attention/qkv/bias", ("visual.transformer.resblocks.{block}.attn.in_proj_bias",)),
-        *_linear("blocks/attention/proj", "visual.transformer.resblocks.{block}.attn.out_proj"),
-        *_norm("blocks/norm2", "visual.transformer.resblocks.{block}.ln_2"),
-        *_linear("blocks/mlp/fc1", "visual.transformer.resblocks.{block}.mlp.c_fc"),
-        *_linear("blocks/mlp/fc2", "visual.transformer.resblocks.{block}.mlp.c_proj"),
-        *_norm("norm", "visual.ln_post"),
+        *norm("norm_pre", "visual.ln_pre"),
+        *openai_blocks("visual."),
+        *norm("norm", "visual.ln_post"),
         Row("projection/kernel", ("visual.proj",)),
     ),
     skipped=(("", r"(?!visual\.).*"),),  # the text tower

@@ -3,7 +3,7 @@
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from compo_jax.files import local_path, replaced, safetensors_file
 from compo_jax.models.descriptions import Pixels, pixels
-from compo_jax.models.layouts import LAYOUTS, likely
+from compo_jax.models.layouts import LAYOUTS, Layout, likely
 from compo_jax.models.pretrained import read, to_timm
 from compo_jax.models.vit import ViT
 from compo_jax.tree import Tree
@@ -76,14 +76,13 @@ def load(
 
 def load_all(path: str | Path, *, heads: int | None = None, **options: Any) -> Loaded:
     """`load`, with the pixels that the checkpoint describes."""
-    place = hub_folder(str(path)) if str(path).startswith("hf:") else local_path(path)
-    checkpoint = _open(place)
+    checkpoint = opened(path)
     heads = checkpoint.heads if heads is None else heads
     try:
         model, params = read(checkpoint.arrays, config=checkpoint.config, heads=heads, **options)
     except ValueError as error:
-        if _SHARD.search(place.name):
-            raise ValueError(f"{place} is one of a checkpoint's several files: give the folder, or {INDEX}") from error
+        if _SHARD.search(str(path)):
+            raise ValueError(f"{path} is one of a checkpoint's several files: give the folder, or {INDEX}") from error
         raise ValueError(f"{path}: {error}") from error
     return Loaded(model, params, checkpoint.pixels)
 
@@ -102,7 +101,7 @@ def hub_folder(name: str) -> Path:
         from huggingface_hub import errors
     except ImportError as error:
         raise ValueError(f"{name} needs huggingface_hub: pip install compo-jax[hub]") from error
-    patterns = ["config.json", "preprocessor_config.json", "model*.safetensors", INDEX]
+    patterns = ["config.json", "preprocessor_config.json", "tokenizer.json", "model*.safetensors", INDEX]
     try:
         folder = huggingface_hub.snapshot_download(parts["name"], revision=parts["revision"], allow_patterns=patterns)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
@@ -124,27 +123,34 @@ def _cause(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _open(path: Path) -> Checkpoint:
+def place(path: str | Path) -> Path:
+    """Where a file or a folder lies on this machine; `hf:owner/name` is brought here first."""
+    return hub_folder(str(path)) if str(path).startswith("hf:") else local_path(path)
+
+
+def opened(path: str | Path, layouts: Sequence[Layout] = LAYOUTS) -> Checkpoint:
+    """What `load` takes, read: the arrays whose names the likeliest of `layouts` doesn't leave out."""
+    path = place(path)
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, layouts)
     if path.name.endswith(".index.json"):
-        return Checkpoint(_sharded(path))
+        return Checkpoint(_sharded(path, layouts))
     if path.suffix == ".npz":
-        return Checkpoint(_archive(path))
-    arrays, metadata = _file(path)
+        return Checkpoint(_archive(path, layouts))
+    arrays, metadata = _file(path, layouts)
     heads = metadata.get("heads")
     if heads is not None and not heads.isdecimal():
         raise ValueError(f"{path}: the metadata's heads is {heads!r} and not a number: pass heads=")
     return Checkpoint(arrays, heads=heads and int(heads))
 
 
-def _folder(path: Path) -> Checkpoint:
+def _folder(path: Path, layouts: Sequence[Layout]) -> Checkpoint:
     config, preprocessor = (_json(path / name) for name in ("config.json", "preprocessor_config.json"))
     weights = path / "model.safetensors"
     if weights.exists():
-        arrays, _ = _file(weights)
+        arrays, _ = _file(weights, layouts)
     elif (path / INDEX).exists():
-        arrays = _sharded(path / INDEX)
+        arrays = _sharded(path / INDEX, layouts)
     else:
         pickled = " pytorch_model.bin is a PyTorch pickle, which isn't read as it can run code: convert it, where "
         pickled += "PyTorch is, by safetensors.torch.save_file(torch.load(..., weights_only=True), 'model.safetensors')"
@@ -170,15 +176,15 @@ def _json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays that a ViT may need (no text tower's), and the metadata."""
+def _file(path: Path, layouts: Sequence[Layout]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays that a model may need (of a CLIP one half), and the metadata."""
     with safetensors_file(path) as file:
         names = file.offset_keys()
-        kept = likely(LAYOUTS, names).kept(names)
+        kept = likely(layouts, names).kept(names)
         return {name: file.get_tensor(name) for name in kept.values()}, file.metadata() or {}
 
 
-def _sharded(index: Path) -> dict[str, np.ndarray]:
+def _sharded(index: Path, layouts: Sequence[Layout]) -> dict[str, np.ndarray]:
     """The arrays of the files that an index lists, each of which has to be there."""
     weights = (_json(index) or {}).get("weight_map")
     if not isinstance(weights, dict) or not weights:
@@ -186,7 +192,7 @@ def _sharded(index: Path) -> dict[str, np.ndarray]:
     files = sorted({Path(name).name for name in weights.values()})
     if missing := [name for name in files if not (index.parent / name).exists()]:
         raise FileNotFoundError(f"{index} lists {', '.join(missing)}, not beside it: bring all of its files")
-    kept = set(likely(LAYOUTS, weights).kept(weights).values())
+    kept = set(likely(layouts, weights).kept(weights).values())
     arrays = {}
     for name in files:
         with safetensors_file(index.parent / name) as file:
@@ -194,12 +200,12 @@ def _sharded(index: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _archive(path: Path) -> dict[str, np.ndarray]:
+def _archive(path: Path, layouts: Sequence[Layout]) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}: check the path, or download the file first")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in likely(LAYOUTS, archive).kept(archive).values()}
+            arrays = {name: archive[name] for name in likely(layouts, archive).kept(archive).values()}
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no whole .npz file ({error}): download it again") from error
     # NumPy stores bfloat16 as two bytes of no type

@@ -129,7 +129,7 @@ def read(
             "a CLIP is trained with QuickGELU (OpenAI's, DFN's, MetaCLIP's) or GELU (LAION's, DataComp's), and no "
             "array tells which: pass activation='quick_gelu' or activation='gelu', or load its folder with config.json"
         )
-    params = _filled(arrays, params_shapes, layout)
+    params = filled(arrays, params_shapes, layout)
     class_row = model.class_token and model.class_position
     fixed = class_row and not np.any(params["position"][:, 0])
     heads = read_heads(model, fixed, description.heads if heads is None else heads)
@@ -154,7 +154,7 @@ def _augreg_heads(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return next((shape[1] for name, shape in shapes.items() if name.endswith("query/kernel") and len(shape) == 3), 1)
 
 
-def _filled(arrays: Arrays, shapes: Tree, layout: Layout) -> Tree:
+def filled(arrays: Arrays, shapes: Tree, layout: Layout) -> Tree:
     """The tree of the arrays, which fit."""
     rows = {row.path: row for row in layout.rows}
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from compo_jax.files import local_path, replaced
+from compo_jax.models.loading import place
 
 _KINDS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
 _NUMBER = ('a photo of the number: "{}".',)
@@ -61,7 +62,7 @@ def token_ids(
     """The ids of every template with every class's name in the place of `{}`, filled up with the end-of-text id.
 
     Args:
-      tokenizer: a tokenizer.json, or the folder of a checkpoint that holds one.
+      tokenizer: a tokenizer.json, or the checkpoint that holds one: a folder, or `hf:owner/name`.
       classes: names as a person would write them: "aquarium fish", not "aquarium_fish".
       templates: `TEMPLATES[...]`, or others.
       context: tokens that the model reads at most; CLIP's is 77.
@@ -73,7 +74,7 @@ def token_ids(
         raise ValueError(f"{len(classes)} classes and {len(templates)} templates make no text: one of each is needed")
     if without := [template for template in templates if template.count("{}") != 1]:
         raise ValueError(f"{', '.join(map(repr, without))}: a template has one {{}}, where the class's name goes")
-    encode = _encoder(local_path(tokenizer))
+    encode = _encoder(place(tokenizer))
     texts = [template.replace("{}", name) for name in classes for template in templates]
     rows = encode(texts)
     if long := [f"{text!r} ({len(row)})" for text, row in zip(texts, rows, strict=True) if len(row) > context]:
