@@ -1,5 +1,6 @@
 """Parameters of `ViT` from the arrays of others' checkpoints, and back: timm, Hugging Face, AugReg, OpenAI's CLIP."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -145,6 +146,7 @@ def read(
     return model, params
 
 
+@functools.lru_cache(maxsize=8)
 def _shapes(model: ViT) -> Tree:
     image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
