@@ -105,7 +105,9 @@ def test_templates_without_a_place_for_the_class_are_refused(tmp_path):
 
 def test_without_the_library_it_is_said_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match="pip install tokenizers. Or make them where it is, and read them from a file"):
+    with pytest.raises(
+        ValueError, match=r"pip install compo-jax\[text\]. Or make them where it is, and read them from a"
+    ):
         prompts.token_ids(tmp_path, ["cat"], ["a {}"])
 
 

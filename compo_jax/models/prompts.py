@@ -89,8 +89,8 @@ def _encoder(path: Path):
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ValueError(
-            "token ids are made by the tokenizers library: pip install tokenizers. Or make them where it is, and read "
-            "them from a file with read_token_ids"
+            "token ids are made by the tokenizers library: pip install compo-jax[text]. Or make them where it is, and "
+            "read them from a file with read_token_ids"
         ) from error
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
