@@ -41,19 +41,22 @@ from compo_jax.train import RUNNERS, open_run, progress_bar, read_result, write_
 def setup(options: Options) -> tuple[incremental.Setup, str]:
     """(base, stream and settings; the backbone in words)."""
     where, how = options.backbone, options.training
-    model, base, backbone = models.backbone(where.backbone, where.heads, where.image_size, where.dtype)
+    backbone = models.backbone(where.backbone, where.heads, where.image_size, where.dtype)
+    model = backbone.model
     if where.dtype == "bfloat16" and jax.default_backend() == "gpu":
         model = model.copy(kernel="cudnn")
     stream = open_stream(options, model.image_size)
+    if backbone.pixels:
+        stream = stream._replace(**backbone.pixels._asdict())
     job.tell_images(stream, options.stream.images)
     images = sum(len(task.train) for task in stream.tasks)
     counts = f"{len(stream.tasks)} tasks, {len(stream.classes)} classes, {images} images"
-    console.print(f"{backbone}; {stream.name}: {counts}")
+    console.print(f"{backbone.description}; {stream.name}: {counts}")
     if how.batch > images:
         raise ValueError(f"--batch {how.batch} is more than all the {images} training images: name a smaller one")
     fisher = {"fisher_method": options.penalties.fisher, "fisher_images": options.penalties.fisher_images}
     settings = incremental.Settings(how.epochs, how.batch, probe_epochs=how.probe_epochs, **fisher)
-    return incremental.Setup(model, base, stream, settings, options.place.seed), backbone
+    return incremental.Setup(model, backbone.params, stream, settings, options.place.seed), backbone.description
 
 
 def open_stream(options: Options, size: int) -> data.TaskStream:

@@ -102,9 +102,9 @@ class Backbone:
     """What it is learned with"""
 
     backbone: OpenPath = None
-    """timm ViT checkpoint, .safetensors (default: the embedded one)"""
+    """checkpoint of a ViT: a file, a folder with config.json, or hf:OWNER/NAME (default: the embedded one)"""
     heads: OpenCount = None
-    """attention heads of the checkpoint (default: width / 64)"""
+    """attention heads of the checkpoint (default: what it says, or the published architecture has)"""
     image_size: OpenCount = None
     """side of the images (default: the checkpoint's)"""
     dtype: Literal["float32", "bfloat16"] = "float32"

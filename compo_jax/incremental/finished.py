@@ -74,7 +74,8 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
         raise ValueError(
             f"{folder} is of glyphs, which are rendered: data_dir (--data-dir) plays no part, leave it out"
         )
-    model, base, described = models.backbone(config["backbone"], config["heads"], config["image_size"], config["dtype"])
+    backbone = models.backbone(config["backbone"], config["heads"], config["image_size"], config["dtype"])
+    model, base = backbone.model, backbone.params
     later = {  # which runs of an earlier day lack
         key: config[key] for key in ("class_order", "test_fraction", "crop", "augment") if key in config
     }
@@ -85,13 +86,15 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
         **{key: config[key] for key in options},
         **later,
     )
+    if backbone.pixels:
+        stream = stream._replace(**backbone.pixels._asdict())
     pools = {
         name: ModulePool(pool_folder(folder, config["methods"], name))
         for name in config["methods"]
         if (way := WAYS.get(name.partition("-")[0])) and way.averages
     }
     return FinishedRun(
-        folder, config, model, base, described, stream, pools, _head(folder / "reference.npz", base, stream)
+        folder, config, model, base, backbone.description, stream, pools, _head(folder / "reference.npz", base, stream)
     )
 
 
