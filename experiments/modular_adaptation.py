@@ -19,8 +19,8 @@ from pathlib import Path
 
 import job
 import modular_options
+from adaptation_ways import ADAPTED, BASELINE, MEAN, ORACLE, UNADAPTED, Way
 from job import closing, console
-from modular_options import ADAPTED, BASELINE, MEAN, ORACLE, UNADAPTED
 from modular_options import Adaptation as Options
 
 METHODS = UNADAPTED | ADAPTED
@@ -88,9 +88,12 @@ def adapting(session: Session, free: bool = False) -> modular.Settings:
 
 
 @cache
-def adaptation(net: ModularNet, stream: data.TaskStream, settings: modular.Settings, route: str, bn: str, runner: str):
-    classes, runner = stream.tasks[0].classes, modular_job.RUNNERS[runner]
-    return modular.adaptation(net, stream.prepare, settings, classes, route=route, bn=bn, runner=runner)
+def adaptation(net: ModularNet, stream: data.TaskStream, settings: modular.Settings, way: Way, runner: str):
+    return modular.adaptation(
+        net, stream.prepare, settings, stream.tasks[0].classes,
+        route=way.route, bn=way.bn, prior=way.prior, consistency=way.consistency,
+        augment=data.augment.random_affine if way.consistency else None, runner=modular_job.RUNNERS[runner],
+    )  # fmt: skip
 
 
 def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Target:
@@ -114,7 +117,7 @@ def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Tar
         else:
             one, begun = modular.mean_source(network, smoothing)
         if name != MEAN:
-            adapt = adaptation(one, session.stream, adapting(session, way.route == "free"), way.route, way.bn, runner)
+            adapt = adaptation(one, session.stream, adapting(session, way.route == "free"), way, runner)
             mixed = of_sources if way.route in modular.MIXTURES else None
             begun = adapt(begun, target, seed, mixed, **session.logged(f"{target.name}: {name}", f"seed {seed}"))
         accuracy[name] = modular.accuracies(one, prepare)(begun, [target.test])[0]

@@ -188,9 +188,8 @@ def analysed(session: Session, name: str, net: ModularNet, method: MultitaskMeth
     return OrderAnalysis(name, linear, random, removal, images, rerouting)
 
 
-def some(split: data.Split, count: int) -> data.ArraySplit:
-    rows = np.random.default_rng(0).permutation(len(split))[:count]
-    return data.ArraySplit(split.images(rows), split.labels[rows])
+def some(split: data.Split, count: int) -> data.Split:
+    return data.SubsetSplit(split, np.random.default_rng(0).permutation(len(split))[:count])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -209,7 +208,9 @@ def main(arguments: list[str] | None = None) -> None:
         reached = {name: stacked(made) for name, made in results.items()}
         analysis = analysed(session, first, methods[first].net, reached[first])
         names, job = tuple(task.name for task in stream.tasks), modular_job.about(session, methods[first].net)
-        whole = MultitaskResults(job, names, np.array(classes), reached, analysis)
+        kinds = {arm.net.route: arm.net for arm in methods.values() if arm.train is learned}
+        rates = {kind: modular_job.route_rate(options, net) for kind, net in kinds.items()}
+        whole = MultitaskResults(job, names, np.array(classes), rates, reached, analysis)
         modular_job.finish(session, whole, report.multitask_page, report.multitask_table)
 
 

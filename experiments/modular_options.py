@@ -3,10 +3,11 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import job
 import options as line
+from adaptation_ways import ADAPTED
 from options import OPEN, Count, LocalPath, Name, Names, OpenCount, OpenPath, OpenRate, Rate, Seeds, Text, names, number
 
 RENDERED = {"glyphs", "rendered", "rendered-corrupted"}
@@ -244,37 +245,6 @@ class Transfer(Experiment):
 
 
 # -- a domain without labels -------------------------------------------------------------------------------------------
-class Way(NamedTuple):
-    """How a domain is adapted to: the route that it starts from, what of it is learned, BN (see `modular.adaptation`),
-    and the group of its report."""
-
-    start: Literal["best", "mean"]
-    route: Literal["fixed", "free", "convex", "layers"]
-    bn: Literal["source", "target", "affine"]
-    group: str
-
-
-BASELINE, MEAN, ORACLE = "best source (by objective)", "mean of sources", "best source (by labels)"
-UNADAPTED = {
-    BASELINE: Way("best", "fixed", "source", "sources"),
-    MEAN: Way("mean", "fixed", "source", "sources"),
-    ORACLE: Way("best", "fixed", "source", "oracle"),
-}
-ADAPTED = {
-    "route from best source": Way("best", "free", "source", "order"),
-    "route from mean": Way("mean", "free", "source", "order"),
-    "convex mixture": Way("mean", "convex", "source", "order"),
-    "convex mixture by layer": Way("mean", "layers", "source", "order"),
-    "AdaBN, best source": Way("best", "fixed", "target", "bn"),
-    "AdaBN, mean of sources": Way("mean", "fixed", "target", "bn"),
-    "Tent, best source": Way("best", "fixed", "affine", "bn"),
-    "route from best source + AdaBN": Way("best", "free", "target", "order+bn"),
-    "route from mean + AdaBN": Way("mean", "free", "target", "order+bn"),
-    "convex mixture + AdaBN": Way("mean", "convex", "target", "order+bn"),
-    "route from best source + Tent": Way("best", "free", "affine", "order+bn"),
-}
-
-
 @dataclass(frozen=True)
 class Domains(Images):
     """What is learned"""

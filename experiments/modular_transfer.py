@@ -53,12 +53,11 @@ def divided(stream: data.TaskStream, held_out: int, seed: int) -> Division:
     return Division(seed, new, sources)
 
 
-def few(task: data.Task, budget: int, seed: int) -> data.ArraySplit:
+def few(task: data.Task, budget: int, seed: int) -> data.Split:
     """`budget` images of each class, the same for all methods; all of them for 0."""
     rng = np.random.default_rng(seed)
     each = [rng.permutation(np.flatnonzero(task.train.labels == c)) for c in range(len(task.classes))]
-    rows = np.sort(np.concatenate([of_class[: budget or None] for of_class in each]))
-    return data.ArraySplit(task.train.images(rows), task.train.labels[rows])
+    return data.SubsetSplit(task.train, np.sort(np.concatenate([of_class[: budget or None] for of_class in each])))
 
 
 def check(options: modular_options.NewTask, stream: data.TaskStream) -> None:

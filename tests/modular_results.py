@@ -144,4 +144,5 @@ def multitask():
     }
     analysis = OrderAnalysis(order, False, random, lost, 512, rerouting)
     about = job("multi <1> $x_{$", dict.fromkeys(names, 40), (0, 1))
-    return MultitaskResults(about, names, np.array([20, 30, 40]), methods, analysis)
+    rates = {"linear": 1.0, "soft": 3.0}
+    return MultitaskResults(about, names, np.array([20, 30, 40]), rates, methods, analysis)

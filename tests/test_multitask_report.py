@@ -46,7 +46,7 @@ def test_the_page(page):
         f"{ORDERED} less random-4: +10.0 points. {ORDERED} less hard-sharing-bn: +15.0 ± 5.0 points.",
         "(other seeds 0.00)", "Nearest are n$ko and vai, 0.25;", "Largest nowhere: 3 (1 of 4;",
         "Beyond two deviations: templates 0.", "512 images of each task", "10 random routes",
-        "5.0 % at ε = 0.1, 25 % at ε = 0.5, 50 % at ε = 1 of the true change",
+        "linear at 1 times the learning rate, soft at 3 times", "5.0 % at ε = 0.1, 25 % at ε = 0.5, 50 % at ε = 1 of the true change",
     ):  # fmt: skip
         assert words in text, words
     assert re.search(rf"parts shared: {ORDERED}\s+85\.0 ± 7\.1", text)

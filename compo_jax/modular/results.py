@@ -113,11 +113,16 @@ class OrderAnalysis(NamedTuple):
 
 
 class MultitaskResults(NamedTuple):
-    """Of `experiments/modular_multitask.py`; `analysis` is None where no order is learned."""
+    """Of `experiments/modular_multitask.py`; `analysis` is None where no order is learned.
+
+    Attributes:
+      route_rates: of each kind of order that is learned, in multiples of the learning rate.
+    """
 
     job: Job
     tasks: tuple[str, ...]
     classes: Int[np.ndarray, " tasks"]
+    route_rates: dict[str, float]
     methods: dict[str, MultitaskMethod]
     analysis: OrderAnalysis | None
 

@@ -1,16 +1,19 @@
 """A domain without labels: information maximisation chooses its route, templates and head stay as they are."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
 from compo_jax import tree
 from compo_jax.data import Task
+from compo_jax.data.stream import Augmentation
 from compo_jax.modular import routes
 from compo_jax.modular.batches import balanced_batches
 from compo_jax.modular.edit import new_task, set_route, take_tasks
@@ -107,6 +110,9 @@ def adaptation(
     *,
     route: str = "free",
     bn: str = "source",
+    prior: float = 0.0,
+    consistency: float = 0.0,
+    augment: Augmentation | None = None,
     runner=jit_runner,
 ) -> Adapt:
     """Adapts to a domain by information maximisation; templates and head stay to the bit.
@@ -120,9 +126,14 @@ def adaptation(
         `free`, its coefficients or logits are learned; `fixed`, it stays.
       bn: `source`, as it is; `target`, statistics of the target (AdaBN: Li et al., 2016, arXiv 1603.04779); `affine`,
         those, and scale and bias are learned (Tent: Wang et al., 2021, arXiv 2006.10726).
+      prior: weight of the pull towards the sources, 0 for none: of a mixture, of its weights' relative entropy to equal
+        ones (nats; at each layer, averaged); of a free route, of `|c - c_0|² / |c_0|²`, c_0 where training starts.
+      consistency: weight of the cross-entropy (nats) of the answers to images under `augment` with the answers to the
+        images themselves as targets, which get no gradient (Xie et al., 2020, arXiv 1904.12848); 0 for none.
       runner: `jit_runner`, or `pmap_runner`, under which each device takes H(E p) over its own part of the batch.
     """
     _require_options(net, route, bn)
+    _require_weights(route, prior, consistency, augment)
     trained = [pattern for pattern, yes in (("^route$", route == "free"), ("^norm/", bn == "affine")) if yes]
     transform, route_of = optimizer(settings), routes.KINDS[net.route]
     estimate = statistics(net, prepare)
@@ -133,14 +144,26 @@ def adaptation(
         shares = jnp.broadcast_to(jax.nn.softmax(params["mixture"]), (net.layers, len(sources)))
         return jnp.einsum("ls,sl...->l...", shares, sources)[None]
 
+    def distance(params, whole, start):
+        if route in MIXTURES:
+            shares = jax.nn.softmax(params["mixture"])
+            return math.log(shares.shape[-1]) - jnp.mean(routes.entropy(shares))
+        return jnp.sum((whole["route"] - start) ** 2) / jnp.sum(start**2)
+
     def loss(params, context, batch, step):
         whole = tree.combine(params["net"], context["frozen"])
-        images = by_task(prepare(batch["image"]), 1)
+        images = prepare(batch["image"])
         variables = {"params": whole, "batch_stats": context["statistics"]}
         weights = weights_of(params, whole, context["sources"])
-        logits = forward(net, variables, images, weights, bn != "source")[0]
-        p = jax.nn.softmax(logits)
-        return information_maximisation(logits), {"entropy": jnp.mean(routes.entropy(p))}
+        answers = lambda images: forward(net, variables, by_task(images, 1), weights, bn != "source")[0]
+        logits = answers(images)
+        p, value = jax.nn.softmax(logits), information_maximisation(logits)
+        if prior:
+            value += prior * distance(params, whole, context["start"])
+        if consistency:
+            changed = answers(augment(jax.random.fold_in(context["key"], step), images))
+            value += consistency * optax.softmax_cross_entropy(changed, jax.lax.stop_gradient(p)).mean()
+        return value, {"entropy": jnp.mean(routes.entropy(p))}
 
     run = runner(loss, transform)
 
@@ -157,7 +180,10 @@ def adaptation(
             mixture = {"mixture": jnp.zeros((net.layers if route == "layers" else 1, len(sources)))}
         if trained or mixture:
             params = mixture | {"net": kept if trained else jax.tree.map(lambda _: None, frozen)}
-            context = {"frozen": frozen, "statistics": variables["batch_stats"], "sources": sources}
+            context = {
+                "frozen": frozen, "statistics": variables["batch_stats"], "sources": sources,
+                "start": variables["params"]["route"], "key": jax.random.key(seed),
+            }  # fmt: skip
             state = fit(run, init_state(params, transform), context, batches, settings.steps, **fit_options)
             whole = tree.combine(state.params["net"], frozen)
             variables = {**variables, "params": whole}
@@ -183,6 +209,16 @@ def _require_options(net: ModularNet, route: str, bn: str) -> None:
         )
     if net.route == "hard":
         raise ValueError("a hard route has no gradient: start from `mean_source` or `one_source`, whose route is soft")
+
+
+def _require_weights(route: str, prior: float, consistency: float, augment: Augmentation | None) -> None:
+    for name, weight in (("prior", prior), ("consistency", consistency)):
+        if not 0 <= weight < np.inf:
+            raise ValueError(f"{name}={weight!r}: a weight is a finite number, 0 or more")
+    if prior and route == "fixed":
+        raise ValueError("prior pulls a route that is learned, and this one is fixed")
+    if (augment is None) is bool(consistency):
+        raise ValueError("consistency is a weight of answers under an augmentation: give both or neither")
 
 
 def _require_target(

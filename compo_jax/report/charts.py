@@ -359,7 +359,7 @@ def colour_bar(figure: Figure, image: AxesImage, axes: Axes | Sequence[Axes], la
     low, high = image.get_clim()
     inner = [x for x in MaxNLocator(5).tick_values(low, high) if 0.07 < (x - low) / (high - low) < 0.93]
     bar = figure.colorbar(image, ax=axes, label=label, shrink=0.8, ticks=[low, *inner, high])
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}".replace("-", "−")))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}".replace("-", "−") if abs(x) < 100 else f"{x:.0f}"))
     bar.outline.set_visible(False)
 
 

@@ -383,7 +383,9 @@ def multitask_page(folder: str | os.PathLike, results: MultitaskResults) -> Path
     )
     kinds = {name.split("-")[0] for name, method in results.methods.items() if method.order}
     hard = {"hard orders": hardening_text(job.training)} if "hard" in kinds and job.net.route != "hard" else {}
-    told = facts(job, "seeds", **hard)
+    rates = [f"{kind} at {rate:g} times the learning rate" for kind, rate in results.route_rates.items()]
+    several = {"learned orders": ", ".join(rates)} if len(rates) > 1 else {}
+    told = facts(job, "seeds", **several, **hard)
     return write_page(
         folder, Page(job.name, lead, told, _tiles(results), [multitask_table(results, won=True)], _blocks(results))
     )

@@ -172,10 +172,11 @@ def reuse_page(folder: str | os.PathLike, results: ReuseResults) -> Path:
         f"A difference is to {reference} of the same seed."
     )
     tiles = [Tile(f"{reference}: test accuracy", percent(results.methods[reference].accuracy.mean()), "%")]
+    deeper = {name: method.route.shape[1] for name, method in results.methods.items() if _family(name) in WORDS}
     tiles += [
-        Tile(f"{name}: {words}", paired_text(results.against_reference(name), won=False), "points")
-        for name in results.methods
-        if (words := WORDS.get(_family(name)))
+        Tile(f"{name}: {WORDS[_family(name)]}", paired_text(results.against_reference(name), won=False), "points")
+        for name, layers in deeper.items()
+        if layers == min(deeper.values()) or _family(name) == "learned"  # further depths have a figure of their own
     ]
     told = facts(job, "seeds")
     return write_page(folder, Page(job.name, lead, told, tiles, [reuse_table(results, won=True)], _blocks(results)))
