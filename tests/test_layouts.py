@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compo_jax import models, tree
+from compo_jax import adapters, models, tree
 from compo_jax.models import ViT, architecture, layouts, pretrained
 
 
@@ -287,6 +287,17 @@ def test_parameters_come_back_and_so_do_trees_with_holes(kind):
     assert part
     assert all(np.array_equal(array, arrays[name]) for name, array in part.items())
     assert sum(array.size for array in part.values()) == sum(leaf.size for leaf in jax.tree.leaves(delta))
+
+
+@pytest.mark.parametrize("kind", ["timm with all", "clip", "siglip"])
+def test_adapters_reach_every_part_without_forming_the_sum(kind):
+    model, adapter = ViT(**TINY, **KINDS[kind]), adapters.lora(2)
+    params = random_params(model)
+    module = jax.tree.map(lambda leaf: leaf + 0.1, adapter.init(jax.random.key(0), params))
+    images = jnp.sin(jnp.arange(2 * 8 * 8 * 3, dtype=jnp.float32)).reshape(2, 8, 8, 3)
+    fast = jax.jit(adapters.adapted(model, adapter))(params, module, images)
+    whole = jax.jit(model.apply)({"params": tree.add(params, adapter.delta(module, params))}, images)
+    np.testing.assert_allclose(fast, whole, rtol=1e-3, atol=1e-4)
 
 
 def test_separate_q_k_v_are_columns_of_the_joint_one():

@@ -1,10 +1,12 @@
 """Checkpoints as files and folders: what is written and read, and what is told of those that can't be."""
 
+import importlib
 import json
 import sys
 
 import jax
 import jax.numpy as jnp
+import jobs
 import ml_dtypes
 import numpy as np
 import pytest
@@ -126,6 +128,17 @@ def test_pixels_are_of_the_preprocessor_or_not_known(tmp_path):
     preprocessor.write_text(json.dumps({"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.3] * 3}))
     assert backbone(tmp_path / "tiny").pixels == Pixels((0, 0, 0), (1, 1, 1))
     assert backbone().pixels is None
+
+
+def test_an_experiment_prepares_images_as_the_backbone_was_trained(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(jobs.ROOT / "experiments")
+    experiment = importlib.import_module("incremental")
+    sizes = ["--tasks", "2", "--classes", "2", "--images", "2", "--batch", "2"]
+    assert experiment.setup(experiment.parse(sizes))[0].stream.mean == (0.5, 0.5, 0.5)
+    folder(tmp_path / "tiny", **TINY, pretrained_cfg={"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]})
+    learned, described = experiment.setup(experiment.parse([*sizes, "--backbone", str(tmp_path / "tiny")]))
+    assert (learned.stream.mean, learned.stream.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (learned.stream.size, described) == (12, "tiny")
 
 
 def test_an_index_of_several_files_is_a_checkpoint(tmp_path):

@@ -92,7 +92,7 @@ def test_parts_that_make_no_network_are_told_where_it_is_made(fields, told):
         ViT(**SMALL | fields)
 
 
-def test_parts_that_are_off_cost_nothing_and_what_they_cost_when_on():
+def test_parts_hold_what_they_say_and_nothing_when_off():
     def size_and_flops(**fields):
         model = ViT(**SMALL, unroll=True, **fields)
         params = initial(model)

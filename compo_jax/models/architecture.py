@@ -71,7 +71,8 @@ def read_architecture(shapes: Shapes, layout: Layout, fields: Mapping[str, Any])
         "layer_scale": has("blocks/layer_scale"),
         "projection": length("projection/kernel", 2, 1),
         "epsilon": 1e-5 if has("norm_pre") else 1e-6,
-    } | fields
+        **fields,
+    }
     if not read["class_token"]:
         read["class_position"] = True
     pools = {

@@ -61,7 +61,7 @@ def backbone(
         pixels = None
     else:
         model, params, pixels = load_all(path, heads=heads, image_size=image_size)
-        described = str(path) if str(path).startswith("hf:") else Path(path).resolve().name
+        described = str(path) if str(path).startswith("hf:") else Path(path).absolute().name
     model = model.copy(classes=0, dtype=None if compute == jnp.float32 else compute)
     params = {name: leaf for name, leaf in params.items() if name != "head"}
     return Backbone(model, params, described, pixels)

@@ -141,7 +141,7 @@ def opened(path: str | Path, layouts: Sequence[Layout] = LAYOUTS) -> Checkpoint:
     heads = metadata.get("heads")
     if heads is not None and not heads.isdecimal():
         raise ValueError(f"{path}: the metadata's heads is {heads!r} and not a number: pass heads=")
-    return Checkpoint(arrays, heads=heads and int(heads))
+    return Checkpoint(arrays, heads=None if heads is None else int(heads))
 
 
 def _folder(path: Path, layouts: Sequence[Layout]) -> Checkpoint:

@@ -40,7 +40,8 @@ def from_timm(
       heads: attention heads, which no shape tells. Default: what `config` says, or those of the architecture that has
         this width, depth and patch among the published ViTs, ViT-Ti to ViT-G. Any other asks for `heads`, and so does
         a small one with a fixed position embedding, such as MoCo v3's ViT-S of 12 heads.
-      image_size: side in pixels; where it isn't the checkpoint's, the position embeddings are resized.
+      image_size: side in pixels; where it isn't the checkpoint's, the position embeddings are resized. Default: the
+        checkpoint's, or what is left of it in whole patches (378 of SigLIP's 384 at patches of 14).
       activation: of the MLPs, which no shape tells. Default: what `config` says, or the family's, `gelu` mostly. A
         CLIP under timm's names asks for it: OpenAI's were trained with `quick_gelu`, LAION's with `gelu`.
       config: the checkpoint's config.json.
