@@ -230,9 +230,8 @@ def merged_pool(
     # -- every rule ----------------------------------------------------------------------------------------------------
     for rule in rules:
         arrays = {what: parts[what] for what in compose.RULES[rule].needs}
-        if (name, rule) not in programs or {"matvecs", "loss", "unlabelled"} & set(
-            arrays
-        ):  # whose heads are of other widths in each run
+        of_heads = {"matvecs", "loss", "unlabelled"} & arrays.keys()  # which are of other widths in each run
+        if of_heads or (name, rule) not in programs:
             programs[name, rule] = program(rule, run.base, deltas, arrays)
         params, taken, warnings = timed(partial(programs[name, rule].call, run.base, deltas, arrays))
         among_all, within = test(params, head, tasks)

@@ -29,6 +29,8 @@ from options import Count, LocalPath, Name, Names, OpenPath, Rate, Seeds, names
 
 EIGHT = ("mnist", "gtsrb32", "eurosat64", "resisc64", "dtd64", "cars64", "scenes64", "letters64")
 KINDS = ("lora", "full")
+RULES = tuple(rule for rule in merging.RULES if rule not in (*merging.A_TASK, "slerp"))
+QUICK = tuple(rule for rule in RULES if rule not in merging.BY_STEPS)
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,8 @@ class Training:
 class Merging:
     """How it is merged"""
 
-    rules: Annotated[tuple[str, ...], names([rule for rule in merging.RULES if rule not in merging.A_TASK])] = tuple(
-        rule for rule in merging.RULES if rule not in ("slerp", *merging.A_TASK, *merging.BY_STEPS)
-    )
-    """rules to compare"""
+    rules: Annotated[tuple[str, ...], names(RULES)] = QUICK
+    """rules to compare (default: those that go by no steps)"""
     curvature_images: Count = 64
     """training images of a task for its module's curvature"""
 

@@ -24,7 +24,7 @@ import job
 
 SCRIPTS = [
     "incremental", "merging", "unlearning", "curvature_check", "throughput", "pretrain", "modular_multitask",
-    "modular_transfer", "modular_adaptation", "modular_reuse",
+    "modular_transfer", "modular_adaptation", "modular_reuse", "vision8",
 ]  # fmt: skip
 COUNT = ["0", "-1", "2.5", "nan", "inf", "x", "99999999999"]
 RATE, WEIGHT, SEED = ["0", "-1", "nan", "inf"], ["-300", "nan", "inf"], ["-1", "x", "99999999999"]
@@ -48,6 +48,10 @@ RANGES = {
         **each(COUNT, "images", "fisher-images", "fisher-batches", "order"), "weightings": ["1", *COUNT], "seed": SEED
     },
     "throughput": {**each(COUNT, "batch", "rank", "steps", "threads"), **each(RATE, "peak", "minutes")},
+    "vision8": {
+        **each(COUNT, "images", "test-images", "steps", "batch", "rank", "curvature-images", "heads", "image-size"),
+        **each(RATE, "learning-rate", "full-learning-rate"), "seeds": SEED, "name": ["../x", "a/b"],
+    },
     "pretrain": {**each(COUNT, "steps", "batch", "width", "depth", "heads"), "learning-rate": RATE, "seed": SEED},
 }  # fmt: skip
 OF_ALL_MODULAR = {
