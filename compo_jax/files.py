@@ -113,10 +113,7 @@ def _foreign(path: Path, error: Exception) -> str:
     if path.name.endswith(".json"):
         return f"no checkpoint but a list of the files that hold it: {JOIN}"
     if path.suffix in (".npz", ".npy"):
-        return (
-            "a NumPy archive, as AugReg's checkpoints are, which isn't read: load it into timm's model "
-            "(timm.models.load_checkpoint) and write that with safetensors.torch.save_file(model.state_dict(), ...)"
-        )
+        return "a NumPy archive and no safetensors file: models.load reads AugReg's .npz, and nothing else does"
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         return (
             "a PyTorch pickle, which isn't read as it can run code. Convert it once, where PyTorch is: "

@@ -3,7 +3,8 @@
     python experiments/incremental.py                                          # 10 scripts x 16 characters, rendered
     python experiments/incremental.py --compare                                # with ablations and baselines
     python experiments/incremental.py --data omniglot --data-dir DIR           # real handwriting, alphabets as tasks
-    python experiments/incremental.py --data cifar100 --data-dir DIR --backbone vit_base_patch16_224.safetensors
+    python experiments/incremental.py --data folder:PATH --backbone FILE       # with train and test in it
+    python experiments/incremental.py --benchmark cifar100-10x10 --data-dir DIR --backbone FILE --class-order 1993
 
 The first needs nothing but the package and takes under 3 minutes on 2 CPU cores. For each task: mixtures, probe,
 alignment and Fisher of the base; a LoRA module and a head trained around the base; the pool composed and tested. Writes
@@ -18,7 +19,9 @@ under Slurm or on a Cloud TPU with `--hosts auto`. Where one dies all end, and t
 import functools
 import shutil
 import time
+from typing import Any
 
+import benchmarks
 import job
 from incremental_options import Options, at_once, parse
 from job import closing, console
@@ -38,20 +41,44 @@ from compo_jax.train import RUNNERS, open_run, progress_bar, read_result, write_
 def setup(options: Options) -> tuple[incremental.Setup, str]:
     """(base, stream and settings; the backbone in words)."""
     where, how = options.backbone, options.training
-    model, base, backbone = models.backbone(where.backbone, where.heads, where.image_size, where.dtype)
+    backbone = models.backbone(where.backbone, where.heads, where.image_size, where.dtype)
+    model = backbone.model
     if where.dtype == "bfloat16" and jax.default_backend() == "gpu":
         model = model.copy(kernel="cudnn")
-    source = vars(options.stream) | {"seed": options.place.seed}
-    stream = data.open_stream(source.pop("data"), model.image_size, **source)
+    stream = open_stream(options, model.image_size)
+    if backbone.pixels:
+        stream = stream._replace(**backbone.pixels._asdict())
     job.tell_images(stream, options.stream.images)
     images = sum(len(task.train) for task in stream.tasks)
     counts = f"{len(stream.tasks)} tasks, {len(stream.classes)} classes, {images} images"
-    console.print(f"{backbone}; {stream.name}: {counts}")
+    console.print(f"{backbone.description}; {stream.name}: {counts}")
     if how.batch > images:
         raise ValueError(f"--batch {how.batch} is more than all the {images} training images: name a smaller one")
     fisher = {"fisher_method": options.penalties.fisher, "fisher_images": options.penalties.fisher_images}
-    settings = incremental.Settings(how.epochs, how.batch, **fisher)
-    return incremental.Setup(model, base, stream, settings, options.place.seed), backbone
+    settings = incremental.Settings(how.epochs, how.batch, probe_epochs=how.probe_epochs, **fisher)
+    return incremental.Setup(model, backbone.params, stream, settings, options.place.seed), backbone.description
+
+
+def open_stream(options: Options, size: int) -> data.TaskStream:
+    """The tasks; a benchmark's data that isn't there is told with how to lay it out."""
+    source: dict[str, Any] = vars(options.stream) | {"seed": options.place.seed}
+    benchmark = benchmarks.BENCHMARKS.get(source.pop("benchmark"))
+    try:
+        return data.open_stream(source.pop("data"), size, **source)
+    except FileNotFoundError as error:
+        if benchmark is None or not benchmark.layout:
+            raise
+        raise FileNotFoundError(f"{error}. Here: {benchmark.layout}") from error
+
+
+def published(options: Options, stream: data.TaskStream) -> dict[str, float]:
+    """The paper's numbers for a benchmark's methods, where the tasks are its."""
+    if (name := options.stream.benchmark) is None:
+        return {}
+    told = benchmarks.differs(name, tuple(len(task.classes) for task in stream.tasks))
+    if told:
+        console.print(told)
+    return {} if told else benchmarks.published(name)
 
 
 def methods(options: Options, base) -> list[incremental.Method]:
@@ -75,7 +102,8 @@ def methods(options: Options, base) -> list[incremental.Method]:
     made = []
     for name in how.methods:
         way, _, kind = name.partition("-")
-        pull = {"pull": weigh.pull} if "pull" in incremental.WAYS[way].options else {}
+        pulls = (way.startswith("iel") and weigh.iel_pull) or weigh.pull
+        pull = {"pull": pulls} if "pull" in incremental.WAYS[way].options else {}
         made.append(incremental.method(way, **shared | kinds[kind] | ways.get(way, {}) | pull))
         if made[-1].adapter is not None:  # a wrong rank or pattern is said before there is a run folder
             jax.eval_shape(made[-1].adapter.init, jax.random.key(0), base)
@@ -104,6 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not how.parallel or not at_once(how.methods):
         job.divisible(how.batch, "--batch")
     learned, backbone = setup(options)
+    paper = published(options, learned.stream)
     tried, names = methods(options, learned.base), [task.name for task in learned.stream.tasks]
     config = {key: value for key, value in flat(options).items() if key not in ("runs", "tensorboard", "hosts")}
     with (
@@ -133,7 +162,9 @@ def main(arguments: list[str] | None = None) -> None:
         records = run.log.records()
         rates = [record["images_per_second"] for record in records if record["run"] == tried[0].name]
         rate = float(np.median(rates)) if rates else None
-        results = incremental.summary(after, name=place.name, backbone=backbone, images_per_second=rate)
+        results = incremental.summary(
+            after, name=place.name, backbone=backbone, images_per_second=rate, published=paper
+        )
         samples = predictions(learned.stream, after.classifier(results.method))
         path = report.incremental_page(run.folder, results, samples, records)
         np.savez(run.folder / "reference.npz", **after.reference.head)

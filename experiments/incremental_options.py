@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import options as line
+from benchmarks import BENCHMARKS
 from options import OPEN, Count, LocalPath, Name, OpenCount, OpenPath, Rate, Seed, Text, Weight, number, values
 
+FOLDER = "folder:"
 FROZEN = ("ncm", "ranpac", "simplecil")  # on the base's features; the last two also WAY-KIND
 # The options that each way to learn takes, `parallel` where no task needs what another left. A new way is a row here,
 # and a file that registers it.
@@ -18,12 +20,16 @@ WAYS = {
     "tak": "tak_alpha units penalty pull parallel",
     "pull": "penalty pull parallel",
     "none": "parallel",
-    "iel": "beta units penalty pull",
-    "iel_pull": "penalty pull",
+    "iel": "beta units penalty pull iel_pull",
+    "iel_pull": "penalty pull iel_pull",
     "iel_none": "",
     "sequential": "",
     "ewc": "ewc units penalty",
     "lwf": "lwf",
+    "inflora": "",
+    "sdlora": "",
+    "ease": "parallel",
+    "tuna": "",
     "joint": "",
     "tmc": "tmc_learning_rate penalty pull parallel",
     "slca": "",
@@ -32,8 +38,13 @@ WAYS = {
     **dict.fromkeys(FROZEN, ""),
 }
 KINDS = {"lora": "rank learning_rate", "ia3": "ia3_learning_rate", "full": "full_learning_rate"}  # and those of modules
+ONLY = {"tmc": "full", "inflora": "lora", "sdlora": "lora", "tuna": "lora"}  # ways for modules of one kind
 METHODS = (
-    *(f"{way}-{kind}" for kind, way in itertools.product(KINDS, WAYS) if way not in ("tmc", "ncm")), "tmc-full",
+    *(
+        f"{way}-{kind}"
+        for kind, way in itertools.product(KINDS, WAYS)
+        if way != "ncm" and ONLY.get(way, kind) == kind
+    ),
     *FROZEN,
 )  # fmt: skip
 COMPARED = (
@@ -43,6 +54,7 @@ COMPARED = (
 )  # fmt: skip
 Coupling = Literal["coupled", "decoupled"] | None
 Pull = tuple[float, float]
+Part = Annotated[float | None, number(float, above=0, below=1), OPEN]
 
 
 def _hosts(text: str) -> tuple:
@@ -57,18 +69,28 @@ def _hosts(text: str) -> tuple:
 class Stream:
     """What is learned"""
 
+    benchmark: Annotated[str | None, line.names(list(BENCHMARKS), None), OPEN] = None
+    """of the paper: all that is left open here as it has it"""
     data: str = "glyphs"
-    """glyphs, or the name of a TFDS image classification set"""
+    """glyphs, the name of a TFDS image classification set, or folder:PATH"""
     data_dir: OpenPath = None
-    """where TFDS has prepared the set"""
+    """where TFDS has prepared the set, or where PATH begins"""
     tasks: OpenCount = None
     """number of tasks (default: the set's)"""
     by: Text = None
     """label feature that divides the set into tasks (default: Omniglot's alphabets, else equal groups of classes)"""
+    class_order: line.OpenSeed = None
+    """seed of NumPy's older generator that the classes' order is drawn from, 1993 by habit (default: --seed's)"""
     train_split: Text = None
-    """TFDS split to train on; without --test-split a part of it is held out"""
+    """TFDS split or part of a folder to train on; without --test-split a part of it is held out"""
     test_split: Text = None
-    """TFDS split to test on"""
+    """TFDS split or part of a folder to test on"""
+    test_fraction: Part = None
+    """what part of each class is held out then (default: 0.25)"""
+    crop: Annotated[float | None, number(float, above=0, most=1), OPEN] = None
+    """central part of a test image's shorter side (default: 0.875 of photographs: resize to 256, crop 224; else 1)"""
+    augment: Literal["default", "original"] = "default"
+    """crops and flips of the resized images, or of the stored ones while they are read, as the paper does"""
     classes: Annotated[int, number(int, 2)] = 16
     """characters of a script (glyphs)"""
     images: OpenCount = None
@@ -80,9 +102,9 @@ class Backbone:
     """What it is learned with"""
 
     backbone: OpenPath = None
-    """timm ViT checkpoint, .safetensors (default: the embedded one)"""
+    """checkpoint of a ViT: a file, a folder with config.json, or hf:OWNER/NAME (default: the embedded one)"""
     heads: OpenCount = None
-    """attention heads of the checkpoint (default: width / 64)"""
+    """attention heads of the checkpoint (default: what it says, or the published architecture has)"""
     image_size: OpenCount = None
     """side of the images (default: the checkpoint's)"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -105,6 +127,8 @@ class Training:
     """passes over a task's images (default: the set's)"""
     batch: OpenCount = None
     """images in a step (default: the set's)"""
+    probe_epochs: Count = 3
+    """passes of the linear probe over a task's features"""
     rank: Count = 8
     """of LoRA modules"""
     learning_rate: Rate = 3e-3
@@ -137,6 +161,8 @@ class Penalties:
     """added to the loss, or a step of its own (default: coupled for full deltas, TAK and EWC)"""
     pull: Annotated[Pull, number(float, 0, many=2)] = (0.1, 0.05)
     """of the heads towards the aligned classifier: λ_F and λ_I"""
+    iel_pull: Annotated[Pull | None, number(float, 0, many=2), OPEN] = None
+    """of IEL's heads (default: as --pull)"""
     fisher: Literal["exact", "low_rank", "monte_carlo"] = "monte_carlo"
     """how the Fisher is estimated"""
     fisher_images: Annotated[int, number(int, 0)] = 256
@@ -179,24 +205,41 @@ PRESETS = {
 
 def parse(arguments: list[str] | None = None, documentation: str | None = None) -> Options:
     """The options, each that the command line leaves open as the data set wants it; ValueError for what can't be."""
-    options = line.parse(Options, documentation, arguments)
-    _refuse(options)
+    named = options = line.parse(Options, documentation, arguments)
+    if named.stream.benchmark:
+        options = line.parse(Options, documentation, arguments, _default(named))
+    _refuse(named, options.stream.data)
     methods = COMPARED if options.training.compare else options.training.methods
     methods = tuple(sorted(methods, key=lambda name: name in FROZEN))  # in order, those last
     if set(methods) <= set(FROZEN):
         raise ValueError(f"{', '.join(methods)} train nothing: name a method before them, ita-lora say")
     others = set().union(*map(_taken, METHODS)) - set().union(*map(_taken, methods))
-    for group in (options.training, options.penalties):
+    for group in (named.training, named.penalties):
         line.refuse(group, f"with {', '.join(methods)}", *sorted(others & vars(group).keys()))
     data, seed = options.stream.data, options.place.seed
     label = "compare" if options.training.compare else "-".join(methods)
-    name = options.place.name or line.plain(f"incremental-{data}-{seed}" + f"-{label}" * (label != "ita-lora"))
+    folder = Path(data.removeprefix(FOLDER)).name if data.startswith(FOLDER) else ""
+    what = options.stream.benchmark or folder or data
+    name = options.place.name or line.plain(f"incremental-{what}-{seed}" + f"-{label}" * (label != "ita-lora"))
     wanted = PRESETS[""] | PRESETS.get(data, {})
     return dataclasses.replace(
         options,
         stream=line.filled(options.stream, wanted),
         training=line.filled(dataclasses.replace(options.training, methods=methods), wanted),
         place=dataclasses.replace(options.place, name=name),
+    )
+
+
+def _default(named: Options) -> Options:
+    """The benchmark's options, which stand where the command line leaves them open."""
+    groups = BENCHMARKS[named.stream.benchmark].wanted()
+    if named.penalties.pull != Penalties.pull:  # which is IEL's too, then
+        del groups["penalties"]["iel_pull"]
+    if named.stream.data != Stream.data:  # which may have other parts
+        del groups["stream"]["train_split"]
+    plain = Options()
+    return dataclasses.replace(
+        plain, **{key: dataclasses.replace(getattr(plain, key), **values) for key, values in groups.items()}
     )
 
 
@@ -211,14 +254,19 @@ def _taken(method: str) -> set[str]:
     return {*WAYS[way].split(), *(KINDS.get(kind, "").split() if way != "tmc" else ())}
 
 
-def _refuse(options: Options) -> None:
+def _refuse(options: Options, data: str) -> None:
+    """ValueError for what the command line names and what plays no part with this data and the rest."""
     if options.training.compare:
         line.refuse(options.training, "with --compare, which names its own", "methods")
-    if options.stream.data == "glyphs":
-        rendered = ("data_dir", "by", "train_split", "test_split")
+    if data == "glyphs":
+        rendered = ("data_dir", "by", "class_order", "train_split", "test_split", "test_fraction", "crop", "augment")
         line.refuse(options.stream, "with glyphs, which are rendered", *rendered)
     else:
-        line.refuse(options.stream, f"with {options.stream.data}, for they are of a script of glyphs", "classes")
+        line.refuse(options.stream, f"with {data}, for they are of a script of glyphs", "classes")
+    if data.startswith(FOLDER):
+        line.refuse(options.stream, "with folders, which are divided by class order", "by")
+    elif options.stream.by is not None:
+        line.refuse(options.stream, "with --by, whose values are the tasks", "class_order")
     if options.backbone.backbone is None:
         line.refuse(options.backbone, "without --backbone, for the embedded one has its own", "heads", "image_size")
     if options.training.parallel and options.backbone.runner == "pmap":

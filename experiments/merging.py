@@ -29,9 +29,11 @@ RULES = [  # the names of compose.RULES in its order: a test compares them, as J
     "average", "task_arithmetic", "ties", "dare", "slerp", "karcher", "model_stock", "tsv", "iso", "fisher", "regmean",
     "kronecker", "ggn", "best_weights", "lines", "della", "breadcrumbs", "consensus", "tall", "emr", "pcb", "sce",
     "adamerging", "epimer", "layer_weights",
+    "wudi", "iso_cts", "dc_merge", "cart", "knots", "core_space", "esm", "regmean_plus",
+    "subspace_boosting",
 ]  # fmt: skip
 A_TASK = ("tall", "emr")  # a model for each
-BY_STEPS = ("adamerging", "layer_weights")  # with the images in hand, not one program
+BY_STEPS = ("adamerging", "layer_weights", "regmean_plus")  # with the images in hand, not one program
 OPTIONS = {
     "dare": {"rate": 0.5},
     "regmean": {"scaling": 0.9},

@@ -99,6 +99,7 @@ Rate = Annotated[float, number(float, above=0)]
 OpenRate = Annotated[float | None, number(float, above=0), OPEN]
 Weight = Annotated[float, number(float, 0)]
 Seed = Annotated[int, number(int, 0)]
+OpenSeed = Annotated[int | None, number(int, 0), OPEN]
 Seeds = Annotated[tuple[int, ...], number(int, 0, many="*")]
 Name = Annotated[str | None, values(_folder_name, "NAME"), OPEN]
 Text = Annotated[str | None, values(str, "TEXT"), OPEN]
@@ -123,13 +124,17 @@ class OnRuns:
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
-def parse(kind: type[Options], documentation: str | None, arguments: Sequence[str] | None = None) -> Options:
-    """The options that the command line names, the others at their defaults.
+def parse(
+    kind: type[Options], documentation: str | None, arguments: Sequence[str] | None = None,
+    default: Options | None = None,
+) -> Options:  # fmt: skip
+    """The options that the command line names, the others as in `default`, or else at their defaults.
 
     Exits with 0 after `--help`, and with 2 after one line on what is wrong, as tyro does.
     """
     plain = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    return tyro.cli(kind, description=documentation, args=arguments, config=plain)
+    others: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(kind, description=documentation, args=arguments, config=plain, **others)
 
 
 def flag(field: str) -> str:

@@ -6,11 +6,13 @@
     python experiments/throughput.py --model s16 --batch 16
     python experiments/throughput.py --model b16 --batch 128 --dtype bfloat16 --peak 989    # on a GPU; TFLOP/s
     python experiments/throughput.py --device --peak 989              # on a GPU: all that matters, in 8 minutes
+    python experiments/throughput.py --loader DIR --batch 128         # images/s of reading alone, at 224 px
     python experiments/throughput.py --peers                          # on a CPU, beside PyTorch and curvlinops
 
-Takes a minute or two, `--peers` 15 minutes. FLOPs are those of the unrolled model (XLA counts the body of a scan once);
-the time is the median of the steps of the scanned one. `--peers` wants `pip install torch curvlinops-for-pytorch`; each
-piece of work runs in a process a side, and the two are asked in turn. Expected numbers: README.md beside this file.
+Takes a minute or two, `--peers` 15 minutes. `--loader` makes JPEGs in DIR where it is empty. FLOPs are those of the
+unrolled model (XLA counts the body of a scan once); the time is the median of the steps of the scanned one. `--peers`
+wants `pip install torch curvlinops-for-pytorch`; each piece of work runs in a process a side, and the two are asked in
+turn. Expected numbers: README.md beside this file.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from typing import Annotated, Literal
 import job
 import options as line
 from job import closing
-from options import OPEN, Count, OpenCount, OpenRate, Rate, names
+from options import OPEN, Count, OpenCount, OpenPath, OpenRate, Rate, names
 from timing import WORK, Sizes, compare
 
 MODELS = {"embedded": (32, 8, 96, 4, 3), "s16": (224, 16, 384, 12, 6), "b16": (224, 16, 768, 12, 12)}
@@ -39,6 +41,8 @@ class Options:
     """ours and PyTorch's time and memory on the same work"""
     device: bool = False
     """one run through all of it for an accelerator"""
+    loader: OpenPath = None
+    """reading alone, of a folder with train/CLASS/... and test/CLASS/..., made where there is none"""
     model: Annotated[str | None, names(list(MODELS), None), OPEN] = None
     """embedded, s16 or b16 (default: embedded, and b16 with --device)"""
     batch: OpenCount = None
@@ -69,7 +73,7 @@ def parse(arguments: list[str] | None = None) -> Options:
 
 def _refuse(options: Options) -> None:
     """ValueError for options that play no part in what is asked for."""
-    kinds = [key for key in ("curvature", "modular", "peers", "device") if getattr(options, key)]
+    kinds = [key for key in ("curvature", "modular", "peers", "device", "loader") if getattr(options, key)]
     if len(kinds) > 1:
         raise ValueError(f"{' and '.join(map(line.flag, kinds))} are two kinds of run: name one of them")
     if options.curvature:
@@ -77,6 +81,8 @@ def _refuse(options: Options) -> None:
         line.refuse(options, weights, "model", "rank", "dtype", "peak")
     if options.modular:
         line.refuse(options, "with --modular, which has sizes of its own", "model", "rank", "dtype", "peak")
+    if options.loader:
+        line.refuse(options, "with --loader, behind which is no network", "model", "rank", "dtype", "peak")
     if options.peers:
         line.refuse(options, "with --peers, which is of one ViT in float32 on a CPU", "model", "dtype", "peak")
     if options.device:
@@ -103,6 +109,10 @@ def main(arguments: list[str] | None = None) -> None:
             )
         return compare(options.only or list(WORK), sizes, options.steps, options.threads)
 
+    if options.loader:
+        import loading
+
+        return loading.loader_speed(options.loader, options.batch, options.steps)
     import speed  # JAX with it, which takes seconds
 
     if options.curvature:

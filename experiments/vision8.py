@@ -253,8 +253,10 @@ def main(arguments: list[str] | None = None) -> None:
     options, began = parse(arguments), time.perf_counter()
     where, place = options.backbone, options.place
     job.divisible(options.training.batch, "--batch")
-    model, base, backbone = models.backbone(where.backbone, where.heads, where.image_size, where.dtype)
+    model, base, backbone, pixels = models.backbone(where.backbone, where.heads, where.image_size, where.dtype)
     streams = {seed: open_tasks(options, model.image_size, seed) for seed in place.seeds}
+    if pixels:
+        streams = {seed: stream._replace(**pixels._asdict()) for seed, stream in streams.items()}
     stream = next(iter(streams.values()))
     fewest = min(len(task.train) for stream in streams.values() for task in stream.tasks)
     if max(options.merging.curvature_images, options.training.batch) > fewest:

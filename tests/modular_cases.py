@@ -8,7 +8,7 @@ import numpy as np
 
 from compo_jax import tree
 from compo_jax.data import Task, TaskStream
-from compo_jax.data.stream import ArraySplit
+from compo_jax.data.splits import ArraySplit
 from compo_jax.mesh import data_mesh
 from compo_jax.modular import ModularNet, Network
 from compo_jax.train import jit_runner

@@ -36,9 +36,10 @@ def each(values, *options):
 
 RANGES = {
     "incremental": {
-        **each(COUNT, "tasks", "images", "heads", "image-size", "epochs", "batch", "rank", "classes"),
+        **each(COUNT, "tasks", "images", "heads", "image-size", "epochs", "batch", "rank", "classes", "probe-epochs"),
         **each(RATE, "learning-rate", "ia3-learning-rate", "tmc-learning-rate", "full-learning-rate"),
         **each(WEIGHT, "alpha", "tak-alpha", "beta", "ewc", "lwf"),
+        **each(["0", "-1", "nan", "1.5"], "crop", "test-fraction"), "class-order": SEED,
         "fisher-images": ["-5", "x"], "seed": SEED, "name": ["../x", "..", "", "/x"], "runs": [""],
     },
     "merging": {"images": COUNT, "seed": SEED},
@@ -164,6 +165,8 @@ GLYPHS = "with glyphs, which are rendered"
         ("incremental", "--methods ita-lora ita-lora", "--methods: one of the values stands there twice"),
         ("incremental", "--methods ncm", "train nothing"),
         ("incremental", "bogus", "Unrecognized options: bogus"),
+        ("throughput", "--loader x --peak 3", "--peak plays no part with --loader"),
+        ("throughput", "--loader x --curvature", "--curvature and --loader are two kinds of run"),
         ("merging", "--rules ties ties", "stands there twice"),
         ("modular_multitask", "--data-dir x", "--data-dir plays no part with glyphs"),
         ("modular_multitask", "--templates 1 --analysis-images 3", "--analysis-images plays no part with one template"),

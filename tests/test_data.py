@@ -11,8 +11,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from compo_jax import data
-from compo_jax.data import augment, sources
-from compo_jax.data.stream import JoinedSplit
+from compo_jax.data import augment, reading
+from compo_jax.data.splits import JoinedSplit
 
 
 def arrays(images=24, classes=6, size=5, seed=0):
@@ -40,6 +40,7 @@ class Toy(tfds.core.GeneratorBasedBuilder):
             "family": tfds.features.ClassLabel(names=["red", "green", "blue"]),
             "torn": tfds.features.ClassLabel(names=["even", "odd"]),
             "number": tfds.features.Scalar(np.int64),
+            "mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),  # which is never decoded
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -56,6 +57,7 @@ class Toy(tfds.core.GeneratorBasedBuilder):
                     "family": self.FAMILY[label],
                     "torn": number % 2,
                     "number": number,
+                    "mask": Image.new("L", (10, 8)),
                 },
             )
 
@@ -216,7 +218,7 @@ def test_bad_glyph_streams():
 @pytest.mark.parametrize("memory", [0, 2**30])
 def test_a_tfds_stream_holds_every_image_once_under_its_class(data_dir, memory):
     stream = data.tfds_stream("toy", data_dir, size=6, tasks=3, memory=memory)
-    kind = data.ArraySplit if memory else sources.SourceSplit
+    kind = data.ArraySplit if memory else reading.SourceSplit
     assert sorted(stream.classes) == list("abcdef") and stream.classes != tuple("abcdef")
     for which, count in (("train", 8), ("test", 4)):
         splits = [getattr(t, which) for t in stream.tasks]
@@ -323,16 +325,16 @@ def stored(pixels):
 def test_decoding_resizes_the_shorter_side_and_crops_the_centre():
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
     by_hand = np.asarray(Image.fromarray(pixels).crop((12, 2, 48, 38)).resize((9, 9), Image.Resampling.BOX))
-    decoded = sources.Decoding(9, crop=0.9, reduce="BOX")(stored(pixels))
+    decoded = reading.Decoding(9, crop=0.9, reduce="BOX")(stored(pixels))
     assert (decoded == by_hand).all()
     assert np.abs(decoded - pixels[2:38, 12:48].reshape(9, 4, 9, 4, 3).mean((1, 3))).max() < 1  # rounded twice
-    assert (sources.Decoding(40)(stored(pixels)) == pixels[:, 10:50]).all()
+    assert (reading.Decoding(40)(stored(pixels)) == pixels[:, 10:50]).all()
 
 
 def test_decoding_keeps_thin_strokes_and_one_bit_images():
     stroke = np.zeros((105, 105), bool)
     stroke[:, 50] = True
-    decoded = sources.Decoding(32, invert=True, reduce="BOX")(stored(~stroke))
+    decoded = reading.Decoding(32, invert=True, reduce="BOX")(stored(~stroke))
     assert decoded.shape == (32, 32, 3) and decoded.max(axis=1).min() > 30
     assert decoded.mean() == pytest.approx(255 / 105, rel=0.25)  # a filter of whole pixels
 
@@ -347,7 +349,7 @@ def test_decoding_keeps_thin_strokes_and_one_bit_images():
         ({"tasks": 7}, "7 tasks were asked for and there are 6 classes"),
         ({"tasks": 5}, "has 1 class and needs two"),
         ({"tasks": None}, "number of tasks is needed"),
-        ({"label": "number"}, "class labels 'number', and has family, image, label, n"),
+        ({"label": "number"}, "class labels 'number', and has family, image, label, mask, n"),
         ({"tasks": 3, "train_split": "half", "test_split": "test"}, "no train images"),
         ({"tasks": 3, "train_split": "train", "test_split": "half"}, "no test images"),
         ({"train_split": "validation"}, "Unknown split 'validation'"),

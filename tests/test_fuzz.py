@@ -43,7 +43,7 @@ OPTIONS = {
     "sce": {"density": 0.6},
     "adamerging": {"steps": 3},
 }
-BY_STEPS = ("best_weights", "adamerging", "layer_weights")  # not under jit
+BY_STEPS = ("best_weights", "adamerging", "layer_weights", "regmean_plus")  # not under jit
 TYPES = {  # of the base and the modules
     "a narrow base": ["bfloat16", "float32", "float16"],
     "unequal modules": ["float16", "float16", "bfloat16"],
@@ -93,8 +93,11 @@ def scaled(v, by):
 
 
 def outputs(params, x, by):
-    """Logits of three classes that depend on every parameter."""
-    summed = sum(jnp.sum(jnp.sin(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(params))
+    """Logits of three classes that depend on every parameter, on `m` as the weight of a dense layer."""
+    rest = jax.tree.leaves({name: x for name, x in params.items() if name != "m"})
+    summed = sum(jnp.sum(jnp.sin(leaf.astype(jnp.float32))) for leaf in rest)
+    rows = x * jnp.sin(jnp.arange(10.0, dtype=jnp.float32)).reshape(2, 5)
+    summed += jnp.sum(jnp.sin(rows @ params["m"].astype(jnp.float32)))
     return x * jnp.stack([summed, by * jnp.cos(summed), by])[None]
 
 
@@ -309,7 +312,7 @@ def test_what_is_not_finite_is_named_wherever_it_is(rule):
         )
 
 
-@pytest.mark.parametrize("rule", ["tsv", "iso", "karcher", "regmean"])
+@pytest.mark.parametrize("rule", ["tsv", "iso", "karcher", "regmean", "wudi", "iso_cts", "dc_merge", "core_space"])
 def test_a_traced_infinity_ends_in_nan_and_not_in_a_wait_for_ever(rule):
     base, more = {"m": jnp.zeros((5, 4))}, {"factors": given()["factors"]}
     if rule == "regmean":
@@ -415,7 +418,10 @@ def factorised(jaxpr):
                 yield from factorised(inner)
 
 
-@pytest.mark.parametrize("rule", ["tsv", "iso", "regmean", "kronecker", "ggn"])
+SINGULAR = ["tsv", "iso", "wudi", "iso_cts", "dc_merge", "cart", "knots", "core_space", "subspace_boosting", "esm"]
+
+
+@pytest.mark.parametrize("rule", [*SINGULAR, "regmean", "kronecker", "ggn"])
 def test_factorisations_are_of_one_matrix_at_a_time(rule):
     options = OPTIONS.get(rule, {}) | ({"coordinates": "modules"} if rule == "ggn" else {})
     traced = jax.make_jaxpr(functools.partial(run, rule, **options))(*trees(["float32"] * 3, 2, FEW))

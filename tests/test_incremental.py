@@ -337,6 +337,27 @@ def test_the_metrics_by_hand():
     assert incremental.final_forgetting(np.array([[0.9]])) == 0
 
 
+def test_the_metrics_over_all_test_images_by_hand():
+    nan = np.nan
+    matrix = np.array([[0.9, nan, nan], [0.7, 0.8, nan], [0.6, 0.85, 0.95]])
+    tested = [10, 30, 60]  # right: 9 of 10, then 7 + 24 of 40, then 6 + 25.5 + 57 of 100
+    np.testing.assert_allclose(incremental.image_accuracy(matrix, tested), [0.9, 0.775, 0.885])
+    np.testing.assert_allclose(incremental.last_accuracy(matrix, tested), 0.885)
+    np.testing.assert_allclose(incremental.average_accuracy(matrix, tested), (0.9 + 0.775 + 0.885) / 3)
+    np.testing.assert_allclose(incremental.last_accuracy(matrix, [5, 5, 5]), incremental.final_accuracy(matrix))
+
+    rows = np.stack([matrix, matrix], axis=-1)
+    reached = incremental.outcomes.outcome(rows, 2, 1.0, tested)
+    np.testing.assert_allclose(
+        [reached.final_accuracy, reached.last_accuracy, reached.average_accuracy], [0.8, 0.885, 2.56 / 3]
+    )
+    assert incremental.outcomes.outcome(rows, 1, 1.0, tested).average_accuracy == pytest.approx((0.9 + 0.775) / 2)
+    rows[:2] = nan  # a method that learns all tasks at the end
+    reached = incremental.outcomes.outcome(rows, 2, 1.0, tested)
+    assert reached.last_accuracy == pytest.approx(0.885) and reached.average_accuracy is None
+    assert reached.final_forgetting is None
+
+
 def test_the_streams_head_adds_each_tasks_change_to_the_newest_reference():
     reference = {"kernel": np.arange(12.0).reshape(2, 6), "bias": np.arange(6.0)}
     started = [{"kernel": np.full((2, n), 9.0), "bias": np.full(n, 7.0)} for n in (2, 3)]

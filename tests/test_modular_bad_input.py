@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from modular_cases import held_out, small, stream, trains
 
-from compo_jax.data.stream import ArraySplit
+from compo_jax.data.splits import ArraySplit
 from compo_jax.modular import (
     ModularNet,
     Settings,

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from modular_cases import ONE_DEVICE, changed, held_out, identical, small, start, stream, trains
 
 from compo_jax import tree
-from compo_jax.data.stream import ArraySplit
+from compo_jax.data.splits import ArraySplit
 from compo_jax.mesh import data_mesh
 from compo_jax.modular import (
     Network,

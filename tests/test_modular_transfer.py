@@ -9,7 +9,7 @@ from modular_cases import ONE_DEVICE, changed, identical, small, stream
 
 from compo_jax import tree
 from compo_jax.data import Task
-from compo_jax.data.stream import ArraySplit
+from compo_jax.data.splits import ArraySplit
 from compo_jax.modular import (
     PARTS,
     Network,

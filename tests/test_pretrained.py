@@ -1,7 +1,6 @@
 """Checkpoints against the architecture written out by hand, a plain NumPy forward pass, PyTorch and timm."""
 
 import inspect
-import json
 import re
 
 import jax
@@ -11,43 +10,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from scipy.special import erf
+from vit_arrays import HEADS, hollow, names_and_shapes, random_arrays, random_images
 
 from compo_jax import tree
-from compo_jax.models import ViT, backbone, from_timm, load, pretrained, save, to_timm
+from compo_jax.models import ViT, architecture, from_timm, load, to_timm
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
-SMALL = {"width": 24, "depth": 3, "hidden": 40, "patch": 4, "grid": 3, "classes": 5}  # heads are given apart
-HEADS = 3
-
-
-def names_and_shapes(width, depth, hidden, patch, grid, classes):
-    """timm's names with their shapes, (out, in) for a linear layer."""
-    shapes = {
-        "cls_token": (1, 1, width),
-        "pos_embed": (1, grid**2 + 1, width),
-        "patch_embed.proj.weight": (width, 3, patch, patch),
-        "patch_embed.proj.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-    }
-    layers = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
-    layers |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
-    for block in range(depth):
-        for layer, shape in layers.items():
-            shapes |= {f"blocks.{block}.{layer}.weight": shape, f"blocks.{block}.{layer}.bias": shape[:1]}
-        for norm in ("norm1", "norm2"):
-            shapes |= {f"blocks.{block}.{norm}.weight": (width,), f"blocks.{block}.{norm}.bias": (width,)}
-    return shapes | ({"head.weight": (classes, width), "head.bias": (classes,)} if classes else {})
-
-
-def random_arrays(dtype=np.float32, **changes):
-    rng = np.random.default_rng(0)
-    shapes = names_and_shapes(**(SMALL | changes))
-    return {name: rng.normal(scale=0.3, size=shape).astype(dtype) for name, shape in shapes.items()}
-
-
-def hollow(shapes):
-    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
 
 
 def numpy_logits(arrays, images, heads):
@@ -78,10 +46,6 @@ def numpy_logits(arrays, images, heads):
         hidden = linear(norm(x, f"{at}.norm2"), f"{at}.mlp.fc1")
         x = x + linear(hidden * (1 + erf(hidden / np.sqrt(2))) / 2, f"{at}.mlp.fc2")
     return linear(norm(x, "norm")[:, 0], "head")
-
-
-def random_images(side=12, dtype=np.float32):
-    return np.random.default_rng(1).normal(size=(2, side, side, 3)).astype(dtype)
 
 
 # Names and shapes
@@ -211,18 +175,25 @@ def test_gap_in_the_blocks_is_listed():
     [
         ("dist_token", "distilled DeiT"),
         ("blocks.0.attn.q_norm.weight", "normalises queries and keys"),
-        ("blocks.2.ls1.gamma", "layer scale"),
-        ("blocks.2.gamma_1", "layer scale"),
-        ("fc_norm.weight", "averages the tokens"),
-        ("reg_token", "register tokens"),
+        ("blocks.2.gamma_1", "layer scale under other names"),
         ("pre_logits.fc.weight", "representation layer"),
-        ("norm_pre.bias", "before the first block"),
-        ("attn_pool.latent", "attention pooling"),
+        ("blocks.0.mlp.w12.weight", "gated"),
+        ("rel_pos_bias", "relative"),
     ],
 )
 def test_unsupported_variants_are_named(name, variant):
     with pytest.raises(ValueError, match=rf"unexpected \(1\): {re.escape(name)} \(24,\)\nthis is .*{variant}"):
         from_timm(random_arrays() | {name: np.zeros(24)}, heads=HEADS)
+
+
+def test_a_part_that_is_there_in_part_is_listed():
+    arrays = random_arrays()
+    with pytest.raises(ValueError, match=r"with layer scale(.|\n)*missing \(5\): blocks\.0\.ls1\.gamma, "):
+        from_timm(arrays | {"blocks.2.ls1.gamma": np.zeros(24)}, heads=HEADS)
+    with pytest.raises(ValueError, match=r"missing \(1\): norm_pre\.weight\nunexpected \(1\): patch_embed\.proj\.bias"):
+        from_timm(arrays | {"norm_pre.bias": np.zeros(24)}, heads=HEADS)
+    with pytest.raises(ValueError, match=r"pool 'mean_then_norm'(.|\n)*missing \(1\): fc_norm\.bias\nunexpected \(2\)"):
+        from_timm(arrays | {"fc_norm.weight": np.zeros(24)}, heads=HEADS)
 
 
 def test_foreign_names_are_an_error():
@@ -248,16 +219,15 @@ PUBLISHED = {"Ti/16": (192, 12, 16, 3), "S/16": (384, 12, 16, 6), "S/14": (384, 
 def test_known_architectures_have_their_heads(name):
     width, depth, patch, heads = PUBLISHED[name]
     model = ViT(image_size=2 * patch, patch=patch, width=width, depth=depth, heads=1)
-    position = np.ones((1, 5, width))
-    assert pretrained._heads(model, position, None) == heads
-    assert pretrained._heads(model, position, 2) == 2
+    assert architecture.read_heads(model, False, None) == heads
+    assert architecture.read_heads(model, False, 2) == 2
     for other in (model.clone(depth=depth + 1), model.clone(patch=2 * patch - 1, image_size=2 * patch - 1)):
         with pytest.raises(ValueError, match=rf"no known ViT is {width} wide and {other.depth} deep .*: pass heads="):
-            pretrained._heads(other, position, None)
+            architecture.read_heads(other, False, None)
     if width < 768:  # MoCo v3's ViT-S: 12 heads, and no shape that tells
         with pytest.raises(ValueError, match=rf"12 heads instead of {heads} .*: pass heads="):
-            pretrained._heads(model, 0 * position, None)
-        assert pretrained._heads(model, 0 * position, 12) == 12
+            architecture.read_heads(model, True, None)
+        assert architecture.read_heads(model, True, 12) == 12
 
 
 def test_heads():
@@ -267,7 +237,7 @@ def test_heads():
         from_timm(random_arrays(), heads=5)
     for heads in (0, -2, 2.5):
         with pytest.raises(ValueError, match=f"heads={heads}: a whole number, 1 or more, is needed"):
-            inspect.unwrap(pretrained._heads)(ViT(), np.ones((1, 5, 768)), heads)
+            inspect.unwrap(architecture.read_heads)(ViT(), False, heads)
 
 
 # Position embeddings
@@ -377,135 +347,3 @@ def test_logits_equal_timm(size, tmp_path):
     safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
     model, params = load(tmp_path / "model.safetensors", heads=HEADS, image_size=size)
     np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, images), expected, rtol=1e-5, atol=1e-5)
-
-
-# Files
-
-
-def test_save_and_load(tmp_path):
-    path = tmp_path / "vit.safetensors"
-    params = from_timm(random_arrays(), heads=HEADS)[1]
-    save(path, params, {"heads": HEADS, "note": "tiny"}, dtype=np.float32)
-    model, loaded = load(path)
-    assert model.heads == HEADS
-    assert tree.fingerprint(loaded) == tree.fingerprint(params)
-    assert load(path, heads=4)[0].heads == 4
-    assert load(path, image_size=20)[0].image_size == 20
-    assert load(path, dtype=jnp.bfloat16)[0].dtype == jnp.bfloat16
-    with safetensors.safe_open(path, framework="numpy") as file:
-        assert file.metadata() == {"heads": "3", "note": "tiny"}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["vit.safetensors"]
-
-
-@pytest.mark.parametrize("dtype, error", [(np.float16, 2**-11), (ml_dtypes.bfloat16, 2**-8)])
-def test_save_rounds_to_16_bits(tmp_path, dtype, error):
-    params = from_timm(random_arrays(), heads=HEADS)[1]
-    save(tmp_path / "vit.safetensors", params, dtype=dtype)
-    stored = safetensors.numpy.load_file(tmp_path / "vit.safetensors")
-    assert {array.dtype for array in stored.values()} == {np.dtype(dtype)}
-    _, loaded = load(tmp_path / "vit.safetensors", heads=HEADS)
-    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
-        assert a.dtype == jnp.float32
-        np.testing.assert_allclose(a, b, rtol=error, atol=1e-7)
-
-
-def test_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "vit.safetensors"
-    params = from_timm(random_arrays(), heads=HEADS)[1]
-    save(path, params, {"heads": HEADS})
-    before = path.read_bytes()
-    with pytest.raises(
-        ValueError, match=r"^norm\.bias: values beyond the range of float16; save with dtype=np.float32"
-    ):
-        save(path, params | {"norm": {"bias": np.full(24, 1e6, np.float32)}})
-
-    def half_written(arrays, file, metadata):
-        file.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(safetensors.numpy, "save_file", half_written)
-    with pytest.raises(OSError, match="disk full"):
-        save(path, params)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_load_says_what_is_wrong_with_a_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint file .*nowhere\.safetensors"):
-        load(tmp_path / "nowhere.safetensors")
-    whole = safetensors.numpy.save(random_arrays())
-    path = tmp_path / "vit.safetensors"
-    for content in (
-        whole[:-3],
-        whole[:100],
-        whole[:4],
-        b"",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
-    ):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"vit\.safetensors is no complete safetensors file .*download it again"):
-            load(path)
-    pickled = tmp_path / "pytorch_model.bin"
-    pickled.write_bytes(b"PK\x03\x04" + bytes(100))
-    with pytest.raises(ValueError, match=r"PyTorch pickle.*torch\.load\('pytorch_model\.bin', weights_only=True\)"):
-        load(pickled)
-
-
-def test_load_says_what_a_file_of_another_kind_is(tmp_path):
-    arrays = random_arrays()
-    np.savez(tmp_path / "S_16.npz", **arrays)
-    with pytest.raises(ValueError, match=r"S_16\.npz is a NumPy archive, as AugReg's .*timm\.models\.load_checkpoint"):
-        load(tmp_path / "S_16.npz")
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {}}))
-    with pytest.raises(ValueError, match=r"index\.json is no checkpoint but a list of .*models\.from_timm"):
-        load(index)
-    names = list(arrays)
-    shards = [tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    for shard, some in zip(shards, (names[:9], names[9:]), strict=True):
-        safetensors.numpy.save_file({name: arrays[name] for name in some}, shard)
-    with pytest.raises(ValueError, match=r"00001-of-00002\.safetensors is one of a checkpoint's several files: join"):
-        load(shards[0])
-    joined = safetensors.numpy.load_file(shards[0]) | safetensors.numpy.load_file(shards[1])
-    assert from_timm(joined, heads=HEADS)[0].depth == 3
-    with pytest.raises(ValueError, match="is a folder: give the .safetensors file in it"):
-        load(tmp_path)
-
-
-def test_arrays_that_are_not_finite_are_told(tmp_path):
-    arrays = random_arrays()
-    arrays["blocks.1.mlp.fc1.weight"][3, 2] = np.nan
-    safetensors.numpy.save_file(arrays, tmp_path / "vit.safetensors")
-    with pytest.raises(ValueError, match=r"vit\.safetensors: the checkpoint holds NaN .* blocks/mlp/fc1/kernel: "):
-        load(tmp_path / "vit.safetensors", heads=HEADS)
-    params = load(tmp_path / "vit.safetensors", heads=HEADS, check_finite=False)[1]
-    assert np.isnan(params["blocks"]["mlp"]["fc1"]["kernel"][1, 2, 3])
-
-
-def test_a_full_disk_and_types_without_fractions_are_told(tmp_path, monkeypatch):
-    params = from_timm(random_arrays(), heads=HEADS)[1]
-    with pytest.raises(ValueError, match="dtype=int8 holds no fractions"):
-        save(tmp_path / "vit.safetensors", params, dtype=np.int8)
-    for dtype in ("int32", "floating"):
-        with pytest.raises(ValueError, match=f"dtype='{dtype}' "):
-            backbone(dtype=dtype)
-
-    def full(arrays, file, metadata):
-        raise safetensors.SafetensorError("Error while serializing: No space left on device (os error 28)")
-
-    monkeypatch.setattr(safetensors.numpy, "save_file", full)
-    with pytest.raises(OSError, match=r"vit\.safetensors is not written .*the space left on its disk"):
-        save(tmp_path / "vit.safetensors", params)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_load_names_the_file_whose_contents_are_wrong(tmp_path):
-    path = tmp_path / "vit.safetensors"
-    arrays = random_arrays()
-    safetensors.numpy.save_file(arrays, path, {"heads": "three"})
-    with pytest.raises(ValueError, match=r"vit\.safetensors: the metadata's heads is 'three'"):
-        load(path)
-    del arrays["cls_token"]
-    safetensors.numpy.save_file(arrays, path)
-    with pytest.raises(ValueError, match=r"vit\.safetensors: (.|\n)*missing \(1\): cls_token"):
-        load(path, heads=HEADS)

@@ -14,6 +14,7 @@ from compo_jax import adapters, curvature, modular, tree
 from compo_jax.models import to_timm
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import loading
 import ours
 import speed
 import throughput
@@ -277,6 +278,17 @@ def test_what_is_not_installed_is_told_and_our_side_shown_alone(absent, told, al
     assert told in first
     for name, line in (("forward", forward), ("kfac", kfac)):
         assert line.endswith("| – | – | 200 | – | – | – | 1,234 |") == (name in alone)
+
+
+# -- reading alone ---------------------------------------------------------------------------------------------------
+def test_the_loader_reads_jpegs_that_it_makes_where_there_are_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "IMAGES", 2)
+    for _ in range(2):  # the second time they are there
+        loading.loader_speed(tmp_path / "jpegs", batch=4, steps=2, size=16)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(list(tmp_path.rglob("*.jpg"))) == 2 * 2 * loading.CLASSES
+    assert "16 px, batch 4, 2 steps" in lines[0] and lines[3].split(":")[0] == lines[0].split(":")[0]
+    assert all("images/s of a core" in line for line in (*lines[1:3], *lines[4:]))
 
 
 # -- the tour of an accelerator --------------------------------------------------------------------------------------

@@ -78,6 +78,35 @@ def test_a_hidden_layer_of_no_width_is_told(ratio):
         ViT(**SMALL, mlp_ratio=ratio)
 
 
+@pytest.mark.parametrize(
+    "fields, told",
+    [
+        ({"pool": "max"}, "no features are called pool='max'; there are class, mean, mean_then_norm, "),
+        ({"class_token": False}, "pool='class' needs a class token: take pool='mean'"),
+        ({"activation": "relu"}, "no activation is called 'relu'; there are gelu, quick_gelu, gelu_tanh"),
+        ({"registers": -1}, "registers=-1: a whole number, 0 or more"),
+    ],
+)
+def test_parts_that_make_no_network_are_told_where_it_is_made(fields, told):
+    with pytest.raises(ValueError, match=told):
+        ViT(**SMALL | fields)
+
+
+def test_parts_hold_what_they_say_and_nothing_when_off():
+    def size_and_flops(**fields):
+        model = ViT(**SMALL, unroll=True, **fields)
+        params = initial(model)
+        compiled = jax.jit(model.apply).lower({"params": params}, IMAGES).compile()
+        return tree.size(params), compiled.cost_analysis()["flops"]
+
+    size, flops = size_and_flops()
+    assert size == 12 * (3 * 64 + 1 + 1 + 5) + 3 * (12 * 12 * 12 + 13 * 12) + 2 * 12 + 5 * 13
+    for fields, more in (({"layer_scale": True}, 2 * 3 * 12), ({"registers": 2}, 2 * 12), ({"pre_norm": True}, 12)):
+        larger, work = size_and_flops(**fields)
+        assert larger == size + more
+        assert work > flops
+
+
 def test_images_with_channels_first_are_told_to_be_transposed():
     model = ViT(**SMALL)
     params = jax.eval_shape(model.init, jax.random.key(0), IMAGES)

@@ -17,8 +17,10 @@ from compo_jax.adapters.forward import Forward as Forward
 from compo_jax.adapters.forward import adapted as adapted
 from compo_jax.adapters.forward import merged as merged
 from compo_jax.adapters.low_rank import lora as lora
+from compo_jax.adapters.peft import HF_MODULES as HF_MODULES
 from compo_jax.adapters.peft import TIMM_MODULES as TIMM_MODULES
 from compo_jax.adapters.peft import load_peft as load_peft
+from compo_jax.adapters.peft import peft_head as peft_head
 from compo_jax.adapters.peft import save_peft as save_peft
 from compo_jax.adapters.registry import build as build
 from compo_jax.adapters.registry import register as register

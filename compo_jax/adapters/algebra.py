@@ -79,8 +79,8 @@ def recompress(
       rank: r, as of `lora`; a leaf whose delta has fewer singular values keeps what it has.
       targets: patterns with the multiples of the rank, as of `lora`; a leaf that none matches has the multiple 1.
       others: what becomes of full deltas of leaves that are no matrices (biases, scales, convolutions, kernels with an
-        axis of heads): `keep` leaves them in the module as they are, which `lora`'s delta takes and `save_peft`
-        doesn't; `drop` leaves them out.
+        axis of heads): `keep` leaves them in the module as they are, which `lora`'s delta takes, and `save_peft` where
+        PyTorch's names are known; `drop` leaves them out.
       stacked: patterns of the paths whose axis 0 counts layers, as of `lora`.
 
     Raises ValueError for a module of another adapter (of an (IA)³ module take the delta), one that changes no matrices,

@@ -3,6 +3,8 @@
 `compose` for weights that are known, `merge` for a rule by its name: `compose.rules` says which to take.
 """
 
+from compo_jax.compose.activations import esm as esm
+from compo_jax.compose.activations import regmean_plus as regmean_plus
 from compo_jax.compose.adaptive import Adapted as Adapted
 from compo_jax.compose.adaptive import Unlabelled as Unlabelled
 from compo_jax.compose.adaptive import adamerging as adamerging
@@ -12,10 +14,14 @@ from compo_jax.compose.arithmetic import task_vector as task_vector
 from compo_jax.compose.checkpoints import merge_files as merge_files
 from compo_jax.compose.competition import pcb as pcb
 from compo_jax.compose.competition import sce as sce
+from compo_jax.compose.directions import boost as boost
+from compo_jax.compose.directions import cart as cart
+from compo_jax.compose.directions import dc_merge as dc_merge
 from compo_jax.compose.fisher import fisher_merge as fisher_merge
 from compo_jax.compose.group_weights import Weighed as Weighed
 from compo_jax.compose.group_weights import group_landscape as group_landscape
 from compo_jax.compose.group_weights import layer_weights as layer_weights
+from compo_jax.compose.interference import wudi as wudi
 from compo_jax.compose.kronecker import kronecker_merge as kronecker_merge
 from compo_jax.compose.kronecker import regmean as regmean
 from compo_jax.compose.masks import Unified as Unified
@@ -34,10 +40,14 @@ from compo_jax.compose.solve import Solution as Solution
 from compo_jax.compose.solve import Solved as Solved
 from compo_jax.compose.solve import conjugate_gradients as conjugate_gradients
 from compo_jax.compose.solve import solve_merge as solve_merge
+from compo_jax.compose.spaces import Space as Space
+from compo_jax.compose.spaces import core_space as core_space
+from compo_jax.compose.spaces import knots_space as knots_space
 from compo_jax.compose.sparse import drop as drop
 from compo_jax.compose.sparse import ties as ties
 from compo_jax.compose.sparse import trim as trim
 from compo_jax.compose.spectral import iso as iso
+from compo_jax.compose.spectral import iso_cts as iso_cts
 from compo_jax.compose.spectral import tsv as tsv
 from compo_jax.compose.sphere import cosines as cosines
 from compo_jax.compose.sphere import karcher_mean as karcher_mean

@@ -29,6 +29,19 @@ class Unlabelled(NamedTuple):
     batches: Sequence[Any]
 
 
+def tasks_of(unlabelled: Sequence[Unlabelled], count: int) -> list[Unlabelled]:
+    """The tasks, their batches in lists; ValueError for another number than `count`, and for one without images."""
+    if len(unlabelled) != count:
+        raise ValueError(
+            f"{len(unlabelled)} tasks' unlabelled images were given for {count} modules: an Unlabelled(apply, batches) "
+            "for each"
+        )
+    tasks = [Unlabelled(task.apply, list(task.batches)) for task in (Unlabelled(*task) for task in unlabelled)]
+    if empty := [str(t) for t, task in enumerate(tasks) if not task.batches]:
+        raise ValueError(f"there are no unlabelled images of task {', '.join(empty)}: batches is an empty list")
+    return tasks
+
+
 class Adapted(NamedTuple):
     """A composition adapted to its tasks' images.
 
@@ -94,14 +107,7 @@ def adamerging(
     require_iterations(None, steps)
     require_number("learning_rate", learning_rate, "a positive number", lambda x: x > 0)
     require_number("start", start, "a weight from 0 to 1", lambda x: 0 <= x <= 1)
-    if len(unlabelled) != len(deltas):
-        raise ValueError(
-            f"{len(unlabelled)} tasks' unlabelled images were given for {len(deltas)} modules: an Unlabelled(apply, "
-            "batches) for each"
-        )
-    tasks = [Unlabelled(task.apply, list(task.batches)) for task in (Unlabelled(*task) for task in unlabelled)]
-    if empty := [str(t) for t, task in enumerate(tasks) if not task.batches]:
-        raise ValueError(f"there are no unlabelled images of task {', '.join(empty)}: batches is an empty list")
+    tasks = tasks_of(unlabelled, len(deltas))
     parts = grouped(base, deltas, groups, stacked)
     applies, optimiser = [task.apply for task in tasks], optax.adam(learning_rate)
 

@@ -23,7 +23,7 @@ from compo_jax.curvature import Kronecker
 from compo_jax.tree import Tree
 
 
-def _split(
+def split_layers(
     deltas: list[Tree], factors: Sequence[Kronecker], weights: list, finite: Sequence[str]
 ) -> tuple[list[Tree], list[Kronecker], Tree]:
     """(the deltas of the layers with factors, the factors in float32 at least, the weighted mean of the others).
@@ -95,7 +95,7 @@ def regmean(
     require_not_negative(damping=damping)
     weights = weigh(weights, len(deltas), sign=False)
     anchor = weigh([0.0] * len(deltas) if anchor is None else anchor, len(deltas))
-    covered, factors, rest = _split(deltas, factors, weights, ["inputs"] if check_finite else [])
+    covered, factors, rest = split_layers(deltas, factors, weights, ["inputs"] if check_finite else [])
     layers = dict(factors[0].layout)
 
     def layer(name, *changes):
@@ -150,7 +150,7 @@ def kronecker_merge(
     require_iterations(tolerance, max_iterations)
     weights = weigh(weights, len(deltas), sign=False)
     anchor = None if anchor is None else weigh(anchor, len(deltas))
-    covered, factors, rest = _split(deltas, factors, weights, ["inputs", "outputs"] if check_finite else [])
+    covered, factors, rest = split_layers(deltas, factors, weights, ["inputs", "outputs"] if check_finite else [])
     options = {"anchor": anchor, "tolerance": tolerance, "max_iterations": max_iterations}
     solved = solve_merge(
         base,

@@ -31,6 +31,14 @@ def require_not_negative(**numbers: Any) -> None:
         require_number(name, value, "a finite number that isn't negative", lambda x: x >= 0)
 
 
+def require_part(name: str, value: Any, meaning: str, *, zero: bool = True) -> None:
+    """ValueError where `value`, called `name`, is no number from 0 (itself where `zero`) to 1, or is traced, as shapes
+    depend on it."""
+    if not tree.concrete(value):
+        raise ValueError(f"{name} is {meaning}, and has to be known when the rule is traced: leave it out of jit")
+    require_number(name, value, meaning, lambda x: 0 < x <= 1 or (zero and x == 0))
+
+
 def require_iterations(tolerance: Scalar | None, max_iterations: int) -> None:
     """ValueError where an iteration can't be stopped by these."""
     if tolerance is not None:

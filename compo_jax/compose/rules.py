@@ -4,10 +4,12 @@ Which to take:
   `average` first: it costs nothing, and few rules beat it by much where all modules began at one base.
   Without data: `task_arithmetic`, whose scale is worth tuning; `ties` and `dare` for many modules that get in each
   other's way; `tsv` and `iso` for modules that matter unequally; `model_stock` for several trainings on one task;
-  `slerp` and `karcher` to keep the norms.
+  `slerp` and `karcher` to keep the norms. Newer ones on each layer's matrices: `iso_cts` for many tasks, `dc_merge` for
+  LoRA, `cart`, `wudi`. Around another rule: `core_space` and `knots`, in whose coordinates LoRA modules are more alike,
+  and `subspace_boosting`, for what merging has cancelled.
   With data, from the cheapest on: `best_weights` (T numbers, from the landscape), `fisher`, `regmean`, `kronecker`, and
   `ggn`, which leaves nothing out and takes a thousand times as long; between them `layer_weights` and `epimer`, T
-  numbers a layer. With test images but no labels: `adamerging`.
+  numbers a layer. With images but no labels: `esm`, `regmean_plus`, and on the test's `adamerging`.
   Where it is known which task an image is of: `emr` and `tall`, one vector for all tasks and a mask for each.
   Before or after another rule: `lines`, deeper layers more; `dare`, `della`, `breadcrumbs`, fewer entries.
 """
@@ -22,13 +24,17 @@ from jaxtyping import Array, Key
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
+from compo_jax.compose.activations import esm, regmean_plus
 from compo_jax.compose.adaptive import Adapted, Unlabelled, adamerging
 from compo_jax.compose.arithmetic import compose, task_arithmetic
+from compo_jax.compose.around import boosted, in_core_space, knots
 from compo_jax.compose.competition import pcb, sce
 from compo_jax.compose.depth import layer_scales, moved_by_layer, scaled_by_layer, widened
+from compo_jax.compose.directions import cart, dc_merge
 from compo_jax.compose.entries import whole
 from compo_jax.compose.fisher import fisher_compose, fisher_merge
 from compo_jax.compose.group_weights import Weighed, layer_weights
+from compo_jax.compose.interference import wudi
 from compo_jax.compose.kronecker import kronecker_merge, regmean
 from compo_jax.compose.leaves import Stacked, add_weighted
 from compo_jax.compose.masks import consensus, emr_params, tall_params
@@ -36,7 +42,7 @@ from compo_jax.compose.modules import with_holes, with_zeros
 from compo_jax.compose.numbers import Scalar, Weights
 from compo_jax.compose.solve import Solved, solve_merge
 from compo_jax.compose.sparse import drop_each, ties
-from compo_jax.compose.spectral import iso, tsv
+from compo_jax.compose.spectral import iso, iso_cts, tsv
 from compo_jax.compose.sphere import karcher_mean, karcher_weights, slerp_weights
 from compo_jax.compose.stock import model_stock
 from compo_jax.compose.subspace import Projected, epimer
@@ -223,6 +229,16 @@ RULES = {
     "layer_weights": Rule(
         _layer_weights, ("loss", "batches"), weighted=False, leafwise=False, options_of=layer_weights
     ),
+    # matrices; coordinates for another rule, and what comes after it
+    "wudi": Rule(wudi),
+    "iso_cts": Rule(iso_cts),
+    "dc_merge": Rule(dc_merge),
+    "cart": Rule(cart),
+    "knots": Rule(knots, takes=("key",), leafwise=False, behind="average"),
+    "core_space": Rule(in_core_space, takes=("key",), leafwise=False, behind="average"),
+    "esm": Rule(esm, needs=("factors",), leafwise=False),
+    "regmean_plus": Rule(regmean_plus, needs=("unlabelled",), leafwise=False),
+    "subspace_boosting": Rule(boosted, takes=tuple(MADE_BY), leafwise=False, behind="average"),
 }
 
 
@@ -285,14 +301,15 @@ def merge(
     """The composed parameters by the rule `name` of `RULES`.
 
     Args:
-      deltas: trees shaped as `base`, None where nothing changes.
+      deltas: trees shaped as `base`, None where nothing changes; of `core_space` LoRA modules as they are.
       weights: one a module; each rule says what they mean, and its default.
       key, fishers, factors, matvecs, landscape, task, unlabelled, loss, batches: see `MADE_BY`. What the rule doesn't
         use is left aside, so that a loop over all rules may give everything to each.
       check_finite: ValueError, naming module and leaf, where a module, or what the rule needs beside them, holds NaN or
         an infinity; False lets them through.
       options: of the rule, such as `scale`, `density`, `rate`, `damping`; `slerp` takes `t`, and the add-ons (`dare`,
-        `della`, `breadcrumbs`, `lines`) the name of the `rule` behind them, and its options.
+        `della`, `breadcrumbs`, `lines`, `knots`, `core_space`, `subspace_boosting`) the name of the `rule` behind them,
+        and its options.
 
     The residual of a solve comes with `solve_merge` and `kronecker_merge` themselves. ValueError for an unknown rule
     or option (lists the known), for what the rule needs and didn't get (says what makes it), for weights that the

@@ -1,4 +1,4 @@
-"""Streams of tasks (glyphs, TFDS sets, arrays), batches that are addressable by step, and augmentation in JAX."""
+"""Streams of tasks (glyphs, TFDS sets, folders, arrays), batches that are addressable by step, augmentation in JAX."""
 
 from compo_jax.data import augment as augment
 from compo_jax.data import corruptions as corruptions
@@ -8,14 +8,15 @@ from .batches import eval_batches as eval_batches
 from .batches import steps_per_epoch as steps_per_epoch
 from .batches import train_batches as train_batches
 from .domains import corrupted_domains as corrupted_domains
+from .folders import folder_stream as folder_stream
 from .named import open_domains as open_domains
 from .named import open_stream as open_stream
 from .named import open_tasks as open_tasks
 from .sources import tfds_stream as tfds_stream
-from .stream import ArraySplit as ArraySplit
-from .stream import JoinedSplit as JoinedSplit
-from .stream import Split as Split
-from .stream import SubsetSplit as SubsetSplit
+from .splits import ArraySplit as ArraySplit
+from .splits import JoinedSplit as JoinedSplit
+from .splits import Split as Split
+from .splits import SubsetSplit as SubsetSplit
 from .stream import Task as Task
 from .stream import TaskStream as TaskStream
 from .stream import array_stream as array_stream

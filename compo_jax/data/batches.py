@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from compo_jax.data.stream import ArraySplit, JoinedSplit, Split
+from compo_jax.data.splits import ArraySplit, JoinedSplit, Keys, Split, SubsetSplit, images_of
 
 Batch = dict[str, np.ndarray]
 
@@ -20,14 +20,20 @@ def steps_per_epoch(split: Split, batch: int) -> int:
     return -(-len(split) // batch)
 
 
-def _take(split: Split, indices: np.ndarray) -> Batch:
-    return {"image": split.images(indices), "label": split.labels[indices]}
+def _take(split: Split, indices: np.ndarray, keys: Keys | None = None) -> Batch:
+    return {"image": images_of(split, indices, keys), "label": split.labels[indices]}
+
+
+def _held(split: Split) -> bool:
+    """Whether all the images are in memory."""
+    if isinstance(split, SubsetSplit):
+        return _held(split.split)
+    return all(map(_held, split.splits)) if isinstance(split, JoinedSplit) else isinstance(split, ArraySplit)
 
 
 def _ahead(split: Split, make, start: int, stop: int) -> Iterator:
     """make(start), make(start + 1), ... made ahead by threads where images have to be decoded."""
-    parts = split.splits if isinstance(split, JoinedSplit) else (split,)
-    if all(isinstance(part, ArraySplit) for part in parts):
+    if _held(split):
         return map(make, range(start, stop))
     import grain
 
@@ -44,6 +50,8 @@ def train_batches(
 
     Step k belongs to epoch k // `steps_per_epoch`, whose order is `np.random.default_rng([*seed, epoch]).permutation`.
     The last batch of an epoch is filled up from the start of the same order: no image is dropped, no shape changes.
+    Images that aren't in memory are read and decoded ahead by threads; where crops are drawn from them as they are read
+    (`augment="original"`), image i of the batch by the key `[*seed, epoch, step within it, i]`.
     """
     length = steps_per_epoch(split, batch)
     seeds = [seed] if isinstance(seed, int) else list(seed)
@@ -54,7 +62,8 @@ def train_batches(
         return np.resize(permutation, (length, batch))
 
     def make(step: int) -> Batch:
-        return _take(split, order(step // length)[step % length])
+        epoch, row = divmod(step, length)
+        return _take(split, order(epoch)[row], [(*seeds, epoch, row, place) for place in range(batch)])
 
     return _ahead(split, make, start, _UNBOUNDED if steps is None else steps)
 

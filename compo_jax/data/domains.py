@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from compo_jax.data.corruptions import corrupt
-from compo_jax.data.stream import ArraySplit, Task, TaskStream, checked, pooled
+from compo_jax.data.splits import ArraySplit
+from compo_jax.data.stream import Task, TaskStream, checked, pooled
 
 HELD_OUT = (
     "contrast+gaussian_noise", "invert+motion_blur", "elastic+impulse_noise", "fog+pixelate",

@@ -1,15 +1,17 @@
 """Streams, tasks side by side, and domains by their names."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from compo_jax.data import augment, glyphs
 from compo_jax.data.domains import DOMAINS, corrupted_domains
+from compo_jax.data.folders import folder_parts, folder_stream
 from compo_jax.data.records import split_names
-from compo_jax.data.sets import SETS, base_name, data_set
+from compo_jax.data.sets import SETS, data_set
 from compo_jax.data.sources import tfds_stream
 from compo_jax.data.stream import TaskStream, checked, glyph_stream, glyph_task
 
@@ -22,6 +24,7 @@ _RENDERED = {  # domains that differ in nothing but how their images are made
 }
 _CLEAR = glyphs.Distortion(contrast=(0.7, 1.0), noise=0.05)  # what is to be corrupted
 _CORRUPTED = "-corrupted"
+FOLDER = "folder:"  # before the path of a folder of images
 
 
 def open_stream(
@@ -35,18 +38,20 @@ def open_stream(
     images: int | None = None,
     by: str | None = None,
     train_split: str | None = None,
-    **tfds_options: Any,
+    **options: Any,
 ) -> TaskStream:
-    """The stream called `name`: `glyphs`, scanned characters of one script a task, or a prepared TFDS set.
+    """The stream called `name`: `glyphs`, scanned characters of one script a task, a prepared TFDS set, or
+    `folder:PATH`, images in folders or lists.
 
     Args:
-      data_dir: of a TFDS set; ValueError without it.
+      data_dir: of a TFDS set; ValueError without it. Of a folder, where its path begins, if it isn't absolute.
       tasks: of glyphs the first scripts.
       classes: characters of a script (glyphs only).
       images: training images of a class, drawn by the seed, all where there are fewer; None for 100 glyphs, or all.
       by, train_split: see `tfds_stream`; default: as the set wants it, Omniglot by its test split's alphabets say.
-      tfds_options: see `tfds_stream`.
+      options: see `tfds_stream` and `folder_stream`; None for what they say.
     """
+    options = {key: value for key, value in options.items() if value is not None or key == "augment"}
     if name == "glyphs":
         return glyph_stream(
             _scripts(tasks),
@@ -57,11 +62,15 @@ def open_stream(
             seed=seed,
             distortion=glyphs.SCAN,
         )
-    folder, kind = _needs_folder(name, data_dir, "glyphs"), data_set(name)
+    kind = data_set(name)
     if kind.few:
         by, train_split = by or kind.by, train_split or kind.by_split
-    return tfds_stream(
-        name, folder, size=size, tasks=tasks, seed=seed, images=images, by=by, train_split=train_split, **tfds_options
+    if by is not None:
+        if name.startswith(FOLDER):
+            raise ValueError(f"by={by!r} plays no part with {name}, which is divided by class order: leave it out")
+        options["by"] = by
+    return _reader(name, data_dir, "glyphs")(
+        size=size, tasks=tasks, seed=seed, images=images, train_split=train_split, **options
     )
 
 
@@ -73,13 +82,31 @@ def _scripts(tasks: int | None) -> list[str]:
     return known[:tasks]
 
 
-def _needs_folder(name: str, data_dir: str | Path | None, rendered: str) -> str | Path:
+def _folder(name: str, data_dir: str | Path | None) -> Path:
+    """The folder of images that `folder:PATH` names."""
+    path = Path(name.removeprefix(FOLDER))
+    if path.is_absolute() and data_dir is not None:
+        raise ValueError(f"data_dir (--data-dir) plays no part with {name}, which says where it is: leave it out")
+    return path if data_dir is None else Path(data_dir) / path
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """`tfds_stream` or `folder_stream` of one set, with their options."""
+
+    def __call__(self, **options: Any) -> TaskStream: ...
+
+
+def _reader(name: str, data_dir: str | Path | None, rendered: str) -> Reader:
+    """Of what is so called; ValueError where a TFDS set has no folder."""
+    if name.startswith(FOLDER):
+        return partial(folder_stream, _folder(name, data_dir))
     if data_dir is None:
         raise ValueError(
             f"{name} needs data_dir (--data-dir): the folder where TFDS has prepared the set; rendered without one: "
-            f"{rendered}"
+            f"{rendered}; folder:PATH reads images in folders"
         )
-    return data_dir
+    return partial(tfds_stream, name, data_dir)
 
 
 def open_tasks(
@@ -96,8 +123,8 @@ def open_tasks(
     """Tasks of one set or several side by side, at one size: for networks that learn them at once.
 
     A set with a feature that divides it gives several tasks (CIFAR-100's superclasses, Omniglot's alphabets, the
-    scripts of `glyphs`), any other set one. Pictures are mirrored at random in training; characters are
-    not augmented, nor is anything where both are together.
+    scripts of `glyphs`), any other set and a folder of images (`folder:PATH`) one. Pictures are mirrored at random in
+    training; characters are not augmented, nor is anything where both are together.
 
     Args:
       tasks: how many a divided set gives, drawn by the seed, of `glyphs` the first ones; default all.
@@ -126,12 +153,11 @@ def open_tasks(
             flip = None if kind.characters else augment.random_flip
             of_set = {"tasks": tasks, "by": kind.by, "train_split": train_split or kind.by_split}
             options = of_set if kind.by else {"tasks": 1}
-            found = tfds_stream(
-                name, _needs_folder(name, data_dir, "glyphs"), size=size, seed=seed, augment=flip, crop=1.0,
-                images=images, **options,
-            )  # fmt: skip
+            found = _reader(name, data_dir, "glyphs")(
+                size=size, seed=seed, augment=flip, crop=1.0, images=images, **options
+            )
             if not kind.by:
-                found = found._replace(tasks=(found.tasks[0]._replace(name=base_name(name)),))
+                found = found._replace(tasks=(found.tasks[0]._replace(name=found.name),))
         streams.append(found)
     if not streams:
         raise ValueError("no data set was named")
@@ -157,9 +183,10 @@ def open_domains(
 
     Args:
       name: `rendered`, digits that are rendered in four ways; `digits`: MNIST, USPS and rendered digits; a TFDS set
-        whose splits are domains, of each of which a fifth is held out (PACS); or `rendered-corrupted` or a TFDS set
-        with that ending (`cifar100-corrupted`): one set under twelve corruptions, and, only to be adapted to
-        (`held_out` of the stream), under other severities and two corruptions at once, see `corrupted_domains`.
+        whose splits are domains, of each of which a fifth is held out (PACS), or `folder:PATH` with a folder of classes
+        for each domain; or `rendered-corrupted`, or a TFDS set or a folder with that ending (`cifar100-corrupted`): one
+        set under twelve corruptions, and, only to be adapted to (`held_out` of the stream), under other severities and
+        two corruptions at once, see `corrupted_domains`.
       images: training images of a class, drawn by the seed, all where there are fewer; None for all, but 50 where all
         are rendered and 500 for rendered ones beside MNIST's. For the test a fifth as many are rendered.
       label: feature of a TFDS set that gives the classes, such as CIFAR-100's `coarse_label`.
@@ -176,23 +203,26 @@ def open_domains(
         count = DOMAINS * (50 if images is None else images)
         digits = glyph_task(jax.random.key(seed), name, _DIGITS, count, count // 5, size, _CLEAR)
         return corrupted_domains(TaskStream(name, (digits,), size), seed=seed, images=images)
-    folder = _needs_folder(name, data_dir, "rendered, rendered-corrupted")
+    read = _reader(name.removesuffix(_CORRUPTED), data_dir, "rendered, rendered-corrupted")
+    in_folder = name.startswith(FOLDER)
+    if in_folder and label != "label":
+        raise ValueError(f"label={label!r} plays no part with {name}, whose classes are folders: leave it out")
     flip = None if data_set(name.removesuffix(_CORRUPTED)).characters else augment.random_flip
     if name == "digits":
         real = [
-            tfds_stream(each, folder, size=size, tasks=1, seed=None, images=images).tasks[0]._replace(name=each)
+            tfds_stream(each, str(data_dir), size=size, tasks=1, seed=None, images=images).tasks[0]._replace(name=each)
             for each in ("mnist", "usps")
         ]
         return _of_one_set(TaskStream(name, (*real, rendered("rendered", glyphs.Distortion(), 0, 500)), size))
-    whole = {"size": size, "tasks": 1, "seed": None, "crop": 1.0, "augment": flip, "label": label}
+    whole = {"size": size, "tasks": 1, "seed": None, "crop": 1.0, "augment": flip} | (
+        {} if in_folder else {"label": label}
+    )
     if name.endswith(_CORRUPTED):
-        stream = tfds_stream(name.removesuffix(_CORRUPTED), folder, memory=0, **whole)
+        stream = read(memory=0, **whole)
         return corrupted_domains(stream, seed=seed, images=images)._replace(name=name)
     domains = [
-        tfds_stream(name, folder, train_split=split, test_fraction=0.2, images=images, **whole)
-        .tasks[0]
-        ._replace(name=split)
-        for split in split_names(name, folder)
+        read(train_split=split, test_fraction=0.2, images=images, **whole).tasks[0]._replace(name=split)
+        for split in (folder_parts(_folder(name, data_dir)) if in_folder else split_names(name, str(data_dir)))
     ]
     return _of_one_set(TaskStream(name, tuple(domains), size, augment=flip))
 

@@ -108,6 +108,8 @@ def _first_line(error: Exception) -> str:
 class Records:
     """The records of one split, images left as bytes; `where` names the set and the split in errors."""
 
+    advice = "copy the set again from where it was prepared"
+
     def __init__(self, builder, split: str):
         import tensorflow_datasets as tfds
 
@@ -115,7 +117,10 @@ class Records:
         self.pieces = _shards(builder, split)
         if not self.pieces:
             raise ValueError(f"{self.where} has no images: name another, or more of it")
-        self.source: Any = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        images = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
+        self.source: Any = builder.as_data_source(
+            split=split, decoders={key: tfds.decode.SkipDecoding() for key in images}
+        )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -132,6 +137,14 @@ class Records:
                 f"{self.where}: record {row} in {file} can't be read ({_first_line(reason)}): the file was cut or "
                 f"changed, {_AGAIN}"
             ) from reason
+
+    def read(self, rows: Sequence[int]) -> list[bytes]:
+        """The stored images of these records."""
+        return [record["image"] for record in self[rows]]
+
+    def place(self, row: int) -> str:
+        """What errors call a record."""
+        return f"{self.where}: image {row}"
 
     def _read(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         found = self.source.__getitems__(list(rows))

@@ -2,95 +2,18 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, Integer, Key, UInt8
+from jaxtyping import Array, Float, Int32, Integer, Key, UInt8
 
 from compo_jax.data import glyphs
+from compo_jax.data.splits import ArraySplit, JoinedSplit, Split, SubsetSplit, whole
 
 Images = Float[Array, "batch height width channels"]
 Augmentation = Callable[[Key[Array, ""], Images], Images]
-
-
-@runtime_checkable
-class Split(Protocol):
-    """Images of one task, addressed by index.
-
-    Attributes:
-      labels: (images,) int32, from 0 to the number of the task's classes - 1.
-    """
-
-    labels: np.ndarray
-
-    def __len__(self) -> int: ...
-
-    def images(self, indices: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n size size 3"]: ...
-
-
-def _whole(labels) -> Int32[np.ndarray, " images"]:
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"labels are whole numbers, one for each image, and these are {labels.dtype} of shape {labels.shape}: cast "
-            "them to int, with argmax where they are one-hot"
-        )
-    return labels.astype(np.int32)
-
-
-class ArraySplit:
-    """A split held in memory: an image for each label, which are whole numbers."""
-
-    def __init__(self, pixels: UInt8[np.ndarray, "images size size 3"], labels: np.ndarray):
-        self.pixels = pixels
-        self.labels = _whole(labels)
-        if len(self.labels) != len(pixels):
-            raise ValueError(f"{len(pixels)} images need as many labels, not {len(self.labels)}")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def images(self, indices: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n size size 3"]:
-        return self.pixels[indices]
-
-
-class SubsetSplit:
-    """Some rows of a split, in this order, read when asked."""
-
-    def __init__(self, split: Split, rows: Int[np.ndarray, " images"]):
-        self.split, self.rows = split, np.asarray(rows)
-        self.labels: Int32[np.ndarray, " images"] = split.labels[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def images(self, indices: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n size size 3"]:
-        return self.split.images(self.rows[indices])
-
-
-class JoinedSplit:
-    """Several splits end to end, the labels of each raised by its offset; images are read from the parts when asked."""
-
-    def __init__(self, splits: Sequence[Split], offsets: Sequence[int]):
-        self.splits = tuple(splits)
-        self.starts = np.cumsum([0, *map(len, splits)])
-        self.labels: Int32[np.ndarray, " images"] = np.concatenate(
-            [s.labels + np.int32(offset) for s, offset in zip(splits, offsets, strict=True)]
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def images(self, indices: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n size size 3"]:
-        indices = np.arange(len(self))[indices]  # rejects what is out of range and resolves negative indices
-        part = np.searchsorted(self.starts, indices, side="right") - 1
-        order = np.argsort(part, kind="stable")
-        pieces = [self.splits[p].images(indices[part == p] - self.starts[p]) for p in np.unique(part)]
-        if not pieces:
-            return self.splits[0].images(indices)
-        return np.concatenate(pieces)[np.argsort(order)]
 
 
 class Task(NamedTuple):
@@ -140,8 +63,11 @@ class TaskStream(NamedTuple):
         return (jnp.asarray(images, jnp.float32) / 255 - mean) / std
 
 
-def group_classes(classes: int, tasks: int | Iterable[Iterable[int]], seed: int | None) -> list[list[int]]:
-    """Divides classes 0 .. `classes` - 1 into `tasks` groups as equal as possible, in an order drawn from the seed.
+def group_classes(
+    classes: int, tasks: int | Iterable[Iterable[int]], seed: int | None, class_order: int | None = None
+) -> list[list[int]]:
+    """Divides classes 0 .. `classes` - 1 into `tasks` groups as equal as possible, in an order drawn from the seed, or
+    from `class_order` by NumPy's older generator, as the field does with 1993.
 
     With seed None the order is kept. Groups that are given are checked and used as they are, and then the seed plays
     no part; classes in none of them are left out.
@@ -156,7 +82,10 @@ def group_classes(classes: int, tasks: int | Iterable[Iterable[int]], seed: int 
         raise ValueError(f"{tasks} tasks were asked for and there are {classes} classes; ask for 1 to {classes // 2}")
     if seed is not None and seed < 0:
         raise ValueError(f"a seed is 0 or more, not {seed}")
-    order = np.arange(classes) if seed is None else np.random.default_rng(seed).permutation(classes)
+    if class_order is not None:
+        order = np.random.RandomState(class_order).permutation(classes)
+    else:
+        order = np.arange(classes) if seed is None else np.random.default_rng(seed).permutation(classes)
     return [group.tolist() for group in np.array_split(order, tasks)]
 
 
@@ -237,7 +166,7 @@ def array_stream(
     images, test_images = _pixels(images), _pixels(test_images)
     if images.shape[1:] != test_images.shape[1:]:
         raise ValueError(f"train images are {images.shape[1:]}, test images {test_images.shape[1:]}: resize one")
-    labels, test_labels = _whole(labels), _whole(test_labels)
+    labels, test_labels = whole(labels), whole(test_labels)
     if same and not overlap:
         raise ValueError(
             "train and test images are the same: a test would tell nothing; divide them, or pass overlap=True"

@@ -28,8 +28,11 @@ from compo_jax.incremental.ita import task_arithmetic as task_arithmetic
 from compo_jax.incremental.learner import Learned as Learned
 from compo_jax.incremental.learner import task_trainer as task_trainer
 from compo_jax.incremental.metrics import accuracy_so_far as accuracy_so_far
+from compo_jax.incremental.metrics import average_accuracy as average_accuracy
 from compo_jax.incremental.metrics import final_accuracy as final_accuracy
 from compo_jax.incremental.metrics import final_forgetting as final_forgetting
+from compo_jax.incremental.metrics import image_accuracy as image_accuracy
+from compo_jax.incremental.metrics import last_accuracy as last_accuracy
 from compo_jax.incremental.mixtures import Mixtures as Mixtures
 from compo_jax.incremental.mixtures import empty_mixtures as empty_mixtures
 from compo_jax.incremental.mixtures import fit_mixtures as fit_mixtures

@@ -66,7 +66,7 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} lacks config.json, the settings of its run: bring it back from a copy")
     config = _object(folder / "config.json")
-    options = ("tasks", "seed", "by", "train_split", "test_split", "classes")
+    options = ("tasks", "seed", "by", "train_split", "test_split", "classes", "images")
     if missing := {*options, "data", "data_dir", "backbone", "heads", "image_size", "dtype", "methods"} - set(config):
         raise ValueError(f"{folder} was made by another version, its settings lack {', '.join(sorted(missing))}")
     rendered = config["data"] == "glyphs"
@@ -74,21 +74,27 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
         raise ValueError(
             f"{folder} is of glyphs, which are rendered: data_dir (--data-dir) plays no part, leave it out"
         )
-    model, base, described = models.backbone(config["backbone"], config["heads"], config["image_size"], config["dtype"])
+    backbone = models.backbone(config["backbone"], config["heads"], config["image_size"], config["dtype"])
+    model, base = backbone.model, backbone.params
+    later = {  # which runs of an earlier day lack
+        key: config[key] for key in ("class_order", "test_fraction", "crop", "augment") if key in config
+    }
     stream = data.open_stream(
         config["data"],
         model.image_size,
         data_dir=config["data_dir"] if data_dir is None else data_dir,
-        images=config["images"] if rendered else config.get("train_images"),  # of older runs all
         **{key: config[key] for key in options},
+        **later,
     )
+    if backbone.pixels:
+        stream = stream._replace(**backbone.pixels._asdict())
     pools = {
         name: ModulePool(pool_folder(folder, config["methods"], name))
         for name in config["methods"]
         if (way := WAYS.get(name.partition("-")[0])) and way.averages
     }
     return FinishedRun(
-        folder, config, model, base, described, stream, pools, _head(folder / "reference.npz", base, stream)
+        folder, config, model, base, backbone.description, stream, pools, _head(folder / "reference.npz", base, stream)
     )
 
 

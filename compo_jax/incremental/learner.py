@@ -113,8 +113,9 @@ def training(setup: Setup, method: Method, *, width: int | None = None) -> Train
 
     def finish(task, first, params, memory):
         head = jax.tree.map(lambda x: np.asarray(x[..., : len(task.classes)]), params["head"])
-        module = jax.tree.map(np.asarray, params["module"])
-        return Learned(module, head, mode.remember(memory, task, first, module, head, setup.keys(first).memory))
+        trained = jax.tree.map(np.asarray, params["module"])
+        module = jax.tree.map(np.asarray, mode.keep(memory, trained))
+        return Learned(module, head, mode.remember(memory, task, first, trained, head, setup.keys(first).memory))
 
     optimizer = (coupled_adamw if coupled else decoupled_adamw)(method.learning_rate)
     if mode.module_rate != 1:

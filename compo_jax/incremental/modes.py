@@ -80,6 +80,11 @@ def newest(names: Sequence[str], task: int) -> Composition:
     return Composition([names[task]], names[: task + 1])
 
 
+def apart(names: Sequence[str], task: int) -> Composition:
+    """All heads, and no mean of the modules: `classify` goes by each of them."""
+    return Composition([], names[: task + 1])
+
+
 def nothing(names: Sequence[str], task: int) -> Composition:
     """Of a mode that trains no modules."""
     return Composition([], [])
@@ -119,6 +124,7 @@ class Mode(NamedTuple):
       distil: `(held, features, images, alpha) -> scalar` added to the cross-entropy; None for nothing.
       module_rate: the module's learning rate as a part of the method's, which is the head's.
       remember: `(memory, task, first, module, head, key) -> memory` after a task whose first class is number `first`.
+      keep: `(memory, module) -> module`, what a pool can store of what was trained, where that isn't a module.
     What is trained when:
       lesson: `(stream, task) -> Lesson` that is trained when this task has come; None where nothing is.
       at_once: whether the lessons are `each_task` and none needs what another left: all can be trained together.
@@ -138,6 +144,7 @@ class Mode(NamedTuple):
     distil: Callable[[Tree, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
     module_rate: float = 1.0
     remember: Callable[[Memory, Task, int, Tree, Head, jax.Array], Memory] = lambda memory, *_: memory
+    keep: Callable[[Memory, Tree], Tree] = lambda memory, module: module
     lesson: Callable[[TaskStream, int], Lesson | None] = each_task
     at_once: bool = False
     metric: Callable[[Reference], Metric] = lambda reference: reference.others

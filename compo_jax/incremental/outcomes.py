@@ -1,11 +1,12 @@
 """What a run reached, as types that are written to JSON and read back: `train.write_result`, `train.read_result`."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from compo_jax.incremental.metrics import final_accuracy, final_forgetting
+from compo_jax.incremental.metrics import average_accuracy, final_accuracy, final_forgetting, last_accuracy
 
 
 class Outcome(NamedTuple):
@@ -17,6 +18,8 @@ class Outcome(NamedTuple):
       task_incremental_accuracy: as `final_accuracy`, the prediction among the task's own classes.
       accuracy_matrix: `[t, s]`, after task t on task s.
       seconds: of training; None where nothing is trained.
+      last_accuracy: after the last task so far over all test images, A_last; see `metrics`.
+      average_accuracy: the mean of that over the tasks' steps, Ā; None where something was tested at the end alone.
     """
 
     final_accuracy: float | None
@@ -24,6 +27,8 @@ class Outcome(NamedTuple):
     task_incremental_accuracy: float | None
     accuracy_matrix: Float[np.ndarray, "tasks tasks"]
     seconds: float | None
+    last_accuracy: float | None = None
+    average_accuracy: float | None = None
 
 
 class Skill(NamedTuple):
@@ -49,6 +54,7 @@ class Results(NamedTuple):
         modules can't be left out.
       images_per_second: of the main method's training; None where it was not measured.
       seconds: that the run took, those before an interruption too.
+      published: the final accuracy of methods in a publication, by their names, where the run is of its benchmark.
     """
 
     name: str
@@ -65,6 +71,7 @@ class Results(NamedTuple):
     unlearn: list[Skill]
     images_per_second: float | None
     seconds: float
+    published: dict[str, float] = {}
 
     @property
     def method(self) -> str:
@@ -72,10 +79,18 @@ class Results(NamedTuple):
         return next(iter(self.methods))
 
 
-def outcome(rows: Float[np.ndarray, "tasks tasks 2"], task: int, seconds: float | None) -> Outcome:
-    """Of the accuracies `[t, s]` among all classes and within the task, up to this task; nan where there is none."""
+def outcome(
+    rows: Float[np.ndarray, "tasks tasks 2"], task: int, seconds: float | None, tested: Sequence[int]
+) -> Outcome:
+    """Of the accuracies `[t, s]` among all classes and within the task, up to this task; nan where there is none.
+
+    Args:
+      tested: test images of each task.
+    """
     so_far, within = rows[: task + 1, : task + 1, 0], rows[task, : task + 1, 1]
     if np.isnan(so_far[-1]).any():
         return Outcome(None, None, None, rows[..., 0], seconds)
     forgetting = None if task and np.isnan(so_far[:-1]).all() else final_forgetting(so_far)
-    return Outcome(final_accuracy(so_far), forgetting, float(within.mean()), rows[..., 0], seconds)
+    average = None if np.isnan(np.diagonal(so_far)).any() else average_accuracy(so_far, tested[: task + 1])
+    final, last = final_accuracy(so_far), last_accuracy(so_far, tested[: task + 1])
+    return Outcome(final, forgetting, float(within.mean()), rows[..., 0], seconds, last, average)

@@ -124,9 +124,9 @@ def learn_stream(
 
 
 def _after(course: Course, task: int, state: State, learned: dict[str, Learned], restored: bool = False) -> After:
-    learners = course.learners
+    learners, tested = course.learners, [len(task.test) for task in course.setup.stream.tasks]
     outcomes = {
-        name: outcome(rows, task, None if learner.train is None else float(seconds))
+        name: outcome(rows, task, None if learner.train is None else float(seconds), tested)
         for (name, learner), rows, seconds in zip(learners.items(), state.rows.copy(), state.seconds, strict=True)
     }
     frozen = outcomes.pop(_FROZEN.name)
@@ -155,11 +155,14 @@ def _in_words(method: Method) -> str:
     return ", ".join(parts)
 
 
-def summary(after: After, *, name: str, backbone: str, images_per_second: float | None = None) -> Results:
+def summary(
+    after: After, *, name: str, backbone: str, images_per_second: float | None = None,
+    published: Mapping[str, float] | None = None,
+) -> Results:  # fmt: skip
     """The results of a run after its last task, with what the main method's pool knows when modules are left out.
 
     Args:
-      name, backbone, images_per_second: see `Results`.
+      name, backbone, images_per_second, published: see `Results`.
     """
     setup, main = after.setup, next(iter(after.outcomes))
     stream, snapshot, tasks = setup.stream, after.snapshots[main], [task.name for task in setup.stream.tasks]
@@ -194,4 +197,5 @@ def summary(after: After, *, name: str, backbone: str, images_per_second: float 
         unlearn=of("unlearn"),
         images_per_second=images_per_second,
         seconds=time.perf_counter() - after.began,
+        published={name: number for name, number in (published or {}).items() if name in after.outcomes},
     )

@@ -2,14 +2,31 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from compo_jax.models.pretrained import load
+from compo_jax.models.descriptions import Pixels
+from compo_jax.models.loading import load, load_all
 from compo_jax.models.vit import ViT
+from compo_jax.tree import Tree
 
 _FILE = Path(__file__).with_name("embedded.safetensors")
+
+
+class Backbone(NamedTuple):
+    """A network without head, to build on.
+
+    Attributes:
+      description: in words.
+      pixels: mean and std of each channel that it was trained with, for `stream._replace(**pixels._asdict())`; None
+        where the checkpoint doesn't say, and then a stream's (0.5 each) are as good a guess as any.
+    """
+
+    model: ViT
+    params: Tree
+    description: str
+    pixels: Pixels | None = None
 
 
 def embedded() -> tuple[ViT, Any, dict[str, Any]]:
@@ -22,8 +39,8 @@ def embedded() -> tuple[ViT, Any, dict[str, Any]]:
 
 def backbone(
     path: str | Path | None = None, heads: int | None = None, image_size: int | None = None, dtype: str = "float32"
-) -> tuple[ViT, Any, str]:
-    """(model, params, description) of the timm checkpoint at `path`, or of the embedded ViT; calls give features.
+) -> Backbone:
+    """The checkpoint at `path` (see `load`), or the embedded ViT; calls of the model give features.
 
     Args:
       heads, image_size: see `load`; default: what the checkpoint says.
@@ -41,8 +58,10 @@ def backbone(
         model, params, made = embedded()
         count = sum(made["characters"].values())
         described = f"embedded ViT {model.width}x{model.depth}, pre-trained on {count} Latin characters"
+        pixels = None
     else:
-        model, params = load(path, heads=heads, image_size=image_size)
-        described = Path(path).name
+        model, params, pixels = load_all(path, heads=heads, image_size=image_size)
+        described = str(path) if str(path).startswith("hf:") else Path(path).absolute().name
     model = model.copy(classes=0, dtype=None if compute == jnp.float32 else compute)
-    return model, {name: leaf for name, leaf in params.items() if name != "head"}, described
+    params = {name: leaf for name, leaf in params.items() if name != "head"}
+    return Backbone(model, params, described, pixels)

@@ -33,6 +33,11 @@ def _(primals, tangents):
     return x * below, (below + x * density) * dx
 
 
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x·σ(1.702 x), the approximation of `gelu` that OpenAI's CLIP was trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 @jax.custom_jvp
 def softmax(x: Float[Array, "*shape n"]) -> Float[Array, "*shape n"]:
     """exp(x) / Σ exp(x) over the last axis."""
@@ -83,12 +88,16 @@ class LayerNorm(nn.Module):
 
 
 def attention(
-    q: Float[Array, "batch heads tokens size"],
+    q: Float[Array, "batch heads asking size"],
     k: Float[Array, "batch heads tokens size"],
     v: Float[Array, "batch heads tokens size"],
-) -> Float[Array, "batch heads tokens size"]:
-    """softmax(q·kᵀ / √size)·v of each head."""
-    return softmax(jnp.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5) @ v
+    causal: bool = False,
+) -> Float[Array, "batch heads asking size"]:
+    """softmax(q·kᵀ / √size)·v of each head; `causal`: without the keys of later tokens."""
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
+    if causal:
+        scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool), scores, -jnp.inf)
+    return softmax(scores) @ v
 
 
 def _product_of_rows(x, kernel, dimensions, **options):

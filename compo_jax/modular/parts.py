@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compo_jax.data.stream import Augmentation, Split
+from compo_jax.data.splits import Split
+from compo_jax.data.stream import Augmentation
 from compo_jax.modular.losses import Prepare
 from compo_jax.modular.net import ModularNet, Network
 from compo_jax.modular.settings import Settings

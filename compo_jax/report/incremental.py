@@ -37,6 +37,18 @@ def _final(outcome: Outcome, tested: Sequence[int]) -> Score:
     return Score(np.array([outcome.final_accuracy], float), float(error))
 
 
+def _last(outcome: Outcome, tested: Sequence[int]) -> Score:
+    """The accuracy over all test images at the end."""
+    images = np.array(tested, float)
+    errors = images / images.sum() * binomial_error(outcome.accuracy_matrix[-1], images)
+    return Score(np.array([outcome.last_accuracy], float), float(np.sqrt(np.sum(errors**2))))
+
+
+def _average(outcome: Outcome, _: Sequence[int]) -> Score:
+    """The mean of that over the steps, without an error: the steps share their images."""
+    return Score(np.array([outcome.average_accuracy], float), np.nan)
+
+
 def _forgetting(outcome: Outcome, tested: Sequence[int]) -> Score:
     """The final forgetting: differences of two accuracies on each task, whose errors are taken as independent."""
     value = np.array([outcome.final_forgetting], float)
@@ -52,18 +64,29 @@ def _task_incremental(outcome: Outcome, tested: Sequence[int]) -> Score:
 
 
 def incremental_table(results: Results) -> Table:
-    """The methods and the frozen features, each number with its standard error from the size of the test set."""
+    """The methods and the frozen features, each number with its standard error from the size of the test set; where
+    numbers of a publication are known, they stand beside ours."""
     outcomes = {**results.methods, FROZEN: results.frozen._replace(final_forgetting=None)}
     columns = [
         score_column([of(outcome, results.tested) for outcome in outcomes.values()], largest=of is not _forgetting)
-        for of in (_final, _forgetting, _task_incremental)
+        for of in (_final, _last, _average, _forgetting, _task_incremental)
     ]
+    headings = ["FA (%)", "A_last (%)", "Ā (%)", "FF (points)", "task known (%)"]
+    notes = [
+        "FA: final accuracy, a mean over tasks. A_last: over all test images, at the end. Ā: mean of that over the "
+        "steps. FF: final forgetting.",
+        "± one standard error. " + BOLD,
+    ]
+    if results.published:
+        columns.insert(1, [percent(results.published.get(name), 2) for name in outcomes])
+        headings.insert(1, "paper's FA (%)")
+        notes.append("Paper: Porrello et al. (2025), with a ViT-B/16 pre-trained on ImageNet-21k.")
     seconds = [decimal(outcome.seconds, 0) for outcome in outcomes.values()]
     return Table(
         f"{results.name}: {counted(len(results.tasks), 'task')} of {results.data}",
-        ("method", "final accuracy (%)", "forgetting (points)", "task known (%)", "training time (s)"),
+        ("method", *headings, "time (s)"),
         list(zip(outcomes, *columns, seconds, strict=True)),
-        ["± one standard error. " + BOLD],
+        notes,
     )
 
 

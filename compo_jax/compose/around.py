@@ -1,0 +1,83 @@
+"""Rules around another one, which merges in other coordinates, or whose result is changed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from compo_jax.adapters.adapter import STACKED
+from compo_jax.compose.directions import boost
+from compo_jax.compose.leaves import Stacked, add_delta
+from compo_jax.compose.numbers import Scalar, Weights
+from compo_jax.compose.spaces import Space, at_zero, core_space, knots_space
+from compo_jax.tree import Tree
+
+
+def _inside(space: Space, rule: str, weights: Weights | None, stacked: Stacked, options: dict[str, Any]) -> Tree:
+    """The delta that a rule makes in the space; `options` are those of `merge`."""
+    from compo_jax.compose.rules import merge, options_of  # whose table these rules are in
+
+    if "stacked" in (options_of(rule) or ()):
+        options = {"stacked": stacked} | options
+    return space.back(merge(rule, space.base, space.deltas, weights=weights, **options))
+
+
+def _require_free(rule: str) -> None:
+    """ValueError for a rule that needs something of the weights as they are."""
+    from compo_jax.compose.rules import find_rule
+
+    if foreign := [what for what in find_rule(rule).needs if what != "key"]:
+        raise ValueError(
+            f"the rule {rule!r} needs {', '.join(foreign)}, of the weights as they are, and can't merge in other "
+            "coordinates: take one that needs none of these"
+        )
+
+
+def knots(
+    base: Tree,
+    deltas: Sequence[Tree],
+    weights: Weights | None = None,
+    *,
+    rule: str = "average",
+    shared: str = "out",
+    stacked: Stacked = STACKED,
+    check_finite: bool = True,
+    **options: Any,
+) -> Tree:
+    """Another rule in the coordinates of KnOTS, see `knots_space`."""
+    _require_free(rule)
+    space = knots_space(base, deltas, shared=shared, stacked=stacked, check_finite=check_finite)
+    delta = _inside(space, rule, weights, stacked, options | {"check_finite": check_finite})
+    return add_delta(base, delta, check_finite=check_finite)
+
+
+def in_core_space(
+    base: Tree,
+    deltas: Sequence[Tree],
+    weights: Weights | None = None,
+    *,
+    rule: str = "average",
+    stacked: Stacked = STACKED,
+    check_finite: bool = True,
+    **options: Any,
+) -> Tree:
+    """Another rule in Core Space, of LoRA modules as they are, see `core_space`."""
+    _require_free(rule)
+    space = core_space(base, deltas, stacked=stacked, check_finite=check_finite)
+    delta = _inside(space, rule, weights, stacked, options | {"check_finite": check_finite})
+    return add_delta(base, delta, check_finite=check_finite)
+
+
+def boosted(
+    base: Tree,
+    deltas: Sequence[Tree],
+    weights: Weights | None = None,
+    *,
+    rule: str = "average",
+    beta: Scalar = 0.01,
+    stacked: Stacked = STACKED,
+    check_finite: bool = True,
+    **options: Any,
+) -> Tree:
+    """Another rule's task vector by Subspace Boosting, see `boost`."""
+    space = at_zero(base, deltas, check_finite=check_finite)
+    delta = _inside(space, rule, weights, stacked, options | {"check_finite": check_finite})
+    return add_delta(base, boost(delta, beta, stacked=stacked, check_finite=check_finite), check_finite=check_finite)

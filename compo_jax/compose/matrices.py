@@ -1,0 +1,132 @@
+"""What the rules share that go from matrix to matrix.
+
+A leaf is a matrix (in, out), its last axis against all others, so that a convolution is one, too; axis 0 of a stacked
+leaf counts layers, each of which is a matrix. Leaves that are vectors are averaged. Singular values below the rounding
+error belong to no direction (a LoRA delta has its rank and no more), and are left out.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from compo_jax import lapack, tree
+from compo_jax.compose.entries import whole
+from compo_jax.compose.leaves import Stacked, assembled, by_layer, layers, stack
+from compo_jax.compose.modules import with_zeros
+from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh
+from compo_jax.tree import Tree
+
+Matrices = Float[Array, "tasks in out"]
+
+
+class Components(NamedTuple):
+    """A singular value decomposition, in which the directions below the rounding error are zero.
+
+    Attributes:
+      left, values, right: (in, k), (k,) and (k, out).
+      real: (k,), 1 for the values that are above the rounding error, 0 for the others.
+    """
+
+    left: Array
+    values: Array
+    right: Array
+    real: Array
+
+    def leading(self, count: int) -> "Components":
+        """The first `count` components, of many matrices too."""
+        return Components(
+            self.left[..., :count], self.values[..., :count], self.right[..., :count, :], self.real[..., :count]
+        )
+
+    def matrix(self) -> Array:
+        """`U S Vᵀ`."""
+        return product(self.left * self.values[..., None, :], self.right)
+
+
+def product(*factors: Array) -> Array:
+    """The matrix product, from the left on, at highest precision."""
+    return functools.reduce(functools.partial(jnp.matmul, precision="highest"), factors)
+
+
+def above_rounding(values: Float[Array, " k"], shape: tuple[int, int], eps: float, largest: Scalar = 0.0) -> Array:
+    """1 for the singular values (falling) of a matrix of this shape that are above the rounding error, 0 for others.
+
+    Args:
+      eps: of the type that the entries were rounded to. Their errors, as a matrix, have singular values up to about a
+        third of `eps |x| / sqrt(min(in, out))`.
+      largest: the norm of the matrix that this one is a remainder of.
+    """
+    noise = eps * jnp.maximum(jnp.linalg.norm(values), largest) / min(shape) ** 0.5
+    rounding = jnp.maximum(values[:1], largest) * max(shape) * jnp.finfo(values.dtype).eps
+    return jnp.where(values <= jnp.maximum(rounding, noise), 0, 1).astype(values.dtype)  # 1 for nan, which goes through
+
+
+def svd(x: Float[Array, "in out"], eps: float, largest: Scalar = 0.0) -> Components:
+    """The singular value decomposition; the arguments are those of `above_rounding`."""
+    u, s, v = lapack.svd(x)
+    real = above_rounding(s, x.shape, eps, largest)
+    return Components(u * real, s * real, v * real[:, None], real)
+
+
+def svd_each(x: Matrices, eps: float, largest: Array | None = None) -> Components:
+    """The decompositions of all matrices, one after another (see `lapack`)."""
+    largest = jnp.zeros(len(x), x.dtype) if largest is None else largest
+    return jax.lax.map(lambda one: svd(one[0], eps, one[1]), (x, largest))
+
+
+def orthonormal(x: Float[Array, "n k"]) -> Float[Array, "n k"]:
+    """The nearest matrix with orthonormal columns (Procrustes), or rows; of columns that depend on each other, the
+    nearest partial isometry, which adds no direction to theirs."""
+    parts = svd(x, 0.0)
+    return product(parts.left, parts.right)
+
+
+def joined(parts: Components) -> tuple[Float[Array, "in tk"], Float[Array, "tk out"]]:
+    """The left vectors of all matrices side by side, and the right ones one above the other."""
+    tasks, size_in, count = parts.left.shape
+    return jnp.moveaxis(parts.left, 0, 1).reshape(size_in, tasks * count), parts.right.reshape(
+        tasks * count, parts.right.shape[2]
+    )
+
+
+def by_matrix(
+    function: Callable[[Matrices, float], Array],
+    base: Tree,
+    deltas: Sequence[Tree],
+    weights: Weights | None,
+    *,
+    scale: Scalar = 1.0,
+    stacked: Stacked,
+    check_finite: bool,
+) -> Tree:
+    """`base + scale * function(the tasks' weighted matrices, eps)` in each matrix, and the mean of them elsewhere.
+
+    Args:
+      function: gets the eps of the type that the entries were rounded to, and returns (in, out).
+      weights: (tasks,), multiply the deltas; default 1.
+    """
+    deltas = with_zeros(base, deltas, check_finite=check_finite)
+    require_number("scale", scale, "a finite number")
+    weights = weigh(weights, len(deltas), 1.0)
+    of_layers = layers(base, deltas[0], stacked)
+
+    # once for all leaves of a shape: LAPACK's calls in loops take longer to compile than to run
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def merged(x, eps, of_layers):
+        def layer(x):
+            x = along(weights, x) * x
+            if x.ndim < 3:
+                return jnp.mean(x, axis=0)
+            return function(x.reshape(x.shape[0], -1, x.shape[-1]), eps).reshape(x.shape[1:])
+
+        return by_layer(layer, x, of_layers)
+
+    def leaf(name, b, rows, _):
+        eps = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in rows)
+        return tree.add(whole(b), merged(stack(rows), eps, name in of_layers), scale)
+
+    return assembled(base, deltas, leaf, check_finite=check_finite)

@@ -1,0 +1,235 @@
+"""Checkpoints as files, as folders with their description, and from Hugging Face's hub."""
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from compo_jax.files import local_path, replaced, safetensors_file
+from compo_jax.models.descriptions import Pixels, pixels
+from compo_jax.models.layouts import LAYOUTS, Layout, likely
+from compo_jax.models.pretrained import read, to_timm
+from compo_jax.models.vit import ViT
+from compo_jax.tree import Tree
+
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+_HUB = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>.+))?")
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint(NamedTuple):
+    """What a file or a folder holds.
+
+    Attributes:
+      config: of the folder, see `descriptions.described`; None without one.
+      heads: what the file's metadata says.
+      pixels: None where nothing says them.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    config: Mapping[str, Any] | None = None
+    heads: int | None = None
+    pixels: Pixels | None = None
+
+
+class Loaded(NamedTuple):
+    """A model with its parameters, and the pixels it was trained with where the checkpoint says them."""
+
+    model: ViT
+    params: Tree
+    pixels: Pixels | None
+
+
+def load(
+    path: str | Path,
+    *,
+    heads: int | None = None,
+    image_size: int | None = None,
+    activation: str | None = None,
+    dtype: Any = None,
+    check_finite: bool = True,
+) -> tuple[ViT, Tree]:
+    """The model and its parameters from a checkpoint of timm, Hugging Face, AugReg or OpenAI's CLIP, by its names.
+
+    Args:
+      path: a .safetensors file; an .npz file; a folder with config.json and model.safetensors, or the index of several
+        files (`model.safetensors.index.json`), which can be given itself; or `hf:owner/name` or
+        `hf:owner/name@revision`, a repository of Hugging Face's hub (needs huggingface_hub: the extra `hub`).
+      heads: default: what the file's metadata or config.json says, or the published architecture of its shape has.
+      image_size, activation, dtype, check_finite: see `from_timm`.
+    Raises:
+      FileNotFoundError, and ValueError where it is another kind of file or doesn't fit.
+    """
+    model, params, _ = load_all(
+        path, heads=heads, image_size=image_size, activation=activation, dtype=dtype, check_finite=check_finite
+    )
+    return model, params
+
+
+def load_all(path: str | Path, *, heads: int | None = None, **options: Any) -> Loaded:
+    """`load`, with the pixels that the checkpoint describes."""
+    checkpoint = opened(path)
+    heads = checkpoint.heads if heads is None else heads
+    try:
+        model, params = read(checkpoint.arrays, config=checkpoint.config, heads=heads, **options)
+    except ValueError as error:
+        if _SHARD.search(str(path)):
+            raise ValueError(f"{path} is one of a checkpoint's several files: give the folder, or {INDEX}") from error
+        raise ValueError(f"{path}: {error}") from error
+    return Loaded(model, params, checkpoint.pixels)
+
+
+def hub_folder(name: str) -> Path:
+    """The folder with a copy of the repository `hf:owner/name[@revision]`: weights and descriptions.
+
+    ValueError where huggingface_hub isn't there or `name` is none; ConnectionError and FileNotFoundError with what to
+    do where the repository can't be reached or has no such revision.
+    """
+    parts = _HUB.fullmatch(name)
+    if not parts:
+        raise ValueError(f"{name!r} is no repository of the hub: hf:owner/name, or hf:owner/name@revision")
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise ValueError(f"{name} needs huggingface_hub: pip install compo-jax[hub]") from error
+    patterns = ["config.json", "preprocessor_config.json", "tokenizer.json", "model*.safetensors", INDEX]
+    try:
+        folder = huggingface_hub.snapshot_download(parts["name"], revision=parts["revision"], allow_patterns=patterns)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{name} is not on the hub, or not for you: check the name and the revision; a private or gated one needs "
+            "HF_TOKEN"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        raise ConnectionError(
+            f"{name} can't be fetched and is in no cache ({_cause(error)}): look at the network, or bring the folder "
+            "here and give its path"
+        ) from error
+    return Path(folder)
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def place(path: str | Path) -> Path:
+    """Where a file or a folder lies on this machine; `hf:owner/name` is brought here first."""
+    return hub_folder(str(path)) if str(path).startswith("hf:") else local_path(path)
+
+
+def opened(path: str | Path, layouts: Sequence[Layout] = LAYOUTS) -> Checkpoint:
+    """What `load` takes, read: the arrays whose names the likeliest of `layouts` doesn't leave out."""
+    path = place(path)
+    if path.is_dir():
+        return _folder(path, layouts)
+    if path.name.endswith(".index.json"):
+        return Checkpoint(_sharded(path, layouts))
+    if path.suffix == ".npz":
+        return Checkpoint(_archive(path, layouts))
+    arrays, metadata = _file(path, layouts)
+    heads = metadata.get("heads")
+    if heads is not None and not heads.isdecimal():
+        raise ValueError(f"{path}: the metadata's heads is {heads!r} and not a number: pass heads=")
+    return Checkpoint(arrays, heads=None if heads is None else int(heads))
+
+
+def _folder(path: Path, layouts: Sequence[Layout]) -> Checkpoint:
+    config, preprocessor = (_json(path / name) for name in ("config.json", "preprocessor_config.json"))
+    weights = path / "model.safetensors"
+    if weights.exists():
+        arrays, _ = _file(weights, layouts)
+    elif (path / INDEX).exists():
+        arrays = _sharded(path / INDEX, layouts)
+    else:
+        pickled = " pytorch_model.bin is a PyTorch pickle, which isn't read as it can run code: convert it, where "
+        pickled += "PyTorch is, by safetensors.torch.save_file(torch.load(..., weights_only=True), 'model.safetensors')"
+        raise ValueError(
+            f"{path} holds neither model.safetensors nor {INDEX}: give a checkpoint's folder or its file."
+            + pickled * (path / "pytorch_model.bin").exists()
+        )
+    if config is None:
+        raise ValueError(f"{path} has no config.json, which describes a checkpoint: give the .safetensors file itself")
+    return Checkpoint(arrays, config, pixels=pixels(config, preprocessor))
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): bring it again from where it came") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no object with names: bring it again from where it came")
+    return content
+
+
+def _file(path: Path, layouts: Sequence[Layout]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays that a model may need (of a CLIP one half), and the metadata."""
+    with safetensors_file(path) as file:
+        names = file.offset_keys()
+        kept = likely(layouts, names).kept(names)
+        return {name: file.get_tensor(name) for name in kept.values()}, file.metadata() or {}
+
+
+def _sharded(index: Path, layouts: Sequence[Layout]) -> dict[str, np.ndarray]:
+    """The arrays of the files that an index lists, each of which has to be there."""
+    weights = (_json(index) or {}).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError(f"{index} lists no files: its weight_map is empty. Bring it again from where it came")
+    files = sorted({Path(name).name for name in weights.values()})
+    if missing := [name for name in files if not (index.parent / name).exists()]:
+        raise FileNotFoundError(f"{index} lists {', '.join(missing)}, not beside it: bring all of its files")
+    kept = set(likely(layouts, weights).kept(weights).values())
+    arrays = {}
+    for name in files:
+        with safetensors_file(index.parent / name) as file:
+            arrays |= {key: file.get_tensor(key) for key in file.offset_keys() if key in kept}
+    return arrays
+
+
+def _archive(path: Path, layouts: Sequence[Layout]) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint file {path}: check the path, or download the file first")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in likely(layouts, archive).kept(archive).values()}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no whole .npz file ({error}): download it again") from error
+    # NumPy stores bfloat16 as two bytes of no type
+    return {name: x.view(ml_dtypes.bfloat16) if x.dtype == np.dtype("V2") else x for name, x in arrays.items()}
+
+
+def save(path: str | Path, params: Tree, metadata: Mapping[str, Any] | None = None, dtype: Any = np.float16) -> None:
+    """Writes `to_timm(params)` as a .safetensors file of `dtype`; either the whole file is there or none.
+
+    `metadata` is stored as text; `{"heads": model.heads}` makes `load` independent of timm's convention. float16 holds
+    weights to 3 digits and loses values below 6e-8 (a Fisher's, say). Raises ValueError for values too big for `dtype`,
+    and one without fractions; OSError where the file can't be written, the disk is full say.
+    """
+    path = local_path(path)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={np.dtype(dtype).name} holds no fractions: save with dtype=np.float32")
+    arrays = to_timm(params)
+    with np.errstate(over="ignore"):
+        cast = {name: np.ascontiguousarray(array.astype(dtype)) for name, array in arrays.items()}
+    if lost := [name for name in cast if np.isinf(cast[name]).any() and not np.isinf(arrays[name]).any()]:
+        raise ValueError(f"{', '.join(lost)}: values beyond the range of {np.dtype(dtype)}; save with dtype=np.float32")
+    texts = {str(key): str(value) for key, value in (metadata or {}).items()}
+    try:
+        with replaced(path) as aside:
+            safetensors.numpy.save_file(cast, aside, texts)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} is not written ({error}): look at the space left on its disk") from error
