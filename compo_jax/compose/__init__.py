@@ -28,6 +28,8 @@ from compo_jax.compose.masks import Unified as Unified
 from compo_jax.compose.masks import consensus as consensus
 from compo_jax.compose.masks import emr as emr
 from compo_jax.compose.masks import tall as tall
+from compo_jax.compose.preconditioners import inverse_of_rows as inverse_of_rows
+from compo_jax.compose.preconditioners import leading_rows as leading_rows
 from compo_jax.compose.rules import RULES as RULES
 from compo_jax.compose.rules import Rule as Rule
 from compo_jax.compose.rules import dare as dare

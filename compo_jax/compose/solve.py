@@ -184,7 +184,7 @@ def solve_merge(
       anchor: (tasks,), weights of the composition that damping pulls to, instead of the base (zeros): `[1/T] * T` is
         the average.
       preconditioner: in full coordinates; one set of Kronecker factors a task, one Fisher diagonal a task, or a
-        function near the inverse. With one, nearest is meant in its norm.
+        function near the inverse, such as `inverse_of_rows`. With one, nearest is meant in its norm.
       tolerance: of the residual, see `conjugate_gradients`.
 
     A UserWarning names the residual that was left where conjugate gradients didn't converge, and the best iterate is
