@@ -22,26 +22,10 @@ from typing import Annotated, NamedTuple
 import job
 import options as line
 from job import closing, console
+from merge_rules import A_TASK, BY_STEPS, OPTIONS, RULES
 from options import OPEN, Count, OnRuns, Seed, names
 
 SMALL = ["none-lora", "none-full"]
-RULES = [  # the names of compose.RULES in its order: a test compares them, as JAX isn't loaded yet
-    "average", "task_arithmetic", "ties", "dare", "slerp", "karcher", "model_stock", "tsv", "iso", "fisher", "regmean",
-    "kronecker", "ggn", "best_weights", "lines", "della", "breadcrumbs", "consensus", "tall", "emr", "pcb", "sce",
-    "adamerging", "epimer", "layer_weights",
-    "wudi", "iso_cts", "dc_merge", "cart", "knots", "core_space", "esm", "regmean_plus",
-    "subspace_boosting",
-]  # fmt: skip
-A_TASK = ("tall", "emr")  # a model for each
-BY_STEPS = ("adamerging", "layer_weights", "regmean_plus")  # with the images in hand, not one program
-OPTIONS = {
-    "dare": {"rate": 0.5},
-    "regmean": {"scaling": 0.9},
-    "kronecker": {"damping": 1e-3},
-    "ggn": {"damping": 1e-3, "max_iterations": 30, "tolerance": 1e-2},
-    "epimer": {"damping": 1e-3, "groups": "tasks"},
-    "adamerging": {"steps": 100},
-}
 
 
 @dataclass(frozen=True)

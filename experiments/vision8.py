@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import job
-import merging
 import options as line
 from incremental_options import Backbone
 from job import closing, console
+from merge_rules import A_TASK, BY_STEPS, RULES
 from options import Count, LocalPath, Name, Names, OpenPath, Rate, Seeds, names
 
 EIGHT = ("mnist", "gtsrb32", "eurosat64", "resisc64", "dtd64", "cars64", "scenes64", "letters64")
 KINDS = ("lora", "full")
-RULES = tuple(rule for rule in merging.RULES if rule not in (*merging.A_TASK, "slerp"))
-QUICK = tuple(rule for rule in RULES if rule not in merging.BY_STEPS)
+COMPARED = tuple(rule for rule in RULES if rule not in (*A_TASK, "slerp"))
+QUICK = tuple(rule for rule in COMPARED if rule not in BY_STEPS)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Training:
 class Merging:
     """How it is merged"""
 
-    rules: Annotated[tuple[str, ...], names(RULES)] = QUICK
+    rules: Annotated[tuple[str, ...], names(COMPARED)] = QUICK
     """rules to compare (default: those that go by no steps)"""
     curvature_images: Count = 64
     """training images of a task for its module's curvature"""
@@ -116,6 +116,7 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
+import merging
 import numpy as np
 import optax
 from sklearn.linear_model import LogisticRegression

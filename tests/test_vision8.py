@@ -28,7 +28,7 @@ def test_tasks_are_merged_under_heads_that_stay_and_a_run_that_is_there_is_not_m
     np.testing.assert_allclose(np.diag(pool.cosines), 1, rtol=1e-5)
 
     modules = ModulePool(tmp_path / "small" / "pools" / "lora-0")
-    _, base, _ = models.embedded()
+    base = models.backbone().params
     adapter = adapters.lora(rank=8)
     for name in modules.names():
         head, start = modules.load(name, "head"), modules.load(name, "start")
@@ -48,8 +48,7 @@ def test_tasks_are_merged_under_heads_that_stay_and_a_run_that_is_there_is_not_m
 def test_a_head_is_the_regression_on_the_features_themselves():
     import vision8
 
-    model, params, _ = models.embedded()
-    model, base = model.copy(classes=0), {name: leaf for name, leaf in params.items() if name != "head"}
+    model, base, *_ = models.backbone()
     stream = data.open_tasks(["glyphs"], model.image_size, tasks=2, classes=2, images=30)
     head = vision8.fitted_head(model, base, stream)
     assert head["kernel"].shape == (model.width, 4)
