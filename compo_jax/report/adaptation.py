@@ -96,7 +96,7 @@ def by_target(
         for name, values in accuracies.items():
             dots = charts.Dots({name: 100 * values[:, j]}, {**GROUPS[groups[name]].look, "markersize": 6})
             charts.dots(axes, list(accuracies), {name: dots}, length=27)
-        axes.set_title(middle(target, 22))
+        axes.set_title(middle(target, 18), fontsize=8)
         charts.number_ticks(axes, "x", 4, whole=True)
     _legend(figure, groups)
     return figure
@@ -157,14 +157,14 @@ def routes_figure(
     figure = charts.figure(f"Routes of the sources, and adapted to {middle(target, 24)}", 0.7 + tall * sum(lines))
     grid = np.array(charts.panels(figure, 3 * sum(lines), rows=sum(lines))).reshape(-1, 3)
     cells = [*grid[: lines[0]].ravel()[: len(sources)], *grid[lines[0] :].ravel()[: len(adapted)]]
-    names = [*(f"source: {middle(name, 16)}" for name in sources), *(middle(name, 19) for name in adapted)]
+    names = [*(f"source: {middle(name, 14)}" for name in sources), *(middle(name, 22) for name in adapted)]
     every = [*sources.values(), *adapted.values()]
     largest = float(np.nanmax(np.abs(every), initial=0.1))
     signs = any(np.min(route, initial=0) < 0 for route in every)
     look = {"limits": (-largest, largest), "colours": "RdBu"} if signs else {"limits": (0.0, max(largest, 1.0))}
     for axes, name, route in zip(cells, names, every, strict=True):
         image = charts.heat(axes, route, **look)
-        axes.set_title(name, fontsize=8)
+        axes.set_title(name, fontsize=7)
         axes.tick_params(labelsize=7, labelbottom=False)
     for axes in set(grid.ravel()) - set(cells):
         axes.set_visible(False)

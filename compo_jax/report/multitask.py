@@ -39,14 +39,15 @@ def multitask_table(results: MultitaskResults, *, won: bool = False) -> Table:
     methods, single = results.methods, results.methods.get(REFERENCE)
     images = sum(results.job.test_images.values())
     best = accuracy_cells([method.accuracy.mean(1) for method in methods.values()], images)
+    there = single is not None
     headings = (
-        "method", "accuracy (%)", f"against {REFERENCE} (points)", "parameters", f"of {REFERENCE} (%)",
-        "multiply-adds (M)", "time (s)",
+        "method", "accuracy (%)", *[f"against {REFERENCE} (points)"] * there, "parameters",
+        *[f"of {REFERENCE} (%)"] * there, "multiply-adds (M)", "time (s)",
     )  # fmt: skip
     rows = [
         [
-            name, accuracy, _against(methods, name, won=won), f"{method.parameters[0]:,}",
-            decimal(100 * method.parameters[0] / single.parameters[0]) if single else "",
+            name, accuracy, *[_against(methods, name, won=won)] * there, f"{method.parameters[0]:,}",
+            *([decimal(100 * method.parameters[0] / single.parameters[0])] if there else []),
             decimal(method.macs[0] / 1e6), spread(method.seconds, 0),
         ]
         for (name, method), accuracy in zip(methods.items(), best, strict=True)
@@ -229,7 +230,7 @@ def _routes(results: MultitaskResults, it: OrderAnalysis) -> Iterator[Block]:
         "mixtures all the same; distances, usage and the like are of the largest weights."
     )
     yield Block(
-        route_figures.orders(named, count, surety[rows]),
+        route_figures.orders(named, count, surety[rows], groups),
         f"{it.method}: down a column, tasks of one colour share that layer; along a row, a colour that comes again "
         f"is a block invoked twice; {what}{' Tasks in the order of the dendrogram.' * (len(tasks) > 1)} {_COUNTED}",
         [Table("Routes", ["task", *layers], [[task, *map(str, route)] for task, route in named.items()])],

@@ -33,7 +33,6 @@ def _shades(count: int) -> ListedColormap:
 
 def _layers(axes: Axes, count: int) -> None:
     axes.set_xticks(range(0, count, 1 if count <= 2 * ANNOTATED else 4))
-    axes.set_xlabel("layer")
 
 
 def _templates(axes: Axes, routes: Mapping[str, Int[np.ndarray, " _layers"]], count: int) -> AxesImage:
@@ -52,8 +51,9 @@ def orders(
     routes: Mapping[str, Int[np.ndarray, " _layers"]],
     templates: int,
     surety: Float[np.ndarray, "routes layers"] | None = None,
+    groups: int = 1,
 ) -> Figure:
-    """A row for each route, a colour and a number for the template of each layer.
+    """A row for each route, a colour and a number for the template of each layer, or of each of its groups in turn.
 
     Args:
       surety: the part of a layer's weights that these templates have, which then stands beside them.
@@ -61,7 +61,8 @@ def orders(
     longest = max(map(len, routes.values()))
     lines = 1 if surety is None or longest <= ANNOTATED else 2
     figure = charts.figure("Which template each layer takes", 0.8 + lines * (0.5 + 0.22 * len(routes)))
-    panels = charts.panels(figure, 1 if surety is None else 2, "layer", rows=lines)
+    what = "layer" if groups == 1 else f"layer, its {groups} groups of channels in turn"
+    panels = charts.panels(figure, 1 if surety is None else 2, what, rows=lines)
     _templates(panels[0], routes, templates)
     if surety is not None:
         panels[0].set_title("template")
