@@ -97,14 +97,14 @@ class Reader(Protocol):
     def __call__(self, **options: Any) -> TaskStream: ...
 
 
-def _reader(name: str, data_dir: str | Path | None, rendered: str) -> Reader:
-    """Of what is so called; ValueError where a TFDS set has no folder."""
+def _reader(name: str, data_dir: str | Path | None, rendered: str, asked: str = "") -> Reader:
+    """Of what is so called; ValueError where a TFDS set has no folder, under the name that was `asked` for."""
     if name.startswith(FOLDER):
         return partial(folder_stream, _folder(name, data_dir))
     if data_dir is None:
         raise ValueError(
-            f"{name} needs data_dir (--data-dir): the folder where TFDS has prepared the set; rendered without one: "
-            f"{rendered}; folder:PATH reads images in folders"
+            f"{asked or name} needs data_dir (--data-dir): the folder where TFDS has prepared the set; rendered "
+            f"without one: {rendered}; folder:PATH reads images in folders"
         )
     return partial(tfds_stream, name, data_dir)
 
@@ -203,7 +203,7 @@ def open_domains(
         count = DOMAINS * (50 if images is None else images)
         digits = glyph_task(jax.random.key(seed), name, _DIGITS, count, count // 5, size, _CLEAR)
         return corrupted_domains(TaskStream(name, (digits,), size), seed=seed, images=images)
-    read = _reader(name.removesuffix(_CORRUPTED), data_dir, "rendered, rendered-corrupted")
+    read = _reader(name.removesuffix(_CORRUPTED), data_dir, "rendered, rendered-corrupted", name)
     in_folder = name.startswith(FOLDER)
     if in_folder and label != "label":
         raise ValueError(f"label={label!r} plays no part with {name}, whose classes are folders: leave it out")
