@@ -151,7 +151,8 @@ class Program(NamedTuple):
 
 def program(rule: str, base, deltas, arrays: dict) -> Program:
     """The rule compiled as one program; its memory is of arguments, temporaries and result together."""
-    options = OPTIONS.get(rule, {})
+    behind = compose.RULES[rule].behind
+    options = ({"rule": behind} if behind else {}) | OPTIONS.get(rule, {})
 
     def run(base, deltas, arrays):
         made = compose.RULES[rule].run(base, deltas, **arrays, **options)
@@ -207,20 +208,21 @@ def merged_pool(
         for module, task, first in zip(kept.names(), run.stream.tasks, run.stream.offsets, strict=True)
     ])  # fmt: skip
     parts, taken = ingredients(run, kept, jax.tree.map(jnp.asarray, head), images, seed, needs)
-    deltas = list(kept.deltas(run.base))
+    deltas, modules = list(kept.deltas(run.base)), [kept.load(module) for module in kept.names()]
     base, cosines = test(run.base, run.head, tasks).within, np.asarray(compose.cosines(deltas))
     pool = PoolMerges(individual, base, seconds | taken, {}, cosines, joint)
 
     # -- every rule ----------------------------------------------------------------------------------------------------
     for rule in rules:
         arrays = {what: parts[what] for what in compose.RULES[rule].needs}
+        changes = modules if rule == "core_space" else deltas
         of_heads = {"matvecs", "loss", "unlabelled"} & arrays.keys()  # which are of other widths in each run
         if of_heads or (name, rule) not in programs:
-            programs[name, rule] = program(rule, run.base, deltas, arrays)
-        params, taken, warnings = timed(partial(programs[name, rule].call, run.base, deltas, arrays))
+            programs[name, rule] = program(rule, run.base, changes, arrays)
+        params, taken, warnings = timed(partial(programs[name, rule].call, run.base, changes, arrays))
         among_all, within = test(params, head, tasks)
-        memory, options = programs[name, rule].memory, OPTIONS.get(rule, {})
-        pool.rules[rule] = MergedPool(within, among_all, taken, memory, warnings, options)
+        options = {key: str(value) for key, value in OPTIONS.get(rule, {}).items()}
+        pool.rules[rule] = MergedPool(within, among_all, taken, programs[name, rule].memory, warnings, options)
         console.print(
             f"{run.folder.name} {name} {rule}: known {within.mean():.3f}, normalised "
             f"{pool.normalised(within).mean():.3f}, all classes {among_all.mean():.3f}, {taken:.2f} s"

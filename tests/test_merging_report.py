@@ -33,7 +33,7 @@ def pool(individual, base, *rules):
 
 def measured_merging():
     """Two runs with a pool of three rules and one of two; `_$b` is clearly the best where the task is known."""
-    best = {"seconds": 0.011, "memory": None, "warnings": [TOLD, TOLD], "options": {"damping": 0.001}}
+    best = {"seconds": 0.011, "memory": None, "warnings": [TOLD, TOLD], "options": {"damping": "0.001"}}
     first, second = (
         {
             "none-<b>lora": pool([0.8, 1.0], [0.2, 0.5], rule([0.4, 0.4]), rule(high, **best), rule([0.1, last])),

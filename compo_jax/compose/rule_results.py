@@ -14,7 +14,7 @@ class MergedPool(NamedTuple):
       seconds: of the rule alone, compiled.
       memory: of the whole rule as one program, in multiples of the base; None where it wasn't counted.
       warnings: what the rule had to tell.
-      options: where they differ from the rule's defaults.
+      options: where they differ from the rule's defaults, as text.
     """
 
     within: Float[np.ndarray, " tasks"]
@@ -22,7 +22,7 @@ class MergedPool(NamedTuple):
     seconds: float
     memory: float | None
     warnings: list[str]
-    options: dict[str, float]
+    options: dict[str, str]
 
 
 class PoolMerges(NamedTuple):

@@ -193,7 +193,7 @@ def _costs(pools: list[PoolMerges], rules: Mapping[str, _Rule]) -> list[Table]:
     """Seconds, memory and options of a pool's rules, and the seconds of its curvature."""
     rows = [
         (rule, _seconds(row.seconds), decimal(row.memory),
-         ", ".join(f"{key} {value:g}" for key, value in pools[0].rules[rule].options.items()) or ABSENT)
+         ", ".join(f"{key} {value}" for key, value in pools[0].rules[rule].options.items()) or ABSENT)
         for rule, row in rules.items()
     ]  # fmt: skip
     kinds = [
