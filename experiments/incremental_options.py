@@ -159,8 +159,8 @@ class Penalties:
     """of the weights: relative to the curvature's mean, or of the curvature as it is"""
     penalty: Annotated[Coupling, OPEN] = None
     """added to the loss, or a step of its own (default: coupled for full deltas, TAK and EWC)"""
-    pull: Annotated[Pull, number(float, 0, many=2)] = (0.1, 0.05)
-    """of the heads towards the aligned classifier: λ_F and λ_I"""
+    pull: Annotated[Pull | None, number(float, 0, many=2), OPEN] = None
+    """of the heads towards the aligned classifier: λ_F and λ_I (default: 0.1 0.05)"""
     iel_pull: Annotated[Pull | None, number(float, 0, many=2), OPEN] = None
     """of IEL's heads (default: as --pull)"""
     fisher: Literal["exact", "low_rank", "monte_carlo"] = "monte_carlo"
@@ -226,6 +226,7 @@ def parse(arguments: list[str] | None = None, documentation: str | None = None) 
         options,
         stream=line.filled(options.stream, wanted),
         training=line.filled(dataclasses.replace(options.training, methods=methods), wanted),
+        penalties=line.filled(options.penalties, {"pull": (0.1, 0.05)}),
         place=dataclasses.replace(options.place, name=name),
     )
 
@@ -233,7 +234,7 @@ def parse(arguments: list[str] | None = None, documentation: str | None = None) 
 def _default(named: Options) -> Options:
     """The benchmark's options, which stand where the command line leaves them open."""
     groups = BENCHMARKS[named.stream.benchmark].wanted()
-    if named.penalties.pull != Penalties.pull:  # which is IEL's too, then
+    if named.penalties.pull is not None:  # which is IEL's too, then
         del groups["penalties"]["iel_pull"]
     if named.stream.data != Stream.data:  # which may have other parts
         del groups["stream"]["train_split"]

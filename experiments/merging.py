@@ -92,9 +92,11 @@ def with_curvature(
 
 
 def ingredients(
-    run: incremental.FinishedRun, kept: ModulePool, head, images: int, seed: int, needs: set[str]
+    run: incremental.FinishedRun, kept: ModulePool, head, images: int, seed: int, needs: set[str], known: bool
 ) -> tuple[dict, dict]:
-    """(what rules want beside the deltas, under the names of `compose.MADE_BY`; seconds that the landscape took)."""
+    """(what rules want beside the deltas, under the names of `compose.MADE_BY`, and `unlabelled_train`, RegMean++'s;
+    seconds that the landscape took). In the loss an image is told apart from its own task's classes where tasks are
+    `known`, else from all."""
     names, weights = kept.names(), tree.partition(run.base, PATTERNS)[0]
     rest = tree.partition(run.base, PATTERNS)[1]
     deltas = [jax.tree.map(lambda d, _: d, delta, weights) for delta in kept.deltas(run.base)]
@@ -103,8 +105,13 @@ def ingredients(
         z = run.model.apply({"params": tree.combine(weights, rest)}, run.stream.prepare(images), method="features")
         return z @ columns["kernel"] + columns["bias"]
 
+    owner = jnp.asarray(np.repeat(np.arange(len(names)), [len(task.classes) for task in run.stream.tasks]))
+
     def loss(weights, images, labels):
-        return optax.softmax_cross_entropy_with_integer_labels(apply(head, weights, images), labels).mean()
+        values = apply(head, weights, images)
+        if known:
+            values = jnp.where(owner == owner[labels][:, None], values, -1e30)
+        return optax.softmax_cross_entropy_with_integer_labels(values, labels).mean()
 
     matvecs, batches = [], []
     for t, (name, task) in enumerate(zip(names, run.stream.tasks, strict=True)):
@@ -114,18 +121,16 @@ def ingredients(
         matvecs.append(curvature.ggn(partial(apply, columns), tree.add(weights, deltas[t]), [(pixels,)]))
         batches.append((pixels, labels + run.stream.offsets[t]))
     parts, seconds = {"key": jax.random.key(seed), "matvecs": matvecs, "loss": loss, "batches": batches}, {}
-    if "unlabelled" in needs:  # as its authors do, the test images, 16 at once
+    if "unlabelled" in needs:  # as the authors do, AdaMerging's are test images, 16 at once
+        heads = [jax.tree.map(jnp.asarray, kept.load(name, "head")) for name in names]
         size = min(16, *(len(task.test) for task in run.stream.tasks))
-        parts["unlabelled"] = [
-            compose.Unlabelled(
-                partial(apply, jax.tree.map(jnp.asarray, kept.load(name, "head"))),
-                [
-                    jnp.asarray(task.test.images(np.arange(first, first + size)))
-                    for first in range(0, len(task.test) - size + 1, size)
-                ],
-            )
-            for name, task in zip(names, run.stream.tasks, strict=True)
+        of_test = [
+            [jnp.asarray(task.test.images(np.arange(i, i + size))) for i in range(0, len(task.test) - size + 1, size)]
+            for task in run.stream.tasks
         ]
+        of_train = [[pixels] for pixels, _ in batches]
+        for name, images_of in (("unlabelled", of_test), ("unlabelled_train", of_train)):
+            parts[name] = [compose.Unlabelled(partial(apply, h), x) for h, x in zip(heads, images_of, strict=True)]
     for kind, what in KINDS.items():
         if what in needs:
             parts[what] = [kept.curvature(name, kind=kind) for name in names]
@@ -192,9 +197,10 @@ def merged_pool(
     images: int,
     seed: int,
     joint: np.ndarray | None = None,
+    known: bool = False,
 ) -> PoolMerges:
     """A pool of the run under every rule; `programs` are those of earlier runs, and take in the new ones; `joint` is
-    the accuracy of one module of all tasks."""
+    the accuracy of one module of all tasks, `known` as in `ingredients`."""
     tasks = len(run.stream.tasks)
     extract = incremental.features(run.model, run.stream, 256)
     test = incremental.evaluator(extract, run.stream)
@@ -207,7 +213,7 @@ def merged_pool(
         alone(extract(kept.compose(run.base, [module], [1.0]), task.test), task, first, head)
         for module, task, first in zip(kept.names(), run.stream.tasks, run.stream.offsets, strict=True)
     ])  # fmt: skip
-    parts, taken = ingredients(run, kept, jax.tree.map(jnp.asarray, head), images, seed, needs)
+    parts, taken = ingredients(run, kept, jax.tree.map(jnp.asarray, head), images, seed, needs, known)
     deltas, modules = list(kept.deltas(run.base)), [kept.load(module) for module in kept.names()]
     base, cosines = test(run.base, run.head, tasks).within, np.asarray(compose.cosines(deltas))
     pool = PoolMerges(individual, base, seconds | taken, {}, cosines, joint)
@@ -215,6 +221,8 @@ def merged_pool(
     # -- every rule ----------------------------------------------------------------------------------------------------
     for rule in rules:
         arrays = {what: parts[what] for what in compose.RULES[rule].needs}
+        if rule == "regmean_plus":
+            arrays["unlabelled"] = parts["unlabelled_train"]
         changes = modules if rule == "core_space" else deltas
         of_heads = {"matvecs", "loss", "unlabelled"} & arrays.keys()  # which are of other widths in each run
         if of_heads or (name, rule) not in programs:

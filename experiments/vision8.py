@@ -6,14 +6,16 @@
 
 The protocol of task arithmetic (Ilharco et al., 2023, arXiv 2212.04089): each task has a linear head that is fitted on
 the base's features and stays; a module of each kind is trained for each task alone, and one for all tasks together
-(joint); then every rule of `compose.RULES` merges the modules, as merging.py does it. Absolute accuracy is a task's,
-among its own classes; normalised accuracy is that over the module's own. All tasks get equally many steps. No image is
-mirrored, for signs and letters would be others. Writes `runs/NAME/`: report.html, metrics.json, metrics.jsonl and a
-pool for each seed and kind. A killed run goes on behind its last module. A few minutes on 2 CPU cores with no
-arguments. Expected numbers: README.md.
+(joint); then the rules merge the modules, as merging.py does it, those that go by steps only where they are named.
+Absolute accuracy is a task's, among its own classes; normalised accuracy is that over the module's own; the accuracy
+among all classes is of heads that were never put in scale with one another. All tasks get equally many steps. No image
+is mirrored, for signs and letters would be others. Writes `runs/NAME/`: report.html, metrics.json, metrics.jsonl and
+pools for each seed and kind. A killed run goes on behind its last module; its seconds are of the last start. A few
+minutes on 2 CPU cores with no arguments. Expected numbers: README.md.
 """
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -146,12 +148,19 @@ def open_tasks(options: Options, size: int, seed: int) -> data.TaskStream:
     if len(stream.tasks) < 2:
         raise ValueError(f"{stream.name} is one task, and there is nothing to merge: name two sets at least")
 
-    def some(split, count, seed):
-        rows = np.random.default_rng(seed).permutation(len(split))[:count]
+    def some(task, split, count, seed):
+        """`count` images, one of each class at least."""
+        if count < len(task.classes):
+            raise ValueError(f"{task.name} has {len(task.classes)} classes, and {count} images are not one of each")
+        rows = np.random.default_rng(seed).permutation(len(split))
+        _, first = np.unique(split.labels[rows], return_index=True)
+        rows = np.concatenate([rows[first], np.delete(rows, first)])[:count]
         return data.SubsetSplit(split, np.sort(rows))
 
     tasks = [
-        task._replace(train=some(task.train, where.images, [seed, t]), test=some(task.test, where.test_images, t))
+        task._replace(
+            train=some(task, task.train, where.images, [seed, t]), test=some(task, task.test, where.test_images, t)
+        )
         for t, task in enumerate(stream.tasks)
     ]
     return stream._replace(tasks=tuple(tasks), augment=None)
@@ -224,7 +233,8 @@ def learned(bench: Bench, kind: str) -> tuple[ModulePool, np.ndarray]:
         train = trainer(bench, kind, steps * len(every) if place is joint else steps)
         for name, tasks in missing.items():
             clock = time.perf_counter()
-            module = train(name, tasks, run.folder / "checkpoints" / f"{kind}-{bench.seed}-{name}")
+            checkpoints = run.folder / "checkpoints" / f"{kind}-{bench.seed}-{name}"
+            module = train(name, tasks, checkpoints)
             first, count = stream.offsets[tasks[0]], sum(len(stream.tasks[t].classes) for t in tasks)
             head = incremental.task_columns(run.head, first, count, count)
             place.add(
@@ -232,6 +242,7 @@ def learned(bench: Bench, kind: str) -> tuple[ModulePool, np.ndarray]:
                 classes=[f"{stream.tasks[t].name} {c}" for t in tasks for c in stream.tasks[t].classes],
                 seed=bench.seed, head=head, start=head,
             )  # fmt: skip
+            shutil.rmtree(checkpoints, ignore_errors=True)
             console.print(f"seed {bench.seed}: {kind} {name} trained in {time.perf_counter() - clock:.0f} s")
     test = incremental.evaluator(incremental.features(run.model, stream, 128), stream)
     return pool, test(joint.compose(run.base, ["joint"], [1.0]), run.head, len(every)).within
@@ -245,7 +256,9 @@ def measured(bench: Bench, programs: dict) -> MergingRun:
         pool, joint = learned(bench, kind)
         run, how = bench.run._replace(pools={kind: pool}), options.merging
         run = run._replace(folder=bench.run.folder / f"seed-{bench.seed}")
-        merges[kind] = merging.merged_pool(run, kind, how.rules, programs, how.curvature_images, bench.seed, joint)
+        merges[kind] = merging.merged_pool(
+            run, kind, how.rules, programs, how.curvature_images, bench.seed, joint, known=True
+        )
     run = merging.merged_run(bench.run, merges)
     return run._replace(run=f"seed {bench.seed}", seed=bench.seed)
 

@@ -256,3 +256,32 @@ def test_bad_input():
     for name, options, match in table:
         with pytest.raises(ValueError, match=match):
             merge(name, base, deltas, **options)
+
+
+def test_a_rule_behind_another_draws_by_itself():
+    base, ones = {"w": jnp.zeros((40, 50))}, [{"w": jnp.ones((40, 50))}]
+    key = jax.random.key(0)
+    for name, options in (("dare", {"rule": "della", "window": 0.0}), ("della", {"rule": "dare", "window": 0.0})):
+        kept = np.asarray(merge(name, base, ones, key=key, rate=0.5, **options)["w"])
+        assert abs(kept.mean() - 1) < 0.2, name  # the delta in expectation; alike draws would give 2
+
+
+def test_a_key_may_be_traced():
+    base, deltas = {"w": jnp.zeros((4, 5))}, [{"w": jnp.arange(20.0).reshape(4, 5)}]
+    of_key = lambda key: merge("della", base, deltas, key=key)["w"]
+    np.testing.assert_allclose(jax.jit(of_key)(jax.random.key(3)), of_key(jax.random.key(3)), rtol=1e-6)
+
+
+def test_a_hundred_tasks_compete_and_modules_that_cancel_have_no_scale():
+    random = np.random.default_rng(0)
+    base = {"w": jnp.zeros((6, 7))}
+    many = [{"w": jnp.asarray(random.normal(size=(6, 7)), jnp.float32)} for _ in range(100)]
+    assert np.isfinite(merge("pcb", base, many)["w"]).all()
+    opposite = compose.emr(base, [many[0], jax.tree.map(jnp.negative, many[0])])
+    np.testing.assert_array_equal(np.asarray(opposite.scales), 1)
+
+
+def test_the_option_that_counts_is_told_by_its_name():
+    base, deltas = {"w": jnp.zeros((4, 5))}, [{"w": jnp.ones((4, 5))}]
+    with pytest.raises(ValueError, match="^iterations is a whole number"):
+        merge("wudi", base, deltas, iterations=-1)

@@ -360,7 +360,7 @@ def test_bad_input():
         ("dc_merge", {"smoothing": "flat"}, "smoothing='flat' is not among mean, linear, None"),
         ("dc_merge", {"ratio": 0.5}, "ratio is of the largest singular value to the smallest, 1 or more"),
         ("dc_merge", {"density": 0.0}, "density is the fraction of entries"),
-        ("wudi", {"iterations": -1}, "max_iterations is a whole number"),
+        ("wudi", {"iterations": -1}, "iterations is a whole number"),
         ("wudi", {"learning_rate": 0.0}, "learning_rate is a positive number"),
         ("subspace_boosting", {"beta": 2.0}, "beta is the part of the singular values' sum"),
         ("knots", {"shared": "both"}, "shared='both' is not among out, in"),
@@ -399,3 +399,12 @@ def test_a_pool_hands_its_lora_modules_to_core_space(tmp_path):
         deltas.append(adapter.delta(module, base))
     merged = merge("core_space", base, [pool.load(name) for name in pool.names()], rule="task_arithmetic", scale=0.7)
     close(merged, merge("task_arithmetic", base, deltas, scale=0.7), rtol=1e-5)
+
+
+def test_boosting_takes_no_rounding_of_narrow_modules_for_directions():
+    random = np.random.default_rng(0)
+    exact = [random.normal(size=(24, 3)) @ random.normal(size=(3, 16)) for _ in range(2)]
+    base = {"w": jnp.zeros((24, 16), jnp.float32)}
+    narrow = [{"w": jnp.asarray(x, jnp.bfloat16)} for x in exact]
+    boosted = np.asarray(merge("subspace_boosting", base, narrow)["w"], np.float64)
+    assert (np.linalg.svd(boosted)[1] > 0.1).sum() == 6  # and not 16

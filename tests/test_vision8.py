@@ -41,6 +41,7 @@ def test_tasks_are_merged_under_heads_that_stay_and_a_run_that_is_there_is_not_m
     module = modules.load(modules.names()[0])
     assert any(np.any(leaf) for leaf in jax.tree.leaves(adapter.delta(module, base)) if leaf is not None)
 
+    assert not list((tmp_path / "small").glob("checkpoints/*"))
     again = run(*line, "--rules", "average", script="vision8.py")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "trained in" not in again.stdout
@@ -67,6 +68,7 @@ def test_what_cannot_be_merged_is_told(tmp_path):
         (["--data-dir", tmp_path, "--data", "glyphs"], "--data-dir plays no part with glyphs"),
         (["--curvature-images", 4000], "a task has .* training images: --curvature-images and --batch are as many"),
         (["--data", "mnist", "dtd64"], "mnist needs data_dir"),
+        (["--test-images", 5], "arabic has 8 classes, and 5 images are not one of each"),
     ):
         with pytest.raises(ValueError, match=told):
             main(*arguments, "--runs", tmp_path, script="vision8.py")

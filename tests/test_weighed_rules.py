@@ -219,7 +219,7 @@ def test_thirty_tasks_in_16_bits_and_bad_input():
         ("adamerging", {"unlabelled": [task]}, "1 tasks' unlabelled images were given for 2 modules"),
         ("adamerging", {"unlabelled": [task, task._replace(batches=[])]}, "there are no unlabelled images of task 1"),
         ("adamerging", {"unlabelled": [task] * 2, "start": 2.0}, "start is a weight from 0 to 1"),
-        ("adamerging", {}, "needs unlabelled .the tasks' test images and models"),
+        ("adamerging", {}, "needs unlabelled .images of the tasks without labels"),
         ("layer_weights", {"loss": quadratic}, "needs batches .the batches of that loss"),
         ("layer_weights", {"loss": quadratic, "batches": []}, "there are no batches"),
         (

@@ -18,7 +18,7 @@ from compo_jax.tree import Tree
 
 
 class Unlabelled(NamedTuple):
-    """A task's test images, and its model.
+    """A task's images without labels, and its model: of AdaMerging test images, of RegMean++ training images.
 
     Attributes:
       apply: `(params, inputs) -> logits (batch, classes)`, of the task's classes: its head closed over.
@@ -104,7 +104,7 @@ def adamerging(
     import optax
 
     deltas = with_holes(base, deltas, check_finite=check_finite)
-    require_iterations(None, steps)
+    require_iterations(None, steps, "steps")
     require_number("learning_rate", learning_rate, "a positive number", lambda x: x > 0)
     require_number("start", start, "a weight from 0 to 1", lambda x: 0 <= x <= 1)
     tasks = tasks_of(unlabelled, len(deltas))

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.directions import boost
 from compo_jax.compose.leaves import Stacked, add_delta
@@ -80,4 +83,6 @@ def boosted(
     """Another rule's task vector by Subspace Boosting, see `boost`."""
     space = at_zero(base, deltas, check_finite=check_finite)
     delta = _inside(space, rule, weights, stacked, options | {"check_finite": check_finite})
-    return add_delta(base, boost(delta, beta, stacked=stacked, check_finite=check_finite), check_finite=check_finite)
+    eps = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(list(deltas)))
+    delta = boost(delta, beta, eps=eps, stacked=stacked, check_finite=check_finite)
+    return add_delta(base, delta, check_finite=check_finite)

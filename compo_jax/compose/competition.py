@@ -29,7 +29,7 @@ def _fraction(x: Array, low: Any, high: Any) -> Array:
 
 
 def _score(tasks: int, low: Any, high: Any, x: Array, summed: Array) -> Array:
-    intra = jnp.exp(tasks * _fraction(_clamped(low, high, x), low, high) ** 2)
+    intra = jnp.exp(tasks * (_fraction(_clamped(low, high, x), low, high) ** 2 - 1))  # the constant cancels
     return intra * jnp.tanh(x * summed)
 
 

@@ -132,7 +132,14 @@ def dc_merge(
     return by_matrix(merged, base, deltas, weights, scale=scale, stacked=stacked, check_finite=check_finite)
 
 
-def boost(delta: Tree, beta: Scalar = 0.01, *, stacked: Stacked = STACKED, check_finite: bool = True) -> Tree:
+def boost(
+    delta: Tree,
+    beta: Scalar = 0.01,
+    *,
+    eps: float | None = None,
+    stacked: Stacked = STACKED,
+    check_finite: bool = True,
+) -> Tree:
     """Subspace Boosting (2025, arXiv 2506.16506) of a merged task vector: `σ_i ← max(σ_i, σ_k)` in each layer.
 
     The weaker directions, which merging has cancelled, become as strong as the k-th.
@@ -141,6 +148,7 @@ def boost(delta: Tree, beta: Scalar = 0.01, *, stacked: Stacked = STACKED, check
       delta: of any rule, `task_vector(merge(...), base)`; or take the rule "subspace_boosting".
       beta: k is the first component where the sum of the singular values (as in the authors' code, not of their
         squares) reaches this part of the whole: 0 makes all equal to the largest, 1 changes nothing.
+      eps: of the type that the modules were rounded to, where the delta's own is wider; default: its own type's.
       stacked: see `tsv`.
 
     Directions below the rounding error, and leaves that are vectors, stay as they are.
@@ -167,7 +175,7 @@ def boost(delta: Tree, beta: Scalar = 0.01, *, stacked: Stacked = STACKED, check
         if x is None or not np.size(x):
             return x
         x = jnp.asarray(x)
-        eps = float(jnp.finfo(x.dtype).eps)
-        return boosted(x[None].astype(tree.wide_type(x)), eps, name in of_layers).astype(x.dtype)
+        rounding = max(float(jnp.finfo(x.dtype).eps), eps or 0.0)
+        return boosted(x[None].astype(tree.wide_type(x)), rounding, name in of_layers).astype(x.dtype)
 
     return tree.map_with_name(one, delta)

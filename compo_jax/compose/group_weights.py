@@ -212,7 +212,7 @@ def layer_weights(
 
     Not under jit. ValueError as `curvature.landscape`.
     """
-    require_iterations(tolerance, rounds)
+    require_iterations(tolerance, rounds, "rounds")
     require_number("rounds", rounds, "a whole number from 1 on", lambda x: x >= 1)
     if damping is not None:
         require_not_negative(damping=damping)

@@ -47,7 +47,7 @@ def wudi(
     One task alone is kept, and tasks whose columns are orthogonal to each other's add up.
     """
     if iterations is not None:
-        require_iterations(None, iterations)
+        require_iterations(None, iterations, "iterations")
     require_not_negative(damping=damping)
     require_number("learning_rate", learning_rate, "a positive number", lambda x: x > 0)
 

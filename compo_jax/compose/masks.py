@@ -79,7 +79,8 @@ def _emr_scale(deltas: list[Tree], task: int) -> Any:
     """`Σ |delta_t| / Σ |m_t τ|`, over all leaves; 1 where there is nothing to scale."""
     leaves = list(zip(*map(jax.tree.leaves, deltas), strict=True))
     masked = summed_sizes([computed(_agreeing, [row[task], *row]) for row in leaves])
-    return summed_sizes([row[task] for row in leaves]) / jnp.where(masked > 0, masked, 1)
+    sizes = summed_sizes([row[task] for row in leaves])
+    return jnp.where(masked > 0, sizes / jnp.where(masked > 0, masked, 1), 1)
 
 
 def emr(base: Tree, deltas: Sequence[Tree], *, check_finite: bool = True) -> Unified:

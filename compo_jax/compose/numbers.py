@@ -39,11 +39,11 @@ def require_part(name: str, value: Any, meaning: str, *, zero: bool = True) -> N
     require_number(name, value, meaning, lambda x: 0 < x <= 1 or (zero and x == 0))
 
 
-def require_iterations(tolerance: Scalar | None, max_iterations: int) -> None:
-    """ValueError where an iteration can't be stopped by these."""
+def require_iterations(tolerance: Scalar | None, count: int, name: str = "max_iterations") -> None:
+    """ValueError where an iteration can't be stopped by these; `name` is what the caller calls the count."""
     if tolerance is not None:
         require_not_negative(tolerance=tolerance)
-    require_number("max_iterations", max_iterations, "a whole number from 0 on", lambda x: x >= 0 and x == int(x))
+    require_number(name, count, "a whole number from 0 on", lambda x: x >= 0 and x == int(x))
 
 
 def wide_number(x: Scalar) -> float | Array:

@@ -91,7 +91,7 @@ MADE_BY = {
     "landscape": "the landscape of these modules, compo_jax.curvature.landscape",
     "task": "the number of the module for whose task the model is, from 0 on: the rule makes one a task (compo_jax."
     "compose.emr, compo_jax.compose.tall)",
-    "unlabelled": "the tasks' test images and models, one compo_jax.compose.Unlabelled a module",
+    "unlabelled": "images of the tasks without labels, and their models, one compo_jax.compose.Unlabelled a module",
     "loss": "the mean loss of a batch of all tasks' images, (params, *batch) -> scalar, as for "
     "compo_jax.curvature.landscape",
     "batches": "the batches of that loss, a list of tuples, as for compo_jax.curvature.landscape",
@@ -189,6 +189,8 @@ def _before(change):
         mine = {name: options[name] for name in names if name in options}
         deltas = change(base, deltas, deferred=chosen.leafwise, **mine)
         options = {name: x for name, x in options.items() if name not in mine or name in theirs}
+        if "key" in options:
+            options["key"] = jax.random.fold_in(options["key"], 1)  # its draws are others
         return merge(rule, base, deltas, weights=weights, check_finite=check_finite, **options)
 
     return run
@@ -363,7 +365,8 @@ def dare(
     deltas = with_zeros(base, deltas, check_finite=check_finite)
     deltas = drop_each(key, deltas, rate, deferred=leafwise)
     if name is not None:
-        return merge(name, base, deltas, weights=weights, key=key, check_finite=check_finite, **options)
+        inner = jax.random.fold_in(key, 1)  # whose draws are others
+        return merge(name, base, deltas, weights=weights, key=inner, check_finite=check_finite, **options)
     if not check_finite and "check_finite" in inspect.signature(rule).parameters:
         options["check_finite"] = False
     return rule(base, deltas, weights, **options)

@@ -20,10 +20,11 @@ from compo_jax.compose.numbers import Scalar, require_number, wide_number
 from compo_jax.tree import Tree
 
 
-def _made(function: Callable[[Array], Array], x: Any, deferred: bool) -> Any:
-    """`function(x)` of a leaf in float32 at least; made when it is read, where that can be."""
+def _made(function: Callable[[Array], Array], x: Any, deferred: bool, *numbers: Any) -> Any:
+    """`function(x)` of a leaf in float32 at least; made when it is read, where that can be: not where one of the
+    `numbers` in it is traced."""
     wide = tree.wide_type(x)
-    if deferred and on_host(x):
+    if deferred and on_host(x, *numbers):
         return Deferred(np.shape(x), wide, lambda: np.asarray(_eager(function, x, wide)).reshape(-1))
     return function(jnp.asarray(whole(x), wide))
 
@@ -72,7 +73,8 @@ def della(
 
     def one(key, delta):
         keys = iter(jax.random.split(key, len(jax.tree.leaves(delta))))
-        drop = lambda x: _made(functools.partial(_dropped_by_rank, next(keys), rate, window), x, deferred)
+        numbers = (key, rate, window)
+        drop = lambda x: _made(functools.partial(_dropped_by_rank, next(keys), rate, window), x, deferred, *numbers)
         return jax.tree.map(drop, delta)
 
     keys = jax.random.split(key, len(deltas))
