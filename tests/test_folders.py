@@ -249,3 +249,10 @@ def test_folders_of_folders_are_domains(folder):
     domains = data.open_domains(f"folder:{folder}", 4).tasks
     assert [domain.name for domain in domains] == ["test", "train"] and domains[0].classes == CLASSES
     assert [len(domains[1].train), len(domains[1].test)] == [8, 4]
+
+
+def test_pixels_of_no_certain_range_are_told():
+    stored = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(stored, "TIFF")
+    with pytest.raises(ValueError, match="32-bit numbers of no certain range"):
+        reading.Decoding(4)(stored.getvalue())

@@ -338,6 +338,8 @@ QUICK = {
     "vit_base_patch16_clip_quickgelu_224.openai": True, "vit_base_patch16_clip_224.openai": True,
     "vit_base_patch16_clip_224.laion2b": False, "vit_base_patch16_clip_224.openai_ft_in12k_in1k": False,
     "vit_base_patch32_clip_224.laion400m_e32": True, "vit_base_patch16_clip_224.laion400m_e32": False,
+    "vit_large_patch14_clip_224.dfn2b_s39b": False, "vit_huge_patch14_clip_378.metaclip2_worldwide": False,
+    "vit_huge_patch14_clip_224.metaclip2_worldwide": True, "vit_base_patch16_clip_224.metaclip_400m": True,
     "vit_huge_patch14_clip_224.dfn5b": True, "vit_base_patch16_224.augreg_in21k": False,
 }  # fmt: skip
 

@@ -246,3 +246,15 @@ def test_load_names_the_file_whose_contents_are_wrong(tmp_path):
     safetensors.numpy.save_file(arrays, path)
     with pytest.raises(ValueError, match=r"vit\.safetensors: (.|\n)*missing \(1\): cls_token"):
         load(path, heads=HEADS)
+
+
+def test_the_heads_of_a_files_metadata_count_in_its_folder_and_its_index_has_the_config_beside_it(tmp_path):
+    _, params = from_timm(random_arrays(), heads=HEADS)
+    save(tmp_path / "model.safetensors", params, {"heads": HEADS}, np.float32)
+    config = {"architecture": "vit_tiny", "model_args": {"act_layer": "quick_gelu"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path)[0].heads == HEADS
+    index = {"weight_map": dict.fromkeys(random_arrays(), "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    model, _ = load(tmp_path / "model.safetensors.index.json", heads=HEADS)
+    assert model.activation == "quick_gelu"

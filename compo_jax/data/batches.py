@@ -54,7 +54,7 @@ def train_batches(
     (`augment="original"`), image i of the batch by the key `[*seed, epoch, step within it, i]`.
     """
     length = steps_per_epoch(split, batch)
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+    seeds = np.atleast_1d(seed).tolist()
 
     @functools.lru_cache(maxsize=2)  # threads may stand on both sides of an epoch's end
     def order(epoch: int) -> np.ndarray:

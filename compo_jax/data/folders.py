@@ -173,7 +173,7 @@ def _in_folders(folder: Path) -> Images:
 def _listed(file: Path) -> Images:
     ends, seen = _extensions(), {}
     try:
-        lines = file.read_text("utf-8").splitlines()
+        lines = file.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no text in UTF-8 ({error}): {LAYOUT}") from error
     for number, line in enumerate(lines, 1):
@@ -201,11 +201,13 @@ def _require_apart(train: Images, test: Images) -> None:
         return f"{image.parent.name}/{image.name}", image.stat().st_size
 
     trained = {image.resolve() for image in train.files}
-    named = {name(train, image): image for image in train.files}
+    named: dict[tuple[str, int], list[Path]] = {}
+    for image in train.files:
+        named.setdefault(name(train, image), []).append(image)
     both = [
         str(image) for image in test.files
         if image.resolve() in trained
-        or ((twin := named.get(name(test, image))) and filecmp.cmp(image, twin, shallow=False))
+        or any(filecmp.cmp(image, twin, shallow=False) for twin in named.get(name(test, image), []))
     ]  # fmt: skip
     if both:
         raise ValueError(

@@ -42,6 +42,8 @@ def _opened(stored: bytes):
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # which Pillow would cut at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers of no certain range: convert it to 8 or 16 bits a channel")
     if "transparency" in image.info:  # Pillow warns of palettes with it
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")

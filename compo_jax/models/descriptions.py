@@ -48,7 +48,7 @@ def _hf(config: Mapping[str, Any]) -> Described:
     if config["model_type"] not in _MODEL_TYPES:
         raise ValueError(f"its model_type is {config['model_type']!r}, which isn't read: {', '.join(_MODEL_TYPES)} are")
     layout = _MODEL_TYPES[config["model_type"]]
-    vision = config.get("vision_config") or config
+    vision = (config.get("vision_config") or config) | (config.get("vision_config_dict") or {})  # as transformers does
     fields = {}
     if "hidden_act" in vision:
         fields["activation"] = activation_of(vision["hidden_act"])
@@ -58,14 +58,20 @@ def _hf(config: Mapping[str, Any]) -> Described:
 
 
 # Those that timm lists as trained with QuickGELU, whatever the name of their architecture.
-_QUICK = r".*quickgelu|.*_clip_.*\.(openai|dfn|metaclip)(?!.*_ft_)|vit_base_patch32_clip_224\.laion400m"
+_QUICK = (
+    r".*quickgelu|.*_clip_.*\.(openai|dfn(?!2b_s39b)|metaclip(?!2|_altogether))(?!.*_ft_)"
+    r"|vit_huge_patch14_clip_224\.metaclip2|vit_base_patch32_clip_224\.laion400m"
+)
+# SigLIPs that timm builds with the approximation by tanh.
+_TANH = r"vit_(so400m_patch16|giantopt_patch16|base_patch32)_siglip_|vit_large_patch16_siglip_(gap_)?512"
 
 
 def _timm(config: Mapping[str, Any]) -> Described:
     arguments = config.get("model_args") or {}
     tag = (config.get("pretrained_cfg") or {}).get("tag") or ""
-    quick = re.match(_QUICK, f"{config['architecture']}.{tag}")
-    fields = {"activation": activation_of(arguments.get("act_layer", "quick_gelu" if quick else "gelu"))}
+    name = f"{config['architecture']}.{tag}"
+    usual = "quick_gelu" if re.match(_QUICK, name) else "gelu_tanh" if re.match(_TANH, name) else "gelu"
+    fields = {"activation": activation_of(arguments.get("act_layer", usual))}
     if config.get("global_pool") == "avg":
         fields["pool"] = "mean"
     return Described(TIMM, fields, arguments.get("num_heads"))
@@ -92,6 +98,6 @@ def pixels(config: Mapping[str, Any] | None, preprocessor: Mapping[str, Any] | N
     ):
         if source.get("do_normalize") is False:
             return Pixels((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-        if mean in source and std in source:
+        if source.get(mean) and source.get(std):
             return Pixels(tuple(source[mean]), tuple(source[std]))
     return None

@@ -134,21 +134,19 @@ def opened(path: str | Path, layouts: Sequence[Layout] = LAYOUTS) -> Checkpoint:
     if path.is_dir():
         return _folder(path, layouts)
     if path.name.endswith(".index.json"):
-        return Checkpoint(_sharded(path, layouts))
+        config, preprocessor = (_json(path.with_name(name)) for name in ("config.json", "preprocessor_config.json"))
+        return Checkpoint(_sharded(path, layouts), config, pixels=pixels(config, preprocessor))
     if path.suffix == ".npz":
         return Checkpoint(_archive(path, layouts))
-    arrays, metadata = _file(path, layouts)
-    heads = metadata.get("heads")
-    if heads is not None and not heads.isdecimal():
-        raise ValueError(f"{path}: the metadata's heads is {heads!r} and not a number: pass heads=")
-    return Checkpoint(arrays, heads=None if heads is None else int(heads))
+    arrays, heads = _file(path, layouts)
+    return Checkpoint(arrays, heads=heads)
 
 
 def _folder(path: Path, layouts: Sequence[Layout]) -> Checkpoint:
     config, preprocessor = (_json(path / name) for name in ("config.json", "preprocessor_config.json"))
-    weights = path / "model.safetensors"
+    weights, heads = path / "model.safetensors", None
     if weights.exists():
-        arrays, _ = _file(weights, layouts)
+        arrays, heads = _file(weights, layouts)
     elif (path / INDEX).exists():
         arrays = _sharded(path / INDEX, layouts)
     else:
@@ -160,7 +158,7 @@ def _folder(path: Path, layouts: Sequence[Layout]) -> Checkpoint:
         )
     if config is None:
         raise ValueError(f"{path} has no config.json, which describes a checkpoint: give the .safetensors file itself")
-    return Checkpoint(arrays, config, pixels=pixels(config, preprocessor))
+    return Checkpoint(arrays, config, heads, pixels(config, preprocessor))
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -176,12 +174,15 @@ def _json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _file(path: Path, layouts: Sequence[Layout]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays that a model may need (of a CLIP one half), and the metadata."""
+def _file(path: Path, layouts: Sequence[Layout]) -> tuple[dict[str, np.ndarray], int | None]:
+    """The arrays that a model may need (of a CLIP one half), and the heads that the metadata says."""
     with safetensors_file(path) as file:
         names = file.offset_keys()
         kept = likely(layouts, names).kept(names)
-        return {name: file.get_tensor(name) for name in kept.values()}, file.metadata() or {}
+        heads = (file.metadata() or {}).get("heads")
+        if heads is not None and not heads.isdecimal():
+            raise ValueError(f"{path}: the metadata's heads is {heads!r} and not a number: pass heads=")
+        return {name: file.get_tensor(name) for name in kept.values()}, None if heads is None else int(heads)
 
 
 def _sharded(index: Path, layouts: Sequence[Layout]) -> dict[str, np.ndarray]:
@@ -215,7 +216,8 @@ def _archive(path: Path, layouts: Sequence[Layout]) -> dict[str, np.ndarray]:
 def save(path: str | Path, params: Tree, metadata: Mapping[str, Any] | None = None, dtype: Any = np.float16) -> None:
     """Writes `to_timm(params)` as a .safetensors file of `dtype`; either the whole file is there or none.
 
-    `metadata` is stored as text; `{"heads": model.heads}` makes `load` independent of timm's convention. float16 holds
+    `metadata` is stored as text; `{"heads": model.heads}` makes `load` independent of timm's convention. What else no
+    array tells (activation, epsilon, pool) isn't stored: `load` takes the layout's usual ones. float16 holds
     weights to 3 digits and loses values below 6e-8 (a Fisher's, say). Raises ValueError for values too big for `dtype`,
     and one without fractions; OSError where the file can't be written, the disk is full say.
     """

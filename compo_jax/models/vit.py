@@ -149,7 +149,7 @@ class ViT(nn.Module):
             return self.norm(x[:, first:].mean(axis=1))
         x = self.norm(x)
         if self.pool == "attention":
-            return self.attention_pool(x)
+            return self.attention_pool(x[:, first:])
         return jnp.concatenate([x[:, 0], x[:, first:].mean(axis=1)], axis=-1)
 
     def _check(self, shape):

@@ -12,7 +12,7 @@ from compo_jax import tree
 from compo_jax.adapters import low_rank, rescaling
 from compo_jax.adapters.adapter import Adapter
 from compo_jax.adapters.entries import ARRAY, entries
-from compo_jax.adapters.peft import files
+from compo_jax.adapters.peft import files, settings
 from compo_jax.adapters.peft.arrays import key
 from compo_jax.adapters.peft.layouts import TIMM_MODULES, Modules, Place, places
 from compo_jax.adapters.rescaling import ia3
@@ -94,6 +94,8 @@ def _trained(
     if lost := sorted(set(deltas) - {path for place in places_of.values() for path in (place.path, place.bias)}):
         raise ValueError(f"PyTorch's names of {', '.join(lost)} are not known: give them in modules=")
     whole = {name: place for name, place in places_of.items() if place.path in deltas}
+    endings = {"modules_to_save": list(whole)}  # PEFT takes all whose names end so
+    whole |= {name: place for name, place in places_of.items() if settings.saved(endings, name)}
     weights = {key(name, "weight"): place.torchs(place.part(leaves[place.path])) for name, place in whole.items()}
     beside = {place.bias for name, place in places_of.items() if name not in whole} & set(deltas)
     biases = {
