@@ -100,8 +100,8 @@ def legend(figure: Figure, marks: Mapping[str, Look], columns: int, length: int 
 def name_ticks(
     axes: Axes, axis: str, names: Sequence[str], at: Sequence[float] | None = None, length: int = 14
 ) -> None:
-    """Names as tick labels, slanted on x, upright where they are many, and only every so many beyond 25."""
-    chosen = range(0, len(names), max(1, math.ceil(len(names) / 25)))
+    """Names as tick labels, slanted on x, upright where they are many, and only every so many beyond 25 (40 on y)."""
+    chosen = range(0, len(names), max(1, math.ceil(len(names) / (25 if axis == "x" else 40))))
     turned = {"rotation": 45 if len(names) <= ANNOTATED else 90} if axis == "x" else {}
     slanted = {"ha": "right", "rotation_mode": "anchor"} if turned.get("rotation") == 45 else {}
     places = [i if at is None else at[i] for i in chosen]
