@@ -53,7 +53,7 @@ class Stream:
 class Training:
     """How it is learned"""
 
-    kinds: Annotated[tuple[str, ...], names(KINDS)] = KINDS
+    kinds: Annotated[tuple[str, ...], names(KINDS)] = ("lora",)
     """of modules"""
     steps: Count = 100
     """of a module's training; the joint one gets as many for each task"""
