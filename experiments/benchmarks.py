@@ -112,12 +112,13 @@ def published(name: str) -> dict[str, float]:
     return {method: round(percent / 100, 4) for method, percent in percents.items()}
 
 
-def differs(name: str, classes: tuple[int, ...]) -> str:
-    """In words that a stream's tasks are not those of the benchmark, whose numbers are then of something else; "" where
-    they are."""
+def differs(name: str, data: str, classes: tuple[int, ...], *, whole: bool) -> str:
+    """In words that a stream's tasks, or its images, are not those of the benchmark, whose numbers are of these alone;
+    "" where they are. `data` is what is opened, and `whole` whether all of its training images are taken."""
     benchmark = BENCHMARKS[name]
     if classes == benchmark.classes:
-        return ""
+        same = whole and (data == benchmark.data or data.startswith("folder:"))
+        return "" if same else f"these are other images than {name}'s: the paper's numbers are left out"
     theirs, these = (
         " + ".join(f"{len(list(same))} x {count}" for count, same in groupby(each))
         for each in (benchmark.classes, classes)

@@ -45,9 +45,7 @@ def setup(options: Options) -> tuple[incremental.Setup, str]:
     model = backbone.model
     if where.dtype == "bfloat16" and jax.default_backend() == "gpu":
         model = model.copy(kernel="cudnn")
-    stream = open_stream(options, model.image_size)
-    if backbone.pixels:
-        stream = stream._replace(**backbone.pixels._asdict())
+    stream = backbone.normalised(open_stream(options, model.image_size))
     job.tell_images(stream, options.stream.images)
     images = sum(len(task.train) for task in stream.tasks)
     counts = f"{len(stream.tasks)} tasks, {len(stream.classes)} classes, {images} images"
@@ -75,10 +73,8 @@ def published(options: Options, stream: data.TaskStream) -> dict[str, float]:
     """The paper's numbers for a benchmark's methods, where the tasks are its."""
     if (name := options.stream.benchmark) is None:
         return {}
-    told = benchmarks.differs(name, tuple(len(task.classes) for task in stream.tasks))
-    its = options.stream.data == benchmarks.BENCHMARKS[name].data or options.stream.data.startswith("folder:")
-    if not told and (not its or options.stream.images is not None):
-        told = f"these are other images than {name}'s: the paper's numbers are left out"
+    source, classes = options.stream, tuple(len(task.classes) for task in stream.tasks)
+    told = benchmarks.differs(name, source.data, classes, whole=source.images is None)
     if told:
         console.print(told)
     return {} if told else benchmarks.published(name)

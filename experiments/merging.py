@@ -156,8 +156,7 @@ class Program(NamedTuple):
 
 def program(rule: str, base, deltas, arrays: dict) -> Program:
     """The rule compiled as one program; its memory is of arguments, temporaries and result together."""
-    behind = compose.RULES[rule].behind
-    options = ({"rule": behind} if behind else {}) | OPTIONS.get(rule, {})
+    options = compose.RULES[rule].defaults | OPTIONS.get(rule, {})
 
     def run(base, deltas, arrays):
         made = compose.RULES[rule].run(base, deltas, **arrays, **options)

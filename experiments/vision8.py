@@ -267,24 +267,23 @@ def main(arguments: list[str] | None = None) -> None:
     options, began = parse(arguments), time.perf_counter()
     where, place = options.backbone, options.place
     job.divisible(options.training.batch, "--batch")
-    model, base, backbone, pixels = models.backbone(where.backbone, where.heads, where.image_size, where.dtype)
-    streams = {seed: open_tasks(options, model.image_size, seed) for seed in place.seeds}
-    if pixels:
-        streams = {seed: stream._replace(**pixels._asdict()) for seed, stream in streams.items()}
+    backbone = models.backbone(where.backbone, where.heads, where.image_size, where.dtype)
+    model, base, described, _ = backbone
+    streams = {seed: backbone.normalised(open_tasks(options, model.image_size, seed)) for seed in place.seeds}
     stream = next(iter(streams.values()))
     fewest = min(len(task.train) for stream in streams.values() for task in stream.tasks)
     if max(options.merging.curvature_images, options.training.batch) > fewest:
         raise ValueError(f"a task has {fewest} training images: --curvature-images and --batch are as many at most")
-    console.print(f"{backbone}; {', '.join(task.name for task in stream.tasks)}; {len(stream.classes)} classes")
+    console.print(f"{described}; {', '.join(task.name for task in stream.tasks)}; {len(stream.classes)} classes")
     config = {key: value for key, value in line.flat(options).items() if key not in ("runs", "seeds", "rules")}
     with open_run(place.runs / place.name, config) as run, progress_bar(console=console) as progress:
         programs, runs = {}, []
         for seed, stream in streams.items():
             head = fitted_head(model, base, stream)
-            finished = incremental.FinishedRun(run.folder, {"seed": seed}, model, base, backbone, stream, {}, head)
+            finished = incremental.FinishedRun(run.folder, {"seed": seed}, model, base, described, stream, {}, head)
             runs.append(measured(Bench(finished, options, seed, {"log": run.log, "progress": progress}), programs))
         seconds = time.perf_counter() - began
-        results = MergingResults(place.name, stream.name, backbone, options.merging.curvature_images, runs, seconds)
+        results = MergingResults(place.name, stream.name, described, options.merging.curvature_images, runs, seconds)
         write_result(run.folder / "metrics.json", results)
         path = report.merging_page(run.folder, results)
     for table in report.merging_tables(results):

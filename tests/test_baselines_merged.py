@@ -8,23 +8,17 @@ import numpy as np
 import pytest
 from jobs import ROOT, main
 from sklearn.linear_model import Ridge
+from way_cases import MODEL, noisy_pictures
 
 from compo_jax import adapters, incremental, tree
-from compo_jax.data import array_stream
-from compo_jax.incremental import Results, Settings, Setup
+from compo_jax.incremental import Results
 from compo_jax.incremental.baselines.magmax import largest_magnitude
 from compo_jax.incremental.baselines.opcm import projected
 from compo_jax.incremental.baselines.simplecil import class_prototypes, unit_rows
 from compo_jax.incremental.baselines.slca import DRAWN, align_classes, draw, gaussians
 from compo_jax.mesh import data_mesh
-from compo_jax.models import ViT
 from compo_jax.train import jit_runner, read_result
 
-MODEL = ViT(image_size=16, patch=8, width=12, depth=1, heads=2, unroll=True)
-SETTINGS = Settings(
-    epochs=4, batch=16, components=2, probe_epochs=2, align_epochs=(2, 1), align_samples=32, fisher_method="exact",
-    eval_batch=16, features_batch=16,
-)  # fmt: skip
 NEW = ["magmax", "opcm", "slca", "ranpac", "simplecil"]
 LORA, FULL = adapters.lora(1), adapters.full()
 
@@ -32,17 +26,7 @@ LORA, FULL = adapters.lora(1), adapters.full()
 @pytest.fixture(scope="module")
 def setup():
     """Three tasks of two classes: noisy pictures of one pattern a class."""
-    random = np.random.default_rng(0)
-    patterns = random.integers(0, 256, size=(6, 16, 16, 3))
-
-    def split(count):
-        labels = np.repeat(np.arange(6), count)
-        noise = 40 * random.normal(size=(len(labels), 16, 16, 3))
-        return np.clip(patterns[labels] + noise, 0, 255).astype(np.uint8), labels
-
-    base = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
-    base = jax.tree.map(lambda x: 3 * np.asarray(x), base)
-    return Setup(MODEL, base, array_stream(*split(16), *split(6), tasks=[[0, 1], [2, 3], [4, 5]]), SETTINGS, seed=0)
+    return noisy_pictures([[0, 1], [2, 3], [4, 5]], noise=40)
 
 
 RUNNERS = {}

@@ -3,25 +3,15 @@
 import importlib
 from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jobs import ROOT
+from way_cases import MODEL, noisy_pictures
 
 from compo_jax import adapters, incremental
-from compo_jax.data import array_stream
-from compo_jax.incremental import Composition, Mode, Settings, Setup
+from compo_jax.incremental import Composition, Mode
 from compo_jax.mesh import data_mesh
-from compo_jax.models import ViT
 from compo_jax.train import jit_runner, read_result, write_result
-
-MODEL = ViT(image_size=16, patch=8, width=12, depth=1, heads=2, unroll=True)
-SETTINGS = Settings(
-    epochs=4, batch=16, components=2, probe_epochs=2, align_epochs=(2, 1), align_samples=32, fisher_method="exact",
-    eval_batch=16, features_batch=16,
-)  # fmt: skip
-
 
 # -- a way to learn, as its file would have it -------------------------------------------------------------------------
 
@@ -56,17 +46,7 @@ def way():
 @pytest.fixture(scope="module")
 def setup():
     """Two tasks of two and three classes: noisy pictures of one pattern a class."""
-    random = np.random.default_rng(0)
-    patterns = random.integers(0, 256, size=(5, 16, 16, 3))
-
-    def split(count):
-        labels = np.repeat(np.arange(5), count)
-        noise = 30 * random.normal(size=(len(labels), 16, 16, 3))
-        return np.clip(patterns[labels] + noise, 0, 255).astype(np.uint8), labels
-
-    base = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
-    base = jax.tree.map(lambda x: 3 * np.asarray(x), base)
-    return Setup(MODEL, base, array_stream(*split(16), *split(6), tasks=[[0, 1], [2, 3, 4]]), SETTINGS, seed=0)
+    return noisy_pictures([[0, 1], [2, 3, 4]], noise=30)
 
 
 RUNNERS = []

@@ -118,6 +118,15 @@ def _warn_of_parameters(base: Tree, delta: Tree, t: int) -> None:
         )
 
 
+def require_matvecs(matvecs: Sequence, tasks: int) -> None:
+    """ValueError for another number of curvature products than modules."""
+    if len(matvecs) != tasks:
+        raise ValueError(
+            f"{len(matvecs)} curvature products were given for {tasks} modules: one for each "
+            "(compo_jax.curvature.ggn at the module's own parameters and data)"
+        )
+
+
 def require_same(trees: Sequence[Tree], *, check_finite: bool = False) -> list[Tree]:
     """The trees, in the first one's container; ValueError where there are none, or they differ in structure, holes
     included, or in shapes.

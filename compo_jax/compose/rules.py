@@ -81,6 +81,11 @@ class Rule(NamedTuple):
     options_of: Callable[..., Any] | None = None
     behind: str | None = None
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The options that `run` of an add-on can't do without."""
+        return {} if self.behind is None else {"rule": self.behind}
+
 
 #: What rules need beside the deltas, and how it is made.
 MADE_BY = {
@@ -330,9 +335,7 @@ def merge(
         needed["weights"] = weights
     if not check_finite:
         options["check_finite"] = False
-    if rule.behind is not None:
-        options.setdefault("rule", rule.behind)
-    return params_of(rule.run(base, deltas, **needed, **options))
+    return params_of(rule.run(base, deltas, **needed, **rule.defaults | options))
 
 
 def params_of(merged: Any) -> Tree:

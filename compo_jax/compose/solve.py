@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from compo_jax import tree
 from compo_jax.compose.leaves import add_delta
-from compo_jax.compose.modules import require_same, with_zeros
+from compo_jax.compose.modules import require_matvecs, require_same, with_zeros
 from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_not_negative, weigh
 from compo_jax.compose.preconditioners import Matvec, inverse
 from compo_jax.compose.sphere import gram
@@ -196,11 +196,7 @@ def solve_merge(
         raise ValueError(f"unknown coordinates {coordinates!r}; known are full, modules")
     deltas = with_zeros(base, deltas, check_finite=check_finite)
     tasks = len(deltas)
-    if len(matvecs) != tasks:
-        raise ValueError(
-            f"{len(matvecs)} curvature products were given for {tasks} modules: one for each "
-            "(compo_jax.curvature.ggn at the module's own parameters and data)"
-        )
+    require_matvecs(matvecs, tasks)
     require_not_negative(damping=damping)
     require_iterations(tolerance, max_iterations)
     weights = weigh(weights, tasks, sign=False)

@@ -18,6 +18,7 @@ from compo_jax.tree import Tree
 
 
 def require_density(density: float) -> None:
+    """ValueError for what is no fraction of entries, or isn't known yet."""
     meaning = "the fraction of entries that is kept, above 0 and at most 1"
     if not tree.concrete(density):
         raise ValueError(f"density is {meaning}, and has to be known when the rule is traced: leave it out of jit")

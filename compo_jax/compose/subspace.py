@@ -12,7 +12,7 @@ from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.groups import Grouping, combined, grouped, inner_products
 from compo_jax.compose.leaves import Stacked
-from compo_jax.compose.modules import with_holes
+from compo_jax.compose.modules import require_matvecs, with_holes
 from compo_jax.compose.numbers import Scalar, Weights, require_not_negative, require_number, weigh
 from compo_jax.compose.solve import Matvec, symmetric_solve
 from compo_jax.lapack import eigh
@@ -93,11 +93,7 @@ def epimer(
     """
     deltas = with_holes(base, deltas, check_finite=check_finite)
     tasks = len(deltas)
-    if len(matvecs) != tasks:
-        raise ValueError(
-            f"{len(matvecs)} curvature products were given for {tasks} modules: one for each "
-            "(compo_jax.curvature.ggn at the module's own parameters and data)"
-        )
+    require_matvecs(matvecs, tasks)
     require_not_negative(damping=damping)
     require_number("scale", scale, "a finite number")
     rank = tasks if rank is None else rank

@@ -86,8 +86,7 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
         **{key: config[key] for key in options},
         **later,
     )
-    if backbone.pixels:
-        stream = stream._replace(**backbone.pixels._asdict())
+    stream = backbone.normalised(stream)
     pools = {
         name: ModulePool(pool_folder(folder, config["methods"], name))
         for name in config["methods"]

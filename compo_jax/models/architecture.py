@@ -1,5 +1,6 @@
 """Which ViT a checkpoint's names and shapes are of, and what is wrong with those that fit none."""
 
+import functools
 import math
 import re
 from collections import Counter, defaultdict
@@ -49,11 +50,7 @@ def read_architecture(shapes: Shapes, layout: Layout, fields: Mapping[str, Any])
     `fields` of ViT are the description's, and have precedence; its pool only where the arrays leave a choice.
     """
     shaped = shapes_by_path(shapes, layout)
-
-    def length(paths: str, rank: int, axis: int) -> int:
-        found = (shape for path, each in shaped.items() if re.fullmatch(paths, path) for shape in each)
-        lengths = Counter(shape[axis] for shape in found if len(shape) == rank)
-        return lengths.most_common(1)[0][0] if lengths else 0
+    length = functools.partial(usual_length, shaped)
 
     def has(path: str) -> bool:
         return any(name.startswith(path) for name in shaped)
@@ -90,6 +87,14 @@ def read_architecture(shapes: Shapes, layout: Layout, fields: Mapping[str, Any])
     )
 
 
+def usual_length(shaped: Mapping[str, list[tuple[int, ...]]], paths: str, rank: int, axis: int) -> int:
+    """Along this axis of what `shapes_by_path` has of the paths that fit the pattern, with so many axes: what most of
+    them have; 0 where there is none."""
+    shapes = (shape for path, each in shaped.items() if re.fullmatch(paths, path) for shape in each)
+    lengths = Counter(shape[axis] for shape in shapes if len(shape) == rank)
+    return lengths.most_common(1)[0][0] if lengths else 0
+
+
 def shapes_by_path(shapes: Shapes, layout: Layout) -> dict[str, list[tuple[int, ...]]]:
     """The shapes, as they are in ours, of the parameters of each path that one array holds."""
     rows, by_path = layout.rows_by_name(), defaultdict(list)
@@ -106,6 +111,7 @@ def shapes_by_path(shapes: Shapes, layout: Layout) -> dict[str, list[tuple[int, 
 
 
 def depth(shapes: Shapes, layout: Layout) -> int:
+    """How many blocks the names count; 1 where they count none."""
     rows = layout.rows_by_name()
     numbers = [
         int(re.search(r"(?<=[._])\d+(?=[./])", name)[0])

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 
@@ -11,6 +11,7 @@ from compo_jax.models.loading import load, load_all
 from compo_jax.models.vit import ViT
 from compo_jax.tree import Tree
 
+Stream = TypeVar("Stream")
 _FILE = Path(__file__).with_name("embedded.safetensors")
 
 
@@ -19,14 +20,18 @@ class Backbone(NamedTuple):
 
     Attributes:
       description: in words.
-      pixels: mean and std of each channel that it was trained with, for `stream._replace(**pixels._asdict())`; None
-        where the checkpoint doesn't say, and then a stream's (0.5 each) are as good a guess as any.
+      pixels: mean and std of each channel that it was trained with; None where the checkpoint doesn't say, and then a
+        stream's (0.5 each) are as good a guess as any.
     """
 
     model: ViT
     params: Tree
     description: str
     pixels: Pixels | None = None
+
+    def normalised(self, stream: Stream) -> Stream:
+        """The `data.TaskStream`, its images normalised as those that the network was trained on."""
+        return stream if self.pixels is None else stream._replace(**self.pixels._asdict())
 
 
 def embedded() -> tuple[ViT, Any, dict[str, Any]]:

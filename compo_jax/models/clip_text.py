@@ -3,8 +3,8 @@
 Of a whole CLIP the text half is read; `models.load` and its like read the other.
 """
 
-from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from compo_jax import tree
-from compo_jax.models.architecture import Shapes, depth, shapes_by_path
+from compo_jax.models.architecture import Shapes, depth, shapes_by_path, usual_length
 from compo_jax.models.descriptions import activation_of
 from compo_jax.models.layouts import LINEAR, Layout, Row, hf_blocks, likely, norm, openai_blocks
 from compo_jax.models.loading import opened
-from compo_jax.models.pretrained import Arrays, filled, write
+from compo_jax.models.pretrained import Arrays, filled, write, written_shapes
 from compo_jax.models.text_tower import TextTower as TextTower
 from compo_jax.tree import Tree
 
@@ -111,8 +111,7 @@ def load(
 
 def to_hf(params: Tree) -> dict[str, np.ndarray]:
     """The arrays under Hugging Face's names, the exact inverse of `from_hf`; see `models.to_timm`."""
-    arrays = write(params, HF_TEXT)
-    return {name if name.startswith(HF_TEXT.rootless) else HF_TEXT.roots[0] + name: x for name, x in arrays.items()}
+    return write(params, HF_TEXT, HF_TEXT.roots[0])
 
 
 def to_openai(params: Tree) -> dict[str, np.ndarray]:
@@ -134,8 +133,7 @@ def _read(
     model = _architecture(shapes, layout)
     ids = jax.ShapeDtypeStruct((1, model.context), jnp.int32)
     params_shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
-    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params_shapes)
-    _check(shapes, {name: array.shape for name, array in write(hollow, layout).items()}, model)
+    _check(shapes, written_shapes(params_shapes, layout), model)
     fields = _described(config) if config else {} if heads else {"heads": _heads(model.width)}
     chosen = {"heads": heads, "activation": activation, "dtype": dtype}
     model = model.clone(**fields | {name: value for name, value in chosen.items() if value is not None})
@@ -148,20 +146,16 @@ def _read(
 def _architecture(shapes: Shapes, layout: Layout) -> TextTower:
     """The tower that most of the shapes agree on; what no shape tells is that of OpenAI's ViT-B, with one head."""
     shaped = shapes_by_path(shapes, layout)
-
-    def length(path: str, rank: int, axis: int, default: int) -> int:
-        lengths = Counter(shape[axis] for shape in shaped.get(path, ()) if len(shape) == rank)
-        return lengths.most_common(1)[0][0] if lengths else default
-
-    width = length("blocks/norm1/scale", 1, 0, 512)
+    length = partial(usual_length, shaped)
+    width = length("blocks/norm1/scale", 1, 0) or 512
     return TextTower(
-        vocabulary=length("tokens", 2, 0, 49408),
-        context=length("position", 2, 0, 77),
+        vocabulary=length("tokens", 2, 0) or 49408,
+        context=length("position", 2, 0) or 77,
         width=width,
         depth=depth(shapes, layout),
         heads=1,
-        mlp_ratio=length("blocks/mlp/fc1/bias", 1, 0, 4 * width) / width,
-        projection=length("projection/kernel", 2, 1, 0),
+        mlp_ratio=(length("blocks/mlp/fc1/bias", 1, 0) or 4 * width) / width,
+        projection=length("projection/kernel", 2, 1),
         temperature="logit_scale" in shaped,
     )
 

@@ -78,6 +78,7 @@ def _timm(config: Mapping[str, Any]) -> Described:
 
 
 def activation_of(name: str) -> str:
+    """Ours of the name that timm or transformers has for an activation; ValueError for one that `Block` hasn't."""
     if name not in _ACTIVATIONS:
         raise ValueError(f"its activation is {name!r}, which ViT hasn't: {', '.join(ACTIVATIONS)}")
     return _ACTIVATIONS[name]

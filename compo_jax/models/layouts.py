@@ -99,14 +99,17 @@ def likely(layouts: Iterable[Layout], names: Iterable[str]) -> Layout:
 
 
 def linear(path: str, name: str) -> tuple[Row, Row]:
+    """Kernel and bias of PyTorch's linear layer `name`."""
     return Row(f"{path}/kernel", (f"{name}.weight",), LINEAR), Row(f"{path}/bias", (f"{name}.bias",))
 
 
 def norm(path: str, name: str) -> tuple[Row, Row]:
+    """Scale and bias of the layer norm `name`."""
     return Row(f"{path}/scale", (f"{name}.weight",)), Row(f"{path}/bias", (f"{name}.bias",))
 
 
 def qkv(path: str, names: Sequence[str], thirds: Sequence[int] = (1, 2)) -> tuple[Row, Row]:
+    """The joint kernel and bias of the linear layers `names`; `thirds` as in `_joint`."""
     return (
         Row(f"{path}/kernel", tuple(f"{name}.weight" for name in names), _joint(LINEAR, thirds)),
         Row(f"{path}/bias", tuple(f"{name}.bias" for name in names), _joint(SAME, thirds)),

@@ -124,8 +124,7 @@ def read(
     fields = {**layout.fields, **description.fields} | ({"activation": activation} if activation else {})
     model = read_architecture(shapes, layout, fields)
     params_shapes = _shapes(model)
-    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params_shapes)  # without memory
-    check(shapes, {name: array.shape for name, array in write(hollow, layout).items()}, model, layout)
+    check(shapes, written_shapes(params_shapes, layout), model, layout)
     if model.pre_norm and "activation" not in fields:
         raise ValueError(
             "a CLIP is trained with QuickGELU (OpenAI's, DFN's, MetaCLIP's) or GELU (LAION's, DataComp's), and no "
@@ -197,8 +196,7 @@ def to_hf(params: Tree, layout: str, root: str | None = None) -> dict[str, np.nd
     chosen = layouts[layout]
     if root is None:
         root = chosen.roots["head" in params and not chosen.roots[0]]
-    arrays = write(params, chosen)
-    return {name if name.startswith(chosen.rootless) else root + name: array for name, array in arrays.items()}
+    return write(params, chosen, root)
 
 
 def to_augreg(params: Tree, *, heads: int) -> dict[str, np.ndarray]:
@@ -211,8 +209,8 @@ def to_openai_clip(params: Tree) -> dict[str, np.ndarray]:
     return write(params, OPENAI_CLIP)
 
 
-def write(params: Tree, layout: Layout) -> dict[str, np.ndarray]:
-    """The arrays of any tree shaped as parameters under the names of `layout`, without a root."""
+def write(params: Tree, layout: Layout, root: str = "") -> dict[str, np.ndarray]:
+    """The arrays of any tree shaped as parameters under the names of `layout`, `root` before those that have one."""
     leaves = tree.by_name(params)
     if unknown := sorted(leaves.keys() - {row.path for row in layout.rows}):
         raise ValueError(
@@ -227,4 +225,10 @@ def write(params: Tree, layout: Layout) -> dict[str, np.ndarray]:
         for block, part in enumerate(leaf) if "{block}" in names[0] else [(None, leaf)]:
             theirs = transform.theirs(part)
             arrays |= {name.format(block=block): x for name, x in zip(names, theirs, strict=True)}
-    return arrays
+    return {name if name.startswith(layout.rootless) else root + name: x for name, x in arrays.items()}
+
+
+def written_shapes(params: Tree, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """The shapes of `write`'s arrays; `params` may be shapes alone, as `jax.eval_shape` gives them."""
+    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)  # without memory
+    return {name: array.shape for name, array in write(hollow, layout).items()}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy.special import softmax
 
 from compo_jax import tree
 from compo_jax.incremental.evaluate import linear
@@ -31,19 +32,14 @@ def fused(deltas: Callable[[], Iterable[Tree]]) -> Tree:
     return jax.tree.map(jnp.multiply, signs, reduce(partial(jax.tree.map, jnp.maximum), agreeing))
 
 
-def _softmax(logits: Logits) -> Logits:
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return p / p.sum(axis=1, keepdims=True)
-
-
 def agreed(specific: Sequence[Logits], universal: Logits) -> Logits:
     """For each image the probabilities by the task's adapter whose answer has the least entropy, plus the universal's.
 
     The entropy is over the classes of all tasks, so that those of tasks of different sizes can be compared.
     """
-    p = np.stack([_softmax(logits) for logits in specific])
+    p = softmax(np.stack(specific), axis=-1)
     entropy = -np.sum(p * np.log(np.maximum(p, 1e-30)), axis=-1)
-    return p[entropy.argmin(axis=0), np.arange(len(universal))] + _softmax(universal)
+    return p[entropy.argmin(axis=0), np.arange(len(universal))] + softmax(universal, axis=-1)
 
 
 def mean_row(b: Float[Array, "*stack rank out"]) -> Float[Array, "*stack rank"]:
