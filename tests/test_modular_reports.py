@@ -191,6 +191,14 @@ def test_networks_of_one_size_are_moved_apart_and_no_further():
     np.testing.assert_allclose(places, [[0.9825, 1.0175, 2], [1, 2, 3]])
 
 
+def test_every_network_of_one_size_lies_inside_its_panel():
+    values = {name: np.array([0.1, 0.2]) for name in "abcdefghijkl"}
+    costs = {**dict.fromkeys(values, (1e6, 2e6)), "l": (2e6, 3e6)}
+    for axes in reuse.by_cost(values, costs, "b").axes[:2]:
+        low, high = axes.get_xlim()
+        assert all(low < float(drawn[0].get_xdata()[0]) < high for drawn in axes.containers)
+
+
 def test_orders_of_several_lengths():
     axes, *_ = route_figures.orders({"a": np.array([0, 31]), "b": np.array([1, 2, 3])}, 32).axes
     assert [text.get_text() for text in axes.texts] == ["0", "31", "1", "2", "3"]

@@ -118,7 +118,7 @@ def objective_figure(
             look = {**GROUPS[groups[name]].look, "alpha": 0.75, "linestyle": "none", "markersize": 4.5}
             axes.plot(objectives[name][:, j], 100 * values[:, j], **look, label=name)
         shown = f", ρ = {decimal(correlation[j], 2)}" if np.isfinite(correlation[j]) else ""
-        axes.set_title(middle(target, 14) + shown)
+        axes.set_title(middle(target, 14) + shown, fontsize=7)
         charts.number_ticks(axes, "x", 4)
         charts.number_ticks(axes, "y", 5, whole=True)
         axes.grid()

@@ -73,7 +73,9 @@ def by_cost(
                 axes.plot(np.full(len(values), x), 100 * values, **small, label=f"seeds of {name}")
         charts.scatter(axes, points, looks)
         middle = (min(places.values()) + max(places.values())) / 2
-        axes.set(xlabel=label, xlim=middle + np.array([-0.65, 0.65]) * width)
+        beside = [point.x + side * width for point in points.values() for side in (-0.04, 0.04)]
+        low, high = middle + np.array([-0.65, 0.65]) * width
+        axes.set(xlabel=label, xlim=(min(low, *beside), max(high, *beside)))
         charts.number_ticks(axes, "x", 4)
     panels[0].set_ylabel("test accuracy (%)")
     charts.legend(figure, looks, 4, 16)
