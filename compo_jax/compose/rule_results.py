@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from compo_jax.compose.scaled_results import Scaled
+
 
 class MergedPool(NamedTuple):
     """The modules of a pool merged by one rule; accuracies in [0, 1].
@@ -35,6 +37,7 @@ class PoolMerges(NamedTuple):
       rules: by their names.
       cosines: of the modules' deltas with one another.
       joint: what one module that was trained on all tasks together reaches on each; None where there is none.
+      scaled: of modules of the linearised model, their sums and negations; None for others.
     """
 
     individual: Float[np.ndarray, " tasks"]
@@ -43,6 +46,7 @@ class PoolMerges(NamedTuple):
     rules: dict[str, MergedPool]
     cosines: Float[np.ndarray, "tasks tasks"]
     joint: Float[np.ndarray, " tasks"] | None = None
+    scaled: Scaled | None = None
 
     def normalised(self, accuracy: Float[np.ndarray, " tasks"]) -> Float[np.ndarray, " tasks"]:
         """An accuracy over that of the module alone, on each task; nan where that gets nothing right."""
