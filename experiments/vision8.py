@@ -69,7 +69,7 @@ class Training:
     strengths: Rates = (500.0,)
     """of TAK's penalty; of several, the best on training images left out"""
     factor_images: Count = 256
-    """training images of a task for the factors that it shares (TAK)"""
+    """training images of a task at most, for the factors that it shares (TAK)"""
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,7 @@ def open_tasks(options: Options, size: int, seed: int) -> data.TaskStream:
         """`count` images, one of each class at least."""
         if count < len(task.classes):
             raise ValueError(f"{task.name} has {len(task.classes)} classes, and {count} images are not one of each")
-        rows = np.random.default_rng(seed).permutation(len(split))
-        _, first = np.unique(split.labels[rows], return_index=True)
-        rows = np.concatenate([rows[first], np.delete(rows, first)])[:count]
-        return data.SubsetSplit(split, np.sort(rows))
+        return data.SubsetSplit(split, np.sort(tak.shuffled(split, seed)[:count]))
 
     tasks = [
         task._replace(
@@ -222,7 +219,7 @@ def trainer(
             value += penalty.strength * context["others"].quadratic(way.adapter.delta(module, context["held"]["base"]))
         return value, {"accuracy": accuracy}
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, way.learning_rate, max(steps // 20, 1), steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, way.learning_rate, min(max(steps // 20, 1), steps - 1), steps)
     transform = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
     runner = jit_runner(loss, transform)
 
@@ -252,13 +249,13 @@ def learned(bench: Bench, kind: str, penalty: tak.Penalty | None = None) -> tupl
     pool, joint = (ModulePool(run.folder / "pools" / f"{one}-{bench.seed}") for one in (label, f"{kind}-joint"))
     every = list(range(len(stream.tasks)))
     modules = {incremental.modes.each_task(stream, t).module: [t] for t in every}
-    for place, wanted in ((pool, modules), (joint, {"joint": every})):
+    for place, of, wanted in ((pool, label, modules), (joint, kind, {"joint": every})):
         missing = {name: tasks for name, tasks in wanted.items() if name not in place}
         many, of_place = (steps * len(every), None) if place is joint else (steps, penalty)
         train = trainer(bench, kind, many, of_place)
         for name, tasks in missing.items():
             clock = time.perf_counter()
-            checkpoints = run.folder / "checkpoints" / f"{label}-{bench.seed}-{name}"
+            checkpoints = run.folder / "checkpoints" / f"{of}-{bench.seed}-{name}"
             module = train(name, tasks, checkpoints)
             first, count = stream.offsets[tasks[0]], sum(len(stream.tasks[t].classes) for t in tasks)
             head = incremental.task_columns(run.head, first, count, count)
@@ -268,7 +265,7 @@ def learned(bench: Bench, kind: str, penalty: tak.Penalty | None = None) -> tupl
                 seed=bench.seed, head=head, start=head,
             )  # fmt: skip
             shutil.rmtree(checkpoints, ignore_errors=True)
-            console.print(f"seed {bench.seed}: {label} {name} trained in {time.perf_counter() - clock:.0f} s")
+            console.print(f"seed {bench.seed}: {of} {name} trained in {time.perf_counter() - clock:.0f} s")
     test = incremental.evaluator(incremental.features(run.model, stream, 128, around), stream)
     return pool, test(joint.compose(run.base, ["joint"], [1.0]), run.head, len(every)).within
 

@@ -6,6 +6,7 @@ added with coefficient 1, and one that is subtracted takes its task away. Deltas
 blocks' dense layers; the authors train biases and layer normalisations, too.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -36,12 +37,25 @@ class Parts(NamedTuple):
     validation: data.TaskStream
 
 
+def shuffled(split: data.Split, seed: list[int]) -> np.ndarray:
+    """The split's rows in a random order, one of each class first."""
+    rows = np.random.default_rng(seed).permutation(len(split))
+    _, first = np.unique(split.labels[rows], return_index=True)
+    return np.concatenate([rows[first], np.delete(rows, first)])
+
+
 def held_out(stream: data.TaskStream, seed: int) -> Parts:
-    """A fifth of each task's training images is left out."""
+    """A fifth of each task's training images is left out, but for the last one of a class."""
     kept, left = [], []
     for t, task in enumerate(stream.tasks):
-        rows, fifth = np.random.default_rng([seed, t, 5]).permutation(len(task.train)), len(task.train) // 5
-        train, validation = (data.SubsetSplit(task.train, np.sort(x)) for x in (rows[fifth:], rows[:fifth]))
+        rows = shuffled(task.train, [seed, t, 5])
+        count = min(len(rows) // 5, len(rows) - len(task.classes))
+        if count < 1:
+            raise ValueError(
+                f"{task.name} has {len(rows)} training images of {len(task.classes)} classes: linear and tak leave out "
+                "a fifth, and want more"
+            )
+        train, validation = (data.SubsetSplit(task.train, np.sort(x)) for x in (rows[:-count], rows[-count:]))
         kept.append(task._replace(train=train))
         left.append(task._replace(train=train, test=validation))
     return Parts(stream._replace(tasks=tuple(kept)), stream._replace(tasks=tuple(left)))
@@ -123,14 +137,14 @@ def merged(
     """A pool in the linearised model: averaged, added, and added with the coefficient that validation images choose."""
     deltas = list(pool.deltas(run.base))
     test, tasks = weighed(run, deltas, run.stream), len(deltas)
-    scaled = Scaled(COEFFICIENTS, validation, test.sweep(), strength)
+    scaled = Scaled(COEFFICIENTS, validation, test.sweep())
     individual = np.array([test.accuracies(alone).within[t] for t, alone in enumerate(np.eye(tasks))])
-    rules, best = {}, float(COEFFICIENTS[scaled.best()])
+    rules, best, call = {}, float(COEFFICIENTS[scaled.best()]), jax.jit(compose.compose)
+    of_pool = {"strength": f"{strength:g}"} if strength else {}
     for name, weight in (("average", 1 / tasks), ("added", 1.0), ("added, scaled", best)):
         weights = np.full(tasks, weight)
-        within, among_all = test.accuracies(weights).within, test.accuracies(weights).incremental
-        call = jax.jit(compose.compose)
-        _, seconds, warnings = merging.timed(lambda call=call, w=weights: call(run.base, deltas, jnp.asarray(w)))
-        rules[name] = MergedPool(within, among_all, seconds, None, warnings, {"coefficient": f"{weight:.3g}"})
-    pool = PoolMerges(individual, scaled.test.added[0], {}, rules, np.asarray(compose.cosines(deltas)), joint)
-    return pool._replace(scaled=scaled)
+        among_all, within = test.accuracies(weights)
+        _, seconds, warnings = merging.timed(partial(call, run.base, deltas, jnp.asarray(weights)))
+        rules[name] = MergedPool(within, among_all, seconds, None, warnings, {"coefficient": f"{weight:.3g}"} | of_pool)
+    cosines = np.asarray(compose.cosines(deltas))
+    return PoolMerges(individual, scaled.test.added[0], {}, rules, cosines, joint, scaled=scaled)

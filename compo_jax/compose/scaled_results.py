@@ -32,13 +32,11 @@ class Scaled(NamedTuple):
     Attributes:
       validation: on training images that were left out of training, which coefficients are chosen by.
       test: on test images.
-      strength: of the modules' penalty; 0 for none.
     """
 
     coefficients: Float[np.ndarray, " coefficients"]
     validation: Sweep
     test: Sweep
-    strength: float
 
     def best(self) -> int:
         """Which coefficient of all modules does best on validation images."""
