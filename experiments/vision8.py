@@ -66,6 +66,8 @@ class Training:
     """of LoRA modules, at its highest"""
     full_learning_rate: Rate = 3e-4
     """of full deltas, at its highest"""
+    linear_learning_rate: Rate = 3e-3
+    """of deltas of the linearised model, at its highest"""
     strengths: Rates = (500.0,)
     """of TAK's penalty; of several, the best on training images left out"""
     factor_images: Count = 256
@@ -194,8 +196,8 @@ def method(options: Options, kind: str) -> incremental.Method:
     how = options.training
     if kind == "lora":
         return incremental.method("none", adapters.lora(how.rank), learning_rate=how.learning_rate)
-    way = "tmc" if kind in LINEAR else "none"
-    return incremental.method(way, adapters.full(), learning_rate=how.full_learning_rate)
+    way, rate = ("tmc", how.linear_learning_rate) if kind in LINEAR else ("none", how.full_learning_rate)
+    return incremental.method(way, adapters.full(), learning_rate=rate)
 
 
 def trainer(
