@@ -26,12 +26,12 @@ import job
 import options as line
 from incremental_options import Backbone
 from job import closing, console
-from merge_rules import A_TASK, BY_STEPS, RULES
+from merge_rules import BY_STEPS, RULES
 from options import Count, LocalPath, Name, Names, OpenPath, Rate, Seeds, names
 
 EIGHT = ("mnist", "gtsrb32", "eurosat64", "resisc64", "dtd64", "cars64", "scenes64", "letters64")
 KINDS = ("lora", "full")
-COMPARED = tuple(rule for rule in RULES if rule not in (*A_TASK, "slerp"))
+COMPARED = tuple(rule for rule in RULES if rule != "slerp")
 QUICK = tuple(rule for rule in COMPARED if rule not in BY_STEPS)
 
 
@@ -257,7 +257,7 @@ def measured(bench: Bench, programs: dict) -> MergingRun:
         run, how = bench.run._replace(pools={kind: pool}), options.merging
         run = run._replace(folder=bench.run.folder / f"seed-{bench.seed}")
         merges[kind] = merging.merged_pool(
-            run, kind, how.rules, programs, how.curvature_images, bench.seed, joint, known=True
+            run, kind, how.rules, programs[kind], how.curvature_images, bench.seed, joint, known=True
         )
     run = merging.merged_run(bench.run, merges)
     return run._replace(run=f"seed {bench.seed}", seed=bench.seed)
@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(f"{described}; {', '.join(task.name for task in stream.tasks)}; {len(stream.classes)} classes")
     config = {key: value for key, value in line.flat(options).items() if key not in ("runs", "seeds", "rules")}
     with open_run(place.runs / place.name, config) as run, progress_bar(console=console) as progress:
-        programs, runs = {}, []
+        programs, runs = {kind: {} for kind in options.training.kinds}, []
         for seed, stream in streams.items():
             head = fitted_head(model, base, stream)
             finished = incremental.FinishedRun(run.folder, {"seed": seed}, model, base, described, stream, {}, head)
