@@ -31,14 +31,8 @@ def test_compositions_are_expected_as_their_landscape_expects_them():
     made = merge_forecasts.tested(
         expected, deltas, weights, lambda params: (seen.append(params), np.array([0.1, 0.2, float(len(seen))]))[1]
     )
-    land = landscape(
-        loss,
-        part(base),
-        [{"learned": d["learned"]} for d in deltas],
-        batches=batches,
-        anchor=[1 / 3] * 3,
-        check=weights,
-    )
+    learned = [part(delta) for delta in deltas]
+    land = landscape(loss, part(base), learned, batches=batches, anchor=[1 / 3] * 3, check=weights)
     np.testing.assert_allclose(made.expected.forecast, land.predict(weights), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(made.expected.loss, land.checked_loss, rtol=1e-4)
     jax.tree.map(
