@@ -27,10 +27,11 @@ import options as line
 from incremental_options import Backbone
 from job import closing, console
 from merge_rules import BY_STEPS, RULES
-from options import Count, LocalPath, Name, Names, OpenPath, Rate, Seeds, names
+from options import Count, LocalPath, Name, Names, OpenPath, Rate, Rates, Seeds, names
 
 EIGHT = ("mnist", "gtsrb32", "eurosat64", "resisc64", "dtd64", "cars64", "scenes64", "letters64")
-KINDS = ("lora", "full")
+LINEAR = ("linear", "tak")  # full deltas of the linearised model, without TAK's penalty and with it
+KINDS = ("lora", "full", *LINEAR)
 COMPARED = tuple(rule for rule in RULES if rule != "slerp")
 QUICK = tuple(rule for rule in COMPARED if rule not in BY_STEPS)
 
@@ -65,6 +66,10 @@ class Training:
     """of LoRA modules, at its highest"""
     full_learning_rate: Rate = 3e-4
     """of full deltas, at its highest"""
+    strengths: Rates = (500.0,)
+    """of TAK's penalty; of several, the best on training images left out"""
+    factor_images: Count = 256
+    """training images of a task at most, for the factors that it shares (TAK)"""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,10 @@ def parse(arguments: list[str] | None = None) -> Options:
     data = options.stream.data or (("glyphs",) if options.stream.data_dir is None else EIGHT)
     if not options.training.kinds or not options.merging.rules or not options.place.seeds:
         raise ValueError("--kinds, --rules and --seeds need one value at least")
+    if "tak" not in options.training.kinds:
+        line.refuse(options.training, "without tak among --kinds", "strengths", "factor_images")
+    if not options.training.strengths:
+        raise ValueError("--strengths needs one value at least")
     if data == ("glyphs",):
         line.refuse(options.stream, "with glyphs, which are rendered", "data_dir")
     name = options.place.name or line.plain("vision8-" + ("sets" if data == EIGHT else "+".join(data)))
@@ -121,23 +130,26 @@ import jax.numpy as jnp
 import merging
 import numpy as np
 import optax
+import vision8_tak as tak
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from compo_jax import adapters, data, incremental, models, report, tree
-from compo_jax.compose.rule_results import MergingResults, MergingRun
+from compo_jax import adapters, curvature, data, incremental, models, report, tree
+from compo_jax.compose.rule_results import MergingResults, MergingRun, PoolMerges
 from compo_jax.pool import ModulePool
 from compo_jax.train import Checkpoints, fit, init_state, jit_runner, open_run, progress_bar, write_result
 
 
 class Bench(NamedTuple):
-    """What all modules of a seed share: the run that they come to, without pools, and where a training is told."""
+    """What all modules of a seed share: the run that they come to, without pools, where a training is told, and the
+    tasks with training images that were left out as their tests, where there are linear kinds."""
 
     run: incremental.FinishedRun
     options: Options
     seed: int
     watched: dict
+    validation: data.TaskStream | None
 
 
 # -- tasks and heads ---------------------------------------------------------------------------------------------------
@@ -152,10 +164,7 @@ def open_tasks(options: Options, size: int, seed: int) -> data.TaskStream:
         """`count` images, one of each class at least."""
         if count < len(task.classes):
             raise ValueError(f"{task.name} has {len(task.classes)} classes, and {count} images are not one of each")
-        rows = np.random.default_rng(seed).permutation(len(split))
-        _, first = np.unique(split.labels[rows], return_index=True)
-        rows = np.concatenate([rows[first], np.delete(rows, first)])[:count]
-        return data.SubsetSplit(split, np.sort(rows))
+        return data.SubsetSplit(split, np.sort(tak.shuffled(split, seed)[:count]))
 
     tasks = [
         task._replace(
@@ -185,10 +194,13 @@ def method(options: Options, kind: str) -> incremental.Method:
     how = options.training
     if kind == "lora":
         return incremental.method("none", adapters.lora(how.rank), learning_rate=how.learning_rate)
-    return incremental.method("none", adapters.full(), learning_rate=how.full_learning_rate)
+    way = "tmc" if kind in LINEAR else "none"
+    return incremental.method(way, adapters.full(), learning_rate=how.full_learning_rate)
 
 
-def trainer(bench: Bench, kind: str, steps: int) -> Callable[[str, list[int], Path], dict]:
+def trainer(
+    bench: Bench, kind: str, steps: int, penalty: tak.Penalty | None = None
+) -> Callable[[str, list[int], Path], dict]:
     """What trains a module around the base on these tasks, under their heads, which stay; each image is told apart from
     its own task's classes."""
     run, how, stream = bench.run, bench.options.training, bench.run.stream
@@ -202,9 +214,12 @@ def trainer(bench: Bench, kind: str, steps: int) -> Callable[[str, list[int], Pa
         values = incremental.classifier.logits(context["head"], z)
         values = jnp.where(owner == owner[batch["label"]][:, None], values, -jnp.inf)
         accuracy = jnp.mean(values.argmax(-1) == batch["label"])
-        return optax.softmax_cross_entropy_with_integer_labels(values, batch["label"]).mean(), {"accuracy": accuracy}
+        value = optax.softmax_cross_entropy_with_integer_labels(values, batch["label"]).mean()
+        if penalty is not None:
+            value += penalty.strength * context["others"].quadratic(way.adapter.delta(module, context["held"]["base"]))
+        return value, {"accuracy": accuracy}
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, way.learning_rate, max(steps // 20, 1), steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, way.learning_rate, min(max(steps // 20, 1), steps - 1), steps)
     transform = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
     runner = jit_runner(loss, transform)
 
@@ -213,6 +228,9 @@ def trainer(bench: Bench, kind: str, steps: int) -> Callable[[str, list[int], Pa
         key = jax.random.fold_in(jax.random.key(bench.seed), tasks[0])
         state = init_state(mode.begin(key, {}, stream.tasks[tasks[0]]), transform)
         context = {"held": mode.hold({}), "head": jax.tree.map(jnp.asarray, run.head)}
+        if penalty is not None:
+            (task,) = tasks
+            context["others"] = penalty.others[task]
         batches = lambda start: data.train_batches(split, how.batch, [bench.seed, tasks[0]], start=start)
         record = {"run": f"{kind} {name}", "task": f"seed {bench.seed}"}
         watched = {"record": record, "checkpoints": Checkpoints(folder), **bench.watched}
@@ -221,19 +239,23 @@ def trainer(bench: Bench, kind: str, steps: int) -> Callable[[str, list[int], Pa
     return train
 
 
-def learned(bench: Bench, kind: str) -> tuple[ModulePool, np.ndarray]:
+def learned(bench: Bench, kind: str, penalty: tak.Penalty | None = None) -> tuple[ModulePool, np.ndarray]:
     """(the pool of the tasks' modules, what one module of all tasks reaches on each); made where it isn't there."""
+    label, around = kind if penalty is None else f"{kind}-{penalty.strength:g}", None
+    if kind in LINEAR:  # the joint module has no other tasks to stay clear of, and is the same for both
+        kind, around = "linear", bench.run.base
     run, adapter, steps = bench.run, method(bench.options, kind).adapter, bench.options.training.steps
     stream, fingerprint = run.stream, tree.fingerprint(run.base)
-    pool, joint = (ModulePool(run.folder / "pools" / f"{kind}{end}-{bench.seed}") for end in ("", "-joint"))
+    pool, joint = (ModulePool(run.folder / "pools" / f"{one}-{bench.seed}") for one in (label, f"{kind}-joint"))
     every = list(range(len(stream.tasks)))
     modules = {incremental.modes.each_task(stream, t).module: [t] for t in every}
-    for place, wanted in ((pool, modules), (joint, {"joint": every})):
+    for place, of, wanted in ((pool, label, modules), (joint, kind, {"joint": every})):
         missing = {name: tasks for name, tasks in wanted.items() if name not in place}
-        train = trainer(bench, kind, steps * len(every) if place is joint else steps)
+        many, of_place = (steps * len(every), None) if place is joint else (steps, penalty)
+        train = trainer(bench, kind, many, of_place)
         for name, tasks in missing.items():
             clock = time.perf_counter()
-            checkpoints = run.folder / "checkpoints" / f"{kind}-{bench.seed}-{name}"
+            checkpoints = run.folder / "checkpoints" / f"{of}-{bench.seed}-{name}"
             module = train(name, tasks, checkpoints)
             first, count = stream.offsets[tasks[0]], sum(len(stream.tasks[t].classes) for t in tasks)
             head = incremental.task_columns(run.head, first, count, count)
@@ -243,9 +265,27 @@ def learned(bench: Bench, kind: str) -> tuple[ModulePool, np.ndarray]:
                 seed=bench.seed, head=head, start=head,
             )  # fmt: skip
             shutil.rmtree(checkpoints, ignore_errors=True)
-            console.print(f"seed {bench.seed}: {kind} {name} trained in {time.perf_counter() - clock:.0f} s")
-    test = incremental.evaluator(incremental.features(run.model, stream, 128), stream)
+            console.print(f"seed {bench.seed}: {of} {name} trained in {time.perf_counter() - clock:.0f} s")
+    test = incremental.evaluator(incremental.features(run.model, stream, 128, around), stream)
     return pool, test(joint.compose(run.base, ["joint"], [1.0]), run.head, len(every)).within
+
+
+def disentangled(bench: Bench, kind: str) -> PoolMerges:
+    """A pool of the linearised model; of several strengths the one whose modules, added, do best on images left out."""
+    how, penalties = bench.options.training, [None]
+    if kind == "tak":
+        others = curvature.factors_of_others(tak.shared_factors(bench.run, how.factor_images, bench.seed))
+        penalties = [tak.Penalty(strength, others) for strength in how.strengths]
+    best = None
+    for penalty in penalties:
+        strength = 0.0 if penalty is None else penalty.strength
+        pool, joint = learned(bench, kind, penalty)
+        sweep = tak.weighed(bench.run, list(pool.deltas(bench.run.base)), bench.validation).sweep()
+        reached = float(sweep.added[-1].mean())
+        console.print(f"seed {bench.seed}: {kind}, strength {strength:g}: added, on validation images {reached:.3f}")
+        if best is None or reached > best[0]:
+            best = reached, pool, joint, sweep, strength
+    return tak.merged(bench.run, *best[1:])
 
 
 # -- merged ------------------------------------------------------------------------------------------------------------
@@ -253,6 +293,9 @@ def measured(bench: Bench, programs: dict) -> MergingRun:
     """The modules of a seed under every rule."""
     options, merges = bench.options, {}
     for kind in options.training.kinds:
+        if kind in LINEAR:
+            merges[kind] = disentangled(bench, kind)
+            continue
         pool, joint = learned(bench, kind)
         run, how = bench.run._replace(pools={kind: pool}), options.merging
         run = run._replace(folder=bench.run.folder / f"seed-{bench.seed}")
@@ -270,18 +313,25 @@ def main(arguments: list[str] | None = None) -> None:
     backbone = models.backbone(where.backbone, where.heads, where.image_size, where.dtype)
     model, base, described, _ = backbone
     streams = {seed: backbone.normalised(open_tasks(options, model.image_size, seed)) for seed in place.seeds}
+    validation = dict.fromkeys(streams)
+    if set(LINEAR) & set(options.training.kinds):
+        parts = {seed: tak.held_out(stream, seed) for seed, stream in streams.items()}
+        streams, validation = ({seed: one[i] for seed, one in parts.items()} for i in (0, 1))
     stream = next(iter(streams.values()))
     fewest = min(len(task.train) for stream in streams.values() for task in stream.tasks)
     if max(options.merging.curvature_images, options.training.batch) > fewest:
         raise ValueError(f"a task has {fewest} training images: --curvature-images and --batch are as many at most")
     console.print(f"{described}; {', '.join(task.name for task in stream.tasks)}; {len(stream.classes)} classes")
-    config = {key: value for key, value in line.flat(options).items() if key not in ("runs", "seeds", "rules")}
+    config = {
+        key: value for key, value in line.flat(options).items() if key not in ("runs", "seeds", "rules", "strengths")
+    }
     with open_run(place.runs / place.name, config) as run, progress_bar(console=console) as progress:
         programs, runs = {kind: {} for kind in options.training.kinds}, []
         for seed, stream in streams.items():
             head = fitted_head(model, base, stream)
             finished = incremental.FinishedRun(run.folder, {"seed": seed}, model, base, described, stream, {}, head)
-            runs.append(measured(Bench(finished, options, seed, {"log": run.log, "progress": progress}), programs))
+            watched = {"log": run.log, "progress": progress}
+            runs.append(measured(Bench(finished, options, seed, watched, validation[seed]), programs))
         seconds = time.perf_counter() - began
         results = MergingResults(place.name, stream.name, described, options.merging.curvature_images, runs, seconds)
         write_result(run.folder / "metrics.json", results)

@@ -17,6 +17,7 @@ from compo_jax.compose.rule_results import (
     PoolMerges,
     Weightings,
 )
+from compo_jax.compose.scaled_results import Scaled, Sweep
 from compo_jax.incremental.unlearning_results import PoolSkills, RunSkills, UnlearningResults
 from compo_jax.report import charts, expected, merging, unlearning
 from compo_jax.report.merging import BASE
@@ -53,6 +54,34 @@ def measured_merging():
         "merging <1>", "glyphs <i>", "ViT <u>96x4", 1064,
         [MergingRun("run-<b>0", 3, tasks, tested, first), MergingRun("run-1", 4, tasks[::-1], tested, second)], 1234.5,
     )  # fmt: skip
+
+
+def swept(shift=0.0):
+    """Two tasks at three coefficients: half of all modules is best, and half of one forgets what can be forgotten."""
+    added = np.array([[0.5, 0.7], [0.8, 0.9], [0.7, 0.6]])
+    negated = np.array([[[0.5, 0.7], [0.5, 0.7]], [[0.2, 0.7], [0.5, 0.3]], [[0.1, 0.5], [0.4, 0.2]]])
+    return Sweep(added - shift, negated - shift)
+
+
+def test_sums_and_negations_stand_in_the_merging_page(tmp_path):
+    results = measured_merging()
+    scaled = Scaled(np.array([0.0, 0.5, 1.0]), swept(), swept(0.1))
+    assert scaled.best() == scaled.forgetting() == 1
+    for run in results.runs:
+        run.pools["other"] = run.pools["other"]._replace(scaled=scaled)
+    write_result(tmp_path / "metrics.json", results)
+    back = read_result(tmp_path / "metrics.json", MergingResults)
+    assert back.runs[0].pools["none-<b>lora"].scaled is None
+    np.testing.assert_array_equal(back.runs[1].pools["other"].scaled.test.negated, scaled.test.negated)
+    page = Page(report.merging_page(tmp_path, back))
+    assert page.tags.count("svg") == 1 + 2 * 2 + 1 + 1
+    for row in (
+        ["other", "0.0", "50.0 ± 0.0", "50.0 ± 0.0"],  # (0.5 + 0.7) / 2 - 0.1, both
+        ["other", "1.0", "5.0 ± 0.0", "35.0 ± 0.0"],  # (0.1 + 0.2) / 2, (0.5 + 0.4) / 2
+        ["other", "0.5", "15.0 ± 0.0", "50.0 ± 0.0"],
+        ["accuracy (%)", "50.0", "75.0", "55.0"], ["accuracy (%)", "50.0", "15.0", "5.0"],
+    ):  # fmt: skip
+        assert row in page.rows
 
 
 def measured_unlearning():

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from compo_jax.compose.scaled_results import Scaled
+
 
 class Expected(NamedTuple):
     """What training images tell of merged models, before any is tested.
@@ -71,6 +73,7 @@ class PoolMerges(NamedTuple):
       cosines: of the modules' deltas with one another.
       joint: what one module that was trained on all tasks together reaches on each; None where there is none.
       weightings: None where none were tested.
+      scaled: of modules of the linearised model, their sums and negations; None for others.
     """
 
     individual: Float[np.ndarray, " tasks"]
@@ -80,6 +83,7 @@ class PoolMerges(NamedTuple):
     cosines: Float[np.ndarray, "tasks tasks"]
     joint: Float[np.ndarray, " tasks"] | None = None
     weightings: Weightings | None = None
+    scaled: Scaled | None = None
 
     def normalised(self, accuracy: Float[np.ndarray, " tasks"]) -> Float[np.ndarray, " tasks"]:
         """An accuracy over that of the module alone, on each task; nan where that gets nothing right."""

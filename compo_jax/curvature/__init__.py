@@ -10,6 +10,8 @@ from compo_jax.curvature.fisher import FisherDiagonal as FisherDiagonal
 from compo_jax.curvature.fisher import as_curvature as as_curvature
 from compo_jax.curvature.fisher import fisher_diagonal as fisher_diagonal
 from compo_jax.curvature.fisher import summed_diagonal as summed_diagonal
+from compo_jax.curvature.jacobian import factors_of_others as factors_of_others
+from compo_jax.curvature.jacobian import jacobian_factors as jacobian_factors
 from compo_jax.curvature.kfac import Eigen as Eigen
 from compo_jax.curvature.kfac import Kronecker as Kronecker
 from compo_jax.curvature.kfac import eigenvalue_corrected as eigenvalue_corrected
