@@ -267,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, began = parse(arguments), time.perf_counter()
     where, place = options.backbone, options.place
     job.divisible(options.training.batch, "--batch")
-    backbone = models.backbone(where.backbone, where.heads, where.image_size, where.dtype)
+    backbone = models.backbone(where.backbone, where.heads, where.image_size, where.dtype, where.activation)
     model, base, described, _ = backbone
     streams = {seed: backbone.normalised(open_tasks(options, model.image_size, seed)) for seed in place.seeds}
     stream = next(iter(streams.values()))

@@ -74,7 +74,9 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
         raise ValueError(
             f"{folder} is of glyphs, which are rendered: data_dir (--data-dir) plays no part, leave it out"
         )
-    backbone = models.backbone(config["backbone"], config["heads"], config["image_size"], config["dtype"])
+    backbone = models.backbone(
+        *(config[key] for key in ("backbone", "heads", "image_size", "dtype")), activation=config.get("activation")
+    )
     model, base = backbone.model, backbone.params
     later = {  # which runs of an earlier day lack
         key: config[key] for key in ("class_order", "test_fraction", "crop", "augment") if key in config
