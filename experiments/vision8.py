@@ -3,10 +3,13 @@
     python experiments/vision8.py                                          # eight rendered scripts, no download
     python experiments/vision8.py --data-dir DIR --backbone FILE           # eight small sets of real images
     python experiments/vision8.py --data mnist dtd64 cars64 eurosat64 --data-dir DIR --backbone FILE
+    python experiments/vision8.py --data-dir DIR --zero-shot hf:openai/clip-vit-base-patch32
 
 The protocol of task arithmetic (Ilharco et al., 2023, arXiv 2212.04089): each task has a linear head that is fitted on
-the base's features and stays; a module of each kind is trained for each task alone, and one for all tasks together
-(joint); then the rules merge the modules, as merging.py does it, those that go by steps only where they are named.
+the base's features, or with --zero-shot, as the field has it, made of its classes' names by CLIP's text tower, and
+stays (the base's own row is the zero-shot one then); a module of each kind is trained for each task alone, and one for
+all tasks together (joint); then the rules merge the modules, as merging.py does it, those that go by steps only where
+they are named.
 Absolute accuracy is a task's, among its own classes; normalised accuracy is that over the module's own; the accuracy
 among all classes is of heads that were never put in scale with one another. All tasks get equally many steps. No image
 is mirrored, for signs and letters would be others. Writes `runs/NAME/`: report.html, metrics.json, metrics.jsonl and
@@ -47,6 +50,16 @@ class Stream:
     """training images of a task at most, drawn by the seed"""
     test_images: Count = 1000
     """test images of a task at most, drawn once"""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What tells its classes apart"""
+
+    zero_shot: OpenPath = None
+    """CLIP, in a folder, a file or as hf:OWNER/NAME, whose texts make the heads; the base if --backbone names none"""
+    token_ids: OpenPath = None
+    """folder of the tasks' token ids, TASK.npz or TASK.json (default: made by the tokenizer.json beside that CLIP)"""
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,7 @@ class Place:
 class Options:
     stream: Stream
     backbone: Backbone
+    texts: Texts
     training: Training
     merging: Merging
     place: Place
@@ -103,6 +117,8 @@ def parse(arguments: list[str] | None = None) -> Options:
     data = options.stream.data or (("glyphs",) if options.stream.data_dir is None else EIGHT)
     if not options.training.kinds or not options.merging.rules or not options.place.seeds:
         raise ValueError("--kinds, --rules and --seeds need one value at least")
+    if options.texts.zero_shot is None:
+        line.refuse(options.texts, "without --zero-shot", "token_ids")
     if data == ("glyphs",):
         line.refuse(options.stream, "with glyphs, which are rendered", "data_dir")
     name = options.place.name or line.plain("vision8-" + ("sets" if data == EIGHT else "+".join(data)))
@@ -121,6 +137,7 @@ import jax.numpy as jnp
 import merging
 import numpy as np
 import optax
+from class_texts import zero_shot_head
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -265,12 +282,17 @@ def measured(bench: Bench, programs: dict) -> MergingRun:
 
 def main(arguments: list[str] | None = None) -> None:
     options, began = parse(arguments), time.perf_counter()
-    where, place = options.backbone, options.place
+    where, texts, place = options.backbone, options.texts, options.place
     job.divisible(options.training.batch, "--batch")
-    backbone = models.backbone(where.backbone, where.heads, where.image_size, where.dtype, where.activation)
+    file = where.backbone or texts.zero_shot
+    backbone = models.backbone(file, where.heads, where.image_size, where.dtype, where.activation)
     model, base, described, _ = backbone
     streams = {seed: backbone.normalised(open_tasks(options, model.image_size, seed)) for seed in place.seeds}
-    stream = next(iter(streams.values()))
+    stream, head = next(iter(streams.values())), None
+    if texts.zero_shot:
+        model, described = model.copy(unit=True), f"{described}, heads of {texts.zero_shot.name}'s texts"
+        width = incremental.feature_width(model, base, stream)
+        head = zero_shot_head(texts.zero_shot, stream, width, where.activation, texts.token_ids)
     fewest = min(len(task.train) for stream in streams.values() for task in stream.tasks)
     if max(options.merging.curvature_images, options.training.batch) > fewest:
         raise ValueError(f"a task has {fewest} training images: --curvature-images and --batch are as many at most")
@@ -279,8 +301,8 @@ def main(arguments: list[str] | None = None) -> None:
     with open_run(place.runs / place.name, config) as run, progress_bar(console=console) as progress:
         programs, runs = {}, []
         for seed, stream in streams.items():
-            head = fitted_head(model, base, stream)
-            finished = incremental.FinishedRun(run.folder, {"seed": seed}, model, base, described, stream, {}, head)
+            columns = fitted_head(model, base, stream) if head is None else head
+            finished = incremental.FinishedRun(run.folder, {"seed": seed}, model, base, described, stream, {}, columns)
             runs.append(measured(Bench(finished, options, seed, {"log": run.log, "progress": progress}), programs))
         seconds = time.perf_counter() - began
         results = MergingResults(place.name, stream.name, described, options.merging.curvature_images, runs, seconds)

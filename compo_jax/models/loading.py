@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from compo_jax.files import local_path, replaced, safetensors_file
-from compo_jax.models.descriptions import Pixels, pixels
+from compo_jax.models.descriptions import CLIP_PIXELS, Pixels, pixels
 from compo_jax.models.layouts import LAYOUTS, OPENAI_CLIP, TIMM, Layout, likely
 from compo_jax.models.pretrained import read, write
 from compo_jax.models.transformer import ACTIVATIONS
@@ -30,6 +30,7 @@ _STATED = {
     "activation": {name: name for name in ACTIVATIONS}.__getitem__,
     "epsilon": float,
     "pool": {name: name for name in POOLS}.__getitem__,
+    "unit": {"False": False, "True": True}.__getitem__,
 }
 
 
@@ -49,7 +50,7 @@ class Checkpoint(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A model with its parameters, and the pixels it was trained with where the checkpoint says them."""
+    """A model with its parameters, and the pixels it was trained with: as the checkpoint says, or those of CLIP."""
 
     model: ViT
     params: Tree
@@ -93,7 +94,7 @@ def load_all(path: str | Path, *, heads: int | None = None, **options: Any) -> L
         if _SHARD.search(str(path)):
             raise ValueError(f"{path} is one of a checkpoint's several files: give the folder, or {INDEX}") from error
         raise ValueError(f"{path}: {error}") from error
-    return Loaded(model, params, checkpoint.pixels)
+    return Loaded(model, params, checkpoint.pixels or (CLIP_PIXELS if model.pre_norm else None))
 
 
 def hub_folder(name: str) -> Path:
@@ -242,8 +243,8 @@ def save(
       params: with a projection, which timm's ViTs don't have, they are written under OpenAI's names.
       metadata: stored as text.
       dtype: float16 holds weights to 3 digits and loses values below 6e-8 (a Fisher's, say).
-      model: its heads, activation, epsilon and pool, which no array tells, are stored in the metadata, and `load` gives
-        the same model again; without it `load` takes the layout's usual ones.
+      model: its heads, activation, epsilon, pool and unit, which no array tells, are stored in the metadata, and
+        `load` gives the same model again; without it `load` takes the layout's usual ones.
     Raises:
       ValueError: values too big for `dtype`, or one without fractions; OSError: the file can't be written, the disk is
         full say.
