@@ -63,6 +63,17 @@ KINDS = {"diagonal": "fishers", "kronecker": "factors"}  # of a Fisher, and what
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
 
 
+def copy(pool: ModulePool, place: ModulePool, module: str) -> None:
+    """A module with its heads in another pool, where it isn't there already."""
+    if module in place:
+        return
+    manifest = pool.manifest(module)
+    place.add(
+        module, pool.load(module), base=manifest.base, adapter=manifest.adapter, settings=manifest.settings,
+        task=manifest.task, classes=manifest.classes, **{part: pool.load(module, part) for part in ("head", "start")},
+    )  # fmt: skip
+
+
 def with_curvature(
     run: incremental.FinishedRun, name: str, images: int, seed: int, needs: set[str]
 ) -> tuple[ModulePool, dict]:
@@ -72,13 +83,7 @@ def with_curvature(
     settings = incremental.Settings(fisher_images=images, fisher_method="monte_carlo", eval_batch=images)
     setup = incremental.Setup(run.model, run.base, run.stream, settings, seed)
     for module in pool.names():
-        if module not in kept:
-            manifest = pool.manifest(module)
-            parts = {part: pool.load(module, part) for part in ("head", "start")}
-            kept.add(
-                module, pool.load(module), base=manifest.base, adapter=manifest.adapter, settings=manifest.settings,
-                task=manifest.task, classes=manifest.classes, **parts,
-            )  # fmt: skip
+        copy(pool, kept, module)
     seconds = {}
     for kind in (kind for kind, what in KINDS.items() if what in needs):
         fisher = task_fisher(setup, PATTERNS, [kind])
