@@ -3,10 +3,13 @@
     python experiments/vision8.py                                          # eight rendered scripts, no download
     python experiments/vision8.py --data-dir DIR --backbone FILE           # eight small sets of real images
     python experiments/vision8.py --data mnist dtd64 cars64 eurosat64 --data-dir DIR --backbone FILE
+    python experiments/vision8.py --data-dir DIR --zero-shot hf:openai/clip-vit-base-patch32
 
 The protocol of task arithmetic (Ilharco et al., 2023, arXiv 2212.04089): each task has a linear head that is fitted on
-the base's features and stays; a module of each kind is trained for each task alone, and one for all tasks together
-(joint); then the rules merge the modules, as merging.py does it, those that go by steps only where they are named.
+the base's features, or with --zero-shot, as the field has it, made of its classes' names by CLIP's text tower, and
+stays (the base's own row is the zero-shot one then); a module of each kind is trained for each task alone, and one for
+all tasks together (joint); then the rules merge the modules, as merging.py does it, those that go by steps only where
+they are named.
 Absolute accuracy is a task's, among its own classes; normalised accuracy is that over the module's own; the accuracy
 among all classes is of heads that were never put in scale with one another. All tasks get equally many steps. No image
 is mirrored, for signs and letters would be others. Writes `runs/NAME/`: report.html, metrics.json, metrics.jsonl and
@@ -14,115 +17,19 @@ pools for each seed and kind. A killed run goes on behind its last module; its s
 minutes on 2 CPU cores with no arguments. Expected numbers: README.md.
 """
 
-import dataclasses
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import job
 import options as line
-from incremental_options import Backbone
 from job import closing, console
-from merge_rules import A_TASK, BY_STEPS, RULES
-from options import Count, LocalPath, Name, Names, OpenPath, Rate, Rates, Seeds, names
+from vision8_options import LINEAR, Options, parse
 
-EIGHT = ("mnist", "gtsrb32", "eurosat64", "resisc64", "dtd64", "cars64", "scenes64", "letters64")
-LINEAR = ("linear", "tak")  # full deltas of the linearised model, without TAK's penalty and with it
-KINDS = ("lora", "full", *LINEAR)
-COMPARED = tuple(rule for rule in RULES if rule not in (*A_TASK, "slerp"))
-QUICK = tuple(rule for rule in COMPARED if rule not in BY_STEPS)
-
-
-@dataclass(frozen=True)
-class Stream:
-    """What is learned"""
-
-    data: Names = ()
-    """TFDS sets, a task each, or glyphs (default: eight small sets with --data-dir, else glyphs)"""
-    data_dir: OpenPath = None
-    """where TFDS has prepared the sets"""
-    images: Count = 3000
-    """training images of a task at most, drawn by the seed"""
-    test_images: Count = 1000
-    """test images of a task at most, drawn once"""
-
-
-@dataclass(frozen=True)
-class Training:
-    """How it is learned"""
-
-    kinds: Annotated[tuple[str, ...], names(KINDS)] = ("lora",)
-    """of modules"""
-    steps: Count = 100
-    """of a module's training; the joint one gets as many for each task"""
-    batch: Count = 32
-    """images in a step"""
-    rank: Count = 8
-    """of LoRA modules"""
-    learning_rate: Rate = 3e-3
-    """of LoRA modules, at its highest"""
-    full_learning_rate: Rate = 3e-4
-    """of full deltas, at its highest"""
-    linear_learning_rate: Rate = 3e-3
-    """of deltas of the linearised model, at its highest"""
-    strengths: Rates = (500.0,)
-    """of TAK's penalty; of several, the best on training images left out"""
-    factor_images: Count = 256
-    """training images of a task at most, for the factors that it shares (TAK)"""
-
-
-@dataclass(frozen=True)
-class Merging:
-    """How it is merged"""
-
-    rules: Annotated[tuple[str, ...], names(COMPARED)] = QUICK
-    """rules to compare (default: those that go by no steps)"""
-    curvature_images: Count = 64
-    """training images of a task for its module's curvature"""
-
-
-@dataclass(frozen=True)
-class Place:
-    """The run"""
-
-    seeds: Seeds = (0,)
-    """of the images, the modules and the batches"""
-    name: Name = None
-    """folder of the run (default: vision8-DATA)"""
-    runs: LocalPath = Path("runs")
-    """folder of the runs"""
-
-
-@dataclass(frozen=True)
-class Options:
-    stream: Stream
-    backbone: Backbone
-    training: Training
-    merging: Merging
-    place: Place
-
-
-def parse(arguments: list[str] | None = None) -> Options:
-    options = line.parse(Options, __doc__, arguments)
-    data = options.stream.data or (("glyphs",) if options.stream.data_dir is None else EIGHT)
-    if not options.training.kinds or not options.merging.rules or not options.place.seeds:
-        raise ValueError("--kinds, --rules and --seeds need one value at least")
-    if "tak" not in options.training.kinds:
-        line.refuse(options.training, "without tak among --kinds", "strengths", "factor_images")
-    if not options.training.strengths:
-        raise ValueError("--strengths needs one value at least")
-    if data == ("glyphs",):
-        line.refuse(options.stream, "with glyphs, which are rendered", "data_dir")
-    name = options.place.name or line.plain("vision8-" + ("sets" if data == EIGHT else "+".join(data)))
-    return dataclasses.replace(
-        options,
-        stream=dataclasses.replace(options.stream, data=data),
-        place=dataclasses.replace(options.place, name=name),
-    )
-
+parse = partial(parse, documentation=__doc__)
 
 if __name__ == "__main__":
     closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
@@ -133,6 +40,7 @@ import merging
 import numpy as np
 import optax
 import vision8_tak as tak
+from class_texts import zero_shot_head
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -291,55 +199,112 @@ def disentangled(bench: Bench, kind: str) -> PoolMerges:
 
 
 # -- merged ------------------------------------------------------------------------------------------------------------
-def measured(bench: Bench, programs: dict) -> MergingRun:
-    """The modules of a seed under every rule."""
-    options, merges = bench.options, {}
-    for kind in options.training.kinds:
+def some(bench: Bench, kind: str, pool: ModulePool, tasks: range) -> incremental.FinishedRun:
+    """The run of these tasks alone, with their modules and their heads."""
+    run = bench.run
+    place = slice(tasks.start, tasks.stop)
+    part = run.stream._replace(tasks=run.stream.tasks[place])
+    folder = run.folder / together(tasks) / f"seed-{bench.seed}"
+    kept = ModulePool(folder / "pools" / kind)
+    for module in pool.names()[place]:
+        merging.copy(pool, kept, module)
+    head = incremental.task_columns(run.head, run.stream.offsets[tasks.start], *[len(part.classes)] * 2)
+    return run._replace(folder=folder, stream=part, pools={kind: kept}, head=head)
+
+
+def together(tasks: range) -> str:
+    """The name of their folder."""
+    return f"tasks-{tasks.start + 1}-{tasks.stop}"
+
+
+def measured(bench: Bench, programs: dict[tuple[str, int], dict[str, merging.Program]]) -> dict[range, MergingRun]:
+    """The modules of a seed under every rule, all tasks at once, and so many as --together says."""
+    how, count = bench.options.merging, len(bench.run.stream.tasks)
+    groups = [range(i, i + n) for n in how.together for i in range(0, count - n + 1, n)]
+    merges, runs = {tasks: {} for tasks in (range(count), *groups)}, {}
+    for kind in bench.options.training.kinds:
         if kind in LINEAR:
-            merges[kind] = disentangled(bench, kind)
+            merges[range(count)][kind] = disentangled(bench, kind)
             continue
         pool, joint = learned(bench, kind)
-        run, how = bench.run._replace(pools={kind: pool}), options.merging
-        run = run._replace(folder=bench.run.folder / f"seed-{bench.seed}")
-        merges[kind] = merging.merged_pool(
-            run, kind, how.rules, programs, how.curvature_images, bench.seed, joint, known=True
-        )
-    run = merging.merged_run(bench.run, merges)
-    return run._replace(run=f"seed {bench.seed}", seed=bench.seed)
+        runs[range(count)] = bench.run._replace(folder=bench.run.folder / f"seed-{bench.seed}", pools={kind: pool})
+        runs |= {tasks: some(bench, kind, pool, tasks) for tasks in groups}
+        for tasks, run in runs.items():
+            compiled = programs.setdefault((kind, len(tasks)), {})
+            of_all = joint if len(tasks) == count else None
+            merges[tasks][kind] = merging.merged_pool(
+                run, kind, how.rules, compiled, how.curvature_images, bench.seed, of_all, known=True
+            )
+    return {
+        tasks: merging.merged_run(runs.get(tasks, bench.run), pools)._replace(run=f"seed {bench.seed}", seed=bench.seed)
+        for tasks, pools in merges.items()
+        if pools
+    }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options, began = parse(arguments), time.perf_counter()
-    where, place = options.backbone, options.place
-    job.divisible(options.training.batch, "--batch")
-    backbone = models.backbone(where.backbone, where.heads, where.image_size, where.dtype)
+class Opened(NamedTuple):
+    """What the command line names: a backbone, its tasks by seed, with images left out where there are linear kinds,
+    and the heads of texts, if any."""
+
+    model: models.ViT
+    base: dict
+    described: str
+    streams: dict[int, data.TaskStream]
+    validation: dict[int, data.TaskStream | None]
+    head: dict | None
+
+
+def opened(options: Options) -> Opened:
+    where, texts, seeds = options.backbone, options.texts, options.place.seeds
+    file = where.backbone or texts.zero_shot
+    backbone = models.backbone(file, where.heads, where.image_size, where.dtype, where.activation)
     model, base, described, _ = backbone
-    streams = {seed: backbone.normalised(open_tasks(options, model.image_size, seed)) for seed in place.seeds}
+    streams = {seed: backbone.normalised(open_tasks(options, model.image_size, seed)) for seed in seeds}
     validation = dict.fromkeys(streams)
     if set(LINEAR) & set(options.training.kinds):
         parts = {seed: tak.held_out(stream, seed) for seed, stream in streams.items()}
         streams, validation = ({seed: one[i] for seed, one in parts.items()} for i in (0, 1))
-    stream = next(iter(streams.values()))
+    stream, head = next(iter(streams.values())), None
+    if any(not 2 <= n < len(stream.tasks) for n in options.merging.together):
+        raise ValueError(f"--together is two tasks at least and less than all, and there are {len(stream.tasks)}")
+    if texts.zero_shot:
+        model, described = model.copy(unit=True), f"{described}, heads of {texts.zero_shot.name}'s texts"
+        width = incremental.feature_width(model, base, stream)
+        head = zero_shot_head(texts.zero_shot, stream, width, where.activation, texts.token_ids)
     fewest = min(len(task.train) for stream in streams.values() for task in stream.tasks)
     if max(options.merging.curvature_images, options.training.batch) > fewest:
         raise ValueError(f"a task has {fewest} training images: --curvature-images and --batch are as many at most")
+    return Opened(model, base, described, streams, validation, head)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options, began = parse(arguments), time.perf_counter()
+    place, images = options.place, options.merging.curvature_images
+    job.divisible(options.training.batch, "--batch")
+    model, base, described, streams, validation, head = opened(options)
+    stream = next(iter(streams.values()))
     console.print(f"{described}; {', '.join(task.name for task in stream.tasks)}; {len(stream.classes)} classes")
-    config = {
-        key: value for key, value in line.flat(options).items() if key not in ("runs", "seeds", "rules", "strengths")
-    }
+    untold = ("runs", "seeds", "rules", "strengths", "together")  # that a run may go on with others
+    config = {key: value for key, value in line.flat(options).items() if key not in untold}
     with open_run(place.runs / place.name, config) as run, progress_bar(console=console) as progress:
-        programs, runs = {}, []
+        programs, runs = {}, {}
         for seed, stream in streams.items():
-            head = fitted_head(model, base, stream)
-            finished = incremental.FinishedRun(run.folder, {"seed": seed}, model, base, described, stream, {}, head)
-            watched = {"log": run.log, "progress": progress}
-            runs.append(measured(Bench(finished, options, seed, watched, validation[seed]), programs))
-        seconds = time.perf_counter() - began
-        results = MergingResults(place.name, stream.name, described, options.merging.curvature_images, runs, seconds)
-        write_result(run.folder / "metrics.json", results)
-        path = report.merging_page(run.folder, results)
-    for table in report.merging_tables(results):
-        console.print(table.rich())
+            columns = fitted_head(model, base, stream) if head is None else head
+            finished = incremental.FinishedRun(run.folder, {"seed": seed}, model, base, described, stream, {}, columns)
+            bench = Bench(finished, options, seed, {"log": run.log, "progress": progress}, validation[seed])
+            for tasks, merged in measured(bench, programs).items():
+                runs.setdefault(tasks, []).append(merged)
+        for tasks, of_seeds in reversed(runs.items()):
+            whole = len(tasks) == len(stream.tasks)
+            folder = run.folder if whole else run.folder / together(tasks)
+            name = place.name if whole else f"{place.name}, {together(tasks)}"
+            sets = stream.name if whole else "+".join(of_seeds[0].tasks)
+            seconds = time.perf_counter() - began
+            results = MergingResults(name, sets, described, images, of_seeds, seconds)
+            write_result(folder / "metrics.json", results)
+            path = report.merging_page(folder, results)
+            for table in report.merging_tables(results):
+                console.print(table.rich())
     console.print(f"{results.seconds:.0f} s; report: {path}")
 
 

@@ -23,8 +23,17 @@ RULES = ["average", "ties", "fisher"]
 
 def test_tasks_are_merged_under_heads_that_stay_and_a_run_that_is_there_is_not_made_again(tmp_path):
     line = [*SMALL, "--kinds", "lora", "--runs", tmp_path, "--name", "small"]
-    done = run(*line, "--rules", *RULES, script="vision8.py")
+    done = run(*line, "--rules", *RULES, "--together", 4, script="vision8.py")
     assert done.returncode == 0, done.stdout + done.stderr
+    for place, of in (("tasks-1-4", slice(0, 4)), ("tasks-5-8", slice(4, 8))):
+        (part,) = read_result(tmp_path / "small" / place / "metrics.json", MergingResults).runs
+        (measured,) = read_result(tmp_path / "small" / "metrics.json", MergingResults).runs
+        np.testing.assert_array_equal(part.pools["lora"].individual, measured.pools["lora"].individual[of])
+        np.testing.assert_array_equal(part.pools["lora"].base, measured.pools["lora"].base[of])
+        np.testing.assert_allclose(part.pools["lora"].cosines, measured.pools["lora"].cosines[of, of], atol=1e-6)
+        assert part.tasks == measured.tasks[of]
+        assert list(part.pools["lora"].rules) == RULES
+        assert (tmp_path / "small" / place / "report.html").exists()
     results = read_result(tmp_path / "small" / "metrics.json", MergingResults)
     (measured,) = results.runs
     pool = measured.pools["lora"]
@@ -72,6 +81,7 @@ def test_what_cannot_be_merged_is_told(tmp_path):
         (["--data", "mnist", "dtd64"], "mnist needs data_dir"),
         (["--kinds", "linear", "--strengths", 5], "--strengths plays no part without tak among --kinds"),
         (["--test-images", 5], "arabic has 8 classes, and 5 images are not one of each"),
+        (["--together", 4, 8], "--together is two tasks at least and less than all, and there are 8"),
     ):
         with pytest.raises(ValueError, match=told):
             main(*arguments, "--runs", tmp_path, script="vision8.py")
