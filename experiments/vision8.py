@@ -4,12 +4,15 @@
     python experiments/vision8.py --data-dir DIR --backbone FILE           # eight small sets of real images
     python experiments/vision8.py --data mnist dtd64 cars64 eurosat64 --data-dir DIR --backbone FILE
     python experiments/vision8.py --data-dir DIR --zero-shot hf:openai/clip-vit-base-patch32
+    python experiments/vision8.py --kinds linear tak                       # modules to be added, and subtracted
 
 The protocol of task arithmetic (Ilharco et al., 2023, arXiv 2212.04089): each task has a linear head that is fitted on
 the base's features, or with --zero-shot, as the field has it, made of its classes' names by CLIP's text tower, and
 stays (the base's own row is the zero-shot one then); a module of each kind is trained for each task alone, and one for
 all tasks together (joint); then the rules merge the modules, as merging.py does it, those that go by steps only where
-they are named.
+they are named. Modules of the linearised model (kinds linear and tak) are averaged, added, and each taken off the base,
+in that model; coefficients, and TAK's strength, are chosen by a fifth of the training images, which no kind learns from
+then.
 Absolute accuracy is a task's, among its own classes; normalised accuracy is that over the module's own; the accuracy
 among all classes is of heads that were never put in scale with one another. All tasks get equally many steps. No image
 is mirrored, for signs and letters would be others. Writes `runs/NAME/`: report.html, metrics.json, metrics.jsonl and
