@@ -129,7 +129,8 @@ def trainer(
         accuracy = jnp.mean(values.argmax(-1) == batch["label"])
         value = optax.softmax_cross_entropy_with_integer_labels(values, batch["label"]).mean()
         if penalty is not None:
-            value += penalty.strength * context["others"].quadratic(way.adapter.delta(module, context["held"]["base"]))
+            delta = way.adapter.delta(module, context["held"]["base"])
+            value += context["strength"] * context["others"].quadratic(delta)
         return value, {"accuracy": accuracy}
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, way.learning_rate, min(max(steps // 20, 1), steps - 1), steps)
@@ -143,7 +144,7 @@ def trainer(
         context = {"held": mode.hold({}), "head": jax.tree.map(jnp.asarray, run.head)}
         if penalty is not None:
             (task,) = tasks
-            context["others"] = penalty.others[task]
+            context |= {"others": penalty.others[task], "strength": jnp.asarray(penalty.strength)}
         batches = lambda start: data.train_batches(split, how.batch, [bench.seed, tasks[0]], start=start)
         record = {"run": f"{kind} {name}", "task": f"seed {bench.seed}"}
         watched = {"record": record, "checkpoints": Checkpoints(folder), **bench.watched}
