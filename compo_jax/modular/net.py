@@ -190,8 +190,8 @@ class _Task(nn.Module):
 
 def at_once(images: Images, net: Any, blocks: int = 1) -> bool:
     """Whether the networks of several tasks are computed at once, and not one after another: never on a CPU, whose
-    cache holds the arrays of one task; on a GPU or TPU where a layer of one task is too little work to fill it (not
-    measured).
+    cache holds the arrays of one task (at once a step took 0.9 to 1.7 times as long, of 2 to 20 tasks, 8 to 64 wide);
+    on a GPU or TPU where a layer of one task is too little work to fill it (not measured).
 
     Args:
       net: has patch, block and width.
