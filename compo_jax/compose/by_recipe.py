@@ -182,8 +182,7 @@ def _known(way: Way) -> set[str] | None:
     """The parameters that a way has; None for any."""
     if not way.ours:
         return {*METHODS[way.name].each, *METHODS[way.name].overall}
-    behind = way.parameters.get("rule", (Condition(None),))[0].value
-    options = options_of(way.name, behind)
+    options = options_of(way.name, way.behind)
     rule = find_rule(way.name)
     also = {"weight"} if rule.weighted else set()
     return None if options is None else {*options, *also, *({"task"} & set(rule.needs + rule.takes))}

@@ -20,6 +20,7 @@ from compo_jax import tree
 from compo_jax.compose.competition import sce
 from compo_jax.compose.entries import Deferred, computed, entrywise, products, summed_sizes, total, whole
 from compo_jax.compose.leaves import add_row
+from compo_jax.compose.numbers import Scalar
 from compo_jax.compose.selection import kth_largest
 from compo_jax.compose.sparse import dropped
 from compo_jax.compose.sphere import karcher_weights
@@ -170,7 +171,7 @@ def _by_chance(row, parameters, key):
 
 
 @jax.jit
-def _kept_by_rank(key: Key[Array, ""], density: float, window: float, x: Array) -> Array:
+def _kept_by_rank(key: Key[Array, ""], density: Scalar, window: Scalar, x: Array) -> Array:
     rows = x if x.ndim > 1 else x.reshape(1, -1)
     rank = jnp.argsort(jnp.argsort(jnp.abs(rows), axis=1), axis=1) / max(rows.shape[1] - 1, 1)
     kept = jax.random.bernoulli(key, density - window + 2 * window * rank, rows.shape)

@@ -89,6 +89,11 @@ class Way:
     def ours(self) -> bool:
         return self.rule is not None or self.merge_method not in METHODS
 
+    @property
+    def behind(self) -> Value | None:
+        """Of an add-on as a rule, the rule behind it where its parameter `rule` says it."""
+        return next((condition.value for condition in self.parameters.get("rule", ())), None)
+
 
 @dataclass(frozen=True)
 class Group(Way):
@@ -200,7 +205,7 @@ def _value(raw: Any, _: Any = None) -> Value:
 def _setting(raw: Any, _: Any) -> tuple[Condition, ...]:
     conditions = [raw] if isinstance(raw, dict) else raw
     if isinstance(conditions, list) and any(isinstance(x, dict) for x in conditions):
-        return _converter.structure(conditions, list[Condition])
+        return tuple(_converter.structure(conditions, list[Condition]))
     return (Condition(_value(raw)),)
 
 
@@ -275,8 +280,7 @@ def _check_way(way: Way, where: str) -> None:
         if way.add_ons:
             raise ValueError(f"{where}add_ons: go with a rule:, and {way.name} is a method of mergekit's")
         return
-    behind = way.parameters.get("rule", (Condition(None),))[0].value
-    require_leafwise(way.name, behind)
+    require_leafwise(way.name, way.behind)
     needs = [what for what in RULES[way.name].needs if what not in ("key", "task")]
     if needs:
         made = " and ".join(f"{what} ({MADE_BY[what]})" for what in needs)
