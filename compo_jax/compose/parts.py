@@ -38,11 +38,13 @@ class Part(NamedTuple):
                 options[what] = values.pop() if len(values) == 1 else "by tensor"
         if "weight" in options:
             options = {"weights": options.pop("weight")} | options
-        text = [
-            f"{name}({', '.join(f'{k}={v}' for k, v in o.items())})" for a in self.way.add_ons for name, o in a.items()
+        add_ons = [
+            f"{name}({', '.join(f'{option}={value}' for option, value in chosen.items())})"
+            for add_on in self.way.add_ons
+            for name, chosen in add_on.items()
         ]
         rule = self.way.name if self.way.ours else f"{self.way.name} of each tensor"
-        return Step(" with ".join([str(rule), *text]), len(self.names), options)
+        return Step(" with ".join([str(rule), *add_ons]), len(self.names), options)
 
 
 def divided(recipe: Recipe, names: Sequence[str], layers: Mapping[str, float]) -> list[Part]:

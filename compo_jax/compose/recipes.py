@@ -186,7 +186,9 @@ def _sentence(error: BaseException, kind: Any) -> str:
         return f"no key {', '.join(sorted(map(str, error.extra_fields)))} is known (there are {', '.join(known)})"
     if isinstance(error, ValueError) and error.args:
         return str(error)
-    if isinstance(error, AttributeError):  # cattrs looks for the keys of what has none
+    if isinstance(error, AttributeError) and hasattr(
+        kind, "__dataclass_fields__"
+    ):  # cattrs looks for the keys of what has none
         return f"keys and values are wanted there, {', '.join(kind.__dataclass_fields__)} say"
     return cattrs.v.format_exception(error, kind)
 
