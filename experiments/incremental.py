@@ -41,7 +41,7 @@ from compo_jax.train import RUNNERS, open_run, progress_bar, read_result, write_
 def setup(options: Options) -> tuple[incremental.Setup, str]:
     """(base, stream and settings; the backbone in words)."""
     where, how = options.backbone, options.training
-    backbone = models.backbone(where.backbone, where.heads, where.image_size, where.dtype)
+    backbone = models.backbone(where.backbone, where.heads, where.image_size, where.dtype, where.activation)
     model = backbone.model
     if where.dtype == "bfloat16" and jax.default_backend() == "gpu":
         model = model.copy(kernel="cudnn")

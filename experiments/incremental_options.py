@@ -52,6 +52,7 @@ COMPARED = (
     "tak-lora", "tak-full", "tmc-full", "sequential-lora", "sequential-full", "ewc-full", "lwf-full", "joint-lora",
     "joint-full", "ncm", "ranpac",
 )  # fmt: skip
+ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh")  # those of `models`, which loads JAX
 Coupling = Literal["coupled", "decoupled"] | None
 Pull = tuple[float, float]
 Part = Annotated[float | None, number(float, above=0, below=1), OPEN]
@@ -107,6 +108,8 @@ class Backbone:
     """attention heads of the checkpoint (default: what it says, or the published architecture has)"""
     image_size: OpenCount = None
     """side of the images (default: the checkpoint's)"""
+    activation: Annotated[str | None, line.names(ACTIVATIONS, None), OPEN] = None
+    """of the checkpoint's MLPs, gelu for LAION's and DataComp's CLIPs in a file alone (default: what it says)"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """compute dtype"""
     runner: Literal["jit", "pmap"] = "jit"
@@ -269,6 +272,7 @@ def _refuse(options: Options, data: str) -> None:
     elif options.stream.by is not None:
         line.refuse(options.stream, "with --by, whose values are the tasks", "class_order")
     if options.backbone.backbone is None:
-        line.refuse(options.backbone, "without --backbone, for the embedded one has its own", "heads", "image_size")
+        of_file = ("heads", "image_size", "activation")
+        line.refuse(options.backbone, "without --backbone, for the embedded one has its own", *of_file)
     if options.training.parallel and options.backbone.runner == "pmap":
         raise ValueError("--parallel divides the tasks among the devices and pmap the batch: name one of the two")

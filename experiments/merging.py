@@ -5,9 +5,11 @@
     python experiments/merging.py --recipe FILE --out FILE              # checkpoints into one, as a recipe says
 
 For each pool: the curvature of every module at its own weights, on its own training images, taken once and kept beside
-a copy of the module (RUN/merging/pools); then every rule of `compose.RULES` that makes one model, without steps on
-images, on all modules, each tested on all tasks with the modules' own heads. Normalised accuracy is the merged model's
-over the module's own, where the task is known.
+a copy of the module (RUN/merging/pools); then every rule of `compose.RULES` that goes by no steps on images, on all
+modules, each tested on all tasks with the modules' own heads (of `tall` and `emr`, which make a model for each task,
+each model on its task). Normalised accuracy is the merged model's over the module's own, where the task is known.
+Beside it stands what the curvature's images tell before any test: the loss, and its forecast to second order around the
+average, of each merged model and of weightings that no rule chose, from the base over the average to the sum.
 Seconds are of the rule alone, compiled (the least of three calls, or one of over ten seconds); memory is XLA's count of
 the whole rule as one program, arguments and result included, in multiples of the base. Options are the rules' defaults
 but for those in OPTIONS. Writes report.html and metrics.json to RUN/merging of the first run. A few minutes on 2 CPU
@@ -25,7 +27,7 @@ from typing import Annotated, NamedTuple
 import job
 import options as line
 from job import closing, console
-from merge_rules import A_TASK, BY_STEPS, OPTIONS, RULES
+from merge_rules import A_TASK, BY_STEPS, OPTIONS, RULES, TAKEN
 from options import OPEN, Count, OnRuns, OpenPath, Seed, names
 
 SMALL = ["none-lora", "none-full"]
@@ -35,7 +37,7 @@ SMALL = ["none-lora", "none-full"]
 class Options(OnRuns):
     images: Count = 64
     """training images of a task for its curvature"""
-    rules: Annotated[tuple[str, ...], names([rule for rule in RULES if rule not in A_TASK]), OPEN] = ()
+    rules: Annotated[tuple[str, ...], names(RULES), OPEN] = ()
     """rules to compare (default: all that take this many modules and go by no steps)"""
     seed: Seed = 0
     """of the images and of the rules that draw"""
@@ -63,6 +65,7 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
+import merge_forecasts
 import merge_recipe
 import numpy as np
 import optax
@@ -77,6 +80,17 @@ KINDS = {"diagonal": "fishers", "kronecker": "factors"}  # of a Fisher, and what
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
 
 
+def copy(pool: ModulePool, place: ModulePool, module: str) -> None:
+    """A module with its heads in another pool, where it isn't there already."""
+    if module in place:
+        return
+    manifest = pool.manifest(module)
+    place.add(
+        module, pool.load(module), base=manifest.base, adapter=manifest.adapter, settings=manifest.settings,
+        task=manifest.task, classes=manifest.classes, **{part: pool.load(module, part) for part in ("head", "start")},
+    )  # fmt: skip
+
+
 def with_curvature(
     run: incremental.FinishedRun, name: str, images: int, seed: int, needs: set[str]
 ) -> tuple[ModulePool, dict]:
@@ -86,13 +100,7 @@ def with_curvature(
     settings = incremental.Settings(fisher_images=images, fisher_method="monte_carlo", eval_batch=images)
     setup = incremental.Setup(run.model, run.base, run.stream, settings, seed)
     for module in pool.names():
-        if module not in kept:
-            manifest = pool.manifest(module)
-            parts = {part: pool.load(module, part) for part in ("head", "start")}
-            kept.add(
-                module, pool.load(module), base=manifest.base, adapter=manifest.adapter, settings=manifest.settings,
-                task=manifest.task, classes=manifest.classes, **parts,
-            )  # fmt: skip
+        copy(pool, kept, module)
     seconds = {}
     for kind in (kind for kind, what in KINDS.items() if what in needs):
         fisher = task_fisher(setup, PATTERNS, [kind])
@@ -158,12 +166,6 @@ def ingredients(
     return parts, seconds
 
 
-def alone(z, task, first: int, head) -> float:
-    """A module's accuracy on its own task, which is known."""
-    _, predicted = incremental.predictions(z @ head["kernel"] + head["bias"], first, len(task.classes))
-    return float(np.mean(predicted == task.test.labels))
-
-
 class Program(NamedTuple):
     """A rule, ready to run: `call(base, deltas, arrays)`, and its memory in multiples of the base's bytes."""
 
@@ -174,9 +176,12 @@ class Program(NamedTuple):
 def program(rule: str, base, deltas, arrays: dict) -> Program:
     """The rule compiled as one program; its memory is of arguments, temporaries and result together."""
     options = compose.RULES[rule].defaults | OPTIONS.get(rule, {})
+    merge = getattr(compose, rule) if rule in A_TASK else compose.RULES[rule].run
 
     def run(base, deltas, arrays):
-        made = compose.RULES[rule].run(base, deltas, **arrays, **options)
+        made = merge(base, deltas, **arrays, **options)
+        if rule in A_TASK:
+            return made
         return made if isinstance(made, compose.Solved) else compose.rules.params_of(made)
 
     outside = rule == "best_weights" or rule in BY_STEPS
@@ -205,11 +210,59 @@ def timed(call: Callable) -> tuple:
     return made.params, min(seconds), [] if made.converged else [left]
 
 
+class Ground(NamedTuple):
+    """What every rule is tried on: the modules of a pool and their deltas, what is known of them (`ingredients`), and
+    what tests a merged model."""
+
+    run: incremental.FinishedRun
+    head: dict
+    modules: list
+    deltas: list
+    parts: dict
+    extract: incremental.extraction.Extract
+    expected: merge_forecasts.Expectation
+
+    def tested(self, params) -> incremental.Accuracies:
+        """A model's accuracies on all tasks."""
+        stream = self.run.stream
+        return incremental.evaluator(self.extract, stream)(params, self.head, len(stream.tasks))
+
+    def by_rule(self, rule: str, needs: Sequence[str], programs: dict[str, Program]) -> MergedPool:
+        """The modules under a rule, whose program is kept in `programs` where another run can use it."""
+        arrays = {what: self.parts[what] for what in needs if what != "task"}
+        if rule == "regmean_plus":
+            arrays["unlabelled"] = self.parts["unlabelled_train"]
+        changes = self.modules if rule == "core_space" else self.deltas
+        base, tasks = self.run.base, len(self.deltas)
+        of_heads = {"matvecs", "loss", "unlabelled"} & arrays.keys()  # which are of other widths in each run
+        if of_heads or rule not in programs:
+            programs[rule] = program(rule, base, changes, arrays)
+        made, seconds, warnings = timed(partial(programs[rule].call, base, changes, arrays))
+        options = {key: str(value) for key, value in OPTIONS.get(rule, {}).items()}
+        told = (seconds, programs[rule].memory, warnings, options)
+        if rule in A_TASK:
+            models = (made.params(base, t) for t in range(tasks))
+            within = alone(self.run.stream, self.extract, models, self.head)
+            return MergedPool(within, np.full(tasks, np.nan), *told)
+        among_all, within = self.tested(made)
+        return MergedPool(within, among_all, *told, self.expected.of(made))
+
+
+def alone(stream, extract, models, head) -> np.ndarray:
+    """The accuracy of a model for each task, on it, which is known."""
+    accuracies = []
+    for params, task, first in zip(models, stream.tasks, stream.offsets, strict=True):
+        logits = extract(params, task.test) @ head["kernel"] + head["bias"]
+        _, predicted = incremental.predictions(logits, first, len(task.classes))
+        accuracies.append(np.mean(predicted == task.test.labels))
+    return np.array(accuracies)
+
+
 def merged_pool(
     run: incremental.FinishedRun,
     name: str,
     rules: Sequence[str],
-    programs: dict[tuple[str, str], Program],
+    programs: dict[str, Program],
     images: int,
     seed: int,
     joint: np.ndarray | None = None,
@@ -217,39 +270,28 @@ def merged_pool(
 ) -> PoolMerges:
     """A pool of the run under every rule; `programs` are those of earlier runs, and take in the new ones; `joint` is
     the accuracy of one module of all tasks, `known` as in `ingredients`."""
-    tasks = len(run.stream.tasks)
-    extract = incremental.features(run.model, run.stream, 256)
-    test = incremental.evaluator(extract, run.stream)
-
-    # -- the modules alone, and what is known of them ------------------------------------------------------------------
-    needs = set().union(*(compose.RULES[rule].needs for rule in rules))
-    kept, seconds = with_curvature(run, name, images, seed, needs)
+    needs = {rule: (*compose.RULES[rule].needs, *TAKEN.get(rule, ())) for rule in rules}
+    wanted, extract = set().union(*needs.values()), incremental.features(run.model, run.stream, 256)
+    kept, seconds = with_curvature(run, name, images, seed, wanted)
     head = incremental.pool_head(kept, kept.names(), run.head)
-    individual = np.array([
-        alone(extract(kept.compose(run.base, [module], [1.0]), task.test), task, first, head)
-        for module, task, first in zip(kept.names(), run.stream.tasks, run.stream.offsets, strict=True)
-    ])  # fmt: skip
-    parts, taken = ingredients(run, kept, jax.tree.map(jnp.asarray, head), images, seed, needs, known)
-    deltas, modules = list(kept.deltas(run.base)), [kept.load(module) for module in kept.names()]
-    base, cosines = test(run.base, run.head, tasks).within, np.asarray(compose.cosines(deltas))
-    pool = PoolMerges(individual, base, seconds | taken, {}, cosines, joint)
+    parts, taken = ingredients(run, kept, jax.tree.map(jnp.asarray, head), images, seed, wanted, known)
+    modules, deltas = [kept.load(module) for module in kept.names()], list(kept.deltas(run.base))
+    part = lambda params: tree.partition(params, PATTERNS)[0]
+    expected = merge_forecasts.expectation(parts["loss"], parts["batches"], part, run.base, deltas)
+    ground = Ground(run, head, modules, deltas, parts, extract, expected)
 
-    # -- every rule ----------------------------------------------------------------------------------------------------
+    individual = alone(run.stream, extract, (kept.compose(run.base, [m], [1.0]) for m in kept.names()), head)
+    base = ground._replace(head=run.head).tested(run.base).within
+    weights = merge_forecasts.weights_to_test(len(deltas), seed)
+    weightings = merge_forecasts.tested(expected, deltas, weights, lambda params: ground.tested(params).within)
+    cosines = np.asarray(compose.cosines(deltas))
+    pool = PoolMerges(individual, base, seconds | taken, {}, cosines, joint, weightings)
     for rule in rules:
-        arrays = {what: parts[what] for what in compose.RULES[rule].needs}
-        if rule == "regmean_plus":
-            arrays["unlabelled"] = parts["unlabelled_train"]
-        changes = modules if rule == "core_space" else deltas
-        of_heads = {"matvecs", "loss", "unlabelled"} & arrays.keys()  # which are of other widths in each run
-        if of_heads or (name, rule) not in programs:
-            programs[name, rule] = program(rule, run.base, changes, arrays)
-        params, taken, warnings = timed(partial(programs[name, rule].call, run.base, changes, arrays))
-        among_all, within = test(params, head, tasks)
-        options = {key: str(value) for key, value in OPTIONS.get(rule, {}).items()}
-        pool.rules[rule] = MergedPool(within, among_all, taken, programs[name, rule].memory, warnings, options)
+        pool.rules[rule] = merged = ground.by_rule(rule, needs[rule], programs)
         console.print(
-            f"{run.folder.name} {name} {rule}: known {within.mean():.3f}, normalised "
-            f"{pool.normalised(within).mean():.3f}, all classes {among_all.mean():.3f}, {taken:.2f} s"
+            f"{run.folder.name} {name} {rule}: known {merged.within.mean():.3f}, normalised "
+            f"{pool.normalised(merged.within).mean():.3f}, all classes {merged.incremental.mean():.3f}, "
+            f"{merged.seconds:.2f} s"
         )
     return pool
 
@@ -277,12 +319,13 @@ def main(arguments: list[str] | None = None) -> None:
     fewest = min(len(task.train) for run in runs for task in run.stream.tasks)
     if options.images > fewest:
         raise ValueError(f"--images {options.images}: a task has {fewest} training images; ask for that many at most")
-    rules = options.rules or [
-        rule for rule in RULES if rule not in A_TASK + BY_STEPS and (rule != "slerp" or tasks == 2)
-    ]
-    programs: dict[tuple[str, str], Program] = {}
+    rules = options.rules or [rule for rule in RULES if rule not in BY_STEPS and (rule != "slerp" or tasks == 2)]
+    programs: dict[str, dict[str, Program]] = {name: {} for name in pools}
     measured = [
-        merged_run(run, {name: merged_pool(run, name, rules, programs, options.images, options.seed) for name in pools})
+        merged_run(
+            run,
+            {name: merged_pool(run, name, rules, programs[name], options.images, options.seed) for name in pools},
+        )
         for run in runs
     ]
     results = MergingResults(

@@ -3,10 +3,13 @@
     python experiments/vision8.py                                          # eight rendered scripts, no download
     python experiments/vision8.py --data-dir DIR --backbone FILE           # eight small sets of real images
     python experiments/vision8.py --data mnist dtd64 cars64 eurosat64 --data-dir DIR --backbone FILE
+    python experiments/vision8.py --data-dir DIR --zero-shot hf:openai/clip-vit-base-patch32
 
 The protocol of task arithmetic (Ilharco et al., 2023, arXiv 2212.04089): each task has a linear head that is fitted on
-the base's features and stays; a module of each kind is trained for each task alone, and one for all tasks together
-(joint); then the rules merge the modules, as merging.py does it, those that go by steps only where they are named.
+the base's features, or with --zero-shot, as the field has it, made of its classes' names by CLIP's text tower, and
+stays (the base's own row is the zero-shot one then); a module of each kind is trained for each task alone, and one for
+all tasks together (joint); then the rules merge the modules, as merging.py does it, those that go by steps only where
+they are named.
 Absolute accuracy is a task's, among its own classes; normalised accuracy is that over the module's own; the accuracy
 among all classes is of heads that were never put in scale with one another. All tasks get equally many steps. No image
 is mirrored, for signs and letters would be others. Writes `runs/NAME/`: report.html, metrics.json, metrics.jsonl and
@@ -14,104 +17,19 @@ pools for each seed and kind. A killed run goes on behind its last module; its s
 minutes on 2 CPU cores with no arguments. Expected numbers: README.md.
 """
 
-import dataclasses
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import job
 import options as line
-from incremental_options import Backbone
 from job import closing, console
-from merge_rules import A_TASK, BY_STEPS, RULES
-from options import Count, LocalPath, Name, Names, OpenPath, Rate, Seeds, names
+from vision8_options import LINEAR, Options, parse
 
-EIGHT = ("mnist", "gtsrb32", "eurosat64", "resisc64", "dtd64", "cars64", "scenes64", "letters64")
-KINDS = ("lora", "full")
-COMPARED = tuple(rule for rule in RULES if rule not in (*A_TASK, "slerp"))
-QUICK = tuple(rule for rule in COMPARED if rule not in BY_STEPS)
-
-
-@dataclass(frozen=True)
-class Stream:
-    """What is learned"""
-
-    data: Names = ()
-    """TFDS sets, a task each, or glyphs (default: eight small sets with --data-dir, else glyphs)"""
-    data_dir: OpenPath = None
-    """where TFDS has prepared the sets"""
-    images: Count = 3000
-    """training images of a task at most, drawn by the seed"""
-    test_images: Count = 1000
-    """test images of a task at most, drawn once"""
-
-
-@dataclass(frozen=True)
-class Training:
-    """How it is learned"""
-
-    kinds: Annotated[tuple[str, ...], names(KINDS)] = ("lora",)
-    """of modules"""
-    steps: Count = 100
-    """of a module's training; the joint one gets as many for each task"""
-    batch: Count = 32
-    """images in a step"""
-    rank: Count = 8
-    """of LoRA modules"""
-    learning_rate: Rate = 3e-3
-    """of LoRA modules, at its highest"""
-    full_learning_rate: Rate = 3e-4
-    """of full deltas, at its highest"""
-
-
-@dataclass(frozen=True)
-class Merging:
-    """How it is merged"""
-
-    rules: Annotated[tuple[str, ...], names(COMPARED)] = QUICK
-    """rules to compare (default: those that go by no steps)"""
-    curvature_images: Count = 64
-    """training images of a task for its module's curvature"""
-
-
-@dataclass(frozen=True)
-class Place:
-    """The run"""
-
-    seeds: Seeds = (0,)
-    """of the images, the modules and the batches"""
-    name: Name = None
-    """folder of the run (default: vision8-DATA)"""
-    runs: LocalPath = Path("runs")
-    """folder of the runs"""
-
-
-@dataclass(frozen=True)
-class Options:
-    stream: Stream
-    backbone: Backbone
-    training: Training
-    merging: Merging
-    place: Place
-
-
-def parse(arguments: list[str] | None = None) -> Options:
-    options = line.parse(Options, __doc__, arguments)
-    data = options.stream.data or (("glyphs",) if options.stream.data_dir is None else EIGHT)
-    if not options.training.kinds or not options.merging.rules or not options.place.seeds:
-        raise ValueError("--kinds, --rules and --seeds need one value at least")
-    if data == ("glyphs",):
-        line.refuse(options.stream, "with glyphs, which are rendered", "data_dir")
-    name = options.place.name or line.plain("vision8-" + ("sets" if data == EIGHT else "+".join(data)))
-    return dataclasses.replace(
-        options,
-        stream=dataclasses.replace(options.stream, data=data),
-        place=dataclasses.replace(options.place, name=name),
-    )
-
+parse = partial(parse, documentation=__doc__)
 
 if __name__ == "__main__":
     closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
@@ -121,23 +39,27 @@ import jax.numpy as jnp
 import merging
 import numpy as np
 import optax
+import vision8_tak as tak
+from class_texts import zero_shot_head
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from compo_jax import adapters, data, incremental, models, report, tree
-from compo_jax.compose.rule_results import MergingResults, MergingRun
+from compo_jax import adapters, curvature, data, incremental, models, report, tree
+from compo_jax.compose.rule_results import MergingResults, MergingRun, PoolMerges
 from compo_jax.pool import ModulePool
 from compo_jax.train import Checkpoints, fit, init_state, jit_runner, open_run, progress_bar, write_result
 
 
 class Bench(NamedTuple):
-    """What all modules of a seed share: the run that they come to, without pools, and where a training is told."""
+    """What all modules of a seed share: the run that they come to, without pools, where a training is told, and the
+    tasks with training images that were left out as their tests, where there are linear kinds."""
 
     run: incremental.FinishedRun
     options: Options
     seed: int
     watched: dict
+    validation: data.TaskStream | None
 
 
 # -- tasks and heads ---------------------------------------------------------------------------------------------------
@@ -152,10 +74,7 @@ def open_tasks(options: Options, size: int, seed: int) -> data.TaskStream:
         """`count` images, one of each class at least."""
         if count < len(task.classes):
             raise ValueError(f"{task.name} has {len(task.classes)} classes, and {count} images are not one of each")
-        rows = np.random.default_rng(seed).permutation(len(split))
-        _, first = np.unique(split.labels[rows], return_index=True)
-        rows = np.concatenate([rows[first], np.delete(rows, first)])[:count]
-        return data.SubsetSplit(split, np.sort(rows))
+        return data.SubsetSplit(split, np.sort(tak.shuffled(split, seed)[:count]))
 
     tasks = [
         task._replace(
@@ -185,10 +104,13 @@ def method(options: Options, kind: str) -> incremental.Method:
     how = options.training
     if kind == "lora":
         return incremental.method("none", adapters.lora(how.rank), learning_rate=how.learning_rate)
-    return incremental.method("none", adapters.full(), learning_rate=how.full_learning_rate)
+    way = "tmc" if kind in LINEAR else "none"
+    return incremental.method(way, adapters.full(), learning_rate=how.full_learning_rate)
 
 
-def trainer(bench: Bench, kind: str, steps: int) -> Callable[[str, list[int], Path], dict]:
+def trainer(
+    bench: Bench, kind: str, steps: int, penalty: tak.Penalty | None = None
+) -> Callable[[str, list[int], Path], dict]:
     """What trains a module around the base on these tasks, under their heads, which stay; each image is told apart from
     its own task's classes."""
     run, how, stream = bench.run, bench.options.training, bench.run.stream
@@ -202,9 +124,12 @@ def trainer(bench: Bench, kind: str, steps: int) -> Callable[[str, list[int], Pa
         values = incremental.classifier.logits(context["head"], z)
         values = jnp.where(owner == owner[batch["label"]][:, None], values, -jnp.inf)
         accuracy = jnp.mean(values.argmax(-1) == batch["label"])
-        return optax.softmax_cross_entropy_with_integer_labels(values, batch["label"]).mean(), {"accuracy": accuracy}
+        value = optax.softmax_cross_entropy_with_integer_labels(values, batch["label"]).mean()
+        if penalty is not None:
+            value += penalty.strength * context["others"].quadratic(way.adapter.delta(module, context["held"]["base"]))
+        return value, {"accuracy": accuracy}
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, way.learning_rate, max(steps // 20, 1), steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, way.learning_rate, min(max(steps // 20, 1), steps - 1), steps)
     transform = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
     runner = jit_runner(loss, transform)
 
@@ -213,6 +138,9 @@ def trainer(bench: Bench, kind: str, steps: int) -> Callable[[str, list[int], Pa
         key = jax.random.fold_in(jax.random.key(bench.seed), tasks[0])
         state = init_state(mode.begin(key, {}, stream.tasks[tasks[0]]), transform)
         context = {"held": mode.hold({}), "head": jax.tree.map(jnp.asarray, run.head)}
+        if penalty is not None:
+            (task,) = tasks
+            context["others"] = penalty.others[task]
         batches = lambda start: data.train_batches(split, how.batch, [bench.seed, tasks[0]], start=start)
         record = {"run": f"{kind} {name}", "task": f"seed {bench.seed}"}
         watched = {"record": record, "checkpoints": Checkpoints(folder), **bench.watched}
@@ -221,19 +149,23 @@ def trainer(bench: Bench, kind: str, steps: int) -> Callable[[str, list[int], Pa
     return train
 
 
-def learned(bench: Bench, kind: str) -> tuple[ModulePool, np.ndarray]:
+def learned(bench: Bench, kind: str, penalty: tak.Penalty | None = None) -> tuple[ModulePool, np.ndarray]:
     """(the pool of the tasks' modules, what one module of all tasks reaches on each); made where it isn't there."""
+    label, around = kind if penalty is None else f"{kind}-{penalty.strength:g}", None
+    if kind in LINEAR:  # the joint module has no other tasks to stay clear of, and is the same for both
+        kind, around = "linear", bench.run.base
     run, adapter, steps = bench.run, method(bench.options, kind).adapter, bench.options.training.steps
     stream, fingerprint = run.stream, tree.fingerprint(run.base)
-    pool, joint = (ModulePool(run.folder / "pools" / f"{kind}{end}-{bench.seed}") for end in ("", "-joint"))
+    pool, joint = (ModulePool(run.folder / "pools" / f"{one}-{bench.seed}") for one in (label, f"{kind}-joint"))
     every = list(range(len(stream.tasks)))
     modules = {incremental.modes.each_task(stream, t).module: [t] for t in every}
-    for place, wanted in ((pool, modules), (joint, {"joint": every})):
+    for place, of, wanted in ((pool, label, modules), (joint, kind, {"joint": every})):
         missing = {name: tasks for name, tasks in wanted.items() if name not in place}
-        train = trainer(bench, kind, steps * len(every) if place is joint else steps)
+        many, of_place = (steps * len(every), None) if place is joint else (steps, penalty)
+        train = trainer(bench, kind, many, of_place)
         for name, tasks in missing.items():
             clock = time.perf_counter()
-            checkpoints = run.folder / "checkpoints" / f"{kind}-{bench.seed}-{name}"
+            checkpoints = run.folder / "checkpoints" / f"{of}-{bench.seed}-{name}"
             module = train(name, tasks, checkpoints)
             first, count = stream.offsets[tasks[0]], sum(len(stream.tasks[t].classes) for t in tasks)
             head = incremental.task_columns(run.head, first, count, count)
@@ -243,51 +175,136 @@ def learned(bench: Bench, kind: str) -> tuple[ModulePool, np.ndarray]:
                 seed=bench.seed, head=head, start=head,
             )  # fmt: skip
             shutil.rmtree(checkpoints, ignore_errors=True)
-            console.print(f"seed {bench.seed}: {kind} {name} trained in {time.perf_counter() - clock:.0f} s")
-    test = incremental.evaluator(incremental.features(run.model, stream, 128), stream)
+            console.print(f"seed {bench.seed}: {of} {name} trained in {time.perf_counter() - clock:.0f} s")
+    test = incremental.evaluator(incremental.features(run.model, stream, 128, around), stream)
     return pool, test(joint.compose(run.base, ["joint"], [1.0]), run.head, len(every)).within
 
 
+def disentangled(bench: Bench, kind: str) -> PoolMerges:
+    """A pool of the linearised model; of several strengths the one whose modules, added, do best on images left out."""
+    how, penalties = bench.options.training, [None]
+    if kind == "tak":
+        others = curvature.factors_of_others(tak.shared_factors(bench.run, how.factor_images, bench.seed))
+        penalties = [tak.Penalty(strength, others) for strength in how.strengths]
+    best = None
+    for penalty in penalties:
+        strength = 0.0 if penalty is None else penalty.strength
+        pool, joint = learned(bench, kind, penalty)
+        sweep = tak.weighed(bench.run, list(pool.deltas(bench.run.base)), bench.validation).sweep()
+        reached = float(sweep.added[-1].mean())
+        console.print(f"seed {bench.seed}: {kind}, strength {strength:g}: added, on validation images {reached:.3f}")
+        if best is None or reached > best[0]:
+            best = reached, pool, joint, sweep, strength
+    return tak.merged(bench.run, *best[1:])
+
+
 # -- merged ------------------------------------------------------------------------------------------------------------
-def measured(bench: Bench, programs: dict) -> MergingRun:
-    """The modules of a seed under every rule."""
-    options, merges = bench.options, {}
-    for kind in options.training.kinds:
+def some(bench: Bench, kind: str, pool: ModulePool, tasks: range) -> incremental.FinishedRun:
+    """The run of these tasks alone, with their modules and their heads."""
+    run = bench.run
+    place = slice(tasks.start, tasks.stop)
+    part = run.stream._replace(tasks=run.stream.tasks[place])
+    folder = run.folder / together(tasks) / f"seed-{bench.seed}"
+    kept = ModulePool(folder / "pools" / kind)
+    for module in pool.names()[place]:
+        merging.copy(pool, kept, module)
+    head = incremental.task_columns(run.head, run.stream.offsets[tasks.start], *[len(part.classes)] * 2)
+    return run._replace(folder=folder, stream=part, pools={kind: kept}, head=head)
+
+
+def together(tasks: range) -> str:
+    """The name of their folder."""
+    return f"tasks-{tasks.start + 1}-{tasks.stop}"
+
+
+def measured(bench: Bench, programs: dict[tuple[str, int], dict[str, merging.Program]]) -> dict[range, MergingRun]:
+    """The modules of a seed under every rule, all tasks at once, and so many as --together says."""
+    how, count = bench.options.merging, len(bench.run.stream.tasks)
+    groups = [range(i, i + n) for n in how.together for i in range(0, count - n + 1, n)]
+    merges, runs = {tasks: {} for tasks in (range(count), *groups)}, {}
+    for kind in bench.options.training.kinds:
+        if kind in LINEAR:
+            merges[range(count)][kind] = disentangled(bench, kind)
+            continue
         pool, joint = learned(bench, kind)
-        run, how = bench.run._replace(pools={kind: pool}), options.merging
-        run = run._replace(folder=bench.run.folder / f"seed-{bench.seed}")
-        merges[kind] = merging.merged_pool(
-            run, kind, how.rules, programs, how.curvature_images, bench.seed, joint, known=True
-        )
-    run = merging.merged_run(bench.run, merges)
-    return run._replace(run=f"seed {bench.seed}", seed=bench.seed)
+        runs[range(count)] = bench.run._replace(folder=bench.run.folder / f"seed-{bench.seed}", pools={kind: pool})
+        runs |= {tasks: some(bench, kind, pool, tasks) for tasks in groups}
+        for tasks, run in runs.items():
+            compiled = programs.setdefault((kind, len(tasks)), {})
+            of_all = joint if len(tasks) == count else None
+            merges[tasks][kind] = merging.merged_pool(
+                run, kind, how.rules, compiled, how.curvature_images, bench.seed, of_all, known=True
+            )
+    return {
+        tasks: merging.merged_run(runs.get(tasks, bench.run), pools)._replace(run=f"seed {bench.seed}", seed=bench.seed)
+        for tasks, pools in merges.items()
+        if pools
+    }
+
+
+class Opened(NamedTuple):
+    """What the command line names: a backbone, its tasks by seed, with images left out where there are linear kinds,
+    and the heads of texts, if any."""
+
+    model: models.ViT
+    base: dict
+    described: str
+    streams: dict[int, data.TaskStream]
+    validation: dict[int, data.TaskStream | None]
+    head: dict | None
+
+
+def opened(options: Options) -> Opened:
+    where, texts, seeds = options.backbone, options.texts, options.place.seeds
+    file = where.backbone or texts.zero_shot
+    backbone = models.backbone(file, where.heads, where.image_size, where.dtype, where.activation)
+    model, base, described, _ = backbone
+    streams = {seed: backbone.normalised(open_tasks(options, model.image_size, seed)) for seed in seeds}
+    validation = dict.fromkeys(streams)
+    if set(LINEAR) & set(options.training.kinds):
+        parts = {seed: tak.held_out(stream, seed) for seed, stream in streams.items()}
+        streams, validation = ({seed: one[i] for seed, one in parts.items()} for i in (0, 1))
+    stream, head = next(iter(streams.values())), None
+    if any(not 2 <= n < len(stream.tasks) for n in options.merging.together):
+        raise ValueError(f"--together is two tasks at least and less than all, and there are {len(stream.tasks)}")
+    if texts.zero_shot:
+        model, described = model.copy(unit=True), f"{described}, heads of {texts.zero_shot.name}'s texts"
+        width = incremental.feature_width(model, base, stream)
+        head = zero_shot_head(texts.zero_shot, stream, width, where.activation, texts.token_ids)
+    fewest = min(len(task.train) for stream in streams.values() for task in stream.tasks)
+    if max(options.merging.curvature_images, options.training.batch) > fewest:
+        raise ValueError(f"a task has {fewest} training images: --curvature-images and --batch are as many at most")
+    return Opened(model, base, described, streams, validation, head)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options, began = parse(arguments), time.perf_counter()
-    where, place = options.backbone, options.place
+    place, images = options.place, options.merging.curvature_images
     job.divisible(options.training.batch, "--batch")
-    backbone = models.backbone(where.backbone, where.heads, where.image_size, where.dtype)
-    model, base, described, _ = backbone
-    streams = {seed: backbone.normalised(open_tasks(options, model.image_size, seed)) for seed in place.seeds}
+    model, base, described, streams, validation, head = opened(options)
     stream = next(iter(streams.values()))
-    fewest = min(len(task.train) for stream in streams.values() for task in stream.tasks)
-    if max(options.merging.curvature_images, options.training.batch) > fewest:
-        raise ValueError(f"a task has {fewest} training images: --curvature-images and --batch are as many at most")
     console.print(f"{described}; {', '.join(task.name for task in stream.tasks)}; {len(stream.classes)} classes")
-    config = {key: value for key, value in line.flat(options).items() if key not in ("runs", "seeds", "rules")}
+    untold = ("runs", "seeds", "rules", "strengths", "together")  # that a run may go on with others
+    config = {key: value for key, value in line.flat(options).items() if key not in untold}
     with open_run(place.runs / place.name, config) as run, progress_bar(console=console) as progress:
-        programs, runs = {}, []
+        programs, runs = {}, {}
         for seed, stream in streams.items():
-            head = fitted_head(model, base, stream)
-            finished = incremental.FinishedRun(run.folder, {"seed": seed}, model, base, described, stream, {}, head)
-            runs.append(measured(Bench(finished, options, seed, {"log": run.log, "progress": progress}), programs))
-        seconds = time.perf_counter() - began
-        results = MergingResults(place.name, stream.name, described, options.merging.curvature_images, runs, seconds)
-        write_result(run.folder / "metrics.json", results)
-        path = report.merging_page(run.folder, results)
-    for table in report.merging_tables(results):
-        console.print(table.rich())
+            columns = fitted_head(model, base, stream) if head is None else head
+            finished = incremental.FinishedRun(run.folder, {"seed": seed}, model, base, described, stream, {}, columns)
+            bench = Bench(finished, options, seed, {"log": run.log, "progress": progress}, validation[seed])
+            for tasks, merged in measured(bench, programs).items():
+                runs.setdefault(tasks, []).append(merged)
+        for tasks, of_seeds in reversed(runs.items()):
+            whole = len(tasks) == len(stream.tasks)
+            folder = run.folder if whole else run.folder / together(tasks)
+            name = place.name if whole else f"{place.name}, {together(tasks)}"
+            sets = stream.name if whole else "+".join(of_seeds[0].tasks)
+            seconds = time.perf_counter() - began
+            results = MergingResults(name, sets, described, images, of_seeds, seconds)
+            write_result(folder / "metrics.json", results)
+            path = report.merging_page(folder, results)
+            for table in report.merging_tables(results):
+                console.print(table.rich())
     console.print(f"{results.seconds:.0f} s; report: {path}")
 
 

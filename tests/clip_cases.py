@@ -1,6 +1,9 @@
 """A small CLIP text tower under Hugging Face's and OpenAI's names, token ids for it, and a plain NumPy forward pass."""
 
+import json
+
 import numpy as np
+import safetensors.numpy
 
 SMALL = {"width": 24, "depth": 2, "hidden": 40, "vocabulary": 50, "context": 11, "projection": 7}
 HEADS, START, END = 3, 48, 49
@@ -90,3 +93,29 @@ def numpy_features(arrays, ids, heads, ends, epsilon=1e-5):
         return norm(x, "text_model.final_layer_norm")[-1] @ a["text_projection.weight"].T
 
     return np.stack([feature(row[: end + 1]) for row, end in zip(ids, ends, strict=True)])
+
+
+def write_clip(folder, side=8, patch=4):
+    """A whole CLIP as Hugging Face's hub has it: the text tower of `SMALL`, an image tower of its sizes."""
+    rng, width = np.random.default_rng(2), SMALL["width"]
+    draw = lambda *shape: np.asarray(rng.normal(scale=0.3, size=shape), np.float32)
+    arrays = random_arrays(context=40, vocabulary=60)
+    of_text = "text_model.encoder.", "text_model.final_layer_norm"
+    arrays |= {
+        name.replace("text_model", "vision_model").replace("final_layer_norm", "post_layernorm"): draw(*array.shape)
+        for name, array in arrays.items()
+        if name.startswith(of_text)
+    }
+    arrays |= {f"vision_model.pre_layrnorm.{kind}": draw(width) for kind in ("weight", "bias")}
+    arrays |= {
+        "vision_model.embeddings.class_embedding": draw(width),
+        "vision_model.embeddings.patch_embedding.weight": draw(width, 3, patch, patch),
+        "vision_model.embeddings.position_embedding.weight": draw((side // patch) ** 2 + 1, width),
+        "visual_projection.weight": draw(SMALL["projection"], width),
+    }
+    tower = {"num_attention_heads": HEADS, "hidden_act": "quick_gelu"}
+    config = {"model_type": "clip", "text_config": tower | {"eos_token_id": 59}, "vision_config": tower}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors")
+    return arrays

@@ -203,7 +203,7 @@ def test_every_task_is_unlearned_from_every_pool(several):
 
 
 def test_rules_are_compared_on_every_pool(several):
-    rules = ["average", "fisher", "best_weights"]
+    rules = ["average", "fisher", "best_weights", "emr"]
     one = ["--run", several, "--methods", "none-lora", "--images", 8]
     done = run(*one, "--rules", *rules, script="merging.py")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -214,6 +214,11 @@ def test_rules_are_compared_on_every_pool(several):
             np.testing.assert_allclose(found.normalised(merged.within), merged.within / found.individual)
             assert merged.memory > 1
             assert merged.seconds > 0
+        np.testing.assert_allclose(found.rules["average"].expected.distance, 0, atol=1e-6)
+        assert found.rules["emr"].expected is None  # a model for each task
+        assert np.isnan(found.rules["emr"].incremental).all()
+        average = found.weightings.within[found.weightings.weights.sum(1) == 1][0]
+        np.testing.assert_array_equal(average, found.rules["average"].within)
     assert (several / "merging" / "report.html").stat().st_size > 10_000
     pool = ModulePool(next((several / "merging" / "pools").glob("none-lora-*")))
     assert pool.find(curvature="diagonal") == pool.names()

@@ -11,10 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from vit_arrays import HEADS, random_arrays
+from vit_arrays import HEADS, random_arrays, random_images
 
 from compo_jax import tree
-from compo_jax.models import Pixels, backbone, from_timm, load, save, to_augreg
+from compo_jax.models import Pixels, ViT, backbone, from_timm, load, save, to_augreg, to_openai_clip
+from compo_jax.models.transformer import ACTIVATIONS
 
 
 def test_save_and_load(tmp_path):
@@ -30,6 +31,61 @@ def test_save_and_load(tmp_path):
     with safetensors.safe_open(path, framework="numpy") as file:
         assert file.metadata() == {"heads": "3", "note": "tiny"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["vit.safetensors"]
+
+
+KINDS = {  # what no array tells
+    "of OpenAI's CLIP": {"activation": "quick_gelu", "epsilon": 1e-5, "pre_norm": True, "projection": 7},
+    "of LAION's CLIP": {"activation": "gelu", "epsilon": 1e-5, "pre_norm": True},
+    "tanh and the mean": {"activation": "gelu_tanh", "epsilon": 1e-12, "pool": "mean"},
+    "class token and mean, no head": {"epsilon": 3e-7, "pool": "class_and_mean"},
+    "mean of no class token": {"class_token": False, "pool": "mean", "activation": "quick_gelu"},
+    "a norm of the mean": {"pool": "mean_then_norm", "epsilon": 1e-3},
+    "an attention pool": {"class_token": False, "pool": "attention", "activation": "gelu_tanh"},
+    "DeiT III with a head": {"class_position": False, "layer_scale": True, "classes": 3, "registers": 2},
+    "CLIP, its patches' mean": {"pre_norm": True, "projection": 5, "pool": "mean", "epsilon": 1e-4},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_comes_back_with_what_no_array_tells(tmp_path, kind):
+    model = ViT(12, 4, 24, 2, HEADS, 2.0, **KINDS[kind])
+    images = jnp.asarray(random_images())
+    params = model.init(jax.random.key(0), images)["params"]
+    params = jax.tree.map(lambda x: x + 0.3 * np.random.default_rng(1).normal(size=x.shape).astype(x.dtype), params)
+    save(tmp_path / "vit.safetensors", params, {"note": "tiny"}, np.float32, model=model)
+    again, loaded = load(tmp_path / "vit.safetensors")
+    assert again == model
+    assert tree.fingerprint(loaded) == tree.fingerprint(params)
+    np.testing.assert_array_equal(again.apply({"params": loaded}, images), model.apply({"params": params}, images))
+
+
+def test_what_a_file_says_stands_before_its_folder_and_behind_what_is_asked_for(tmp_path):
+    model = ViT(12, 4, 24, 2, HEADS, 2.0, activation="quick_gelu", epsilon=1e-5)
+    params = model.init(jax.random.key(0), jnp.asarray(random_images()))["params"]
+    path = tmp_path / "model.safetensors"
+    save(path, params, dtype=np.float32, model=model)
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    assert load(tmp_path)[0] == load(path)[0] == backbone(path).model == model
+    assert load(tmp_path, activation="gelu_tanh")[0].activation == "gelu_tanh"
+    assert backbone(path, activation="gelu").model.activation == "gelu"
+    for key, value in (("activation", "relu"), ("epsilon", "small"), ("pool", "max")):
+        save(path, params, {key: value}, np.float32, model=model)
+        with pytest.raises(ValueError, match=rf"s: the metadata's {key} is '{value}', .*write the file again"):
+            load(path)
+
+
+def test_a_clip_in_a_file_alone_has_the_activation_that_is_asked_for(tmp_path):
+    model = ViT(12, 4, 24, 2, HEADS, 2.0, pre_norm=True, projection=7, epsilon=1e-5)
+    params = model.init(jax.random.key(0), jnp.asarray(random_images()))["params"]
+    path = tmp_path / "open_clip_model.safetensors"
+    safetensors.numpy.save_file({k: np.ascontiguousarray(x) for k, x in to_openai_clip(params).items()}, path)
+    assert backbone(path, heads=HEADS).model.activation == "quick_gelu"
+    made = backbone(path, heads=HEADS, activation="gelu")
+    assert made.model == model
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: no activation is called 'relu'; there are gelu, quick_gelu, gelu_tanh"
+    ):
+        backbone(path, heads=HEADS, activation="relu")
 
 
 @pytest.mark.parametrize("dtype, error", [(np.float16, 2**-11), (ml_dtypes.bfloat16, 2**-8)])
@@ -139,6 +195,19 @@ def test_an_experiment_prepares_images_as_the_backbone_was_trained(tmp_path, mon
     learned, described = experiment.setup(experiment.parse([*sizes, "--backbone", str(tmp_path / "tiny")]))
     assert (learned.stream.mean, learned.stream.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (learned.stream.size, described) == (12, "tiny")
+
+
+def test_a_command_line_names_the_activation_of_a_file(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(jobs.ROOT / "experiments")
+    options, experiment = (importlib.import_module(name) for name in ("incremental_options", "incremental"))
+    assert tuple(ACTIVATIONS) == options.ACTIVATIONS
+    asked = experiment.parse(["--backbone", "clip.safetensors", "--activation", "gelu"])
+    assert asked.backbone.activation == "gelu"
+    with pytest.raises(ValueError, match="--activation plays no part without --backbone"):
+        experiment.parse(["--activation", "gelu"])
+    with pytest.raises(SystemExit):
+        experiment.parse(["--backbone", "clip.safetensors", "--activation", "relu"])
+    assert "'relu' is none of gelu, quick_gelu," in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_index_of_several_files_is_a_checkpoint(tmp_path):

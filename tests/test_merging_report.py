@@ -9,9 +9,17 @@ from pages import PlainPage as Page
 from pages import printed
 
 from compo_jax import report
-from compo_jax.compose.rule_results import MergedPool, MergingResults, MergingRun, PoolMerges
+from compo_jax.compose.rule_results import (
+    Expected,
+    MergedPool,
+    MergingResults,
+    MergingRun,
+    PoolMerges,
+    Weightings,
+)
+from compo_jax.compose.scaled_results import Scaled, Sweep
 from compo_jax.incremental.unlearning_results import PoolSkills, RunSkills, UnlearningResults
-from compo_jax.report import charts, merging, unlearning
+from compo_jax.report import charts, expected, merging, unlearning
 from compo_jax.report.merging import BASE
 from compo_jax.report.table import Score
 from compo_jax.train import read_result, write_result
@@ -48,6 +56,34 @@ def measured_merging():
     )  # fmt: skip
 
 
+def swept(shift=0.0):
+    """Two tasks at three coefficients: half of all modules is best, and half of one forgets what can be forgotten."""
+    added = np.array([[0.5, 0.7], [0.8, 0.9], [0.7, 0.6]])
+    negated = np.array([[[0.5, 0.7], [0.5, 0.7]], [[0.2, 0.7], [0.5, 0.3]], [[0.1, 0.5], [0.4, 0.2]]])
+    return Sweep(added - shift, negated - shift)
+
+
+def test_sums_and_negations_stand_in_the_merging_page(tmp_path):
+    results = measured_merging()
+    scaled = Scaled(np.array([0.0, 0.5, 1.0]), swept(), swept(0.1))
+    assert scaled.best() == scaled.forgetting() == 1
+    for run in results.runs:
+        run.pools["other"] = run.pools["other"]._replace(scaled=scaled)
+    write_result(tmp_path / "metrics.json", results)
+    back = read_result(tmp_path / "metrics.json", MergingResults)
+    assert back.runs[0].pools["none-<b>lora"].scaled is None
+    np.testing.assert_array_equal(back.runs[1].pools["other"].scaled.test.negated, scaled.test.negated)
+    page = Page(report.merging_page(tmp_path, back))
+    assert page.tags.count("svg") == 1 + 2 * 2 + 1 + 1
+    for row in (
+        ["other", "0.0", "50.0 ± 0.0", "50.0 ± 0.0"],  # (0.5 + 0.7) / 2 - 0.1, both
+        ["other", "1.0", "5.0 ± 0.0", "35.0 ± 0.0"],  # (0.1 + 0.2) / 2, (0.5 + 0.4) / 2
+        ["other", "0.5", "15.0 ± 0.0", "50.0 ± 0.0"],
+        ["accuracy (%)", "50.0", "75.0", "55.0"], ["accuracy (%)", "50.0", "15.0", "5.0"],
+    ):  # fmt: skip
+        assert row in page.rows
+
+
 def measured_unlearning():
     """Two runs of two methods on three tasks."""
     one = PoolSkills(
@@ -63,6 +99,57 @@ def measured_unlearning():
         for i, pool in enumerate((one, other))
     ]
     return UnlearningResults("unlearning <1>", "glyphs <i>", "ViT <u>", runs, 321.4)
+
+
+def expected_merging():
+    """One run: the forecast puts three rules in order, distance turns it around; a weighting where the loss is low."""
+    rules = [
+        rule([a, a], expected=Expected(*(np.array(x) for x in (f, f * f, d))))
+        for a, f, d in ((0.8, 1.0, 3.0), (0.6, 2.0, 2.0), (0.4, 3.0, 1.0))
+    ]
+    each = rule([0.9, 0.9])._replace(incremental=np.array([NAN, NAN]))
+    of_weights = Expected(np.array([9.0, 0.5, 4.0]), np.array([1.5, 0.5, 2.5]), np.array([1.0, 0.0, 7.0]))
+    weights = np.array([[0.0, 0.0], [0.5, 0.5], [0.3, 0.7]])
+    one = pool([0.8, 1.0], [0.2, 0.5], *rules)
+    weightings = Weightings(weights, of_weights, np.array([[0.1, 0.3], [0.7, 0.7], [0.5, 0.5]]))
+    one = one._replace(rules=one.rules | {"emr": each}, weightings=weightings)
+    return MergingResults("m", "d", "b", 16, [MergingRun("run", 0, ["x", "y"], [100, 100], {"lora": one})], 1.0)
+
+
+def test_what_was_expected_of_merged_models_stands_beside_what_they_reach(tmp_path):
+    results = expected_merging()
+    write_result(tmp_path / "r.json", results)
+    table = report.merging_tables(read_result(tmp_path / "r.json", MergingResults))[-1]
+    assert [row[1:] for row in table.rows] == [
+        ("1.00", "1.00", "0.89"),  # by hand: 1 - 6 · 4 / 210
+        ("1.00", "0.50", "0.54"),  # 1 - 6 · 16 / 210
+        ("−1.00", "0.50", "−0.17"),  # -3 / sqrt(17 · 17.5), two are equally far
+    ]  # fmt: skip
+    page = Page(report.merging_page(tmp_path, results))
+    assert page.tags.count("svg") == 1 + 2 + 1 + 2
+    assert ["emr", "–", "–", "–", "90.0"] in page.rows
+    assert ["0.50, 0.50", "0.500", "0.500", "0.000", "70.0"] in page.rows
+    assert ["emr", "90.0 ± 2.1", "–", "101.2 ± 2.4", "1.0", "3.2"] in page.rows
+
+
+def test_the_path_of_equal_weights_is_drawn_with_its_forecast():
+    results = expected_merging()
+    (one,) = (run.pools["lora"].weightings for run in results.runs)
+    left, right = expected.path({"lora": one}, {"lora": 0.9}).axes
+    measured, forecast = left.lines
+    np.testing.assert_array_equal(measured.get_xydata(), [[0, 1.5], [1, 0.5]])
+    np.testing.assert_array_equal(forecast.get_xydata(), [[0, 9], [1, 0.5]])
+    np.testing.assert_allclose(right.lines[0].get_xydata(), [[0, 20], [1, 70]])
+    assert left.get_ylim()[1] < 2  # the forecast may leave the panel, the loss may not
+
+
+def test_a_rank_correlation_is_of_finite_numbers_that_differ():
+    up = np.arange(4.0)
+    assert expected.rank_correlation(up, -(up**3)) == 1
+    np.testing.assert_allclose(expected.rank_correlation(np.array([1, 2, 4, 3.0]), up), -0.8)
+    assert expected.rank_correlation(np.array([0, 1, 2, NAN]), np.array([5, 4, 3, 9.0])) == 1
+    assert np.isnan(expected.rank_correlation(up, np.ones(4)))
+    assert np.isnan(expected.rank_correlation(up[:2], up[:2]))
 
 
 def test_merging_page(tmp_path):

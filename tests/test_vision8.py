@@ -1,19 +1,21 @@
 """Different tasks merged under frozen heads: the run's numbers, what is kept of it, and what it says to bad input."""
 
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jobs import ROOT, main, run
 
-from compo_jax import adapters, data, models
+from compo_jax import adapters, curvature, data, incremental, models, tree
 from compo_jax.compose.rule_results import MergingResults
 from compo_jax.pool import ModulePool
 from compo_jax.train import read_result
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import vision8
+import vision8_tak
 
 SMALL = ["--images", "60", "--test-images", "40", "--steps", "12", "--batch", "8", "--curvature-images", "8"]
 RULES = ["average", "ties", "fisher"]
@@ -21,8 +23,17 @@ RULES = ["average", "ties", "fisher"]
 
 def test_tasks_are_merged_under_heads_that_stay_and_a_run_that_is_there_is_not_made_again(tmp_path):
     line = [*SMALL, "--kinds", "lora", "--runs", tmp_path, "--name", "small"]
-    done = run(*line, "--rules", *RULES, script="vision8.py")
+    done = run(*line, "--rules", *RULES, "--together", 4, script="vision8.py")
     assert done.returncode == 0, done.stdout + done.stderr
+    for place, of in (("tasks-1-4", slice(0, 4)), ("tasks-5-8", slice(4, 8))):
+        (part,) = read_result(tmp_path / "small" / place / "metrics.json", MergingResults).runs
+        (measured,) = read_result(tmp_path / "small" / "metrics.json", MergingResults).runs
+        np.testing.assert_array_equal(part.pools["lora"].individual, measured.pools["lora"].individual[of])
+        np.testing.assert_array_equal(part.pools["lora"].base, measured.pools["lora"].base[of])
+        np.testing.assert_allclose(part.pools["lora"].cosines, measured.pools["lora"].cosines[of, of], atol=1e-6)
+        assert part.tasks == measured.tasks[of]
+        assert list(part.pools["lora"].rules) == RULES
+        assert (tmp_path / "small" / place / "report.html").exists()
     results = read_result(tmp_path / "small" / "metrics.json", MergingResults)
     (measured,) = results.runs
     pool = measured.pools["lora"]
@@ -68,8 +79,83 @@ def test_what_cannot_be_merged_is_told(tmp_path):
         (["--data-dir", tmp_path, "--data", "glyphs"], "--data-dir plays no part with glyphs"),
         (["--curvature-images", 4000], "a task has .* training images: --curvature-images and --batch are as many"),
         (["--data", "mnist", "dtd64"], "mnist needs data_dir"),
+        (["--kinds", "linear", "--strengths", 5], "--strengths plays no part without tak among --kinds"),
         (["--test-images", 5], "arabic has 8 classes, and 5 images are not one of each"),
+        (["--together", 4, 8], "--together is two tasks at least and less than all, and there are 8"),
     ):
         with pytest.raises(ValueError, match=told):
             main(*arguments, "--runs", tmp_path, script="vision8.py")
     assert not list(tmp_path.iterdir())
+
+
+# -- the linearised model ----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def parts():
+    """Two tasks of twenty training images."""
+    stream = data.open_tasks(["glyphs"], models.backbone().model.image_size, tasks=2, classes=2, images=10)
+    return vision8_tak.held_out(stream._replace(augment=None), 0)
+
+
+@pytest.fixture(scope="module")
+def small(parts):
+    """A run of these tasks, without pools or a folder."""
+    model, base, described, _ = models.backbone()
+    head = vision8.fitted_head(model, base, parts.stream)
+    return incremental.FinishedRun(Path(), {"seed": 0}, model, base, described, parts.stream, {}, head)
+
+
+def full_delta(base, seed):
+    adapter = adapters.full()
+    module = adapter.init(jax.random.key(seed), base)
+    return jax.tree.map(lambda x: 0.01 * jax.random.normal(jax.random.key(seed + x.size), x.shape), module)
+
+
+def test_a_fifth_of_the_training_images_is_left_out(parts):
+    for task, left in zip(parts.stream.tasks, parts.validation.tasks, strict=True):
+        rows = [set(split.rows.tolist()) for split in (task.train, left.test)]
+        assert len(rows[1]) == 4 and not rows[0] & rows[1] and rows[0] | rows[1] == set(range(20))
+
+
+def test_all_weightings_are_tested_at_once_as_each_is_by_itself(small):
+    deltas = [full_delta(small.base, t) for t in range(2)]
+    weighed = vision8_tak.weighed(small, deltas, small.stream, batch=16)
+    extract = incremental.features(small.model, small.stream, 16, around=small.base)
+    test = incremental.evaluator(extract, small.stream)
+    for weights in ([1.0, 1.0], [-0.6, 0.0]):
+        params = tree.add(small.base, tree.weighted_sum(deltas, weights))
+        for task, logits in zip(small.stream.tasks, weighed.logits, strict=True):
+            expected = extract(params, task.test) @ small.head["kernel"] + small.head["bias"]
+            np.testing.assert_allclose(logits.at(np.array(weights)), expected, atol=1e-2)
+        expected = test(params, small.head, 2)
+        jax.tree.map(np.testing.assert_array_equal, weighed.accuracies(np.array(weights)), expected)
+    sweep = weighed.sweep()
+    np.testing.assert_array_equal(sweep.added[-1], weighed.accuracies(np.ones(2)).within)
+    np.testing.assert_array_equal(sweep.negated[6, 0], weighed.accuracies(np.array([-0.6, 0.0])).within)
+    np.testing.assert_array_equal(sweep.target()[6], (sweep.negated[6, 0, 0] + sweep.negated[6, 1, 1]) / 2)
+    np.testing.assert_array_equal(sweep.control()[6], (sweep.negated[6, 0, 1] + sweep.negated[6, 1, 0]) / 2)
+
+
+def test_shared_factors_measure_how_far_a_delta_moves_the_features_of_a_task(small):
+    for factors in vision8_tak.shared_factors(small, 16, 0):
+        assert int(factors.count) == 16
+        assert set(factors.inputs) == {name for name in tree.names(small.base) if "blocks" in name and "kernel" in name}
+        assert float(factors.quadratic(full_delta(small.base, 3))) > 0
+
+
+def test_the_strength_of_the_penalty_is_chosen_by_the_images_left_out(small, parts, tmp_path):
+    options = vision8.parse(["--kinds", "tak", "--steps", "1", "--batch", "8", "--strengths", "1", "1e5"])
+    run = small._replace(folder=tmp_path)
+    pool = vision8.disentangled(vision8.Bench(run, options, 0, {}, parts.validation), "tak")
+    assert list(pool.rules) == ["average", "added", "added, scaled"]
+    np.testing.assert_array_equal(pool.rules["added"].within, pool.scaled.test.added[-1])
+    np.testing.assert_array_equal(pool.base, pool.scaled.test.added[0])
+    assert {path.name for path in (tmp_path / "pools").iterdir()} == {"tak-1-0", "tak-100000-0", "linear-joint-0"}
+    pools = {strength: ModulePool(tmp_path / "pools" / f"tak-{strength}-0") for strength in ("1", "100000")}
+    deltas = {strength: list(pool.deltas(run.base)) for strength, pool in pools.items()}
+    reached = {
+        strength: vision8_tak.weighed(run, some, parts.validation).accuracies(np.ones(2)).within.mean()
+        for strength, some in deltas.items()
+    }
+    assert pool.rules["added"].options == {"coefficient": "1", "strength": max(reached, key=reached.get)}
+    others = curvature.factors_of_others(vision8_tak.shared_factors(run, 256, 0))[0]
+    assert others.quadratic(deltas["100000"][0]) < others.quadratic(deltas["1"][0])

@@ -15,6 +15,7 @@ from compo_jax.adapters.algebra import recompress as recompress
 from compo_jax.adapters.algebra import unfuse as unfuse
 from compo_jax.adapters.forward import Forward as Forward
 from compo_jax.adapters.forward import adapted as adapted
+from compo_jax.adapters.forward import linearised as linearised
 from compo_jax.adapters.forward import merged as merged
 from compo_jax.adapters.low_rank import lora as lora
 from compo_jax.adapters.peft import HF_MODULES as HF_MODULES

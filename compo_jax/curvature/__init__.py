@@ -1,13 +1,17 @@
 """Exact curvature of any function of any pytree of arrays, whatever the framework.
 
 Every kind answers the same questions: `Curvature`, whose docstring says which kind to take. One product with a vector:
-`hvp`, `ggnvp`. The loss of every composition of some modules: `landscape`.
+`hvp`, `ggnvp`. The loss of every composition of some modules: `landscape`; of any other model: `forecast`.
 """
 
+from compo_jax.curvature.directional import Forecast as Forecast
+from compo_jax.curvature.directional import forecast as forecast
 from compo_jax.curvature.fisher import FisherDiagonal as FisherDiagonal
 from compo_jax.curvature.fisher import as_curvature as as_curvature
 from compo_jax.curvature.fisher import fisher_diagonal as fisher_diagonal
 from compo_jax.curvature.fisher import summed_diagonal as summed_diagonal
+from compo_jax.curvature.jacobian import factors_of_others as factors_of_others
+from compo_jax.curvature.jacobian import jacobian_factors as jacobian_factors
 from compo_jax.curvature.kfac import Eigen as Eigen
 from compo_jax.curvature.kfac import Kronecker as Kronecker
 from compo_jax.curvature.kfac import eigenvalue_corrected as eigenvalue_corrected

@@ -174,7 +174,8 @@ def _expansion(loss, slope, gram, step):
     )
 
 
-def _data(args: tuple, batches: Iterable[tuple] | None, mesh: Mesh | None) -> Batches:
+def batches_of(args: tuple, batches: Iterable[tuple] | None, mesh: Mesh | None) -> Batches:
+    """The data of a function that takes one batch as its arguments, or several."""
     if args and batches is not None:
         raise ValueError("the data were given twice, as arguments and as batches: give one of them")
     if batches is not None:
@@ -247,7 +248,7 @@ def landscape(
     if not args and batches is None:
         plain, args = loss, (np.zeros(1),)
         loss = lambda params, _: plain(params)
-    data = _data(args, batches, mesh)
+    data = batches_of(args, batches, mesh)
     require_deterministic(loss, base, *data.first)
     around, points = _points(anchor, check, tasks, dtype)
     if mesh is not None:

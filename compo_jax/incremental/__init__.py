@@ -17,6 +17,7 @@ from compo_jax.incremental.evaluate import evaluator as evaluator
 from compo_jax.incremental.evaluate import linear as linear
 from compo_jax.incremental.evaluate import predictions as predictions
 from compo_jax.incremental.evaluate import stream_head as stream_head
+from compo_jax.incremental.extraction import feature_width as feature_width
 from compo_jax.incremental.extraction import features as features
 from compo_jax.incremental.extraction import tangent_features as tangent_features
 from compo_jax.incremental.finished import FinishedRun as FinishedRun

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from compo_jax import tree
+from compo_jax import adapters, tree
 from compo_jax.data import JoinedSplit, Split, TaskStream, eval_batches
 from compo_jax.tree import Tree
 
@@ -73,16 +73,7 @@ def made_once(extract: SplitFeatures) -> SplitFeatures:
 def tangent_features(model) -> Callable[[Tree, Tree, Images], Float[Array, "images features"]]:
     """`(base, delta, images) -> f(base) + Jf(base) delta`, linear in the task vector; None in it is no change."""
     model = model.copy(kernel="xla")  # cuDNN's attention has no forward derivative
-
-    def run(base, delta, images):
-        holed = tree.spread(delta, base)
-        direction = jax.tree.map(lambda b, d: jnp.zeros_like(b) if d is None else d, base, holed)
-        value, change = jax.jvp(
-            lambda params: model.apply({"params": params}, images, method="features"), (base,), (direction,)
-        )
-        return value + change
-
-    return run
+    return adapters.linearised(lambda params, images: model.apply({"params": params}, images, method="features"))
 
 
 def feature_width(model, base: Tree, stream: TaskStream) -> int:

@@ -13,6 +13,7 @@ from compo_jax.data import TaskStream
 from compo_jax.files import local_path
 from compo_jax.incremental.classifier import Head
 from compo_jax.incremental.course import pool_folder
+from compo_jax.incremental.extraction import feature_width
 from compo_jax.incremental.ways import WAYS
 from compo_jax.pool import ModulePool
 from compo_jax.train import read_json
@@ -74,7 +75,9 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
         raise ValueError(
             f"{folder} is of glyphs, which are rendered: data_dir (--data-dir) plays no part, leave it out"
         )
-    backbone = models.backbone(config["backbone"], config["heads"], config["image_size"], config["dtype"])
+    backbone = models.backbone(
+        *(config[key] for key in ("backbone", "heads", "image_size", "dtype")), activation=config.get("activation")
+    )
     model, base = backbone.model, backbone.params
     later = {  # which runs of an earlier day lack
         key: config[key] for key in ("class_order", "test_fraction", "crop", "augment") if key in config
@@ -92,12 +95,11 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
         for name in config["methods"]
         if (way := WAYS.get(name.partition("-")[0])) and way.averages
     }
-    return FinishedRun(
-        folder, config, model, base, backbone.description, stream, pools, _head(folder / "reference.npz", base, stream)
-    )
+    head = _head(folder / "reference.npz", feature_width(model, base, stream), stream)
+    return FinishedRun(folder, config, model, base, backbone.description, stream, pools, head)
 
 
-def _head(path: Path, base: Tree, stream: TaskStream) -> Head:
+def _head(path: Path, width: int, stream: TaskStream) -> Head:
     """The head in the file; ValueError where it is damaged or has other classes than the stream."""
     try:
         with np.load(path) as kept:
@@ -107,7 +109,7 @@ def _head(path: Path, base: Tree, stream: TaskStream) -> Head:
             f"{path}, the run's reference head, is damaged ({error}): bring it back from a copy"
         ) from error
     shapes = {name: x.shape for name, x in head.items()}
-    width, classes = base["norm"]["scale"].shape[-1], len(stream.classes)
+    classes = len(stream.classes)
     if shapes != {"kernel": (width, classes), "bias": (classes,)}:
         raise ValueError(
             f"{path} holds {shapes} and the run's backbone has {width} features, its data {classes} classes: the file "

@@ -76,7 +76,7 @@ def read_architecture(shapes: Shapes, layout: Layout, fields: Mapping[str, Any])
         "attention": has("attention_pool"),
         "mean_then_norm": has("pool_norm"),
         "mean": not read["class_token"] or fields.get("pool") == "mean",
-        "class_and_mean": inputs == 2 * width,
+        "class_and_mean": inputs == 2 * width or fields.get("pool") == "class_and_mean",
     }
     read["pool"] = next((pool for pool, there in pools.items() if there), "class")
     grid = max(1, math.isqrt(max(0, rows - (read["class_token"] and read["class_position"]))))

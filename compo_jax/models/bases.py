@@ -43,12 +43,16 @@ def embedded() -> tuple[ViT, Any, dict[str, Any]]:
 
 
 def backbone(
-    path: str | Path | None = None, heads: int | None = None, image_size: int | None = None, dtype: str = "float32"
+    path: str | Path | None = None,
+    heads: int | None = None,
+    image_size: int | None = None,
+    dtype: str = "float32",
+    activation: str | None = None,
 ) -> Backbone:
     """The checkpoint at `path` (see `load`), or the embedded ViT; calls of the model give features.
 
     Args:
-      heads, image_size: see `load`; default: what the checkpoint says.
+      heads, image_size, activation: see `load`; default: what the checkpoint says.
       dtype: compute dtype; `float32` follows the arrays, so that a float64 tree is computed in float64.
 
     ValueError for what `load` refuses, and a dtype that isn't of floating-point numbers.
@@ -65,7 +69,7 @@ def backbone(
         described = f"embedded ViT {model.width}x{model.depth}, pre-trained on {count} Latin characters"
         pixels = None
     else:
-        model, params, pixels = load_all(path, heads=heads, image_size=image_size)
+        model, params, pixels = load_all(path, heads=heads, image_size=image_size, activation=activation)
         described = str(path) if str(path).startswith("hf:") else Path(path).absolute().name
     model = model.copy(classes=0, dtype=None if compute == jnp.float32 else compute)
     params = {name: leaf for name, leaf in params.items() if name != "head"}

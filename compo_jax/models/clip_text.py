@@ -102,7 +102,7 @@ def load(
     """
     checkpoint = opened(path, (HF_TEXT, OPENAI_TEXT))
     layout = likely((HF_TEXT, OPENAI_TEXT), checkpoint.arrays)
-    heads = checkpoint.heads if heads is None else heads
+    heads = checkpoint.stated.get("heads") if heads is None else heads
     try:
         return _read(checkpoint.arrays, layout, heads, activation, checkpoint.config, dtype, check_finite)
     except ValueError as error:

@@ -91,6 +91,9 @@ class Pixels(NamedTuple):
     std: tuple[float, float, float]
 
 
+CLIP_PIXELS = Pixels((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # of all but a few
+
+
 def pixels(config: Mapping[str, Any] | None, preprocessor: Mapping[str, Any] | None) -> Pixels | None:
     """From Hugging Face's preprocessor_config.json or timm's config.json; None where neither says them."""
     for source, mean, std in (

@@ -11,8 +11,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
+
+from compo_jax.tree import wide_type
 
 
 @jax.custom_jvp
@@ -70,6 +73,13 @@ def _(epsilon, primals, tangents):
     (x,), (dx,) = primals, tangents
     y, inverse = _standardized(x, epsilon)
     return y, inverse * (dx - dx.mean(-1, keepdims=True) - y * (y * dx).mean(-1, keepdims=True))
+
+
+def unit(features: Float[Array | np.ndarray, "*shape width"]) -> Float[Array, "*shape width"]:
+    """The features at length 1, in float32 at least; zeros stay zeros."""
+    features = jnp.asarray(features, wide_type(features))
+    square = (features * features).sum(-1, keepdims=True)
+    return features * lax.rsqrt(jnp.where(square > 0, square, 1))
 
 
 class LayerNorm(nn.Module):

@@ -13,15 +13,24 @@ import safetensors
 import safetensors.numpy
 
 from compo_jax.files import INDEX, json_object, local_path, replaced, safetensors_file, weight_files, weight_map
-from compo_jax.models.descriptions import Pixels, pixels
-from compo_jax.models.layouts import LAYOUTS, Layout, likely
-from compo_jax.models.pretrained import read, to_timm
-from compo_jax.models.vit import ViT
+from compo_jax.models.descriptions import CLIP_PIXELS, Pixels, pixels
+from compo_jax.models.layouts import LAYOUTS, OPENAI_CLIP, TIMM, Layout, likely
+from compo_jax.models.pretrained import read, write
+from compo_jax.models.transformer import ACTIVATIONS
+from compo_jax.models.vit import POOLS, ViT
 from compo_jax.tree import Tree
 
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 _DESCRIPTIONS = ("config.json", "preprocessor_config.json")
 _HUB = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>.+))?")
+# What `save` writes of a model into a file's metadata, as no array tells it, and how each is read again.
+_STATED = {
+    "heads": int,
+    "activation": {name: name for name in ACTIVATIONS}.__getitem__,
+    "epsilon": float,
+    "pool": {name: name for name in POOLS}.__getitem__,
+    "unit": {"False": False, "True": True}.__getitem__,
+}
 
 
 class Checkpoint(NamedTuple):
@@ -29,18 +38,18 @@ class Checkpoint(NamedTuple):
 
     Attributes:
       config: of the folder, see `descriptions.described`; None without one.
-      heads: what the file's metadata says.
+      stated: of `_STATED`, what the file's metadata says.
       pixels: None where nothing says them.
     """
 
     arrays: Mapping[str, np.ndarray]
     config: Mapping[str, Any] | None = None
-    heads: int | None = None
+    stated: Mapping[str, Any] = {}
     pixels: Pixels | None = None
 
 
 class Loaded(NamedTuple):
-    """A model with its parameters, and the pixels it was trained with where the checkpoint says them."""
+    """A model with its parameters, and the pixels it was trained with: as the checkpoint says, or those of CLIP."""
 
     model: ViT
     params: Tree
@@ -76,14 +85,15 @@ def load(
 def load_all(path: str | Path, *, heads: int | None = None, **options: Any) -> Loaded:
     """`load`, with the pixels that the checkpoint describes."""
     checkpoint = opened(path)
-    heads = checkpoint.heads if heads is None else heads
+    stated = {key: value for key, value in checkpoint.stated.items() if key != "heads"}
+    heads = checkpoint.stated.get("heads") if heads is None else heads
     try:
-        model, params = read(checkpoint.arrays, config=checkpoint.config, heads=heads, **options)
+        model, params = read(checkpoint.arrays, config=checkpoint.config, stated=stated, heads=heads, **options)
     except ValueError as error:
         if _SHARD.search(str(path)):
             raise ValueError(f"{path} is one of a checkpoint's several files: give the folder, or {INDEX}") from error
         raise ValueError(f"{path}: {error}") from error
-    return Loaded(model, params, checkpoint.pixels)
+    return Loaded(model, params, checkpoint.pixels or (CLIP_PIXELS if model.pre_norm else None))
 
 
 def hub_folder(name: str) -> Path:
@@ -139,31 +149,37 @@ def opened(path: str | Path, layouts: Sequence[Layout] = LAYOUTS) -> Checkpoint:
         return Checkpoint(_sharded(path, layouts), config, pixels=pixels(config, preprocessor))
     if path.suffix == ".npz":
         return Checkpoint(_archive(path, layouts))
-    arrays, heads = _file(path, layouts)
-    return Checkpoint(arrays, heads=heads)
+    arrays, stated = _file(path, layouts)
+    return Checkpoint(arrays, stated=stated)
 
 
 def _folder(path: Path, layouts: Sequence[Layout]) -> Checkpoint:
     config, preprocessor = (json_object(path / name) for name in _DESCRIPTIONS)
-    files, heads = weight_files(path), None
+    files, stated = weight_files(path), {}
     if files == [path / "model.safetensors"]:
-        arrays, heads = _file(files[0], layouts)
+        arrays, stated = _file(files[0], layouts)
     else:
         arrays = _sharded(path / INDEX, layouts)
     if config is None:
         raise ValueError(f"{path} has no config.json, which describes a checkpoint: give the .safetensors file itself")
-    return Checkpoint(arrays, config, heads, pixels(config, preprocessor))
+    return Checkpoint(arrays, config, stated, pixels(config, preprocessor))
 
 
-def _file(path: Path, layouts: Sequence[Layout]) -> tuple[dict[str, np.ndarray], int | None]:
-    """The arrays that a model may need (of a CLIP one half), and the heads that the metadata says."""
+def _file(path: Path, layouts: Sequence[Layout]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays that a model may need (of a CLIP one half), and what of `_STATED` the metadata says."""
     with safetensors_file(path) as file:
         names = file.offset_keys()
         kept = likely(layouts, names).kept(names)
-        heads = (file.metadata() or {}).get("heads")
-        if heads is not None and not heads.isdecimal():
-            raise ValueError(f"{path}: the metadata's heads is {heads!r} and not a number: pass heads=")
-        return {name: file.get_tensor(name) for name in kept.values()}, None if heads is None else int(heads)
+        metadata, stated = file.metadata() or {}, {}
+        for key in _STATED.keys() & metadata.keys():
+            try:
+                stated[key] = _STATED[key](metadata[key])
+            except (KeyError, ValueError) as error:
+                raise ValueError(
+                    f"{path}: the metadata's {key} is {metadata[key]!r}, which no ViT has: write the file again, by "
+                    "models.save(..., model=model)"
+                ) from error
+        return {name: file.get_tensor(name) for name in kept.values()}, stated
 
 
 def _sharded(index: Path, layouts: Sequence[Layout]) -> dict[str, np.ndarray]:
@@ -189,23 +205,36 @@ def _archive(path: Path, layouts: Sequence[Layout]) -> dict[str, np.ndarray]:
     return {name: x.view(ml_dtypes.bfloat16) if x.dtype == np.dtype("V2") else x for name, x in arrays.items()}
 
 
-def save(path: str | Path, params: Tree, metadata: Mapping[str, Any] | None = None, dtype: Any = np.float16) -> None:
-    """Writes `to_timm(params)` as a .safetensors file of `dtype`; either the whole file is there or none.
+def save(
+    path: str | Path,
+    params: Tree,
+    metadata: Mapping[str, Any] | None = None,
+    dtype: Any = np.float16,
+    *,
+    model: ViT | None = None,
+) -> None:
+    """Writes a .safetensors file for `load`, `to_timm(params)` as `dtype`; either the whole file is there or none.
 
-    `metadata` is stored as text; `{"heads": model.heads}` makes `load` independent of timm's convention. What else no
-    array tells (activation, epsilon, pool) isn't stored: `load` takes the layout's usual ones. float16 holds
-    weights to 3 digits and loses values below 6e-8 (a Fisher's, say). Raises ValueError for values too big for `dtype`,
-    and one without fractions; OSError where the file can't be written, the disk is full say.
+    Args:
+      params: with a projection, which timm's ViTs don't have, they are written under OpenAI's names.
+      metadata: stored as text.
+      dtype: float16 holds weights to 3 digits and loses values below 6e-8 (a Fisher's, say).
+      model: its heads, activation, epsilon, pool and unit, which no array tells, are stored in the metadata, and
+        `load` gives the same model again; without it `load` takes the layout's usual ones.
+    Raises:
+      ValueError: values too big for `dtype`, or one without fractions; OSError: the file can't be written, the disk is
+        full say.
     """
     path = local_path(path)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={np.dtype(dtype).name} holds no fractions: save with dtype=np.float32")
-    arrays = to_timm(params)
+    arrays = write(params, OPENAI_CLIP if "projection" in params else TIMM)
     with np.errstate(over="ignore"):
         cast = {name: np.ascontiguousarray(array.astype(dtype)) for name, array in arrays.items()}
     if lost := [name for name in cast if np.isinf(cast[name]).any() and not np.isinf(arrays[name]).any()]:
         raise ValueError(f"{', '.join(lost)}: values beyond the range of {np.dtype(dtype)}; save with dtype=np.float32")
-    texts = {str(key): str(value) for key, value in (metadata or {}).items()}
+    stated = {} if model is None else {key: getattr(model, key) for key in _STATED}
+    texts = {str(key): str(value) for key, value in (stated | dict(metadata or {})).items()}
     try:
         with replaced(path) as aside:
             safetensors.numpy.save_file(cast, aside, texts)

@@ -110,10 +110,14 @@ def read(
     image_size: int | None = None,
     activation: str | None = None,
     config: Mapping[str, Any] | None = None,
+    stated: Mapping[str, Any] | None = None,
     dtype: Any = None,
     check_finite: bool = True,
 ) -> tuple[ViT, Tree]:
-    """The model and its parameters from arrays of any layout; None takes the one that most names are of."""
+    """The model and its parameters from arrays of any layout; None takes the one that most names are of.
+
+    stated: fields of `ViT` that the arrays' file says, and that have precedence over `config`.
+    """
     description = described(config)
     layout = layout or description.layout or likely(LAYOUTS, arrays)
     arrays = {name: arrays[full] for name, full in layout.kept(arrays).items()}
@@ -121,7 +125,9 @@ def read(
     if layout.name == "augreg":
         layout = augreg(_augreg_heads(shapes))
         heads = _augreg_heads(shapes)
-    fields = {**layout.fields, **description.fields} | ({"activation": activation} if activation else {})
+    fields = {**layout.fields, **description.fields, **(stated or {})}
+    if activation is not None:
+        fields["activation"] = activation
     model = read_architecture(shapes, layout, fields)
     params_shapes = _shapes(model)
     check(shapes, written_shapes(params_shapes, layout), model, layout)

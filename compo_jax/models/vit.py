@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from compo_jax.models.layers import Dense, LayerNorm
+from compo_jax.models.layers import Dense, LayerNorm, unit
 from compo_jax.models.sizes import channels_last, whole_numbers
 from compo_jax.models.transformer import NORMAL, AttentionPool, activation, blocks
 
@@ -41,6 +41,7 @@ class ViT(nn.Module):
         `mean_then_norm`, their mean and then the norm (timm's fc_norm); `class_and_mean`, side by side (DINOv2's
         classifier); `attention`, see `AttentionPool` (SigLIP).
       projection: width to which the features are projected, without bias (CLIP's space of images and texts); 0: none.
+      unit: True for features at length 1, which zero-shot heads take.
     """
 
     image_size: int = 224
@@ -62,6 +63,7 @@ class ViT(nn.Module):
     pre_norm: bool = False
     pool: str = "class"
     projection: int = 0
+    unit: bool = False
 
     def __post_init__(self):
         sizes = ("image_size", "patch", "width", "depth", "heads")
@@ -123,7 +125,7 @@ class ViT(nn.Module):
             self.head = Dense(self.classes, dtype=self.dtype, kernel_init=NORMAL, name="head")
 
     def features(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch features"]:
-        """What `pool` takes of the tokens behind the last block, projected where there is a projection."""
+        """What `pool` takes of the tokens behind the last block; projected, at length 1, where the model says so."""
         self._check(images.shape)
         x = self.patches(images)
         x = x.reshape(x.shape[0], -1, self.width)
@@ -137,7 +139,8 @@ class ViT(nn.Module):
             x = jnp.concatenate(parts, axis=1)
         x, _ = self.blocks(self.norm_pre(x) if self.pre_norm else x, None)
         x = self._pooled(x)
-        return self.project(x) if self.projection else x
+        x = self.project(x) if self.projection else x
+        return unit(x) if self.unit else x
 
     def _pooled(self, x):
         first = self.class_token + self.registers

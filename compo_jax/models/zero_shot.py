@@ -10,15 +10,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from compo_jax.models.layers import unit as unit
 from compo_jax.models.text_tower import TextTower, require_texts
-from compo_jax.tree import Tree, wide_type
-
-
-def unit(features: Float[Array | np.ndarray, "*shape width"]) -> Float[Array, "*shape width"]:
-    """The features at length 1, in float32 at least; zeros stay zeros."""
-    features = jnp.asarray(features, wide_type(features))
-    square = (features * features).sum(-1, keepdims=True)
-    return features * lax.rsqrt(jnp.where(square > 0, square, 1))
+from compo_jax.tree import Tree
 
 
 def class_embeddings(

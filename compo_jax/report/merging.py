@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from compo_jax.compose.rule_results import MergingResults, PoolMerges
 from compo_jax.report import charts
 from compo_jax.report.charts import INK, Point, styled
+from compo_jax.report.expected import expected_blocks, expected_tables
 from compo_jax.report.page import Block, Page, Tile, write_page
+from compo_jax.report.scaled import scaled_blocks, scaled_tables
 from compo_jax.report.table import BOLD, Score, Table, run_facts, score, score_column, standard_error
 from compo_jax.report.text import ABSENT, counted, decimal, middle, percent, spread
 
@@ -104,7 +106,7 @@ def merging_tables(results: MergingResults) -> list[Table]:
         notes = [BOLD, *(["† had warnings."] if warned else [])]
         title = f"{name}: {counted(len(results.runs[0].tasks), 'module')} of {results.data}"
         tables.append(Table(title, ("rule", *HEADINGS), rows, notes))
-    return tables
+    return [*tables, *expected_tables(results), *scaled_tables(results)]
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------
@@ -257,6 +259,8 @@ def _blocks(results: MergingResults) -> Iterator[Block]:
             "memory each rule asks for, stands with the numbers.",
             _costs(of_name, rules),
         )
+    yield from expected_blocks(results)
+    yield from scaled_blocks(results)
 
 
 def _tiles(results: MergingResults) -> list[Tile]:
