@@ -10,7 +10,7 @@ class Way(NamedTuple):
     """How a domain is adapted to: the route that it starts from, what of it is learned, BN, the group of its report,
     and the weights of the pull to the sources and of consistency under small affine maps (see `modular.adaptation`)."""
 
-    start: Literal["best", "mean"]
+    start: Literal["best", "mean", "soup"]
     route: Literal["fixed", "free", "convex", "layers"]
     bn: Literal["source", "target", "affine"]
     group: str
@@ -41,4 +41,8 @@ ADAPTED = {
     "convex mixture + AdaBN": Way("mean", "convex", "target", "order+bn"),
     "convex mixture, consistent + AdaBN": Way("mean", "convex", "target", "order+bn", consistency=1.0),
     "route from best source + Tent": Way("best", "free", "affine", "order+bn"),
+    "soup of sources + AdaBN": Way("soup", "fixed", "target", "order+bn"),
+    "soup of sources + Tent": Way("soup", "fixed", "affine", "order+bn"),
+    "route from soup + AdaBN": Way("soup", "free", "target", "order+bn"),
+    "route from soup + Tent": Way("soup", "free", "affine", "order+bn"),
 }

@@ -108,6 +108,8 @@ def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Tar
     accuracy = {BASELINE: score[best], ORACLE: score[bound]}
     objective = {BASELINE: of_source[best], ORACLE: of_source[bound]}
     of_sources = routes.KINDS[net.route](variables["params"]["route"])
+    ways = [METHODS[name] for name in session.options.adapting.methods]
+    soup = modular.soup_of_sources(network, prepare, target) if any(way.start == "soup" for way in ways) else []
     weights, runner = {}, session.options.training.runner
     for name in (MEAN, *session.options.adapting.methods):
         way = METHODS[name]
@@ -115,7 +117,8 @@ def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Tar
         if way.start == "best":
             one, begun = modular.one_source(network, best, smoothing)
         else:
-            one, begun = modular.mean_source(network, smoothing)
+            some = modular.take_tasks(network, soup) if way.start == "soup" else network
+            one, begun = modular.mean_source(some, smoothing)
         if name != MEAN:
             adapt = adaptation(one, session.stream, adapting(session, way.route == "free"), way, runner)
             mixed = of_sources if way.route in modular.MIXTURES else None

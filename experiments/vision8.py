@@ -4,12 +4,15 @@
     python experiments/vision8.py --data-dir DIR --backbone FILE           # eight small sets of real images
     python experiments/vision8.py --data mnist dtd64 cars64 eurosat64 --data-dir DIR --backbone FILE
     python experiments/vision8.py --data-dir DIR --zero-shot hf:openai/clip-vit-base-patch32
+    python experiments/vision8.py --kinds linear tak                       # modules to be added, and subtracted
 
 The protocol of task arithmetic (Ilharco et al., 2023, arXiv 2212.04089): each task has a linear head that is fitted on
 the base's features, or with --zero-shot, as the field has it, made of its classes' names by CLIP's text tower, and
 stays (the base's own row is the zero-shot one then); a module of each kind is trained for each task alone, and one for
 all tasks together (joint); then the rules merge the modules, as merging.py does it, those that go by steps only where
-they are named.
+they are named. Modules of the linearised model (kinds linear and tak) are averaged, added, and each taken off the base,
+in that model; coefficients, and TAK's strength, are chosen by a fifth of the training images, which no kind learns from
+then.
 Absolute accuracy is a task's, among its own classes; normalised accuracy is that over the module's own; the accuracy
 among all classes is of heads that were never put in scale with one another. All tasks get equally many steps. No image
 is mirrored, for signs and letters would be others. Writes `runs/NAME/`: report.html, metrics.json, metrics.jsonl and
@@ -104,8 +107,8 @@ def method(options: Options, kind: str) -> incremental.Method:
     how = options.training
     if kind == "lora":
         return incremental.method("none", adapters.lora(how.rank), learning_rate=how.learning_rate)
-    way = "tmc" if kind in LINEAR else "none"
-    return incremental.method(way, adapters.full(), learning_rate=how.full_learning_rate)
+    way, rate = ("tmc", how.linear_learning_rate) if kind in LINEAR else ("none", how.full_learning_rate)
+    return incremental.method(way, adapters.full(), learning_rate=rate)
 
 
 def trainer(
@@ -126,7 +129,8 @@ def trainer(
         accuracy = jnp.mean(values.argmax(-1) == batch["label"])
         value = optax.softmax_cross_entropy_with_integer_labels(values, batch["label"]).mean()
         if penalty is not None:
-            value += penalty.strength * context["others"].quadratic(way.adapter.delta(module, context["held"]["base"]))
+            delta = way.adapter.delta(module, context["held"]["base"])
+            value += context["strength"] * context["others"].quadratic(delta)
         return value, {"accuracy": accuracy}
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, way.learning_rate, min(max(steps // 20, 1), steps - 1), steps)
@@ -140,7 +144,7 @@ def trainer(
         context = {"held": mode.hold({}), "head": jax.tree.map(jnp.asarray, run.head)}
         if penalty is not None:
             (task,) = tasks
-            context["others"] = penalty.others[task]
+            context |= {"others": penalty.others[task], "strength": jnp.asarray(penalty.strength)}
         batches = lambda start: data.train_batches(split, how.batch, [bench.seed, tasks[0]], start=start)
         record = {"run": f"{kind} {name}", "task": f"seed {bench.seed}"}
         watched = {"record": record, "checkpoints": Checkpoints(folder), **bench.watched}

@@ -58,6 +58,8 @@ class Training:
     """of LoRA modules, at its highest"""
     full_learning_rate: Rate = 3e-4
     """of full deltas, at its highest"""
+    linear_learning_rate: Rate = 3e-4
+    """of deltas of the linearised model, at its highest"""
     strengths: Rates = (500.0,)
     """of TAK's penalty; of several, the best on training images left out"""
     factor_images: Count = 256

@@ -49,8 +49,10 @@ RANGES = {
     },
     "throughput": {**each(COUNT, "batch", "rank", "steps", "threads"), **each(RATE, "peak", "minutes")},
     "vision8": {
-        **each(COUNT, "images", "test-images", "steps", "batch", "rank", "curvature-images", "heads", "image-size"),
-        **each(RATE, "learning-rate", "full-learning-rate"), "seeds": SEED, "name": ["../x", "a/b"],
+        **each(COUNT, "images", "test-images", "steps", "batch", "rank", "curvature-images", "heads", "image-size",
+               "factor-images"),
+        **each(RATE, "learning-rate", "full-learning-rate", "linear-learning-rate", "strengths"), "seeds": SEED,
+        "name": ["../x", "a/b"],
     },
     "pretrain": {**each(COUNT, "steps", "batch", "width", "depth", "heads"), "learning-rate": RATE, "seed": SEED},
 }  # fmt: skip

@@ -126,6 +126,35 @@ def test_a_pool_of_its_modules_is_composed_and_merged(model, tmp_path):
     )
 
 
+@pytest.mark.parametrize("rule", ["average", "wudi", "core_space", "emr", "tsv", "ties"])
+def test_a_rule_makes_of_its_trees_what_it_makes_of_dictionaries(model, rule):
+    base = model.params
+    near = lambda seed: jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(seed), x.shape), base)
+    options = {"task": 1} if rule == "emr" else {}
+    deltas = [compose.task_vector(near(seed), base) for seed in range(3)]
+    merged = compose.merge(rule, base, deltas, **options)
+    assert jax.tree.structure(merged) == jax.tree.structure(base)
+    plain = compose.merge(rule, tree.nested(base), list(map(tree.nested, deltas)), **options)
+    jax.tree.map(np.testing.assert_array_equal, tree.nested(merged), plain)
+    assert np.all(np.isfinite(model.apply(merged, X)))
+
+
+def test_core_space_takes_its_lora_modules(model):
+    adapter = adapters.lora(1, model.pattern, stacked=())
+    modules = [trained(model, adapter, seed) for seed in (1, 2)]
+    merged = compose.merge("core_space", model.params, modules)
+    expected = compose.compose(model.params, [adapter.delta(module, model.params) for module in modules])
+    for one, other in zip(jax.tree.leaves(merged), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_s_object_is_refused_with_what_takes_its_parameters():
+    eqx = pytest.importorskip("equinox")
+    mlp = eqx.nn.MLP(3, 2, 5, 1, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"leaf activation of type .*by eqx\.filter\(model, eqx\.is_inexact_array\)"):
+        compose.task_vector(mlp, mlp)
+
+
 def test_what_isn_t_the_model_s_is_refused(model):
     adapter = adapters.lora(1, model.pattern, stacked=())
     module = tree.nested(trained(model, adapter, 1))

@@ -32,6 +32,7 @@ from compo_jax.modular import (
     take_tasks,
 )
 from compo_jax.modular.layout import take
+from compo_jax.modular.net import FILLING, at_once
 from compo_jax.train import init_state, make_step
 
 X = images(2, 4, 4, 4, 3)
@@ -413,3 +414,32 @@ def test_a_task_is_added_whatever_it_was_computed_in():
 def test_a_network_can_be_moved_from_any_start():
     _, variables = small()
     assert len(changed(variables, moved(variables, 1))) == len(jax.tree.leaves(variables))
+
+
+# -- one network after another, or at once -----------------------------------------------------------------------------
+
+
+def test_networks_computed_at_once_are_those_computed_one_after_another(monkeypatch):
+    net, variables = small(gain=True, layers=2)
+
+    def step(together):
+        monkeypatch.setattr("compo_jax.modular.net.at_once", lambda *_: together)
+
+        def loss(params):
+            logits, kept = net.apply({**variables, "params": params}, X, soft, True, mutable=["batch_stats"])
+            return -jax.nn.log_softmax(logits)[:, :, 0].mean(), (logits, kept)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+
+    one_by_one, at_a_time = step(False), step(True)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), one_by_one, at_a_time)
+
+
+def test_the_work_of_a_layer_chooses_on_an_accelerator(monkeypatch):
+    net = ModularNet((3, 2), width=64)
+    few, many = jnp.zeros((2, 32, 16, 16, 3)), jnp.zeros((2, 64, 64, 64, 3))
+    assert not at_once(few, net) and not at_once(many, net)  # on a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    operations = 2 * 64 * 16 * 16 * 2 * 9 * 64 * 64  # two convolutions of 64 images, at 16 x 16 places
+    assert operations > FILLING / 2 and at_once(few, net) and not at_once(many, net)
+    assert not at_once(few, net, 100)

@@ -26,7 +26,9 @@ from compo_jax.modular import (
     predictions,
     routes,
     soft,
+    soup_of_sources,
     source_objectives,
+    take_tasks,
     transfer,
 )
 
@@ -143,6 +145,33 @@ def test_sources_are_told_apart_without_labels():
     one, start = one_source(Network(net, variables), 1)
     assert np.array_equal(routes.indices(start["params"]["route"])[0], routes.indices(variables["params"]["route"])[1])
     assert one.classes == (3,)
+
+
+def three_sources():
+    return stream(3, names=NAMES), Network(*small((3, 3, 3), shared_head=True))
+
+
+def test_a_soup_of_sources_begins_with_the_best_and_is_no_worse_by_the_objective():
+    made, network = three_sources()
+    soup = soup_of_sources(network, made.prepare, made.tasks[2])
+    singles = source_objectives(network, made.prepare, made.tasks[2], bn="target")
+    assert soup[0] == np.argmin(singles)
+    mean = mean_source(take_tasks(network, soup), 1e-6)
+    assert source_objectives(mean, made.prepare, made.tasks[2], bn="target")[0] <= min(singles) + 1e-6
+    wrong = ArraySplit(made.tasks[2].train.pixels, np.zeros(len(made.tasks[2].train), np.int32))
+    assert soup == soup_of_sources(network, made.prepare, made.tasks[2]._replace(train=wrong))  # reads no label
+
+
+def test_a_source_that_would_raise_the_objective_is_left_out(monkeypatch):
+    made, network = three_sources()
+    of = {(0,): 0.3, (1,): 0.2, (2,): 0.25, (1, 2): 0.1, (1, 2, 0): 0.15}
+    monkeypatch.setattr("compo_jax.modular.unlabelled.take_tasks", lambda _, tasks: tuple(tasks))
+    monkeypatch.setattr("compo_jax.modular.unlabelled.mean_source", lambda some, _: some)
+    monkeypatch.setattr(
+        "compo_jax.modular.unlabelled.source_objectives",
+        lambda one, *_, bn: np.array([of[(0,)], of[(1,)], of[(2,)]] if one is network else [of[one]]),
+    )
+    assert soup_of_sources(network, made.prepare, made.tasks[2]) == [1, 2]
 
 
 def test_bad_targets_are_told():

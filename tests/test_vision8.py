@@ -143,7 +143,8 @@ def test_shared_factors_measure_how_far_a_delta_moves_the_features_of_a_task(sma
 
 
 def test_the_strength_of_the_penalty_is_chosen_by_the_images_left_out(small, parts, tmp_path):
-    options = vision8.parse(["--kinds", "tak", "--steps", "1", "--batch", "8", "--strengths", "1", "1e5"])
+    line = ["--kinds", "tak", "--steps", "3", "--batch", "8", "--strengths", "1", "1e5"]
+    options = vision8.parse([*line, "--linear-learning-rate", "1e-4"])
     run = small._replace(folder=tmp_path)
     pool = vision8.disentangled(vision8.Bench(run, options, 0, {}, parts.validation), "tak")
     assert list(pool.rules) == ["average", "added", "added, scaled"]

@@ -41,7 +41,8 @@ def wudi(
         the sum.
       learning_rate: of these steps, in the weights' units; the authors' is 1e-5.
       scale: of the merged task vector.
-      stacked: see `tsv`. What a matrix is, and what becomes of other leaves: see `matrices`. The authors' code merges
+      stacked: see `tsv`. What a matrix is, that it is (in, out), and what becomes of other leaves: see `matrices`. The
+        authors' code merges
         the dense kernels of the blocks alone; give deltas with None elsewhere for that.
 
     One task alone is kept, and tasks whose columns are orthogonal to each other's add up.

@@ -3,6 +3,10 @@
 A leaf is a matrix (in, out), its last axis against all others, so that a convolution is one, too; axis 0 of a stacked
 leaf counts layers, each of which is a matrix. Leaves that are vectors are averaged. Singular values below the rounding
 error belong to no direction (a LoRA delta has its rank and no more), and are left out.
+
+Weights of PyTorch and Equinox are (out, in): transpose them before `wudi`, `iso_cts` and `knots`, which tell inputs
+from outputs (of the others the result is transposed, too), and convolutions of theirs, (out, in, height, width), before
+any rule here.
 """
 
 import functools

@@ -24,7 +24,8 @@ def require_floating(trees: Tree, what: str) -> None:
         if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
             raise ValueError(
                 f"{what} has a leaf {tree.path_name(path)} of type {dtype}: only floating-point leaves of 16 bits or "
-                "more are merged; others stay as they are where every module has None there"
+                "more are merged; others stay as they are where every module has None there. Of a model's object take "
+                "its parameters alone, by eqx.filter(model, eqx.is_inexact_array) or nnx.state(model, nnx.Param)"
             )
 
 

@@ -102,12 +102,12 @@ def _space(base: Tree, holed: list[Tree], stacked: Stacked, share: Callable[[lis
         rows[name] = [None if x is None else next(coordinates) for x in rows[name]]
         firsts[name] = spaces[name].rows[0]
 
-    def zeros(name, b):
-        x = firsts[name]
+    def zeros(name, b):  # of the base's holes, too
+        x = firsts.get(name)
         return b if x is None else jnp.zeros(np.shape(x), tree.wide_type(x))
 
     def leaf(name, x):
-        if firsts[name] is None:
+        if firsts.get(name) is None:
             return None
         if name not in spaces:
             return x

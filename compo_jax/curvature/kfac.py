@@ -66,7 +66,7 @@ class _Blocks:
                 raise ValueError(
                     f"{name} is {leaf.shape} in the vector and {(*layer.stack, *layer.shape)} in the layer"
                 )
-            return layer.leaf(function(name, layer.matrix(leaf)))
+            return layer.leaf(function(name, layer.matrix(jnp.asarray(leaf))))
 
         return tree.map_with_name(one, vector)
 

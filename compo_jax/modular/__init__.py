@@ -62,5 +62,6 @@ from compo_jax.modular.unlabelled import adaptation as adaptation
 from compo_jax.modular.unlabelled import information_maximisation as information_maximisation
 from compo_jax.modular.unlabelled import mean_source as mean_source
 from compo_jax.modular.unlabelled import one_source as one_source
+from compo_jax.modular.unlabelled import soup_of_sources as soup_of_sources
 from compo_jax.modular.unlabelled import source_objectives as source_objectives
 from compo_jax.modular.updates import optimizer as optimizer

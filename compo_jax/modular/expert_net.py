@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from compo_jax.models.isometric import branch, convolutions, convolve, patchify, residual
 from compo_jax.models.sizes import whole_numbers
 from compo_jax.modular.cost import macs
-from compo_jax.modular.net import EPSILON, Images, ModularNet, standardize
+from compo_jax.modular.net import EPSILON, Images, ModularNet, at_once, standardize
 
 GATES = ("mmoe", "cgc", "dselect_k")
 _LEAST_REACHED = 0.01
@@ -199,8 +199,8 @@ class ExpertNet(nn.Module):
             mixture = jnp.einsum("be,ebw->bw", weights.astype(features.dtype), features)
             return mixture, {name: moments for name, (_, moments) in answers.items()}
 
-        # On a CPU one task after another, whose arrays then stay in its cache.
-        over = partial(jax.lax.map, task) if jax.default_backend() == "cpu" else jax.vmap(task)
+        together = at_once(images, self, self.experts + self.task_experts)
+        over = jax.vmap(task) if together else partial(jax.lax.map, task)
         alone = {name: stack for name, stack in each.items() if name == "tasks"}
         mixtures, moments = over((images, weights, alone, {name: kept.value for name, kept in statistics.items()}))
         for name, kept in statistics.items() if train else ():

@@ -1,5 +1,6 @@
 """The modular network: all tasks' networks at once, each its own mixture of the same block templates."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from compo_jax.tree import Tree
 Images = Float[Array, "tasks batch height width channels"]
 Route = Callable[[jax.Array], jax.Array]
 EPSILON = 1e-5  # of Flax's own BatchNorm
+FILLING = 2_000_000_000  # operations: some 10 µs of a GPU or TPU of today, about what starting a kernel takes
 _HE = nn.initializers.he_normal()
 _HE_STACKED = nn.initializers.he_normal(batch_axis=0)
 
@@ -186,10 +188,23 @@ class _Task(nn.Module):
         return None, x.mean(axis=(1, 2))
 
 
-def _over_tasks(layout: _Layout, gains: bool, unroll: int):
-    """`_Task` of all tasks: on a CPU one after another, whose arrays then stay in its cache; together on a device that
-    one task doesn't fill, and where tasks share their statistics."""
-    together = layout.bn == "layer" or jax.default_backend() != "cpu"
+def at_once(images: Images, net: Any, blocks: int = 1) -> bool:
+    """Whether the networks of several tasks are computed at once, and not one after another: never on a CPU, whose
+    cache holds the arrays of one task; on a GPU or TPU where a layer of one task is too little work to fill it (not
+    measured).
+
+    Args:
+      net: has patch, block and width.
+      blocks: that a layer of one task computes.
+    """
+    places = math.prod(images.shape[1:4]) // net.patch**2
+    operations = 2 * blocks * places * sum(math.prod(each.shape) for each in convolutions(net.block, net.width))
+    return jax.default_backend() != "cpu" and operations < FILLING
+
+
+def _over_tasks(layout: _Layout, gains: bool, unroll: int, together: bool):
+    """`_Task` of all tasks: one after another or together, as they have to be where they share their statistics."""
+    together = together or layout.bn == "layer"
     same = None if together else nn.broadcast
     norm = 0 if layout.bn == "task" else same
     axes = (0, 0, 0 if gains else same, norm, norm, same, same)
@@ -338,7 +353,8 @@ class ModularNet(nn.Module):
             images = images.astype(self.dtype)
         layout = _Layout(self.block, self.width, self.mixing, self.bn, self.groups, train)
         gain = self.param("gain", nn.initializers.ones, (tasks, self.layers)) if self.gain else None
-        over_tasks = _over_tasks(layout, self.gain, tasks if self.unroll else 1)
+        together = at_once(images, self, self.templates if self.mixing == "outputs" else 1)
+        over_tasks = _over_tasks(layout, self.gain, tasks if self.unroll else 1, together)
         _, x = over_tasks(layout, self.layers, self.unroll, name="tasks")(
             None, images, weights, gain, norm["stem"], norm["blocks"], stem, kernels
         )
