@@ -17,6 +17,6 @@ def merge(recipe, out, card=None) -> None:
             chosen, out, card=card, progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
     for step in steps:
-        console.print(str(step), highlight=False, markup=False)
+        console.print(str(step), highlight=False, markup=False, soft_wrap=True)
     seconds = time.perf_counter() - began
     console.print(f"{len(chosen.models)} checkpoints merged into {out} in {seconds:.1f} s", soft_wrap=True)
