@@ -3,6 +3,7 @@ at all, and why one was not."""
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import safetensors
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+INDEX = "model.safetensors.index.json"  # what Hugging Face calls the list of a checkpoint's files
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _FULL = "No space left on device"
 _held: set[int] = set()
@@ -103,6 +105,51 @@ def safetensors_file(path: Path) -> Iterator["safetensors.safe_open"]:
             yield file
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is {_foreign(path, error)}") from error
+
+
+def json_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): bring it again from where it came") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no object with names: bring it again from where it came")
+    return content
+
+
+def weight_map(index: Path) -> dict[str, Path]:
+    """The files that an index lists, each of which has to be there, by the tensors' names."""
+    listed = (json_object(index) or {}).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{index} lists no files: its weight_map is empty. Bring it again from where it came")
+    files = {name: index.parent / Path(file).name for name, file in listed.items()}
+    if missing := sorted({file.name for file in files.values() if not file.exists()}):
+        raise FileNotFoundError(f"{index} lists {', '.join(missing)}, not beside it: bring all of its files")
+    return files
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: the file itself, those that an index lists, or those in a folder.
+
+    ValueError for a folder without any.
+    """
+    if path.is_dir():
+        if (path / "model.safetensors").exists():
+            return [path / "model.safetensors"]
+        if not (path / INDEX).exists():
+            pickled = " pytorch_model.bin is a PyTorch pickle, which isn't read as it can run code: convert it, where "
+            pickled += (
+                "PyTorch is, by safetensors.torch.save_file(torch.load(..., weights_only=True), 'model.safetensors')"
+            )
+            raise ValueError(
+                f"{path} holds neither model.safetensors nor {INDEX}: give a checkpoint's folder or its file."
+                + pickled * (path / "pytorch_model.bin").exists()
+            )
+        path = path / INDEX
+    return sorted(set(weight_map(path).values())) if path.name.endswith(".index.json") else [path]
 
 
 JOIN = "join the arrays of all of them (safetensors.numpy.load_file gives a file's), for models.from_timm say"

@@ -2,6 +2,7 @@
 
     python experiments/merging.py                                       # makes a small run of its own first
     python experiments/merging.py --run RUN [RUN ...]                   # runs of incremental.py, one a seed
+    python experiments/merging.py --recipe FILE --out FILE              # checkpoints into one, as a recipe says
 
 For each pool: the curvature of every module at its own weights, on its own training images, taken once and kept beside
 a copy of the module (RUN/merging/pools); then every rule of `compose.RULES` that goes by no steps on images, on all
@@ -13,6 +14,8 @@ Seconds are of the rule alone, compiled (the least of three calls, or one of ove
 the whole rule as one program, arguments and result included, in multiples of the base. Options are the rules' defaults
 but for those in OPTIONS. Writes report.html and metrics.json to RUN/merging of the first run. A few minutes on 2 CPU
 cores with no arguments, the run included. Expected numbers: README.md.
+With --recipe no rules are compared: checkpoint files are merged into one as a YAML file says, as mergekit's users know
+it (compo_jax/compose/recipes.py has an example), a tensor at a time.
 """
 
 import time
@@ -25,7 +28,7 @@ import job
 import options as line
 from job import closing, console
 from merge_rules import A_TASK, BY_STEPS, OPTIONS, RULES, TAKEN
-from options import OPEN, Count, OnRuns, Seed, names
+from options import OPEN, Count, OnRuns, OpenPath, Seed, names
 
 SMALL = ["none-lora", "none-full"]
 
@@ -38,10 +41,23 @@ class Options(OnRuns):
     """rules to compare (default: all that take this many modules and go by no steps)"""
     seed: Seed = 0
     """of the images and of the rules that draw"""
+    recipe: OpenPath = None
+    """merge the checkpoints of this recipe, and nothing else"""
+    out: OpenPath = None
+    """of a recipe: the safetensors file to write"""
+    card: OpenPath = None
+    """of a recipe: a model card to write, README.md say"""
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    return line.parse(Options, __doc__, arguments)
+    options = line.parse(Options, __doc__, arguments)
+    if options.recipe is None:
+        line.refuse(options, "without --recipe", "out", "card")
+    else:
+        line.refuse(options, "with --recipe", "run", "runs", "data_dir", "methods", "images", "rules", "seed")
+        if options.out is None:
+            raise ValueError("--recipe wants --out, the file to write")
+    return options
 
 
 if __name__ == "__main__":
@@ -50,6 +66,7 @@ if __name__ == "__main__":
 import jax
 import jax.numpy as jnp
 import merge_forecasts
+import merge_recipe
 import numpy as np
 import optax
 
@@ -286,6 +303,9 @@ def merged_run(run: incremental.FinishedRun, pools: dict[str, PoolMerges]) -> Me
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    if options.recipe is not None:
+        merge_recipe.merge(options.recipe, options.out, options.card)
+        return
     began = time.perf_counter()
     folders = job.finished_runs(options, "merging-pools", SMALL)
     runs = incremental.open_several(folders, options.data_dir)

@@ -207,7 +207,10 @@ def test_bad_input_is_told(tmp_path):
     base, models = written(tmp_path)
     out = tmp_path / "out"
     table = [
-        ("'ggn' solves for all leaves at once .*average, task_arithmetic", lambda: merge_files("ggn", models, out)),
+        (
+            "'ggn' solves for all leaves at once, and needs matvecs .*average, task_",
+            lambda: merge_files("ggn", models, out),
+        ),
         ("unknown rule 'mean'", lambda: merge_files("mean", models, out)),
         ("'ggn' solves", lambda: merge_files("dare", models, out, base=base, rule="ggn")),
         ("'ties' merges differences from a base: say base=", lambda: merge_files("ties", models, out)),

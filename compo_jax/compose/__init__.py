@@ -11,6 +11,7 @@ from compo_jax.compose.adaptive import adamerging as adamerging
 from compo_jax.compose.arithmetic import compose as compose
 from compo_jax.compose.arithmetic import task_arithmetic as task_arithmetic
 from compo_jax.compose.arithmetic import task_vector as task_vector
+from compo_jax.compose.by_recipe import merge_recipe as merge_recipe
 from compo_jax.compose.checkpoints import merge_files as merge_files
 from compo_jax.compose.competition import pcb as pcb
 from compo_jax.compose.competition import sce as sce
@@ -30,6 +31,8 @@ from compo_jax.compose.masks import emr as emr
 from compo_jax.compose.masks import tall as tall
 from compo_jax.compose.preconditioners import inverse_of_rows as inverse_of_rows
 from compo_jax.compose.preconditioners import leading_rows as leading_rows
+from compo_jax.compose.recipes import Recipe as Recipe
+from compo_jax.compose.recipes import read_recipe as read_recipe
 from compo_jax.compose.rules import RULES as RULES
 from compo_jax.compose.rules import Rule as Rule
 from compo_jax.compose.rules import dare as dare

@@ -1,6 +1,5 @@
 """Checkpoints as files, as folders with their description, and from Hugging Face's hub."""
 
-import json
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from compo_jax.files import local_path, replaced, safetensors_file
+from compo_jax.files import INDEX, json_object, local_path, replaced, safetensors_file, weight_files, weight_map
 from compo_jax.models.descriptions import CLIP_PIXELS, Pixels, pixels
 from compo_jax.models.layouts import LAYOUTS, OPENAI_CLIP, TIMM, Layout, likely
 from compo_jax.models.pretrained import read, write
@@ -22,8 +21,8 @@ from compo_jax.models.vit import POOLS, ViT
 from compo_jax.tree import Tree
 
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+_DESCRIPTIONS = ("config.json", "preprocessor_config.json")
 _HUB = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>.+))?")
-INDEX = "model.safetensors.index.json"
 # What `save` writes of a model into a file's metadata, as no array tells it, and how each is read again.
 _STATED = {
     "heads": int,
@@ -144,7 +143,9 @@ def opened(path: str | Path, layouts: Sequence[Layout] = LAYOUTS) -> Checkpoint:
     if path.is_dir():
         return _folder(path, layouts)
     if path.name.endswith(".index.json"):
-        config, preprocessor = (_json(path.with_name(name)) for name in ("config.json", "preprocessor_config.json"))
+        config, preprocessor = (
+            json_object(path.with_name(name)) for name in ("config.json", "preprocessor_config.json")
+        )
         return Checkpoint(_sharded(path, layouts), config, pixels=pixels(config, preprocessor))
     if path.suffix == ".npz":
         return Checkpoint(_archive(path, layouts))
@@ -153,35 +154,15 @@ def opened(path: str | Path, layouts: Sequence[Layout] = LAYOUTS) -> Checkpoint:
 
 
 def _folder(path: Path, layouts: Sequence[Layout]) -> Checkpoint:
-    config, preprocessor = (_json(path / name) for name in ("config.json", "preprocessor_config.json"))
-    weights, stated = path / "model.safetensors", {}
-    if weights.exists():
-        arrays, stated = _file(weights, layouts)
-    elif (path / INDEX).exists():
-        arrays = _sharded(path / INDEX, layouts)
+    config, preprocessor = (json_object(path / name) for name in _DESCRIPTIONS)
+    files, stated = weight_files(path), {}
+    if files == [path / "model.safetensors"]:
+        arrays, stated = _file(files[0], layouts)
     else:
-        pickled = " pytorch_model.bin is a PyTorch pickle, which isn't read as it can run code: convert it, where "
-        pickled += "PyTorch is, by safetensors.torch.save_file(torch.load(..., weights_only=True), 'model.safetensors')"
-        raise ValueError(
-            f"{path} holds neither model.safetensors nor {INDEX}: give a checkpoint's folder or its file."
-            + pickled * (path / "pytorch_model.bin").exists()
-        )
+        arrays = _sharded(path / INDEX, layouts)
     if config is None:
         raise ValueError(f"{path} has no config.json, which describes a checkpoint: give the .safetensors file itself")
     return Checkpoint(arrays, config, stated, pixels(config, preprocessor))
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no file."""
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): bring it again from where it came") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no object with names: bring it again from where it came")
-    return content
 
 
 def _file(path: Path, layouts: Sequence[Layout]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -203,16 +184,11 @@ def _file(path: Path, layouts: Sequence[Layout]) -> tuple[dict[str, np.ndarray],
 
 def _sharded(index: Path, layouts: Sequence[Layout]) -> dict[str, np.ndarray]:
     """The arrays of the files that an index lists, each of which has to be there."""
-    weights = (_json(index) or {}).get("weight_map")
-    if not isinstance(weights, dict) or not weights:
-        raise ValueError(f"{index} lists no files: its weight_map is empty. Bring it again from where it came")
-    files = sorted({Path(name).name for name in weights.values()})
-    if missing := [name for name in files if not (index.parent / name).exists()]:
-        raise FileNotFoundError(f"{index} lists {', '.join(missing)}, not beside it: bring all of its files")
+    weights = weight_map(index)
     kept = set(likely(layouts, weights).kept(weights).values())
     arrays = {}
-    for name in files:
-        with safetensors_file(index.parent / name) as file:
+    for path in sorted(set(weights.values())):
+        with safetensors_file(path) as file:
             arrays |= {key: file.get_tensor(key) for key in file.offset_keys() if key in kept}
     return arrays
 

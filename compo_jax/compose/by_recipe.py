@@ -1,0 +1,101 @@
+"""What a recipe says, done."""
+
+import inspect
+import os
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array, Key
+
+from compo_jax.compose.cards import Step, card_target, write_card
+from compo_jax.compose.checkpoints import Sources, open_sources, require_dtype
+from compo_jax.compose.depth import layer_scales, scaled_by_layer
+from compo_jax.compose.leaves import assembled
+from compo_jax.compose.mergekit import METHODS, Tensor
+from compo_jax.compose.parts import Part, divided, layer_places, require_base
+from compo_jax.compose.recipes import Recipe
+from compo_jax.compose.rules import dare, lines, merge
+from compo_jax.compose.shards import Plan, Progress, target, write
+from compo_jax.compose.sparse import drop_each
+from compo_jax.compose.tails import breadcrumbs, della
+from compo_jax.files import local_path
+from compo_jax.tree import Tree
+
+
+def merge_recipe(
+    recipe: Recipe,
+    out: str | os.PathLike,
+    *,
+    check_finite: bool = True,
+    progress: Progress | None = None,
+    card: str | os.PathLike | None = None,
+    max_shard_size: int | None = None,
+) -> list[Step]:
+    """Merges the checkpoints of a recipe (`read_recipe`) into the safetensors file `out`, as `merge_files` does.
+
+    What was done comes back: by which rule how many tensors were merged, with which options. The other arguments, the
+    memory and the errors are those of `merge_files`; ValueError as well for a filter or pattern that is in no tensor's
+    name, a tensor that nothing says how to merge, a parameter that a method doesn't have, and a weight that is missing.
+    """
+    out, kind = target(out, max_shard_size), require_dtype(recipe.out_dtype or recipe.dtype)
+    card = card_target(card, out)
+    files = [str(recipe.folder / local_path(model.model)) for model in recipe.models]
+    base = None if recipe.base_model is None else str(recipe.folder / local_path(recipe.base_model))
+    require_base(recipe)
+    also = [base] if base is not None and base not in files else []  # SLERP's first model
+    sources = open_sources([*files, *also], base, kind, check_finite)
+    names = list(sources.like.floats())
+    with sources.precision():
+        parts = divided(recipe, names, layer_places(sources, names))
+        params: dict[str, Any] = {}
+        for number, part in enumerate(parts):
+            key = jax.random.fold_in(jax.random.key(recipe.seed), number)
+            params |= (_by_rule if part.way.ours else _by_method)(part, sources, key)
+        steps = [part.step() for part in parts]
+        with write_card(card, steps, sources.base, sources.models[: len(files)], recipe.text or None):
+            write(out, Plan(sources.like, kind, check_finite, progress, max_shard_size), params)
+    return steps
+
+
+def _by_method(part: Part, sources: Sources, key: Key[Array, ""]) -> Tree:
+    base = sources.origin(part.names, part.base)
+    deltas = sources.deltas(part.names, part.base, part.models)
+    method = METHODS[part.way.name]
+
+    def leaf(name, b, rows, _):
+        draws = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return method.run(Tensor(b, rows, part.each[name], part.overall[name], draws))
+
+    return assembled(base, deltas, leaf, check_finite=sources.check_finite)
+
+
+def _by_rule(part: Part, sources: Sources, key: Key[Array, ""]) -> Tree:
+    base = sources.origin(part.names, part.base)
+    deltas = sources.deltas(part.names, part.base, part.models)
+    name, options = part.way.name, dict(part.overall[part.names[0]])
+    options |= {"weights": part.each[part.names[0]].get("weight"), "check_finite": sources.check_finite}
+    for add_on in part.way.add_ons:
+        ((what, chosen),) = add_on.items()
+        if what == "lines" and chosen.get("when", "after") == "after":
+            name, options = "lines", options | chosen | {"rule": part.way.name}
+        else:
+            deltas = _changed(what, base, deltas, key, chosen)
+            key = jax.random.fold_in(key, 1)
+    return merge(name, base, deltas, key=key, **options)
+
+
+def _changed(what: str, base: Tree, deltas: list, key: Key[Array, ""], options: Mapping[str, Any]) -> list:
+    """The deltas after an add-on that goes before the rule."""
+    options = {name: value for name, value in options.items() if name != "when"}
+    if what == "dare":
+        rate = options.get("rate", inspect.signature(dare).parameters["rate"].default)
+        return drop_each(key, deltas, rate, deferred=True)
+    if what == "della":
+        return della(base, deltas, key=key, deferred=True, **options)
+    if what == "breadcrumbs":
+        return breadcrumbs(base, deltas, deferred=True, **options)
+    defaults = {name: p.default for name, p in inspect.signature(lines).parameters.items()}
+    scales = [options.get(name, defaults[name]) for name in ("alpha", "beta", "stacked")]
+    return scaled_by_layer(deltas, layer_scales(base, deltas[0], *scales))

@@ -1,0 +1,113 @@
+"""The model card of a merge, as Hugging Face's hub has it: what was merged of which files, and how."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import yaml
+
+import compo_jax
+from compo_jax.compose.shards import Checkpoint
+from compo_jax.files import local_path, replaced
+
+
+class Step(NamedTuple):
+    """One rule, and what it merged.
+
+    Attributes:
+      tensors: how many.
+      options: of the rule, `weights` among them.
+    """
+
+    rule: str
+    tensors: int
+    options: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name} {_text(value)}" for name, value in self.options.items() if value is not None)
+        return f"{self.tensors} tensors by {self.rule}" + f" ({options})" * bool(options)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return f"of {jax.random.key_data(value).tolist()}"
+    if isinstance(value, jax.Array | np.ndarray):
+        value = np.asarray(value).tolist()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def card_target(card: str | os.PathLike | None, out: Path) -> Path | None:
+    """The path of the card; FileNotFoundError where there is no folder for it, and `out` makes none."""
+    if card is None:
+        return None
+    card = local_path(card)
+    if card.is_dir() or card == out:
+        raise ValueError(f"{card} is {'a folder' if card.is_dir() else 'the checkpoint'}: give the card's file")
+    if card.parent != out and not card.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {card.parent} to write {card.name} to: make it first")
+    return card
+
+
+@contextlib.contextmanager
+def write_card(
+    path: Path | None,
+    steps: Sequence[Step],
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    recipe: str | None = None,
+) -> Iterator[None]:
+    """Writes the card after what is done within; the checkpoints are read before, as one of them may be replaced."""
+    text = None if path is None else card_text(steps, base, models, recipe)
+    yield
+    if text is not None:
+        with replaced(path) as aside:
+            aside.write_text(text)
+
+
+def card_text(
+    steps: Sequence[Step], base: Checkpoint | None, models: Sequence[Checkpoint], recipe: str | None = None
+) -> str:
+    """The card: a YAML head, the rules with their options, the checkpoints' fingerprints, and the recipe."""
+    names = [str(checkpoint.path) for checkpoint in models]
+    head = {
+        "library_name": "compo_jax",
+        "tags": ["merge", "model-merging", "safetensors"],
+        "base_model": list(dict.fromkeys([*([str(base.path)] if base else []), *names])),
+    }
+    rows = [("base", base)] * (base is not None) + [(f"model {t}", model) for t, model in enumerate(models)]
+    weights = steps[0].options.get("weights") if len(steps) == 1 else None
+    shares = [""] * (base is not None) + [""] * len(models) if weights is None else None
+    if shares is None:
+        shares = [""] * (base is not None) + [_text(float(weight)) for weight in weights]
+    lines = [
+        "---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "# A merged model", "",
+        f"{len(models)} checkpoints merged by compo_jax {compo_jax.__version__}.", "",
+        "| rule | tensors | options |", "|---|---|---|",
+        *(f"| {step.rule} | {step.tensors} | {_options(step)} |" for step in steps), "",
+        "| part | checkpoint | weight | SHA-256 |", "|---|---|---|---|",
+        *(
+            f"| {role} | {file} | {share} | `{_fingerprint(file)}` |"
+            for (role, checkpoint), share in zip(rows, shares, strict=True)
+            for file in checkpoint.files
+        ),
+    ]  # fmt: skip
+    if recipe is not None:
+        lines += ["", "The recipe:", "", "```yaml", recipe.rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _options(step: Step) -> str:
+    shown = {name: value for name, value in step.options.items() if value is not None}
+    return ", ".join(f"{name} = {_text(value)}" for name, value in shown.items()) or "defaults"
+
+
+def _fingerprint(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
