@@ -72,6 +72,7 @@ def _by_method(part: Part, sources: Sources, key: Key[Array, ""]) -> Tree:
 
 
 def _by_rule(part: Part, sources: Sources, key: Key[Array, ""]) -> Tree:
+    sources = sources.turned_for(part.way.name)
     base = sources.origin(part.names, part.base)
     deltas = sources.deltas(part.names, part.base, part.models)
     name, options = part.way.name, dict(part.overall[part.names[0]])
@@ -83,7 +84,7 @@ def _by_rule(part: Part, sources: Sources, key: Key[Array, ""]) -> Tree:
         else:
             deltas = _changed(what, base, deltas, key, chosen)
             key = jax.random.fold_in(key, 1)
-    return merge(name, base, deltas, key=key, **options)
+    return sources.turned_back(merge(name, base, deltas, key=key, **options))
 
 
 def _changed(what: str, base: Tree, deltas: list, key: Key[Array, ""], options: Mapping[str, Any]) -> list:

@@ -6,7 +6,7 @@ error belong to no direction (a LoRA delta has its rank and no more), and are le
 
 Weights of PyTorch and Equinox are (out, in): transpose them before `wudi`, `iso_cts` and `knots`, which tell inputs
 from outputs (of the others the result is transposed, too), and convolutions of theirs, (out, in, height, width), before
-any rule here.
+any rule here. `merge_files` does it by itself.
 """
 
 import functools

@@ -1,0 +1,70 @@
+"""Files of PyTorch models, whose matrices are (out, in): rules that go by matrices see them as (in, out)."""
+
+import jax
+import numpy as np
+import pytest
+from cases import normal
+from safetensors.numpy import load_file, save_file
+
+from compo_jax.compose import merge, merge_files, merge_recipe, read_recipe, task_vector
+
+SHAPES = {
+    "patch_embed.proj.weight": (6, 3, 2, 2),
+    "blocks.0.qkv.weight": (12, 5),
+    "blocks.0.norm.weight": (5,),
+    "tokens.embedding.weight": (9, 4),  # one row a token, so that it is (in, out) already
+    "pos_embed": (1, 4, 6),
+}
+MATRICES = ("patch_embed.proj.weight", "blocks.0.qkv.weight")
+
+
+def turned(params, axis=0, to=-1):
+    return {name: np.moveaxis(np.asarray(x), axis, to) if name in MATRICES else x for name, x in params.items()}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """(files of the base and of three models, and their arrays)."""
+    base = {name: normal(i, *shape).astype(np.float32) for i, (name, shape) in enumerate(SHAPES.items())}
+    models = [
+        {name: x + normal((t, i), *x.shape).astype(np.float32) / 8 for i, (name, x) in enumerate(base.items())}
+        for t in range(3)
+    ]
+    paths = [tmp_path / f"{name}.safetensors" for name in ("base", "a", "b", "c")]
+    for path, arrays in zip(paths, [base, *models], strict=True):
+        save_file(arrays, path)
+    return paths, base, models
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [*((name, {}) for name in ("tsv", "iso", "iso_cts", "wudi", "dc_merge", "cart", "average", "ties")),
+     ("lines", {"rule": "wudi", "beta": 0.0}), ("dare", {"rule": "wudi", "key": jax.random.key(0), "rate": 0.0})],
+)  # fmt: skip
+def test_a_rule_merges_a_file_as_it_merges_the_same_model_with_its_inputs_first(files, tmp_path, name, options):
+    (start, *paths), base, models = files
+    merge_files(name, paths, tmp_path / "out.safetensors", base=start, **options)
+    deltas = [task_vector(turned(model), turned(base)) for model in models]
+    expected = turned(merge(name, turned(base), deltas, **options), -1, 0)
+    made = load_file(tmp_path / "out.safetensors")
+    for leaf, x in expected.items():
+        np.testing.assert_allclose(made[leaf], x, rtol=1e-5, atol=1e-6, err_msg=leaf)
+
+
+def test_tasks_that_listen_to_other_inputs_add_up_in_a_file(tmp_path):
+    base = {"layer.weight": np.zeros((4, 6), np.float32)}
+    models = [{"layer.weight": np.zeros((4, 6), np.float32)} for _ in range(2)]
+    models[0]["layer.weight"][:, :3] = normal(0, 4, 3)  # inputs 0 to 2, all outputs
+    models[1]["layer.weight"][:, 3:] = normal(1, 4, 3)
+    for name, arrays in zip(("base", "a", "b"), [base, *models], strict=True):
+        save_file(arrays, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / f"{name}.safetensors" for name in ("a", "b", "base")]
+    merge_files("wudi", paths[:2], tmp_path / "out.safetensors", base=paths[2])
+    summed = models[0]["layer.weight"] + models[1]["layer.weight"]
+    np.testing.assert_allclose(load_file(tmp_path / "out.safetensors")["layer.weight"], summed, atol=1e-5)
+
+    (tmp_path / "recipe.yaml").write_text(
+        "rule: wudi\nbase_model: base.safetensors\nmodels:\n  - model: a.safetensors\n  - model: b.safetensors\n"
+    )
+    merge_recipe(read_recipe(tmp_path / "recipe.yaml"), tmp_path / "again.safetensors")
+    np.testing.assert_allclose(load_file(tmp_path / "again.safetensors")["layer.weight"], summed, atol=1e-5)
