@@ -171,9 +171,9 @@ def merge_files(
     Rules that go by matrices see tensors whose name ends in `weight` turned to (in, out), for PyTorch has them as
     (out, in, ...); but for embeddings. Tensors of whole numbers aren't merged: they are the same in all checkpoints.
 
-    ValueError, before anything is written, for a file that is no complete safetensors file and for checkpoints that differ, with all differences;
-    FileNotFoundError for one that isn't there, and for the folder of `out`; what else `merge` raises; OSError where the
-    file can't be written, the disk is full say.
+    ValueError, before anything is written, for a file that is no complete safetensors file and for checkpoints that
+    differ, with all differences; FileNotFoundError for one that isn't there, and for the folder of `out`; what else
+    `merge` raises; OSError where the file can't be written, the disk is full say.
     """
     require_leafwise(name, options.get("rule"))
     if base is None and name not in WITHOUT_BASE:
