@@ -155,7 +155,7 @@ def trainer(
 
 def learned(bench: Bench, kind: str, penalty: tak.Penalty | None = None) -> tuple[ModulePool, np.ndarray]:
     """(the pool of the tasks' modules, what one module of all tasks reaches on each); made where it isn't there."""
-    label, around = kind if penalty is None else f"{kind}-{penalty.strength:g}", None
+    label, around = kind if penalty is None else f"{kind}-{penalty.strength}", None
     if kind in LINEAR:  # the joint module has no other tasks to stay clear of, and is the same for both
         kind, around = "linear", bench.run.base
     run, adapter, steps = bench.run, method(bench.options, kind).adapter, bench.options.training.steps
@@ -276,7 +276,8 @@ def opened(options: Options) -> Opened:
         width = incremental.feature_width(model, base, stream)
         head = zero_shot_head(texts.zero_shot, stream, width, where.activation, texts.token_ids)
     fewest = min(len(task.train) for stream in streams.values() for task in stream.tasks)
-    if max(options.merging.curvature_images, options.training.batch) > fewest:
+    merged = set(options.training.kinds) - set(LINEAR)
+    if max(options.merging.curvature_images if merged else 1, options.training.batch) > fewest:
         raise ValueError(f"a task has {fewest} training images: --curvature-images and --batch are as many at most")
     return Opened(model, base, described, streams, validation, head)
 
@@ -288,8 +289,9 @@ def main(arguments: list[str] | None = None) -> None:
     model, base, described, streams, validation, head = opened(options)
     stream = next(iter(streams.values()))
     console.print(f"{described}; {', '.join(task.name for task in stream.tasks)}; {len(stream.classes)} classes")
-    untold = ("runs", "seeds", "rules", "strengths", "together")  # that a run may go on with others
+    untold = ("runs", "seeds", "kinds", "rules", "strengths", "together")  # that a run may go on with others
     config = {key: value for key, value in line.flat(options).items() if key not in untold}
+    config["left_out"] = bool(set(LINEAR) & set(options.training.kinds))  # a part of the training images
     with open_run(place.runs / place.name, config) as run, progress_bar(console=console) as progress:
         programs, runs = {}, {}
         for seed, stream in streams.items():

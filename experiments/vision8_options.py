@@ -108,6 +108,13 @@ def parse(arguments: Sequence[str] | None = None, documentation: str | None = No
         raise ValueError("--kinds, --rules and --seeds need one value at least")
     if "tak" not in options.training.kinds:
         line.refuse(options.training, "without tak among --kinds", "strengths", "factor_images")
+    for kind, field in (("lora", "rank"), ("lora", "learning_rate"), ("full", "full_learning_rate")):
+        if kind not in options.training.kinds:
+            line.refuse(options.training, f"without {kind} among --kinds", field)
+    if not set(options.training.kinds) - set(LINEAR):
+        line.refuse(options.merging, "with linear and tak alone", "rules", "together")
+    if not set(options.training.kinds) & set(LINEAR):
+        line.refuse(options.training, "without linear or tak among --kinds", "linear_learning_rate")
     if not options.training.strengths:
         raise ValueError("--strengths needs one value at least")
     if options.texts.zero_shot is None:

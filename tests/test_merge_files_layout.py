@@ -63,8 +63,8 @@ def test_tasks_that_listen_to_other_inputs_add_up_in_a_file(tmp_path):
     summed = models[0]["layer.weight"] + models[1]["layer.weight"]
     np.testing.assert_allclose(load_file(tmp_path / "out.safetensors")["layer.weight"], summed, atol=1e-5)
 
-    (tmp_path / "recipe.yaml").write_text(
-        "rule: wudi\nbase_model: base.safetensors\nmodels:\n  - model: a.safetensors\n  - model: b.safetensors\n"
-    )
-    merge_recipe(read_recipe(tmp_path / "recipe.yaml"), tmp_path / "again.safetensors")
-    np.testing.assert_allclose(load_file(tmp_path / "again.safetensors")["layer.weight"], summed, atol=1e-5)
+    models = "base_model: base.safetensors\nmodels:\n  - model: a.safetensors\n  - model: b.safetensors\n"
+    for way in ("rule: wudi\n", "rule: dare\nparameters: {rule: wudi, rate: 0}\n"):
+        (tmp_path / "recipe.yaml").write_text(way + models)
+        merge_recipe(read_recipe(tmp_path / "recipe.yaml"), tmp_path / "again.safetensors")
+        np.testing.assert_allclose(load_file(tmp_path / "again.safetensors")["layer.weight"], summed, atol=1e-5)

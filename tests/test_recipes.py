@@ -235,6 +235,40 @@ def test_the_result_is_rounded_once_to_its_type(dtype, key, tmp_path, files):
     assert all(x.dtype == jnp.dtype(dtype) for x in found.values())
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "merge_method: linear\n" + three("{weight: [{filter: attn, value: 3}, {value: 1}]}", "{weight: 1}"),
+        "merge_method: task_arithmetic\nbase_model: base.safetensors\nmodels:\n  - model: base.safetensors\n"
+        "  - {model: a.safetensors, parameters: {weight: 1}}\n  - {model: b.safetensors, parameters: {weight: 0.5}}\n",
+    ],
+)
+def test_a_card_is_written_where_weights_are_by_tensor_or_the_base_is_among_the_models(tmp_path, files, text):
+    merge_recipe(read_recipe(written(tmp_path, text)), tmp_path / "o", card=tmp_path / "README.md")
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert any("a.safetensors" in line and line.startswith("| model") for line in lines)
+
+
+def test_bfloat16_models_are_subtracted_in_float32_and_rounded_once(tmp_path):
+    base = {"w": np.asarray(normal(0, 40, 8) + 3).astype(jnp.bfloat16)}
+    models = [{"w": np.asarray(normal(t, 40, 8)).astype(jnp.bfloat16)} for t in (1, 2)]
+    for name, arrays in zip(("base", "a", "b"), [base, *models], strict=True):
+        save_file(arrays, tmp_path / f"{name}.safetensors")
+    text = "merge_method: task_arithmetic\nbase_model: base.safetensors\nmodels:\n"
+    text += "".join(f"  - {{model: {name}.safetensors, parameters: {{weight: 0.3}}}}\n" for name in "ab")
+    wide = lambda x: np.asarray(x["w"], np.float64)
+    expected = wide(base) + 0.3 * sum(wide(model) - wide(base) for model in models)
+    made = result(tmp_path, text)["w"]
+    assert made.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(made, expected.astype(np.float32).astype(jnp.bfloat16))
+
+
+def test_lines_after_a_rule_that_has_another_behind_it_is_refused(tmp_path, files):
+    text = "base_model: base.safetensors\nrule: breadcrumbs\nparameters: {rule: ties}\nadd_ons: [{lines: {beta: 0}}]\n"
+    with pytest.raises(ValueError, match="lines goes after a rule, and breadcrumbs has ties behind it"):
+        read_recipe(written(tmp_path, text + three("{}", "{}")))
+
+
 def test_what_was_done_comes_back_and_stands_on_the_card(tmp_path, files):
     text = "base_model: base.safetensors\nmerge_method: ties\n" + three(
         "{weight: 1}", "{weight: [{filter: attn, value: 2}, {value: 3}]}"

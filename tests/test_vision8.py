@@ -80,6 +80,8 @@ def test_what_cannot_be_merged_is_told(tmp_path):
         (["--curvature-images", 4000], "a task has .* training images: --curvature-images and --batch are as many"),
         (["--data", "mnist", "dtd64"], "mnist needs data_dir"),
         (["--kinds", "linear", "--strengths", 5], "--strengths plays no part without tak among --kinds"),
+        (["--kinds", "full", "--rank", 4], "--rank plays no part without lora among --kinds"),
+        (["--kinds", "tak", "--together", 4], "--together plays no part with linear and tak alone"),
         (["--test-images", 5], "arabic has 8 classes, and 5 images are not one of each"),
         (["--together", 4, 8], "--together is two tasks at least and less than all, and there are 8"),
     ):
@@ -150,7 +152,7 @@ def test_the_strength_of_the_penalty_is_chosen_by_the_images_left_out(small, par
     assert list(pool.rules) == ["average", "added", "added, scaled"]
     np.testing.assert_array_equal(pool.rules["added"].within, pool.scaled.test.added[-1])
     np.testing.assert_array_equal(pool.base, pool.scaled.test.added[0])
-    assert {path.name for path in (tmp_path / "pools").iterdir()} == {"tak-1-0", "tak-100000-0", "linear-joint-0"}
+    assert {path.name for path in (tmp_path / "pools").iterdir()} == {"tak-1.0-0", "tak-100000.0-0", "linear-joint-0"}
     pools = {strength: ModulePool(tmp_path / "pools" / f"tak-{strength}-0") for strength in ("1", "100000")}
     deltas = {strength: list(pool.deltas(run.base)) for strength, pool in pools.items()}
     reached = {

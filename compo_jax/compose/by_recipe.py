@@ -60,6 +60,7 @@ def merge_recipe(
 
 
 def _by_method(part: Part, sources: Sources, key: Key[Array, ""]) -> Tree:
+    sources = sources._replace(wide=True)
     base = sources.origin(part.names, part.base)
     deltas = sources.deltas(part.names, part.base, part.models)
     method = METHODS[part.way.name]
@@ -72,7 +73,7 @@ def _by_method(part: Part, sources: Sources, key: Key[Array, ""]) -> Tree:
 
 
 def _by_rule(part: Part, sources: Sources, key: Key[Array, ""]) -> Tree:
-    sources = sources.turned_for(part.way.name)
+    sources = sources.turned_for(part.way.name, part.way.behind)
     base = sources.origin(part.names, part.base)
     deltas = sources.deltas(part.names, part.base, part.models)
     name, options = part.way.name, dict(part.overall[part.names[0]])

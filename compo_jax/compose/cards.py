@@ -83,9 +83,8 @@ def card_text(
     }
     rows = [("base", base)] * (base is not None) + [(f"model {t}", model) for t, model in enumerate(models)]
     weights = steps[0].options.get("weights") if len(steps) == 1 else None
-    shares = [""] * (base is not None) + [""] * len(models) if weights is None else None
-    if shares is None:
-        shares = [""] * (base is not None) + [_text(float(weight)) for weight in weights]
+    known = np.shape(weights) == (len(models),)  # in a recipe each tensor may have others, and the base none
+    shares = [""] * (base is not None) + [_text(float(x)) if known else "" for x in (weights if known else models)]
     lines = [
         "---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "# A merged model", "",
         f"{len(models)} checkpoints merged by compo_jax {compo_jax.__version__}.", "",

@@ -160,7 +160,7 @@ def merge_files(
         base, or the first checkpoint.
       base: the checkpoint that all were trained from. Without one the parameters themselves are merged, in the rules
         average, slerp and karcher.
-      dtype: float32, bfloat16, float16 or float64: of what is merged in `out`; default the tensors' types. With it
+      dtype: float32, bfloat16 or float16: of what is merged in `out`; default the tensors' types. With it
         differences are taken in float32 at least, and the result is rounded once.
       check_finite: see `merge`; an error names the first tensor that isn't finite.
       progress: is called as `progress(bytes written, bytes in all)`.

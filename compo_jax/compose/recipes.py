@@ -292,6 +292,15 @@ def _check_way(way: Way, where: str) -> None:
             f"{where}the rule {way.name!r} needs {made}, which checkpoints don't hold: load them, and call merge"
         )
     _check_add_ons(way.add_ons, where)
+    if way.behind is not None and any(map(_lines_after, way.add_ons)):
+        raise ValueError(
+            f"{where}lines goes after a rule, and {way.name} has {way.behind} behind it by its parameter rule: take "
+            f"rule: {way.behind}, and {way.name} as an add-on before it"
+        )
+
+
+def _lines_after(add_on: Mapping[str, Options]) -> bool:
+    return "lines" in add_on and add_on["lines"].get("when", "after") == "after"
 
 
 def _check_add_ons(add_ons: Sequence[Mapping[str, Options]], where: str) -> None:
@@ -304,6 +313,5 @@ def _check_add_ons(add_ons: Sequence[Mapping[str, Options]], where: str) -> None
             )
         if wrong := [option for option in add_on[name] if option not in ADD_ONS[name]]:
             raise ValueError(f"{where}{name} has no option {', '.join(wrong)}, but {', '.join(ADD_ONS[name])}")
-    after = [add_on for add_on in add_ons if "lines" in add_on and add_on["lines"].get("when", "after") == "after"]
-    if len(after) > 1:
+    if sum(map(_lines_after, add_ons)) > 1:
         raise ValueError(f"{where}lines goes after the rule twice")

@@ -89,7 +89,8 @@ def soup_of_sources(network: Network, prepare: Prepare, target: Task, batch: int
     on, in the order of `source_objectives` with the target's statistics, each is taken in where the mean with it has no
     higher an objective (after Wortsman et al., 2022, arXiv 2203.05482, who weigh parameters by validation accuracy).
 
-    `mean_source(take_tasks(network, soup))` is their network. Needs no rate and no steps, and one evaluation a source.
+    `mean_source(take_tasks(network, soup), 1e-6)` is their network. It needs no rate and no steps, and one evaluation a
+    source.
     """
     objectives = source_objectives(network, prepare, target, batch, bn="target")
     first, *others = (int(source) for source in np.argsort(objectives, kind="stable"))
