@@ -153,12 +153,12 @@ def test_the_strength_of_the_penalty_is_chosen_by_the_images_left_out(small, par
     np.testing.assert_array_equal(pool.rules["added"].within, pool.scaled.test.added[-1])
     np.testing.assert_array_equal(pool.base, pool.scaled.test.added[0])
     assert {path.name for path in (tmp_path / "pools").iterdir()} == {"tak-1.0-0", "tak-100000.0-0", "linear-joint-0"}
-    pools = {strength: ModulePool(tmp_path / "pools" / f"tak-{strength}-0") for strength in ("1", "100000")}
+    pools = {strength: ModulePool(tmp_path / "pools" / f"tak-{strength}-0") for strength in ("1.0", "100000.0")}
     deltas = {strength: list(pool.deltas(run.base)) for strength, pool in pools.items()}
     reached = {
         strength: vision8_tak.weighed(run, some, parts.validation).accuracies(np.ones(2)).within.mean()
         for strength, some in deltas.items()
     }
-    assert pool.rules["added"].options == {"coefficient": "1", "strength": max(reached, key=reached.get)}
+    assert pool.rules["added"].options == {"coefficient": "1", "strength": f"{float(max(reached, key=reached.get)):g}"}
     others = curvature.factors_of_others(vision8_tak.shared_factors(run, 256, 0))[0]
-    assert others.quadratic(deltas["100000"][0]) < others.quadratic(deltas["1"][0])
+    assert others.quadratic(deltas["100000.0"][0]) < others.quadratic(deltas["1.0"][0])
