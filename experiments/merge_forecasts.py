@@ -20,28 +20,28 @@ class Expectation(NamedTuple):
     """`of(params)` is what the curvature's images tell of a merged model.
 
     Attributes:
-      loss, batches: of all tasks, on the part of the parameters that `part` takes.
-      base, average: parameters.
+      forecast: of the loss of all tasks on `batches`, compiled, on the part of the parameters that `part` takes.
+      base: parameters.
+      average: that part of the modules' average.
     """
 
-    loss: Callable[..., jax.Array]
+    forecast: Callable[..., curvature.Forecast]
     batches: list[tuple]
     part: Callable[[Tree], Tree]
     base: Tree
     average: Tree
-    forecast: Callable[..., curvature.Forecast]
 
     def of(self, params: Tree) -> Expected:
-        made = self.forecast(self.part(self.average), self.part(params), batches=self.batches)
-        steps = [tree.add(self.part(one), self.part(self.average), -1.0) for one in (params, self.base)]
+        made = self.forecast(self.average, self.part(params), batches=self.batches)
+        steps = [tree.add(self.part(one), self.average, -1.0) for one in (params, self.base)]
         distance, unit = (float(np.sqrt(tree.dot(step, step))) for step in steps)
         return Expected(np.array(float(made.forecast)), np.array(float(made.loss)), np.array(distance / unit))
 
 
 def expectation(loss, batches: list[tuple], part: Callable[[Tree], Tree], base: Tree, deltas) -> Expectation:
     """Of models that are merged from these modules."""
-    average = compose.compose(base, deltas)
-    return Expectation(loss, batches, part, base, average, jax.jit(partial(curvature.forecast, loss)))
+    forecast = jax.jit(partial(curvature.forecast, loss))
+    return Expectation(forecast, batches, part, base, part(compose.compose(base, deltas)))
 
 
 def weights_to_test(tasks: int, seed: int) -> Float[np.ndarray, "models tasks"]:

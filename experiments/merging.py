@@ -142,8 +142,9 @@ def ingredients(
     for t, (name, task) in enumerate(zip(names, run.stream.tasks, strict=True)):
         rows = np.random.default_rng([seed, t]).permutation(len(task.train))[:images]
         pixels, labels = jnp.asarray(task.train.images(rows)), jnp.asarray(task.train.labels[rows])
-        columns = jax.tree.map(jnp.asarray, kept.load(name, "head"))
-        matvecs.append(curvature.ggn(partial(apply, columns), tree.add(weights, deltas[t]), [(pixels,)]))
+        if "matvecs" in needs:
+            columns = jax.tree.map(jnp.asarray, kept.load(name, "head"))
+            matvecs.append(curvature.ggn(partial(apply, columns), tree.add(weights, deltas[t]), [(pixels,)]))
         batches.append((pixels, labels + run.stream.offsets[t]))
     parts, seconds = {"key": jax.random.key(seed), "matvecs": matvecs, "loss": loss, "batches": batches}, {}
     if "unlabelled" in needs:  # as the authors do, AdaMerging's are test images, 16 at once

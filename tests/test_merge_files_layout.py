@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from cases import normal
+from file_cases import base_and_models
 from safetensors.numpy import load_file, save_file
 
 from compo_jax.compose import merge, merge_files, merge_recipe, read_recipe, task_vector
@@ -25,15 +26,8 @@ def turned(params, axis=0, to=-1):
 @pytest.fixture
 def files(tmp_path):
     """(files of the base and of three models, and their arrays)."""
-    base = {name: normal(i, *shape).astype(np.float32) for i, (name, shape) in enumerate(SHAPES.items())}
-    models = [
-        {name: x + normal((t, i), *x.shape).astype(np.float32) / 8 for i, (name, x) in enumerate(base.items())}
-        for t in range(3)
-    ]
-    paths = [tmp_path / f"{name}.safetensors" for name in ("base", "a", "b", "c")]
-    for path, arrays in zip(paths, [base, *models], strict=True):
-        save_file(arrays, path)
-    return paths, base, models
+    arrays = base_and_models(tmp_path, SHAPES)
+    return [tmp_path / f"{name}.safetensors" for name in ("base", "a", "b", "c")], *arrays
 
 
 @pytest.mark.parametrize(

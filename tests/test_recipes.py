@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import normal
+from file_cases import base_and_models
 from jobs import main
 from safetensors.numpy import load_file, save_file
 
@@ -28,14 +29,7 @@ REST = [name for name in SHAPES if "attn" not in name]
 @pytest.fixture
 def files(tmp_path):
     """(base, models) as arrays; base.safetensors, a.safetensors, ... in the folder."""
-    base = {name: normal(i, *shape).astype(np.float32) for i, (name, shape) in enumerate(SHAPES.items())}
-    models = [
-        {name: x + normal((t, i), *x.shape).astype(np.float32) / 8 for i, (name, x) in enumerate(base.items())}
-        for t in range(3)
-    ]
-    for name, arrays in zip(("base", "a", "b", "c"), [base, *models], strict=True):
-        save_file(arrays, tmp_path / f"{name}.safetensors", {"format": "pt"})
-    return base, models
+    return base_and_models(tmp_path, SHAPES)
 
 
 def written(folder, text):

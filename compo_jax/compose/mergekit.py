@@ -48,6 +48,8 @@ class Tensor(NamedTuple):
 
 @runtime_checkable
 class Run(Protocol):
+    """How a method merges one tensor."""
+
     def __call__(self, tensor: Tensor) -> Array:
         """The merged tensor, in the base's type."""
         ...

@@ -21,6 +21,8 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 @runtime_checkable
 class Progress(Protocol):
+    """What follows a merge while it is written, a progress bar say."""
+
     def __call__(self, done: int, total: int) -> object:
         """Is called after each tensor that is written: bytes of the result so far, and of the whole."""
         ...
