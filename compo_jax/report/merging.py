@@ -202,10 +202,8 @@ def _costs(pools: list[PoolMerges], rules: Mapping[str, _Rule]) -> list[Table]:
         (kind, _seconds(np.array([pool.curvature_seconds[kind] for pool in pools], float)))
         for kind in pools[0].curvature_seconds
     ]
-    return [
-        Table("rules", ["rule", *HEADINGS[3:], "options"], rows),
-        Table("curvature, for all rules", ["kind", "time (s)"], kinds),
-    ]
+    curvature = [Table("curvature, for all rules", ["kind", "time (s)"], kinds)] if kinds else []
+    return [Table("rules", ["rule", *HEADINGS[3:], "options"], rows), *curvature]
 
 
 def _normalised_table(results: MergingResults) -> Table:
