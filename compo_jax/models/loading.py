@@ -143,9 +143,7 @@ def opened(path: str | Path, layouts: Sequence[Layout] = LAYOUTS) -> Checkpoint:
     if path.is_dir():
         return _folder(path, layouts)
     if path.name.endswith(".index.json"):
-        config, preprocessor = (
-            json_object(path.with_name(name)) for name in ("config.json", "preprocessor_config.json")
-        )
+        config, preprocessor = (json_object(path.with_name(name)) for name in _DESCRIPTIONS)
         return Checkpoint(_sharded(path, layouts), config, pixels=pixels(config, preprocessor))
     if path.suffix == ".npz":
         return Checkpoint(_archive(path, layouts))
