@@ -23,6 +23,7 @@ class Expectation(NamedTuple):
       forecast: of the loss of all tasks on `batches`, compiled, on the part of the parameters that `part` takes.
       base: parameters.
       average: that part of the modules' average.
+      unit: distance between the two.
     """
 
     forecast: Callable[..., curvature.Forecast]
@@ -30,18 +31,24 @@ class Expectation(NamedTuple):
     part: Callable[[Tree], Tree]
     base: Tree
     average: Tree
+    unit: float
 
     def of(self, params: Tree) -> Expected:
         made = self.forecast(self.average, self.part(params), batches=self.batches)
-        steps = [tree.add(self.part(one), self.average, -1.0) for one in (params, self.base)]
-        distance, unit = (float(np.sqrt(tree.dot(step, step))) for step in steps)
-        return Expected(np.array(float(made.forecast)), np.array(float(made.loss)), np.array(distance / unit))
+        distance = _distance(self.part(params), self.average) / self.unit
+        return Expected(np.array(float(made.forecast)), np.array(float(made.loss)), np.array(distance))
 
 
 def expectation(loss, batches: list[tuple], part: Callable[[Tree], Tree], base: Tree, deltas) -> Expectation:
     """Of models that are merged from these modules."""
     forecast = jax.jit(partial(curvature.forecast, loss))
-    return Expectation(forecast, batches, part, base, part(compose.compose(base, deltas)))
+    average = part(compose.compose(base, deltas))
+    return Expectation(forecast, batches, part, base, average, _distance(part(base), average))
+
+
+def _distance(one: Tree, other: Tree) -> float:
+    step = tree.add(one, other, -1.0)
+    return float(np.sqrt(tree.dot(step, step)))
 
 
 def weights_to_test(tasks: int, seed: int) -> Float[np.ndarray, "models tasks"]:

@@ -12,17 +12,19 @@ Beside it stands what the curvature's images tell before any test: the loss, and
 average, of each merged model and of weightings that no rule chose, from the base over the average to the sum.
 Seconds are of the rule alone, compiled (the least of three calls, or one of over ten seconds); memory is XLA's count of
 the whole rule as one program, arguments and result included, in multiples of the base. Options are the rules' defaults
-but for those in OPTIONS. Writes report.html and metrics.json to RUN/merging of the first run. A few minutes on 2 CPU
-cores with no arguments, the run included. Expected numbers: README.md.
+but for those in OPTIONS. Writes report.html and metrics.json to RUN/merging of the first run. A killed comparison goes
+on behind its last rule. A few minutes on 2 CPU cores with no arguments, the run included. Expected numbers: README.md.
 With --recipe no rules are compared: checkpoint files are merged into one as a YAML file says, as mergekit's users know
 it (compo_jax/compose/recipes.py has an example), a tensor at a time.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, NamedTuple
+from pathlib import Path
+from typing import Annotated, NamedTuple, TypeVar
 
 import job
 import options as line
@@ -71,11 +73,12 @@ import numpy as np
 import optax
 
 from compo_jax import adapters, compose, curvature, incremental, report, tree
-from compo_jax.compose.rule_results import MergedPool, MergingResults, MergingRun, PoolMerges
+from compo_jax.compose.rule_results import MergedPool, MergingResults, MergingRun, PoolMerges, Weightings
 from compo_jax.incremental.fisher import task_fisher
 from compo_jax.pool import ModulePool
-from compo_jax.train import write_result
+from compo_jax.train import read_result, write_result
 
+Result = TypeVar("Result", bound=tuple)
 KINDS = {"diagonal": "fishers", "kronecker": "factors"}  # of a Fisher, and what rules call it
 PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
 
@@ -138,17 +141,16 @@ def ingredients(
             values = jnp.where(owner == owner[labels][:, None], values, -1e30)
         return optax.softmax_cross_entropy_with_integer_labels(values, labels).mean()
 
+    heads = [jax.tree.map(jnp.asarray, kept.load(name, "head")) for name in names]
     matvecs, batches = [], []
-    for t, (name, task) in enumerate(zip(names, run.stream.tasks, strict=True)):
+    for t, task in enumerate(run.stream.tasks):
         rows = np.random.default_rng([seed, t]).permutation(len(task.train))[:images]
         pixels, labels = jnp.asarray(task.train.images(rows)), jnp.asarray(task.train.labels[rows])
         if "matvecs" in needs:
-            columns = jax.tree.map(jnp.asarray, kept.load(name, "head"))
-            matvecs.append(curvature.ggn(partial(apply, columns), tree.add(weights, deltas[t]), [(pixels,)]))
+            matvecs.append(curvature.ggn(partial(apply, heads[t]), tree.add(weights, deltas[t]), [(pixels,)]))
         batches.append((pixels, labels + run.stream.offsets[t]))
     parts, seconds = {"key": jax.random.key(seed), "matvecs": matvecs, "loss": loss, "batches": batches}, {}
     if "unlabelled" in needs:  # as the authors do, AdaMerging's are test images, 16 at once
-        heads = [jax.tree.map(jnp.asarray, kept.load(name, "head")) for name in names]
         size = min(16, *(len(task.test) for task in run.stream.tasks))
         of_test = [
             [jnp.asarray(task.test.images(np.arange(i, i + size))) for i in range(0, len(task.test) - size + 1, size)]
@@ -259,6 +261,16 @@ def alone(stream, extract, models, head) -> np.ndarray:
     return np.array(accuracies)
 
 
+def once(path: Path, kind: type[Result], make: Callable[[], Result]) -> Result:
+    """What an earlier start of this comparison wrote there, or else what is made now, which it writes."""
+    if path.exists():
+        return read_result(path, kind)
+    result = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_result(path, result)
+    return result
+
+
 def merged_pool(
     run: incremental.FinishedRun,
     name: str,
@@ -266,11 +278,13 @@ def merged_pool(
     programs: dict[str, Program],
     images: int,
     seed: int,
+    unfinished: Path,
     joint: np.ndarray | None = None,
     known: bool = False,
 ) -> PoolMerges:
-    """A pool of the run under every rule; `programs` are those of earlier runs, and take in the new ones; `joint` is
-    the accuracy of one module of all tasks, `known` as in `ingredients`."""
+    """A pool of the run under every rule; `programs` are those of earlier runs, and take in the new ones; `unfinished`
+    is the folder of what was tested, for a comparison that is killed to go on; `joint` is the accuracy of one module of
+    all tasks, `known` as in `ingredients`."""
     needs = {rule: (*compose.RULES[rule].needs, *TAKEN.get(rule, ())) for rule in rules}
     wanted, extract = set().union(*needs.values()), incremental.features(run.model, run.stream, 256)
     kept, seconds = with_curvature(run, name, images, seed, wanted)
@@ -284,11 +298,13 @@ def merged_pool(
     individual = alone(run.stream, extract, (kept.compose(run.base, [m], [1.0]) for m in kept.names()), head)
     base = ground._replace(head=run.head).tested(run.base).within
     weights = merge_forecasts.weights_to_test(len(deltas), seed)
-    weightings = merge_forecasts.tested(expected, deltas, weights, lambda params: ground.tested(params).within)
+    of_weights = lambda: merge_forecasts.tested(expected, deltas, weights, lambda params: ground.tested(params).within)
+    weightings = once(unfinished / "weightings.json", Weightings, of_weights)
     cosines = np.asarray(compose.cosines(deltas))
     pool = PoolMerges(individual, base, seconds | taken, {}, cosines, joint, weightings)
     for rule in rules:
-        pool.rules[rule] = merged = ground.by_rule(rule, needs[rule], programs)
+        of_rule = partial(ground.by_rule, rule, needs[rule], programs)
+        pool.rules[rule] = merged = once(unfinished / f"{rule}.json", MergedPool, of_rule)
         console.print(
             f"{run.folder.name} {name} {rule}: known {merged.within.mean():.3f}, normalised "
             f"{pool.normalised(merged.within).mean():.3f}, all classes {merged.incremental.mean():.3f}, "
@@ -322,24 +338,24 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"--images {options.images}: a task has {fewest} training images; ask for that many at most")
     rules = options.rules or [rule for rule in RULES if rule not in BY_STEPS and (rule != "slerp" or tasks == 2)]
     programs: dict[str, dict[str, Program]] = {name: {} for name in pools}
-    measured = [
-        merged_run(
-            run,
-            {name: merged_pool(run, name, rules, programs[name], options.images, options.seed) for name in pools},
-        )
-        for run in runs
-    ]
+
+    def merged(run: incremental.FinishedRun, name: str) -> PoolMerges:
+        unfinished = run.folder / "merging" / "unfinished" / f"{name}-{options.images}-{options.seed}"
+        return merged_pool(run, name, rules, programs[name], options.images, options.seed, unfinished)
+
+    measured = [merged_run(run, {name: merged(run, name) for name in pools}) for run in runs]
     results = MergingResults(
         "merging", runs[0].stream.name, runs[0].backbone, options.images, measured, time.perf_counter() - began
     )
     folder = folders[0] / "merging"
-    folder.mkdir(exist_ok=True)
     write_result(folder / "metrics.json", results)
     path = report.merging_page(folder, results)
+    for run in runs:
+        shutil.rmtree(run.folder / "merging" / "unfinished")
     for table in report.merging_tables(results):
         console.print(table.rich())
     console.print(f"{results.seconds:.0f} s; report: {path}")
 
 
 if __name__ == "__main__":
-    closing(main, "the same command begins again with the run, which is kept")
+    closing(main)

@@ -16,8 +16,8 @@ then.
 Absolute accuracy is a task's, among its own classes; normalised accuracy is that over the module's own; the accuracy
 among all classes is of heads that were never put in scale with one another. All tasks get equally many steps. No image
 is mirrored, for signs and letters would be others. Writes `runs/NAME/`: report.html, metrics.json, metrics.jsonl and
-pools for each seed and kind. A killed run goes on behind its last module; its seconds are of the last start. A few
-minutes on 2 CPU cores with no arguments. Expected numbers: README.md.
+pools for each seed and kind. A killed run goes on behind its last module, and then its last rule; its seconds are of
+the last start. A few minutes on 2 CPU cores with no arguments. Expected numbers: README.md.
 """
 
 import shutil
@@ -236,8 +236,9 @@ def measured(bench: Bench, programs: dict[tuple[str, int], dict[str, merging.Pro
         for tasks, run in runs.items():
             compiled = programs.setdefault((kind, len(tasks)), {})
             of_all = joint if len(tasks) == count else None
+            unfinished = bench.run.folder / "unfinished" / f"{together(tasks)}-{kind}-{bench.seed}"
             merges[tasks][kind] = merging.merged_pool(
-                run, kind, how.rules, compiled, how.curvature_images, bench.seed, of_all, known=True
+                run, kind, how.rules, compiled, how.curvature_images, bench.seed, unfinished, of_all, known=True
             )
     return {
         tasks: merging.merged_run(runs.get(tasks, bench.run), pools)._replace(run=f"seed {bench.seed}", seed=bench.seed)
@@ -311,6 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
             path = report.merging_page(folder, results)
             for table in report.merging_tables(results):
                 console.print(table.rich())
+        shutil.rmtree(run.folder / "unfinished", ignore_errors=True)  # where there are linear kinds alone
     console.print(f"{results.seconds:.0f} s; report: {path}")
 
 

@@ -2,11 +2,12 @@
 
 import json
 import re
+import sys
 
 import jax
 import numpy as np
 import pytest
-from jobs import comparable, killed, main, run
+from jobs import ROOT, comparable, killed, main, run
 
 from compo_jax.compose.rule_results import MergingResults
 from compo_jax.curvature.check_results import CurvatureResults
@@ -14,6 +15,10 @@ from compo_jax.incremental.outcomes import Results
 from compo_jax.incremental.unlearning_results import UnlearningResults
 from compo_jax.pool import ModulePool
 from compo_jax.train import read_result
+
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import merging
 
 SMALL = ["--tasks", "2", "--classes", "3", "--images", "24", "--epochs", "3", "--batch", "24", "--fisher-images", "24"]
 
@@ -223,6 +228,31 @@ def test_rules_are_compared_on_every_pool(several):
     pool = ModulePool(next((several / "merging" / "pools").glob("none-lora-*")))
     assert pool.find(curvature="diagonal") == pool.names()
     assert pool.find(curvature="kronecker") == []  # which none of these rules needs
+
+
+def test_a_comparison_that_is_stopped_goes_on_behind_its_last_rule(several, monkeypatch):
+    """The second start makes what the first one lacks, no rule twice, and leaves nothing behind."""
+    one = ["--run", several, "--methods", "none-lora", "--images", 6, "--rules", "average", "fisher", "cart"]
+    made, by_rule = [], merging.Ground.by_rule
+
+    def counted(self, rule, *rest):
+        made.append(rule)
+        if made == ["average", "fisher"]:
+            raise KeyboardInterrupt
+        return by_rule(self, rule, *rest)
+
+    monkeypatch.setattr(merging.Ground, "by_rule", counted)
+    with pytest.raises(KeyboardInterrupt):
+        main(*one, script="merging.py")
+    main(*one, script="merging.py")
+    assert made == ["average", "fisher", "fisher", "cart"]
+    (resumed,) = read_result(several / "merging" / "metrics.json", MergingResults).runs
+    main(*one, script="merging.py")
+    assert made[4:] == ["average", "fisher", "cart"]  # a comparison that is finished begins anew
+    (anew,) = read_result(several / "merging" / "metrics.json", MergingResults).runs
+    for rule, merged in anew.pools["none-lora"].rules.items():
+        np.testing.assert_array_equal(resumed.pools["none-lora"].rules[rule].within, merged.within)
+    assert not list((several / "merging").glob("unfinished*"))
 
 
 def test_a_folder_without_a_run_is_told(tmp_path):

@@ -243,7 +243,7 @@ def _blocks(results: MergingResults) -> Iterator[Block]:
         f"alike (blue) the mean keeps both; red ones go against one another. Run {first.run}.",
         [
             Table(name, ["cosine", *first.tasks], [
-                (task, *(decimal(x, 2) for x in row)) for task, row in zip(first.tasks, pool.cosines, strict=True)
+                (task, *(decimal(float(x), 2) for x in row)) for task, row in zip(first.tasks, pool.cosines, strict=True)
             ])
             for name, pool in first.pools.items()
         ],
