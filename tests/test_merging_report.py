@@ -1,5 +1,6 @@
 """The reports of merge rules and of unlearning: every number, read back from what was drawn and written."""
 
+import itertools
 import json
 
 import numpy as np
@@ -67,8 +68,10 @@ def test_sums_and_negations_stand_in_the_merging_page(tmp_path):
     results = measured_merging()
     scaled = Scaled(np.array([0.0, 0.5, 1.0]), swept(), swept(0.1))
     assert scaled.best() == scaled.forgetting() == 1
-    for run in results.runs:
+    for run, coefficient in zip(results.runs, ("0.8", "0.9"), strict=True):
         run.pools["other"] = run.pools["other"]._replace(scaled=scaled)
+        told = {"coefficient": coefficient, "strength": "500"}
+        run.pools["other"].rules["average"] = rule([0.4, 0.4], options=told)
     write_result(tmp_path / "metrics.json", results)
     back = read_result(tmp_path / "metrics.json", MergingResults)
     assert back.runs[0].pools["none-<b>lora"].scaled is None
@@ -80,8 +83,26 @@ def test_sums_and_negations_stand_in_the_merging_page(tmp_path):
         ["other", "1.0", "5.0 ± 0.0", "35.0 ± 0.0"],  # (0.1 + 0.2) / 2, (0.5 + 0.4) / 2
         ["other", "0.5", "15.0 ± 0.0", "50.0 ± 0.0"],
         ["accuracy (%)", "50.0", "75.0", "55.0"], ["accuracy (%)", "50.0", "15.0", "5.0"],
+        ["average", "1.0 ± 0.0", "3.2", "coefficient 0.8 / 0.9, strength 500"],
     ):  # fmt: skip
         assert row in page.rows
+    assert "curvature from" in page.text
+    for run in results.runs:
+        del run.pools["none-<b>lora"]
+    page = Page(report.merging_page(tmp_path, results))
+    assert "curvature from" not in page.text  # which sums in the linearised model don't take
+
+
+@pytest.mark.parametrize("tasks", [2, 4, 12])
+def test_ticks_at_the_scale_of_a_map_do_not_touch(tasks):
+    figure = charts.figure("a map", 1.6 + 0.24 * tasks)
+    axes = figure.add_subplot()
+    image = charts.heat(axes, np.full((tasks, 3), 50.0), (0.0, 110.0), ["t"] * tasks, ["a", "b", "c"])
+    charts.colour_bar(figure, image, axes, "%")
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[1].get_yticklabels() if text.get_text()]
+    assert len(boxes) >= 2
+    assert not any(one.overlaps(other) for one, other in itertools.pairwise(sorted(boxes, key=lambda box: box.y0)))
 
 
 def measured_unlearning():

@@ -357,7 +357,8 @@ def heat(
 def colour_bar(figure: Figure, image: AxesImage, axes: Axes | Sequence[Axes], label: str) -> None:
     """The scale of a heat map's colours, with a tick at either end."""
     low, high = image.get_clim()
-    inner = [x for x in MaxNLocator(5).tick_values(low, high) if 0.07 < (x - low) / (high - low) < 0.93]
+    space = max(0.07, 0.3 / figure.get_figheight())  # at both ends, of the bar's length; a text is 0.15 inches high
+    inner = [x for x in MaxNLocator(5).tick_values(low, high) if space < (x - low) / (high - low) < 1 - space]
     bar = figure.colorbar(image, ax=axes, label=label, shrink=0.8, ticks=[low, *inner, high])
     text = lambda x, _: f"{x:.{2 if abs(x) < 100 else 4}g}".replace("-", "−")
     bar.ax.yaxis.set_major_formatter(FuncFormatter(text))

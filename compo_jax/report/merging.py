@@ -193,17 +193,20 @@ def _by_task(pool: PoolMerges) -> dict[str, Float[np.ndarray, " tasks"]]:
 # -- page ------------------------------------------------------------------------------------------------------------
 def _costs(pools: list[PoolMerges], rules: Mapping[str, _Rule]) -> list[Table]:
     """Seconds, memory and options of a pool's rules, and the seconds of its curvature."""
-    rows = [
-        (rule, _seconds(row.seconds), decimal(row.memory),
-         ", ".join(f"{key} {value}" for key, value in pools[0].rules[rule].options.items()) or ABSENT)
-        for rule, row in rules.items()
-    ]  # fmt: skip
+    rows = [(rule, _seconds(row.seconds), decimal(row.memory), _options(pools, rule)) for rule, row in rules.items()]
     kinds = [
         (kind, _seconds(np.array([pool.curvature_seconds[kind] for pool in pools], float)))
         for kind in pools[0].curvature_seconds
     ]
     curvature = [Table("curvature, for all rules", ["kind", "time (s)"], kinds)] if kinds else []
     return [Table("rules", ["rule", *HEADINGS[3:], "options"], rows), *curvature]
+
+
+def _options(pools: list[PoolMerges], rule: str) -> str:
+    """Of a rule; where the runs differ, as where images choose a coefficient, all values in their order."""
+    of_runs = [pool.rules[rule].options for pool in pools]
+    values = {key: dict.fromkeys(options[key] for options in of_runs) for key in of_runs[0]}
+    return ", ".join(f"{key} {' / '.join(different)}" for key, different in values.items()) or ABSENT
 
 
 def _normalised_table(results: MergingResults) -> Table:
@@ -243,7 +246,8 @@ def _blocks(results: MergingResults) -> Iterator[Block]:
         f"alike (blue) the mean keeps both; red ones go against one another. Run {first.run}.",
         [
             Table(name, ["cosine", *first.tasks], [
-                (task, *(decimal(float(x), 2) for x in row)) for task, row in zip(first.tasks, pool.cosines, strict=True)
+                (task, *(decimal(float(x), 2) for x in row))
+                for task, row in zip(first.tasks, pool.cosines, strict=True)
             ])
             for name, pool in first.pools.items()
         ],
@@ -287,7 +291,8 @@ def merging_page(folder: str | os.PathLike, results: MergingResults) -> Path:
         "each module alone, where the task is known."
     )
     facts = run_facts([run.seed for run in results.runs], [run.tested for run in results.runs])
-    facts["curvature from"] = f"{counted(results.images, 'training image')} of each task"
+    if any(pool.scaled is None for pool in first.pools.values()):  # modules of the linearised model want none
+        facts["curvature from"] = f"{counted(results.images, 'training image')} of each task"
     return write_page(
         folder, Page(results.name, lead, facts, _tiles(results), merging_tables(results), _blocks(results))
     )
