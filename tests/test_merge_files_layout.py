@@ -14,6 +14,8 @@ SHAPES = {
     "blocks.0.qkv.weight": (12, 5),
     "blocks.0.norm.weight": (5,),
     "tokens.embedding.weight": (9, 4),  # one row a token, so that it is (in, out) already
+    "transformer.wte.weight": (8, 3),  # the same in GPT-2, and in T5
+    "shared.weight": (7, 3),
     "pos_embed": (1, 4, 6),
 }
 MATRICES = ("patch_embed.proj.weight", "blocks.0.qkv.weight")

@@ -5,9 +5,13 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+from compo_jax.compose import merge
 
 SIDE, TASKS, LEAVES = 700, 2, 20  # leaves of 2 MB, checkpoints of 40 MB
 LEAF = 4 * SIDE**2
@@ -51,3 +55,15 @@ def test_the_peak_does_not_grow_with_the_number_of_leaves(tmp_path):
     tiny, one, many = json.loads(done.stdout)
     assert many - tiny < 3 * LEAF * TASKS + 200e6
     assert many - one < LEAVES * LEAF / 2  # which is half a checkpoint
+
+
+@pytest.mark.parametrize("shape", [(256, 1024), (1024, 256)])
+@pytest.mark.parametrize(
+    "rule, most", [("iso", 3), ("tsv", 3), ("iso_cts", 3), ("dc_merge", 3), ("cart", 3), ("wudi", 6)]
+)
+def test_decompositions_of_one_task_after_another_are_not_all_kept(rule, most, shape):
+    """As XLA counts: the matrices as they come, stacked, and little beside; WUDI has a QR of all of them."""
+    base, deltas = jnp.zeros(shape), [jax.ShapeDtypeStruct(shape, jnp.float32)] * 8
+    compiled = jax.jit(lambda *deltas: merge(rule, {"w": base}, [{"w": x} for x in deltas])).lower(*deltas).compile()
+    count = compiled.memory_analysis()
+    assert count.argument_size_in_bytes + count.temp_size_in_bytes < most * len(deltas) * base.nbytes

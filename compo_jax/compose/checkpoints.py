@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,9 +47,13 @@ class _Zeros(NamedTuple):
         return np.zeros(len(range(*place.indices(self.size))), self.dtype)
 
 
+#: Tables, a row a token or a position, whose columns are the outputs: by what Hugging Face's models call them.
+_TABLES = re.compile(r"embed|\b(wte|wpe|shared|relative_attention_bias)\b")
+
+
 def _outputs_first(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is a matrix as PyTorch has it, (out, in) or (out, in, height, width); embeddings are not."""
-    return name.endswith("weight") and (len(shape) > 2 or (len(shape) == 2 and "embed" not in name))
+    return name.endswith("weight") and (len(shape) > 2 or (len(shape) == 2 and not _TABLES.search(name)))
 
 
 def _moved(row: Any, shape: tuple[int, ...], axis: int, to: int) -> np.ndarray:

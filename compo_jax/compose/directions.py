@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.leaves import Stacked, by_layer, layers
-from compo_jax.compose.matrices import Components, by_matrix, joined, orthonormal, product, svd, svd_each
+from compo_jax.compose.matrices import Components, by_matrix, joined, leading_of_each, orthonormal, product, svd
 from compo_jax.compose.modules import require_same
 from compo_jax.compose.numbers import Scalar, Weights, require_number, require_part
 from compo_jax.compose.sparse import require_density
@@ -47,8 +47,10 @@ def cart(
 
     def merged(x, eps):
         mean = jnp.mean(x, axis=0)
-        parts = svd_each(x - mean, eps).leading(int(np.ceil(rank * min(mean.shape))))
-        return mean + jnp.asarray(scale, x.dtype) * jnp.sum(parts.matrix(), axis=0)
+        count = int(np.ceil(rank * min(mean.shape)))
+        parts = jax.lax.map(lambda one: svd(one - mean, eps).leading(count), x)
+        left, right = joined(parts)
+        return mean + jnp.asarray(scale, x.dtype) * product(left * parts.values.ravel(), right)
 
     return by_matrix(merged, base, deltas, weights, stacked=stacked, check_finite=check_finite)
 
@@ -120,10 +122,10 @@ def dc_merge(
     def merged(x, eps):
         tasks = len(x)
         kept = max(1, min(x.shape[1:]) // tasks)
-        parts = svd_each(x, eps).leading(kept)
+        parts = leading_of_each(x, eps, kept)
         left, right = map(orthonormal, joined(parts))
         smooth = jax.vmap(lambda one: _smoothed(one, smoothing, ratio))(parts)
-        cores = product(left.T, smooth.matrix(), right.T)
+        cores = product(product(left.T, smooth.left) * smooth.values[:, None], product(smooth.right, right.T))
         core = jnp.mean(cores, axis=0) if density is None else _elected(cores, density)
         if mask:
             core = core * jnp.kron(jnp.eye(tasks, dtype=x.dtype), jnp.ones((kept, kept), x.dtype))

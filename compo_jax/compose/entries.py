@@ -154,6 +154,14 @@ def _empty(size: int, dtype: Any) -> np.ndarray:
     return row[start : start + length].view(dtype)
 
 
+def filled(shape: tuple[int, ...], dtype: Any, leaves: Sequence[Any]) -> Array:
+    """An array of this shape whose rows are the leaves, read one after another."""
+    rows = _empty(int(np.prod(shape)), dtype).reshape(shape)
+    for t, leaf in enumerate(leaves):
+        rows[t] = np.asarray(leaf)
+    return jax.device_put(rows)
+
+
 def products(leaves: Sequence[Any]) -> Float[np.ndarray, "tasks tasks"]:
     """The inner products of leaves on the host, summed in float64."""
     rows, size = [flat(x) for x in leaves], np.size(leaves[0])

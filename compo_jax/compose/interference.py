@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from compo_jax import lapack
 from compo_jax.adapters.adapter import STACKED
@@ -53,37 +54,38 @@ def wudi(
     require_number("learning_rate", learning_rate, "a positive number", lambda x: x > 0)
 
     def merged(x, eps):
-        norms = jnp.linalg.norm(x, axis=(1, 2), keepdims=True)
-        directions = x / jnp.where(norms > 0, norms, 1)
+        norms = jnp.linalg.norm(x, axis=(1, 2))
+        norms = jnp.where(norms > 0, norms, 1)
         if iterations is None:
-            return _nearest(x, directions, eps, damping)
-        return _descended(x, directions, iterations, learning_rate)
+            return _nearest(x, norms, eps, damping)
+        return _descended(x, norms, iterations, learning_rate)
 
     return by_matrix(merged, base, deltas, weights, scale=scale, stacked=stacked, check_finite=check_finite)
 
 
-def _nearest(x: Matrices, directions: Matrices, eps: float, damping: Scalar) -> jax.Array:
+def _nearest(x: Matrices, norms: Float[Array, " tasks"], eps: float, damping: Scalar) -> jax.Array:
     """The minimum nearest to the sum. Factors, not Gram matrices, which would square the condition number."""
     tasks, size_in, size_out = x.shape
     total = jnp.sum(x, axis=0)
-    rows = directions.swapaxes(1, 2).reshape(-1, size_in)  # (tasks out, in)
+    rows = (x / norms[:, None, None]).swapaxes(1, 2).reshape(-1, size_in)  # (tasks out, in)
     q, r = jnp.linalg.qr(rows)
     p, s, u = lapack.svd(r)
     real = above_rounding(s, rows.shape, eps)
-    right = product(q, p).reshape(tasks, size_out, -1)  # of all directions side by side
 
-    def pull(part):
-        block, direction, one = part
-        return product(block.T, direction.T, one - total)
+    def pulled(so_far, part):
+        block, norm, one = part
+        return so_far + product(product(block, p).T, one.T / norm, one - total), None
 
-    pulls = jnp.sum(jax.lax.map(pull, (right, directions, x)), axis=0)
+    none = jnp.zeros((len(s), size_out), x.dtype)
+    pulls, _ = jax.lax.scan(pulled, none, (q.reshape(tasks, size_out, -1), norms, x))
     shares = real * s / (jnp.where(real > 0, s, 1) ** 2 + jnp.asarray(damping, s.dtype))
     return total + product(u.T * shares, pulls)
 
 
-def _descended(x: Matrices, directions: Matrices, iterations: int, rate: Scalar) -> jax.Array:
+def _descended(x: Matrices, norms: Float[Array, " tasks"], iterations: int, rate: Scalar) -> jax.Array:
     import optax  # takes a while to load, and is needed here alone
 
+    directions = x / norms[:, None, None]
     gram = jnp.sum(jax.lax.map(lambda d: product(d, d.T), directions), axis=0)
     aim = jnp.sum(jax.lax.map(lambda p: product(p[0], p[0].T, p[1]), (directions, x)), axis=0)
     adam = optax.adam(rate)

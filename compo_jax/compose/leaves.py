@@ -10,7 +10,7 @@ from jaxtyping import Array, Num
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED, is_stacked, patterns
-from compo_jax.compose.entries import Deferred, entrywise, sums_are_finite, total, whole
+from compo_jax.compose.entries import Deferred, entrywise, filled, sums_are_finite, total, whole
 from compo_jax.compose.numbers import Scalar
 from compo_jax.tree import Tree
 
@@ -24,8 +24,10 @@ def mean_delta(deltas: Sequence[Tree], weights: Sequence) -> Tree:
 
 
 def stack(leaves: Sequence) -> Array:
-    """(tasks, ...), in float32 at least."""
+    """(tasks, ...), in float32 at least; of leaves that are read, one at a time is in memory beside the result."""
     wide = tree.wide_type(*leaves)
+    if all(isinstance(x, Deferred) for x in leaves):
+        return filled((len(leaves), *np.shape(leaves[0])), wide, leaves)
     return jnp.stack([jnp.asarray(whole(x), wide) for x in leaves])
 
 

@@ -76,10 +76,9 @@ def svd(x: Float[Array, "in out"], eps: float, largest: Scalar = 0.0) -> Compone
     return Components(u * real, s * real, v * real[:, None], real)
 
 
-def svd_each(x: Matrices, eps: float, largest: Array | None = None) -> Components:
-    """The decompositions of all matrices, one after another (see `lapack`)."""
-    largest = jnp.zeros(len(x), x.dtype) if largest is None else largest
-    return jax.lax.map(lambda one: svd(one[0], eps, one[1]), (x, largest))
+def leading_of_each(x: Matrices, eps: float, count: int) -> Components:
+    """The first `count` components of each matrix, one after another (see `lapack`): no more is kept in memory."""
+    return jax.lax.map(lambda one: svd(one, eps).leading(count), x)
 
 
 def orthonormal(x: Float[Array, "n k"]) -> Float[Array, "n k"]:
@@ -115,14 +114,14 @@ def by_matrix(
     """
     deltas = with_zeros(base, deltas, check_finite=check_finite)
     require_number("scale", scale, "a finite number")
-    weights = weigh(weights, len(deltas), 1.0)
+    weights = None if weights is None else weigh(weights, len(deltas), 1.0)
     of_layers = layers(base, deltas[0], stacked)
 
     # once for all leaves of a shape: LAPACK's calls in loops take longer to compile than to run
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def merged(x, eps, of_layers):
         def layer(x):
-            x = along(weights, x) * x
+            x = x if weights is None else along(weights, x) * x
             if x.ndim < 3:
                 return jnp.mean(x, axis=0)
             return function(x.reshape(x.shape[0], -1, x.shape[-1]), eps).reshape(x.shape[1:])

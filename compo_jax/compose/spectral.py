@@ -5,11 +5,12 @@ What a matrix is, and what becomes of other leaves: see `matrices`.
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.leaves import Stacked
-from compo_jax.compose.matrices import Components, by_matrix, joined, orthonormal, product, svd, svd_each
+from compo_jax.compose.matrices import Components, by_matrix, joined, leading_of_each, orthonormal, product, svd
 from compo_jax.compose.numbers import Scalar, Weights, require_part
 from compo_jax.tree import Tree
 
@@ -36,7 +37,7 @@ def tsv(
     """
 
     def merged(x, eps):
-        parts = svd_each(x, eps).leading(max(1, min(x.shape[1:]) // len(x)))
+        parts = leading_of_each(x, eps, max(1, min(x.shape[1:]) // len(x)))
         left, right = joined(parts)
         return product(orthonormal(left) * parts.values.ravel(), orthonormal(right))
 
@@ -97,8 +98,12 @@ def iso_cts(
         tasks, rank = len(x), min(x.shape[1:])
         alone = min(round((rank - int(common * rank)) / tasks), rank // tasks)
         top = svd(jnp.sum(x, axis=0), eps).leading(rank - alone * tasks)
-        rest = x - product(x, top.right.T, top.right)
-        parts = svd_each(rest, eps, jnp.linalg.norm(x, axis=(1, 2))).leading(alone)
+
+        def remainder(one):
+            rest = one - product(one, top.right.T, top.right)
+            return svd(rest, eps, jnp.linalg.norm(one)).leading(alone)
+
+        parts = jax.lax.map(remainder, x)
         left, right = joined(parts)
         return _even(
             Components(
