@@ -131,14 +131,14 @@ def weight_map(index: Path) -> dict[str, Path]:
     return files
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the file itself, those that an index lists, or those in a folder.
+def index_file(path: Path) -> Path | None:
+    """The list of the files that hold a checkpoint, in a folder or as it is named; None where one file holds it.
 
     ValueError for a folder without any.
     """
     if path.is_dir():
         if (path / "model.safetensors").exists():
-            return [path / "model.safetensors"]
+            return None
         if not (path / INDEX).exists():
             pickled = " pytorch_model.bin is a PyTorch pickle, which isn't read as it can run code: convert it, where "
             pickled += (
@@ -149,7 +149,17 @@ def weight_files(path: Path) -> list[Path]:
                 + pickled * (path / "pytorch_model.bin").exists()
             )
         path = path / INDEX
-    return sorted(set(weight_map(path).values())) if path.name.endswith(".index.json") else [path]
+    return path if path.name.endswith(".index.json") else None
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: the file itself, those that an index lists, or those in a folder.
+
+    ValueError for a folder without any.
+    """
+    if index := index_file(path):
+        return sorted(set(weight_map(index).values()))
+    return [path / "model.safetensors" if path.is_dir() else path]
 
 
 JOIN = "join the arrays of all of them (safetensors.numpy.load_file gives a file's), for models.from_timm say"

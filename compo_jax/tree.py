@@ -267,6 +267,30 @@ def require_finite(tree: Tree, what: str) -> None:
         )
 
 
+def require_held(made: Tree, before: Tree | None = None) -> None:
+    """ValueError where numbers in `made`, computed of finite ones, are too large for their type.
+
+    Args:
+      before: shaped as `made`; an infinity that was there already, a masked class's -inf say, is none of the sum's.
+
+    Nothing is looked at while a function is traced (`concrete`).
+    """
+    leaves, old = by_name(made), {} if before is None else by_name(before)
+    if not concrete([*leaves.values(), *old.values()]):
+        return
+    with jax.ensure_compile_time_eval():
+        bad = [
+            f"{name} ({jnp.result_type(x)})"
+            for name, x in leaves.items()
+            if _is_float(x) and not (np.isfinite(x) | (~np.isfinite(old[name]) if name in old else False)).all()
+        ]
+    if bad:
+        raise ValueError(
+            f"numbers too large for their type come out in {', '.join(bad)}, though all that went in are finite: take "
+            "smaller weights, a smaller scale or rate, or a wider type"
+        )
+
+
 def mismatches(shapes: Mapping[str, tuple], expected: Mapping[str, tuple]) -> list[str]:
     """A line each for the names that are missing, unexpected and mis-shaped; [] where all is as expected."""
     lists = {

@@ -311,6 +311,26 @@ def test_what_is_not_finite_is_told_and_passes_on_purpose_only(value):
         jax.eval_shape(lambda: full.sum([bad], base, [0.5]))
 
 
+def test_numbers_too_large_for_their_type_are_told():
+    """As in `compose`: an infinity that comes out is none that went in."""
+    base, delta = {"w": jnp.full(3, 6e4, jnp.float16)}, {"w": jnp.full(3, 6e4, jnp.float16)}
+    told = r"numbers too large for their type come out in w \(float16\)"
+    with pytest.raises(ValueError, match=told):
+        adapters.fuse(base, delta)
+    with pytest.raises(ValueError, match=told):
+        adapters.unfuse(base, {"w": -delta["w"]})
+    assert np.isinf(adapters.fuse(base, delta, check_finite=False)["w"]).all()
+    masked = {"w": jnp.array([-jnp.inf, 0.0], jnp.float16)}
+    assert np.isinf(adapters.fuse(masked, {"w": jnp.ones(2, jnp.float16)})["w"][0])  # it was there already
+    full, lora = adapters.full(), adapters.lora(rank=1, targets="w")
+    low = {"w": {"a": jnp.ones((2, 1), jnp.float16), "b": jnp.full((1, 2), 200.0, jnp.float16)}}
+    for adapter, module, like in ((full, delta, base), (lora, low, {"w": jnp.ones((2, 2), jnp.float16)})):
+        with pytest.raises(ValueError, match="numbers too large for their type come out in w"):
+            adapter.scale(module, like, 1e3)
+        with pytest.raises(ValueError, match="numbers too large for their type come out in w"):
+            adapter.sum([module], like, [1e3])
+
+
 def test_bad_input():
     base, total = weights(), KINDS["lora"].sum
     with pytest.raises(ValueError, match="the module's tree isn't the base's"):

@@ -18,6 +18,34 @@ from compo_jax.compose.tails import della
 SHAPES = {"blocks/kernel": (3, 4, 2), "blocks/bias": (3, 2), "head": (3, 5)}
 
 
+def twelve_blocks(changed):
+    """(base, a delta of ones in these blocks and in no others, by their numbers)."""
+    blocks = {str(i): {"kernel": np.zeros((3, 3), np.float32)} for i in range(12)}
+    ones = {name: {"kernel": np.ones((3, 3), np.float32) if int(name) in changed else None} for name in blocks}
+    return {"blocks": blocks}, {"blocks": ones}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_layers_are_counted_in_the_network_and_not_in_what_a_module_changes(when):
+    for changed in (range(6), range(6, 12)):
+        base, delta = twelve_blocks(changed)
+        found = merge("lines", base, [delta], alpha=0.0, beta=1.0, when=when)["blocks"]
+        for i in changed:
+            np.testing.assert_allclose(found[str(i)]["kernel"], i / 11, rtol=1e-6)
+
+
+def test_blocks_that_flax_numbers_are_no_stack():
+    """Axis 0 of `blocks/Block_0/kernel` are inputs, however square it is."""
+    base = {"blocks": {f"Block_{i}": {"kernel": jnp.zeros((4, 4)), "bias": jnp.zeros(4)} for i in range(3)}}
+    deltas = [jax.tree.map(lambda x, t=t: normal((t, x.ndim), *x.shape), base) for t in range(2)]
+    for rule in ("tsv", "iso", "wudi"):
+        found, right = merge(rule, base, deltas), merge(rule, base, deltas, stacked=())
+        jax.tree.map(np.testing.assert_array_equal, found, right)
+    scaled = merge("lines", base, [jax.tree.map(jnp.ones_like, base)], alpha=0.0, beta=1.0)
+    for i in range(3):
+        np.testing.assert_allclose(scaled["blocks"][f"Block_{i}"]["kernel"], i / 2)
+
+
 def nest(flat):
     return {"blocks": {"kernel": flat["blocks/kernel"], "bias": flat["blocks/bias"]}, "head": flat["head"]}
 

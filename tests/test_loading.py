@@ -163,6 +163,24 @@ def folder(path, shards=1, **config):
 TINY = {"architecture": "vit_tiny_patch4_12", "model_args": {"num_heads": 3}}
 
 
+def test_a_tensor_is_read_from_the_file_that_the_index_names(tmp_path):
+    whole, path = tmp_path / "whole", tmp_path / "parts"
+    for place, shards in ((whole, 1), (path, 3)):
+        folder(place, shards, **TINY)
+    weights = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    name, file = next((name, file) for name, file in weights.items() if file.startswith("model-00001"))
+    other = path / next(other for other in weights.values() if other != file and other > file)
+    arrays = safetensors.numpy.load_file(other)
+    stale = safetensors.numpy.load_file(path / file)[name] + 1
+    safetensors.numpy.save_file(arrays | {name: stale}, other)
+    jax.tree.map(np.testing.assert_array_equal, load(path)[1], load(whole)[1])
+    mine = safetensors.numpy.load_file(path / file)
+    del mine[name]
+    safetensors.numpy.save_file(mine, path / file)
+    with pytest.raises(ValueError, match=f"says that {file} holds {name}, which it lacks"):
+        load(path)
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_folder_says_heads_and_pixels(tmp_path, shards):
     described = {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}

@@ -313,6 +313,26 @@ def lora_modules():
     return base, made, [delta(module, base) for module in made]
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_core_space_keeps_a_module_that_is_weak_beside_another(dtype):
+    """Factors are exact, whatever their type: none of their directions is an error of rounding."""
+    base = {"w": jnp.zeros((64, 48))}
+    draw = lambda seed, scale: {"a": scale * normal(seed, 64, 4), "b": normal(seed + 1, 4, 48)}
+    weak, strong = ({"w": jax.tree.map(lambda x: x.astype(dtype), draw(t, scale))} for t, scale in ((0, 1e-3), (5, 1)))
+    alone = np.asarray(weak["w"]["a"], np.float64) @ np.asarray(weak["w"]["b"], np.float64)
+    found = merge("core_space", base, [weak, strong], weights=[1.0, 0.0])["w"]
+    np.testing.assert_allclose(found, alone, atol=1e-3 * np.abs(alone).max())
+
+
+@pytest.mark.parametrize("rule", ["layer_weights", "adamerging", "regmean_plus"])
+def test_boosting_refuses_rules_that_try_weights_on_images(rule):
+    """They would be tried without the base."""
+    base, delta = {"w": jnp.ones((3, 4))}, {"w": normal(0, 3, 4)}
+    given = {"loss": lambda params: 0.0, "batches": [], "unlabelled": []}
+    with pytest.raises(ValueError, match=f"the rule {rule!r} needs .*, to try the weights on"):
+        merge("subspace_boosting", base, [delta, delta], rule=rule, **given)
+
+
 def test_core_space_takes_lora_modules_of_any_ranks_and_loses_nothing():
     with X64():
         base, made, deltas = lora_modules()

@@ -120,18 +120,50 @@ def test_progress_and_card(tmp_path):
     head, body = (tmp_path / "README.md").read_text().removeprefix("---\n").split("\n---\n", 1)
     head = yaml.safe_load(head)
     assert head["library_name"] == "compo_jax" and "merge" in head["tags"]
-    assert head["base_model"] == [str(file) for file in (base, *models)]
+    assert "base_model" not in head and str(tmp_path) not in head  # which are names on the hub
     assert "| dare | 6 | weights = [0.25, 0.5, 0.25], rate = 0.5, key = of [0, 3] |" in body
     for role, file, weight in (("base", base, ""), ("model 1", models[1], "0.5")):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        assert f"| {role} | {file} | {weight} | `{digest}` |" in body
+        assert f"| {role} | {file.name} | {weight} | `{digest}` |" in body
 
 
-def test_the_card_of_checkpoints_that_are_replaced_has_their_fingerprints_of_before(tmp_path):
+def test_a_card_of_models_from_the_hub_names_them(tmp_path):
+    folder = tmp_path / "models--owner--a-vit" / "snapshots" / "0"
+    folder.mkdir(parents=True)
+    _, models = written(folder)
+    merge_files("average", models, tmp_path / "out", card=tmp_path / "card.md")
+    head = yaml.safe_load((tmp_path / "card.md").read_text().split("---\n")[1])
+    assert head["base_model"] == ["owner/a-vit"]
+
+
+def test_what_is_merged_is_never_written_over(tmp_path):
+    base, models = written(tmp_path)
+    folder = cut(models[1], tmp_path / "b")
+    (tmp_path / "link").symlink_to(models[0])
+    kept = {file: file.read_bytes() for file in (base, models[0], folder / "model-1.safetensors")}
+    for out in (*kept, tmp_path / "link", tmp_path / "b" / ".." / models[0].name):
+        with pytest.raises(ValueError, match="is one of the checkpoints that are merged, and would be lost"):
+            merge_files("ties", [models[0], folder], out, base=base)
+    assert all(file.read_bytes() == content for file, content in kept.items())
+
+
+def test_a_tensor_is_read_from_the_file_that_the_index_names(tmp_path):
+    """As where a new shard was put beside older ones."""
     _, models = written(tmp_path)
-    before = hashlib.sha256(models[0].read_bytes()).hexdigest()
-    merge_files("average", models, models[0], card=tmp_path / "card.md")
-    assert before in (tmp_path / "card.md").read_text()
+    folder = cut(models[0], tmp_path / "a")
+    index = json.loads((folder / INDEX).read_text())["weight_map"]
+    name, file = next((name, file) for name, file in index.items() if file == "model-1.safetensors" and name != "steps")
+    other = next(folder / other for other in index.values() if other != file)
+    right = load_file(folder / file)[name]
+    save_file(load_file(other) | {name: right + 9}, other)
+    merge_files("average", [folder, folder], tmp_path / "out")
+    np.testing.assert_array_equal(load_file(tmp_path / "out")[name], right)
+
+    rest = load_file(folder / file)
+    del rest[name]
+    save_file(rest, folder / file)
+    again = lambda: merge_files("average", [folder], tmp_path / "again")
+    refused(tmp_path, f"its index names files that lack {name}", again)
 
 
 def test_bad_places_and_types_are_told(tmp_path):

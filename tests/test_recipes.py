@@ -219,6 +219,27 @@ def test_lines_before_a_rule_scales_each_model(tmp_path, files):
     same_bits(found, merge("lines", start, deltas, beta=0.5, when="before", rule="ties"))
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lines_counts_the_layers_of_the_network_whatever_parts_it_is_merged_in(tmp_path, files, when):
+    text = "base_model: base.safetensors\nrule: task_arithmetic\nmodels: [{model: a.safetensors}]\n"
+    text += "parameters: {scale: [{filter: head, value: 0.7}, {value: [1.0, 0.9]}]}\n"
+    text += f"add_ons: [{{lines: {{alpha: 0.1, beta: 0.9, when: {when}}}}}]\n"
+    text += "groups: [{filter: layers.1., rule: average, add_ons: [{lines: {alpha: 0.1, beta: 0.9}}]}]\n"
+    found = result(tmp_path, text)
+    start, (delta,) = parts(files, SHAPES, (0,))
+    at = lambda name: int(name.split(".")[1]) / 10 if "layers" in name else 0.0  # of layers 0 to 10
+    scale = lambda name: 0.7 if name == "head" else 1.0 if "layers.1." in name else 1 - 0.1 * at(name)
+    expected = {name: start[name] + (0.1 + 0.9 * at(name)) * scale(name) * delta[name] for name in SHAPES}
+    close({n: x for n, x in found.items() if n != "embed"}, {n: x for n, x in expected.items() if n != "embed"})
+
+
+@pytest.mark.parametrize("base", ["base.safetensors", "./base.safetensors", "sub/../base.safetensors"])
+def test_the_base_among_the_models_is_no_model_however_it_is_written(tmp_path, files, base):
+    (tmp_path / "sub").mkdir()
+    text = f"base_model: {base}\nrule: average\nmodels: [{{model: base.safetensors}}, {{model: a.safetensors}}]\n"
+    same_bits(result(tmp_path, text), files[1][0])
+
+
 @pytest.mark.parametrize("key", ["dtype", "out_dtype"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_result_is_rounded_once_to_its_type(dtype, key, tmp_path, files):
@@ -286,6 +307,9 @@ def test_what_was_done_comes_back_and_stands_on_the_card(tmp_path, files):
 TWO = "base_model: base.safetensors\nmodels: [{model: a.safetensors}, {model: b.safetensors}]\n"
 WEIGHED = "base_model: base.safetensors\nmodels: [{model: a.safetensors, parameters: {weight: 1, density: %s}}]\n"
 REFUSED = [
+    (WEIGHED % 1 + "rule: ties", r"models\[0\] has a parameter density that ties doesn't take for one model: there are "
+     "weight; those of the whole merge stand under the recipe's own parameters:"),
+    (WEIGHED.replace("density", "lambda") % 1 + "merge_method: task_arithmetic", "has a parameter lambda that task_"),
     ("[1, 2]", "has no keys such as merge_method"),
     ("a: [", "is no YAML"),
     (TWO + "rule: ties\nrule: average", "the key rule is there twice"),
@@ -307,9 +331,9 @@ REFUSED = [
     (TWO + "rule: ties\ndtype: int8", "dtype='int8' is none of float32"),
     (TWO + "rule: fisher", "'fisher' needs fishers .one Fisher diagonal a module, .*which checkpoints don't hold"),
     (TWO + "rule: best_weights", "needs landscape"),
-    (TWO + "rule: adamerging", "'adamerging' solves for all leaves at once, and needs unlabelled .images of the tasks"),
+    (TWO + "rule: adamerging", "'adamerging' takes all leaves at once, and needs unlabelled .images of the tasks"),
     (TWO + "rule: core_space", "'core_space' .*leaf by leaf"),
-    (TWO + "rule: dare\nparameters: {rule: ggn}", "'ggn' solves for all"),
+    (TWO + "rule: dare\nparameters: {rule: ggn}", "'ggn' takes all"),
     (TWO + "rule: ties\nadd_ons: [{knots: {}}]", r"add_ons\[0\] is one of dare, della, breadcrumbs, lines"),
     (TWO + "rule: ties\nadd_ons: [{dare: {density: 1}}]", "dare has no option density, but rate"),
     (TWO + "merge_method: ties\nadd_ons: [{dare: {}}]", "add_ons: go with a rule:"),

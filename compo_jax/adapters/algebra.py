@@ -143,4 +143,7 @@ def _moved(base: Tree, delta: Tree, by: float, check_finite: bool) -> Tree:
     tree.require_like(delta, base, "the delta")
     if check_finite:
         tree.require_finite(delta, "the delta")
-    return tree.add(base, delta, by)
+    moved = tree.add(base, delta, by)
+    if check_finite:
+        tree.require_held(moved, base)
+    return moved

@@ -90,7 +90,10 @@ def scale_of(kinds: Sequence[Entry]) -> Scale:
             entry, kind = jax.tree.map(jnp.asarray, entry), kind_of(entry, kinds)
             return kind.total(kind.term(entry, factor), jnp.result_type(*jax.tree.leaves(entry)))
 
-        return tree.place({name: scaled(entry) for name, entry in entries(module, base, kinds).items()}, base)
+        held = entries(module, base, kinds)
+        made = {name: scaled(entry) for name, entry in held.items()}
+        tree.require_held(made, held)
+        return tree.place(made, base)
 
     return scale
 
@@ -142,7 +145,10 @@ def sum_of(kinds: Sequence[Entry]) -> Sum:
             raise ValueError(f"a sum needs one weight for each module: {len(weights)} were given for {count}")
         if not sums:
             raise ValueError("a sum needs at least one module with an entry")
-        return tree.place({name: kind.total(terms, dtype) for name, (kind, terms, dtype) in sums.items()}, base)
+        made = {name: kind.total(terms, dtype) for name, (kind, terms, dtype) in sums.items()}
+        if check_finite:
+            tree.require_held(made)
+        return tree.place(made, base)
 
     return sum_
 

@@ -23,6 +23,17 @@ def _inside(space: Space, rule: str, weights: Weights | None, stacked: Stacked, 
     return space.back(merge(rule, space.base, space.deltas, weights=weights, **options))
 
 
+def _require_of_deltas(rule: str) -> None:
+    """ValueError for a rule that tries the weights themselves on images."""
+    from compo_jax.compose.rules import find_rule
+
+    if tried := [what for what in find_rule(rule).needs if what in ("loss", "batches", "unlabelled")]:
+        raise ValueError(
+            f"the rule {rule!r} needs {', '.join(tried)}, to try the weights on, and here the task vector alone is "
+            f"merged: merge by {rule!r} first, then boost task_vector(merged, base) by compo_jax.compose.boost"
+        )
+
+
 def _require_free(rule: str) -> None:
     """ValueError for a rule that needs something of the weights as they are."""
     from compo_jax.compose.rules import find_rule
@@ -81,6 +92,7 @@ def boosted(
     **options: Any,
 ) -> Tree:
     """Another rule's task vector by Subspace Boosting, see `boost`."""
+    _require_of_deltas(rule)
     space = at_zero(base, deltas, check_finite=check_finite)
     delta = _inside(space, rule, weights, stacked, options | {"check_finite": check_finite})
     eps = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(list(deltas)))

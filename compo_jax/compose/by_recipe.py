@@ -11,7 +11,7 @@ from jaxtyping import Array, Key
 
 from compo_jax.compose.cards import Step, card_target, write_card
 from compo_jax.compose.checkpoints import Sources, open_sources, require_dtype
-from compo_jax.compose.depth import layer_scales, scaled_by_layer
+from compo_jax.compose.depth import layer_scales, moved_by_layer, scaled_by_layer, widened
 from compo_jax.compose.leaves import assembled
 from compo_jax.compose.mergekit import METHODS, Tensor
 from compo_jax.compose.parts import Part, divided, layer_places, require_base
@@ -20,7 +20,6 @@ from compo_jax.compose.rules import dare, lines, merge
 from compo_jax.compose.shards import Plan, Progress, target, write
 from compo_jax.compose.sparse import drop_each
 from compo_jax.compose.tails import breadcrumbs, della
-from compo_jax.files import local_path
 from compo_jax.tree import Tree
 
 
@@ -41,18 +40,17 @@ def merge_recipe(
     """
     out, kind = target(out, max_shard_size), require_dtype(recipe.out_dtype or recipe.dtype)
     card = card_target(card, out)
-    files = [str(recipe.folder / local_path(model.model)) for model in recipe.models]
-    base = None if recipe.base_model is None else str(recipe.folder / local_path(recipe.base_model))
+    files, base = recipe.checkpoints()
     require_base(recipe)
     also = [base] if base is not None and base not in files else []  # SLERP's first model
-    sources = open_sources([*files, *also], base, kind, check_finite)
+    sources = open_sources([*files, *also], base, kind, check_finite, [out, card])
     names = list(sources.like.floats())
     with sources.precision():
         parts = divided(recipe, names, layer_places(sources, names))
         params: dict[str, Any] = {}
         for number, part in enumerate(parts):
             key = jax.random.fold_in(jax.random.key(recipe.seed), number)
-            params |= (_by_rule if part.way.ours else _by_method)(part, sources, key)
+            params |= _by_rule(part, sources, names, key) if part.way.ours else _by_method(part, sources, key)
         steps = [part.step() for part in parts]
         with write_card(card, steps, sources.base, sources.models[: len(files)], recipe.text or None):
             write(out, Plan(sources.like, kind, check_finite, progress, max_shard_size), params)
@@ -72,32 +70,42 @@ def _by_method(part: Part, sources: Sources, key: Key[Array, ""]) -> Tree:
     return assembled(base, deltas, leaf, check_finite=sources.check_finite)
 
 
-def _by_rule(part: Part, sources: Sources, key: Key[Array, ""]) -> Tree:
+def _by_rule(part: Part, sources: Sources, names: list[str], key: Key[Array, ""]) -> Tree:
+    """`names` are all tensors of the checkpoint, for LiNeS counts the layers of the network."""
     sources = sources.turned_for(part.way.name, part.way.behind)
     base = sources.origin(part.names, part.base)
     deltas = sources.deltas(part.names, part.base, part.models)
     name, options = part.way.name, dict(part.overall[part.names[0]])
     options |= {"weights": part.each[part.names[0]].get("weight"), "check_finite": sources.check_finite}
+    after = None
     for add_on in part.way.add_ons:
         ((what, chosen),) = add_on.items()
-        if what == "lines" and chosen.get("when", "after") == "after":
-            name, options = "lines", options | chosen | {"rule": part.way.name}
+        if what == "lines":
+            factors = _by_depth(sources.origin(names, part.base), chosen)
+            if chosen.get("when", "after") == "after":
+                after = factors
+            else:
+                deltas = scaled_by_layer(deltas, factors)
         else:
-            deltas = _changed(what, base, deltas, key, chosen)
-            key = jax.random.fold_in(key, 1)
-    return sources.turned_back(merge(name, base, deltas, key=key, **options))
+            deltas, key = _changed(what, base, deltas, key, chosen), jax.random.fold_in(key, 1)
+    if after is None:
+        return sources.turned_back(merge(name, base, deltas, key=key, **options))
+    merged = merge(name, widened(base), deltas, key=key, **options)  # unrounded
+    return sources.turned_back(moved_by_layer(base, merged, after, check_finite=sources.check_finite))
+
+
+def _by_depth(network: Tree, options: Mapping[str, Any]) -> dict[str, Any]:
+    """LiNeS' factors of all tensors."""
+    defaults = {name: p.default for name, p in inspect.signature(lines).parameters.items()}
+    scales = [options.get(name, defaults[name]) for name in ("alpha", "beta", "stacked")]
+    return layer_scales(network, network, *scales)
 
 
 def _changed(what: str, base: Tree, deltas: list, key: Key[Array, ""], options: Mapping[str, Any]) -> list:
-    """The deltas after an add-on that goes before the rule."""
-    options = {name: value for name, value in options.items() if name != "when"}
+    """The deltas after an add-on that drops entries."""
     if what == "dare":
         rate = options.get("rate", inspect.signature(dare).parameters["rate"].default)
         return drop_each(key, deltas, rate, deferred=True)
     if what == "della":
         return della(base, deltas, key=key, deferred=True, **options)
-    if what == "breadcrumbs":
-        return breadcrumbs(base, deltas, deferred=True, **options)
-    defaults = {name: p.default for name, p in inspect.signature(lines).parameters.items()}
-    scales = [options.get(name, defaults[name]) for name in ("alpha", "beta", "stacked")]
-    return scaled_by_layer(deltas, layer_scales(base, deltas[0], *scales))
+    return breadcrumbs(base, deltas, deferred=True, **options)

@@ -63,24 +63,21 @@ def write_card(
     models: Sequence[Checkpoint],
     recipe: str | None = None,
 ) -> Iterator[None]:
-    """Writes the card after what is done within; the checkpoints are read before, as one of them may be replaced."""
-    text = None if path is None else card_text(steps, base, models, recipe)
+    """Writes the card after what is done within."""
     yield
-    if text is not None:
+    if path is not None:
         with replaced(path) as aside:
-            aside.write_text(text)
+            aside.write_text(card_text(steps, base, models, recipe))
 
 
 def card_text(
     steps: Sequence[Step], base: Checkpoint | None, models: Sequence[Checkpoint], recipe: str | None = None
 ) -> str:
     """The card: a YAML head, the rules with their options, the checkpoints' fingerprints, and the recipe."""
-    names = [str(checkpoint.path) for checkpoint in models]
-    head = {
-        "library_name": "compo_jax",
-        "tags": ["merge", "model-merging", "safetensors"],
-        "base_model": list(dict.fromkeys([*([str(base.path)] if base else []), *names])),
-    }
+    head: dict[str, Any] = {"library_name": "compo_jax", "tags": ["merge", "model-merging", "safetensors"]}
+    parents = [hub_name(checkpoint.path) for checkpoint in ([base] if base else []) + list(models)]
+    if None not in parents:  # the hub links them, and knows no folders of this machine
+        head["base_model"] = list(dict.fromkeys(parents))
     rows = [("base", base)] * (base is not None) + [(f"model {t}", model) for t, model in enumerate(models)]
     weights = steps[0].options.get("weights") if len(steps) == 1 else None
     known = np.shape(weights) == (len(models),)  # in a recipe each tensor may have others, and the base none
@@ -92,7 +89,7 @@ def card_text(
         *(f"| {step.rule} | {step.tensors} | {_options(step)} |" for step in steps), "",
         "| part | checkpoint | weight | SHA-256 |", "|---|---|---|---|",
         *(
-            f"| {role} | {file} | {share} | `{_fingerprint(file)}` |"
+            f"| {role} | {file.name} | {share} | `{_fingerprint(file)}` |"
             for (role, checkpoint), share in zip(rows, shares, strict=True)
             for file in checkpoint.files
         ),
@@ -100,6 +97,12 @@ def card_text(
     if recipe is not None:
         lines += ["", "The recipe:", "", "```yaml", recipe.rstrip(), "```"]
     return "\n".join(lines) + "\n"
+
+
+def hub_name(path: Path) -> str | None:
+    """OWNER/NAME of what huggingface_hub downloaded; None of other files."""
+    folder = next((part for part in path.parts if part.startswith("models--")), "")
+    return "/".join(folder.split("--")[1:]) or None
 
 
 def _options(step: Step) -> str:

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -129,12 +130,20 @@ class Sources(NamedTuple):
 
 
 def open_sources(
-    paths: Sequence[str | os.PathLike], base: str | os.PathLike | None, dtype: str | None, check_finite: bool
+    paths: Sequence[str | os.PathLike],
+    base: str | os.PathLike | None,
+    dtype: str | None,
+    check_finite: bool,
+    outs: Sequence[Path | None],
 ) -> Sources:
-    """The checkpoints; errors where one isn't whole or isn't there, and with all differences between them."""
+    """The checkpoints; errors where one isn't whole or isn't there, or is what is written, and with all differences
+    between them."""
     start = None if base is None else opened(base)
     sources = Sources(start, [opened(path) for path in paths], dtype is not None, check_finite)
     require_alike(sources.like, sources.models)
+    files = [file.resolve() for one in (*sources.models, *([start] if start else [])) for file in one.files]
+    if lost := [out for out in outs if out is not None and out.resolve() in files]:
+        raise ValueError(f"{lost[0]} is one of the checkpoints that are merged, and would be lost: give another name")
     return sources
 
 
@@ -158,7 +167,7 @@ def merge_files(
     angle) read the files twice.
 
     Args:
-      name: of `RULES`; not one that solves for all leaves at once (regmean, kronecker, ggn).
+      name: of `RULES`, of those that go leaf by leaf; not one that needs curvature, images or all leaves at once.
       paths: T checkpoints with the same tensors, in shapes and types, under the same names: files, indices of files
         (`model.safetensors.index.json`) or folders with one of both.
       out: either the whole file is there or, after an error, what was there before. Tensors and metadata are as in the
@@ -176,9 +185,10 @@ def merge_files(
     Rules that go by matrices see tensors whose name ends in `weight` turned to (in, out), for PyTorch has them as
     (out, in, ...); but for embeddings. Tensors of whole numbers aren't merged: they are the same in all checkpoints.
 
-    ValueError, before anything is written, for a file that is no complete safetensors file and for checkpoints that
-    differ, with all differences; FileNotFoundError for one that isn't there, and for the folder of `out`; what else
-    `merge` raises; OSError where the file can't be written, the disk is full say.
+    ValueError, before anything is written, for a file that is no complete safetensors file, for checkpoints that
+    differ, with all differences, and for an `out` or a `card` that is one of them; FileNotFoundError for one that isn't
+    there, and for the folder of `out`; what else `merge` raises; OSError where the file can't be written, the disk is
+    full say.
     """
     require_leafwise(name, options.get("rule"))
     if base is None and name not in WITHOUT_BASE:
@@ -187,7 +197,7 @@ def merge_files(
         raise ValueError(f"paths are the checkpoints to merge, a list of files, not {paths!r}")
     out, kind = target(out, max_shard_size), require_dtype(dtype)
     card = card_target(card, out)
-    sources = open_sources(paths, base, kind, check_finite)
+    sources = open_sources(paths, base, kind, check_finite, [out, card])
     names, sources = list(sources.like.floats()), sources.turned_for(name, options.get("rule"))
     with sources.precision():
         origin, deltas = sources.origin(names, base is not None), sources.deltas(names, base is not None)
@@ -212,6 +222,6 @@ def require_leafwise(name: str, behind: str | None) -> None:
         needs = [f"{what} ({MADE_BY[what]})" for what in find_rule(wrong).needs if what != "key"]
         beside = f", and needs {' and '.join(needs)}" if needs else ""
         raise ValueError(
-            f"the rule {wrong!r} solves for all leaves at once{beside}: it doesn't merge files leaf by leaf, as {able} "
+            f"the rule {wrong!r} takes all leaves at once{beside}: it doesn't merge files leaf by leaf, as {able} "
             "do. Load the checkpoints, and call merge"
         )

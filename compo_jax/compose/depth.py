@@ -1,7 +1,7 @@
 """Where a leaf is in the network's depth: the layers of a stack on axis 0, and those that are numbered in paths."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,8 @@ from compo_jax.compose.leaves import Stacked, assembled, layers
 from compo_jax.compose.numbers import Scalar, require_number, wide_number
 from compo_jax.tree import Tree
 
-_NUMBER = re.compile(r"(?:^|[/.])(\d+)(?=[/.])")  # of a layer: blocks/3/kernel, encoder.layer.3.weight
+#: Of a layer: blocks/3/kernel, encoder.layer.3.weight, and as Flax has it blocks/Block_3/kernel.
+_NUMBER = re.compile(r"(?:^|[/.])(?:[^/.]*(?:[Bb]lock|[Ll]ayer)_)?(\d+)(?=[/.])")
 
 
 class Depth(NamedTuple):
@@ -41,9 +42,13 @@ def depths(base: Tree, delta: Tree, stacked: Stacked) -> dict[str, Depth]:
         if name in of_layers:
             match = next(m for pattern in patterns(stacked) if (m := re.search(pattern, name)))
             places[name] = Depth(name[: match.end()], 0, np.shape(leaf)[0])
-        elif match := _NUMBER.search(name):
-            places[name] = Depth(name[: match.start(1)], int(match[1]), None)
-    return places
+    return places | {name: place for name, place in _numbered(tree.names(delta)).items() if name not in places}
+
+
+def _numbered(names: Iterable[str]) -> dict[str, Depth]:
+    """Of the leaves with a number in their paths."""
+    found = {name: match for name in names if (match := _NUMBER.search(name))}
+    return {name: Depth(name[: match.start(1)], int(match[1]), None) for name, match in found.items()}
 
 
 def layer_scales(base: Tree, delta: Tree, alpha: Scalar, beta: Scalar, stacked: Stacked = STACKED) -> dict[str, Any]:
@@ -59,8 +64,8 @@ def layer_scales(base: Tree, delta: Tree, alpha: Scalar, beta: Scalar, stacked: 
             "no leaf is in a layer: none matches the patterns stacked=, and no path has a layer's number in it, as "
             f"blocks/3/kernel has. The modules change {', '.join(tree.names(delta))}"
         )
-    last: dict[str, int] = {}
-    for stack, first, count in places.values():
+    last: dict[str, int] = {}  # of the network, for modules may change the first layers alone
+    for stack, first, count in (*places.values(), *_numbered(tree.names(base)).values()):
         last[stack] = max(last.get(stack, 0), first + (count or 1) - 1)
 
     def factor(name):

@@ -97,8 +97,9 @@ def emr(base: Tree, deltas: Sequence[Tree], *, check_finite: bool = True) -> Uni
         return entrywise(function, list(rows), (), dtype or tree.wide_type(*rows))
 
     vector = jax.tree.map(lambda *rows: one(_elected, *rows), *deltas)
+    wide = tree.wide_type(*jax.tree.leaves(vector))
     masks = [jax.tree.map(lambda x, v: one(_agrees, x, v, dtype=bool), delta, vector) for delta in deltas]
-    scales = jnp.stack([jnp.asarray(_emr_scale(deltas, t), jnp.float32) for t in range(len(deltas))])
+    scales = jnp.stack([jnp.asarray(_emr_scale(deltas, t), wide) for t in range(len(deltas))])
     return Unified(vector, masks, scales)
 
 

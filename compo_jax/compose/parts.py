@@ -113,7 +113,7 @@ def _parts_of(recipe: Recipe, way: Way, names: list[str], layers: Mapping[str, f
 
 def _models(recipe: Recipe, way: Way) -> tuple[list[int], bool]:
     """(numbers of the models that are merged, whether their differences from the base are)."""
-    files, base = [model.model for model in recipe.models], recipe.base_model
+    files, base = recipe.checkpoints()
     others, everything = [t for t, file in enumerate(files) if file != base], list(range(len(files)))
     kind = "either" if way.ours else METHODS[way.name].base
     if kind == "first":
@@ -132,8 +132,8 @@ def require_base(recipe: Recipe) -> None:
     }
     if recipe.base_model is None and (needing := [n for n, kind in kinds.items() if kind in ("needed", "first")]):
         raise ValueError(f"{needing[0]} wants a base_model:, the checkpoint that the models were trained from")
-    files = [None, *(model.model for model in recipe.models)]
-    if recipe.base_model not in files and all(kind == "none" for kind in kinds.values()):
+    files, base = recipe.checkpoints()
+    if base is not None and base not in files and all(kind == "none" for kind in kinds.values()):
         raise ValueError(f"{next(iter(kinds))} takes no base_model: leave it out, or put it among the models")
 
 
@@ -147,10 +147,15 @@ def _known(way: Way) -> set[str] | None:
     return None if options is None else {*options, *also, *({"task"} & set(rule.needs + rule.takes))}
 
 
+def _known_of_models(way: Way) -> set[str]:
+    """The parameters that each model has its own value of."""
+    return {"weight"} & (_known(way) or {"weight"}) if way.ours else set(METHODS[way.name].each)
+
+
 def _require_parameters_somewhere(recipe: Recipe, ways: Sequence[Way]) -> None:
     """ValueError for a parameter that no method of the recipe has; a group's, that its own hasn't."""
-    everywhere = [_known(way) for way in ways]
-    places = [(f"models[{t}]", model.parameters, everywhere) for t, model in enumerate(recipe.models)]
+    everywhere, of_models = [_known(way) for way in ways], [_known_of_models(way) for way in ways]
+    places = [(f"models[{t}]", model.parameters, of_models) for t, model in enumerate(recipe.models)]
     places.append(("the recipe", recipe.parameters, everywhere))
     places += [(f"groups[{n}]", group.parameters, [_known(group)]) for n, group in enumerate(recipe.groups)]
     for where, parameters, known in places:
@@ -159,9 +164,12 @@ def _require_parameters_somewhere(recipe: Recipe, ways: Sequence[Way]) -> None:
         there = sorted(set().union(*known))
         if wrong := [what for what in parameters if what not in there]:
             of = ", ".join(dict.fromkeys(way.name for way in ways))
+            one = " for one model" if known is of_models else ""
             raise ValueError(
-                f"{where} has a parameter {', '.join(wrong)} that {of} doesn't take: "
+                f"{where} has a parameter {', '.join(wrong)} that {of} doesn't take{one}: "
                 f"there are {', '.join(there) or 'none'}"
+                + "; those of the whole merge stand under the recipe's own parameters:"
+                * (known is of_models)
             )
 
 

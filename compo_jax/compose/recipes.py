@@ -121,6 +121,15 @@ class Recipe(Way):
     folder: Path = Path()
     text: str = ""
 
+    def checkpoints(self) -> tuple[list[str], str | None]:
+        """(the models' paths, the base's, which is one of them where both name the same file)."""
+        files = [self.folder / local_path(model.model) for model in self.models]
+        if self.base_model is None:
+            return list(map(str, files)), None
+        base = self.folder / local_path(self.base_model)
+        same = next((file for file in files if file.resolve() == base.resolve()), base)
+        return list(map(str, files)), str(same)
+
 
 _LANGUAGE = "what belongs to a tokenizer isn't merged: leave it out, and copy the files from one of the models"
 _REFUSED = {

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from compo_jax.files import INDEX, local_path, replaced, safetensors_file, weight_files
+from compo_jax.files import INDEX, index_file, local_path, replaced, safetensors_file, weight_files, weight_map
 
 #: The types that are merged; tensors of others (counts, masks) are the same in all checkpoints, and are copied.
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
@@ -70,13 +70,26 @@ class Checkpoint(NamedTuple):
 
 def opened(path: str | os.PathLike) -> Checkpoint:
     """The headers of a checkpoint: a file, an index of files or a folder; ValueError where a file is none, or isn't
-    whole, FileNotFoundError where one isn't there."""
+    whole, or an index isn't true, FileNotFoundError where one isn't there."""
     path, tensors, metadata = local_path(path), {}, {}
-    files = weight_files(path)
+    files, index = weight_files(path), index_file(path)
+    listed = None if index is None else weight_map(index)
     for file in files:
         theirs, about = _header(file)
+        if listed is not None:
+            theirs = {name: tensor for name, tensor in theirs.items() if listed.get(name, file) == file}
+        if twice := [name for name in theirs if name in tensors]:
+            raise ValueError(
+                f"{path} has {', '.join(twice[:5])} in two files, {tensors[twice[0]].file.name} and {file.name}, and "
+                "no index says in which one to read it: bring the checkpoint again from where it came"
+            )
         tensors |= theirs
         metadata |= about
+    if lacking := [f"{name} ({file.name})" for name, file in (listed or {}).items() if name not in tensors]:
+        raise ValueError(
+            f"{path}: its index names files that lack {', '.join(lacking[:5])}{' and others' * (len(lacking) > 5)}: "
+            "bring the checkpoint again from where it came"
+        )
     return Checkpoint(path, files, tensors, metadata or None)
 
 

@@ -2,8 +2,9 @@
 what it makes is written back.
 
 Matrices are as in `matrices`; other leaves go through as they are. Both spaces lose nothing, so that rules that are
-linear, such as the average, make the same in them as without. What `Space.deltas` hold can be given to a rule of your
-own; the rules "knots" and "core_space" do it for those of `RULES`.
+linear, such as the average, make the same in them as without; but for deltas in 16 bits that are weaker than the
+rounding errors of another module's, which `knots_space` takes for such errors. What `Space.deltas` hold can be given to
+a rule of your own; the rules "knots" and "core_space" do it for those of `RULES`.
 """
 
 import functools
@@ -217,8 +218,10 @@ def core_space(base: Tree, modules: Sequence[Tree], *, stacked: Stacked = STACKE
         # a full delta is its factor on both sides
         pairs = [(x.a, x.b) if isinstance(x, _Product) else (x, x) for x in leaves]
         lefts, rights = ([_matrices(x, of_layers) for x in side] for side in zip(*pairs, strict=True))
-        left, _ = _bases(jnp.concatenate(lefts, axis=2), leaves)
-        right, _ = _bases(jnp.concatenate(rights, axis=1).swapaxes(1, 2), leaves)
+        # factors are what they are, however weak one module is beside another: deltas alone have errors of rounding
+        rounded = [x for x in leaves if not isinstance(x, _Product)] or lefts
+        left, _ = _bases(jnp.concatenate(lefts, axis=2), rounded)
+        right, _ = _bases(jnp.concatenate(rights, axis=1).swapaxes(1, 2), rounded)
         cores = []
         for x, a, b in zip(leaves, lefts, rights, strict=True):
             core = product(left.swapaxes(1, 2), a)

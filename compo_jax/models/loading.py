@@ -187,7 +187,15 @@ def _sharded(index: Path, layouts: Sequence[Layout]) -> dict[str, np.ndarray]:
     arrays = {}
     for path in sorted(set(weights.values())):
         with safetensors_file(path) as file:
-            arrays |= {key: file.get_tensor(key) for key in file.offset_keys() if key in kept}
+            there = set(file.offset_keys())
+            mine = {key for key in kept if weights[key] == path}
+            if lacking := sorted(mine - there):
+                others = " and others" * (len(lacking) > 5)
+                raise ValueError(
+                    f"{index} says that {path.name} holds {', '.join(lacking[:5])}{others}, which it lacks: bring the "
+                    "checkpoint again from where it came"
+                )
+            arrays |= {key: file.get_tensor(key) for key in mine}
     return arrays
 
 
