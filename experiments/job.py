@@ -5,7 +5,7 @@ import logging
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from rich.markup import escape
 from compo_jax.memory import keep_memory
 
 if TYPE_CHECKING:
-    from compo_jax.data import TaskStream
+    from compo_jax.data import Task, TaskStream
 
 console = Console()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -30,6 +30,13 @@ def divisible(batch: int, option: str) -> None:
 
     if batch % (devices := jax.device_count()):
         raise ValueError(f"{option} {batch} can't be divided among {devices} devices: choose a multiple of {devices}")
+
+
+def enough_images(tasks: Iterable["Task"], wanted: int, option: str) -> None:
+    """ValueError where a task has fewer training images than are wanted of each."""
+    task = min(tasks, key=lambda task: len(task.train))
+    if wanted > (count := len(task.train)):
+        raise ValueError(f"{option} {wanted} is more than the {count} training images of {task.name!r}: name fewer")
 
 
 def tell_images(stream: "TaskStream", images: int | None) -> None:

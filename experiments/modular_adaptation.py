@@ -141,6 +141,10 @@ def main(arguments: list[str] | None = None) -> None:
     stream = open_domains(options.stream)
     domains = {task.name: task for task in stream.tasks}
     targets = [domains[name] for name in options.stream.targets or stream.held_out or domains]
+    for target in targets:
+        job.enough_images(stream.sources(target.name), options.training.batch, "--batch")
+        if options.adapting.methods:
+            job.enough_images([target], options.adapting.adapt_batch, "--adapt-batch")
     classes = (len(stream.tasks[0].classes),) * len(stream.sources(targets[0].name))
     net = ModularNet(classes, shared_head=True, **vars(options.net))
     with modular_job.opened(options, stream, net) as session:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import job
 import modular_options
 from job import closing, console
 from modular_options import Multitask as Options
@@ -195,6 +196,7 @@ def some(split: data.Split, count: int) -> data.Split:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     stream = modular_job.open_tasks(options)
+    job.enough_images(stream.tasks, options.training.batch, "--batch")
     classes = tuple(len(task.classes) for task in stream.tasks)
     methods = arms(options.net, classes)
     first = next(name for name, arm in methods.items() if arm.train is learned)
@@ -207,10 +209,10 @@ def main(arguments: list[str] | None = None) -> None:
                 console.print(f"seed {seed}: {name} {100 * made.accuracy.mean():.1f} % in {made.seconds:.0f} s")
         reached = {name: stacked(made) for name, made in results.items()}
         analysis = analysed(session, first, methods[first].net, reached[first])
-        names, job = tuple(task.name for task in stream.tasks), modular_job.about(session, methods[first].net)
+        names, about = tuple(task.name for task in stream.tasks), modular_job.about(session, methods[first].net)
         kinds = {arm.net.route: arm.net for arm in methods.values() if arm.train is learned}
         rates = {kind: modular_job.route_rate(options, net) for kind, net in kinds.items()}
-        whole = MultitaskResults(job, names, np.array(classes), rates, reached, analysis)
+        whole = MultitaskResults(about, names, np.array(classes), rates, reached, analysis)
         modular_job.finish(session, whole, report.multitask_page, report.multitask_table)
 
 

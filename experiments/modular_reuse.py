@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import job
 import modular_options
 from job import closing, console
 from modular_options import Reuse as Options
@@ -93,6 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     stream = modular_job.open_tasks(options)
     task = data.pooled(stream)
+    job.enough_images([task], options.training.batch, "--batch")
     methods = orders(options.net, len(task.classes))
     deep = next(order.net for name, order in methods.items() if name.startswith(LEARNED))
     with modular_job.opened(options, stream, deep) as session:

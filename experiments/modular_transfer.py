@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import job
 import modular_options
 from job import closing, console
 from modular_options import CLOSED, CONTROLS
@@ -161,6 +162,9 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(f"left out: {options.new.held_out}")
     first = network_of(options, (len(stream.tasks[0].classes),))
     divisions = [divided(stream, options.new.held_out, seed) for seed in options.place.seeds]
+    for division in divisions:
+        job.enough_images(division.sources, options.training.batch, "--batch")
+        job.enough_images(division.new, options.new.new_batch, "--new-batch")
     with modular_job.opened(options, stream, first) as session:
         sources, results = [], {budget: [] for budget in options.new.budgets}
         for division in divisions:

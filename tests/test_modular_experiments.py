@@ -145,6 +145,12 @@ def test_blocks_are_used_twice_at_equal_parameters(tmp_path):
         ("adaptation", ["--targets", "snow"], "no domain is called snow"),
         ("adaptation", ["--label", "coarse_label"], "--label plays no part with rendered"),
         ("adaptation", ["--data", "rendered-corrupted", "--targets", "fog", "fog-5"], "all held out or none is"),
+        ("multitask", ["--batch", 100_000], "--batch 100000 is more than the 48 training images of 'arabic'"),
+        ("transfer", ["--tasks", 2, "--batch", 56], "--batch 56 is more than the 48 training images of '"),
+        ("transfer", ["--tasks", 2, "--new-batch", 56], "--new-batch 56 is more than the 48 training images of '"),
+        ("adaptation", ["--batch", 72], "--batch 72 is more than the 60 training images of '"),
+        ("adaptation", ["--adapt-batch", 72], "--adapt-batch 72 is more than the 60 training images of 'clean'"),
+        ("reuse", ["--tasks", 2, "--batch", 104], "--batch 104 is more than the 96 training images of 'glyphs'"),
         ("reuse", ["--patch", 3], "can't be cut into patches of 3"),
     ],
 )
