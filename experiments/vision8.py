@@ -272,14 +272,14 @@ def opened(options: Options) -> Opened:
     stream, head = next(iter(streams.values())), None
     if any(not 2 <= n < len(stream.tasks) for n in options.merging.together):
         raise ValueError(f"--together is two tasks at least and less than all, and there are {len(stream.tasks)}")
+    for one in streams.values():
+        job.enough_images(one.tasks, options.training.batch, "--batch")
+        if set(options.training.kinds) - set(LINEAR):
+            job.enough_images(one.tasks, options.merging.curvature_images, "--curvature-images")
     if texts.zero_shot:
         model, described = model.copy(unit=True), f"{described}, heads of {texts.zero_shot.name}'s texts"
         width = incremental.feature_width(model, base, stream)
         head = zero_shot_head(texts.zero_shot, stream, width, where.activation, texts.token_ids)
-    fewest = min(len(task.train) for stream in streams.values() for task in stream.tasks)
-    merged = set(options.training.kinds) - set(LINEAR)
-    if max(options.merging.curvature_images if merged else 1, options.training.batch) > fewest:
-        raise ValueError(f"a task has {fewest} training images: --curvature-images and --batch are as many at most")
     return Opened(model, base, described, streams, validation, head)
 
 

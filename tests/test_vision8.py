@@ -77,7 +77,9 @@ def test_a_head_is_the_regression_on_the_features_themselves():
 def test_what_cannot_be_merged_is_told(tmp_path):
     for arguments, told in (
         (["--data-dir", tmp_path, "--data", "glyphs"], "--data-dir plays no part with glyphs"),
-        (["--curvature-images", 4000], "a task has .* training images: --curvature-images and --batch are as many"),
+        (["--images", 60], "--curvature-images 64 is more than the 60 training images of 'arabic': name fewer"),
+        (["--images", 60, "--batch", 64], "--batch 64 is more than the 60 training images of 'arabic'"),
+        (["--images", 60, "--kinds", "tak", "--batch", 56], "--batch 56 is more than the 48 training images of"),
         (["--data", "mnist", "dtd64"], "mnist needs data_dir"),
         (["--kinds", "linear", "--strengths", 5], "--strengths plays no part without tak among --kinds"),
         (["--kinds", "full", "--rank", 4], "--rank plays no part without lora among --kinds"),
