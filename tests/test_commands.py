@@ -18,6 +18,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from compo_jax import compose, incremental, modular
 from compo_jax.data import ArraySplit, Task, TaskStream
+from compo_jax.incremental import finished
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import job
@@ -307,6 +308,12 @@ def cut(file):
     file.write_bytes(file.read_bytes()[:-20])
 
 
+def strange(folder, config=None):
+    """A run without a reference head, with these settings or none."""
+    (folder / "reference.npz").unlink()
+    (folder / "config.json").unlink() if config is None else (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The files of a finished run that are read when it is opened, without a pool."""
@@ -315,7 +322,7 @@ def made(tmp_path_factory):
     config = {
         "data": "glyphs", "data_dir": None, "tasks": 2, "seed": 0, "by": None, "train_split": None, "test_split": None,
         "classes": 2, "images": 2, "backbone": None, "heads": None, "image_size": None, "dtype": "float32",
-        "methods": ["ita-lora"],
+        "methods": ["ita-lora"], "epochs": 1,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.json").write_text("{}")
@@ -335,6 +342,10 @@ def made(tmp_path_factory):
         (lambda f: cut(f / "reference.npz"), "reference.npz, the run's reference head, is damaged"),
         (lambda f: (f / "reference.npz").write_bytes(b""), "reference.npz, the run's reference head, is damaged"),
         (lambda f: np.savez(f / "reference.npz", kernel=np.zeros((96, 3)), bias=np.zeros(3)), "of another run"),
+        (lambda f: (f / "reference.npz").unlink(), "made by another version: it lacks the reference head"),
+        (lambda f: strange(f, {"adapt_steps": 3}), "run is no run of experiments/incremental.py but of modular_adapta"),
+        (lambda f: strange(f, {"steps": 3}), r"run is no run of experiments/incremental.py, as the settings in config"),
+        (lambda f: strange(f), "is no run of experiments/incremental.py: it has neither config.json nor reference.npz"),
     ],
 )
 def test_a_damaged_run_is_told_with_its_file(made, tmp_path, damage, told):
@@ -342,6 +353,16 @@ def test_a_damaged_run_is_told_with_its_file(made, tmp_path, damage, told):
     damage(folder)
     with pytest.raises(ValueError, match=told):
         incremental.open_finished(folder)
+
+
+def test_every_other_script_is_told_by_a_setting_of_its_own():
+    kinds = {"vision8.py": load("vision8_options").Options, "incremental.py": load("incremental_options").Options}
+    names = ("multitask", "transfer", "adaptation", "reuse")
+    kinds |= {f"modular_{name}.py": getattr(load("modular_options"), name.capitalize()) for name in names}
+    settings = {script: {name for name, *_ in fields(kind)} for script, kind in kinds.items()}
+    assert "epochs" in settings["incremental.py"] and finished._OTHERS.keys() == kinds.keys() - {"incremental.py"}
+    for script, setting in finished._OTHERS.items():
+        assert [name for name, of_script in settings.items() if setting in of_script] == [script]
 
 
 def test_runs_that_do_not_belong_together_are_refused(made, tmp_path, monkeypatch):

@@ -19,6 +19,12 @@ from compo_jax.pool import ModulePool
 from compo_jax.train import read_json
 from compo_jax.tree import Tree
 
+# Scripts whose runs are no streams, and a setting that only theirs have.
+_OTHERS = {
+    "vision8.py": "curvature_images", "modular_multitask.py": "harden_steps", "modular_transfer.py": "budgets",
+    "modular_adaptation.py": "adapt_steps", "modular_reuse.py": "times",
+}  # fmt: skip
+
 
 class FinishedRun(NamedTuple):
     """What a run's folder and its settings give back.
@@ -50,6 +56,21 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
+def _refuse_others(folder: Path) -> None:
+    """ValueError for a folder that its settings tell to be another script's, finished or not."""
+    if not (folder / "config.json").exists():
+        if (folder / "metrics.json").exists() and not (folder / "reference.npz").exists():
+            raise ValueError(
+                f"{folder} is no run of experiments/incremental.py: it has neither config.json nor reference.npz"
+            )
+        return
+    config = _object(folder / "config.json")
+    made_by = next((script for script, setting in _OTHERS.items() if setting in config), None)
+    if made_by or ("epochs" not in config and not (folder / "reference.npz").exists()):
+        of = f" but of {made_by}" if made_by else ""
+        raise ValueError(f"{folder} is no run of experiments/incremental.py{of}, as the settings in config.json tell")
+
+
 def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> FinishedRun:
     """Opens the folder of a finished run of experiments/incremental.py.
 
@@ -59,6 +80,7 @@ def open_finished(folder: str | Path, data_dir: str | Path | None = None) -> Fin
     ValueError where there is no finished run, FileNotFoundError where its data or its backbone are gone.
     """
     folder = local_path(folder)
+    _refuse_others(folder)
     if not (folder / "metrics.json").exists():
         raise ValueError(f"{folder} holds no finished run: make one with experiments/incremental.py")
     _object(folder / "metrics.json")
