@@ -201,7 +201,7 @@ class NewTask:
     held_out: Count = 1
     """tasks left out, drawn by the seed"""
     budgets: Annotated[tuple[int, ...] | None, number(int, 0, many="*"), OPEN] = None
-    """labelled images of each class of a new task; 0 for all (default: the set's)"""
+    """labelled images of each class of a new task, 2 at least; 0 for all (default: the set's)"""
     methods: Annotated[tuple[str, ...], names(WAYS)] = WAYS
     """what of its network is trained; scratch and three controls beside"""
     new_steps: OpenCount = None

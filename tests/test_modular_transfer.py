@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import scipy.special
 from modular_cases import ONE_DEVICE, changed, identical, small, stream
+from sklearn.model_selection import cross_val_score
+from sklearn.neighbors import NearestCentroid
 
 from compo_jax import tree
 from compo_jax.data import Task
@@ -31,6 +33,7 @@ from compo_jax.modular import (
     take_tasks,
     transfer,
 )
+from compo_jax.modular.parts import _centroid_accuracy
 
 PICTURES = stream()
 SETTINGS = Settings(steps=20, batch=6, estimate=3)
@@ -73,6 +76,26 @@ def test_the_nearest_source_is_told_by_two_images_of_each_class():
     one_each = ArraySplit(split.images(np.arange(3)), split.labels[:3])
     with pytest.raises(ValueError, match="a class has 1 images, .* two of each or more"):
         nearest_source(network, PICTURES.prepare, one_each)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("each", [2, 5])
+def test_the_nearest_source_is_told_without_a_warning(each):
+    """Of two images of each class a fold learns from one, and no feature varies within a class."""
+    split = PICTURES.tasks[0].train
+    rows = np.concatenate([np.flatnonzero(split.labels == c)[:each] for c in range(3)])
+    assert nearest_source(small(), PICTURES.prepare, ArraySplit(split.images(rows), split.labels[rows])) in (0, 1)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("each", [2, 5])
+def test_nearest_centroids_are_as_scikit_learn_has_them(each):
+    labels = np.tile(np.arange(3), each)
+    features = np.random.default_rng(0).normal(size=(3 * each, 4)).astype(np.float32) + labels[:, None] / 2
+    features[:, 1] = 0  # a feature that is dead
+    for x in (features, features[::-1].copy()):
+        expected = cross_val_score(NearestCentroid(), x, labels, cv=each).mean()
+        np.testing.assert_allclose(_centroid_accuracy(x, labels, each), expected)
 
 
 def test_an_unknown_part_is_told():

@@ -53,9 +53,6 @@ def nearest_source(network: Network, prepare: Prepare, split: Split, images: int
     By the accuracy of nearest centroids on the features, cross-validated in at most five folds, on about as many images
     in all; batch statistics are those of the images. ValueError where a class has fewer than two images.
     """
-    from sklearn.model_selection import cross_val_score
-    from sklearn.neighbors import NearestCentroid
-
     net, counts = network.net, np.bincount(split.labels)
     if counts.min() < 2:
         raise ValueError(f"a class has {counts.min()} images, and the nearest source is told by two of each or more")
@@ -70,5 +67,19 @@ def nearest_source(network: Network, prepare: Prepare, split: Split, images: int
         )[0]
     )(network.variables, prepare(split.images(rows)))  # fmt: skip
     folds = int(min(5, np.bincount(labels).min()))
-    scores = [cross_val_score(NearestCentroid(), np.asarray(x), labels, cv=folds).mean() for x in features]
-    return int(np.argmax(scores))
+    return int(np.argmax([_centroid_accuracy(np.asarray(x), labels, folds) for x in features]))
+
+
+def _centroid_accuracy(features: np.ndarray, labels: np.ndarray, folds: int) -> float:
+    """Cross-validated, of nearest centroids; one image of a class is enough to learn from.
+
+    scikit-learn's NearestCentroid divides by the images that are more than classes, of which there may be none.
+    """
+    from sklearn.metrics import pairwise_distances_argmin
+    from sklearn.model_selection import StratifiedKFold
+
+    scores = []
+    for train, test in StratifiedKFold(folds).split(features, labels):
+        centroids = [features[train][labels[train] == c].mean(0) for c in range(labels.max() + 1)]
+        scores.append(np.mean(pairwise_distances_argmin(features[test], np.stack(centroids)) == labels[test]))
+    return float(np.mean(scores))
