@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 
-from compo_jax import adapters, compose, curvature, tree
+from compo_jax import adapters, compose, curvature, incremental, tree
 from compo_jax.pool import ModulePool
 
 X = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
@@ -105,9 +105,9 @@ def test_a_pool_of_its_modules_is_composed_and_merged(model, tmp_path):
     adapter, pool = adapters.lora(1, model.pattern, stacked=()), ModulePool(tmp_path)
     modules = [trained(model, adapter, seed) for seed in (1, 2)]
     for name, module in zip("ab", modules, strict=True):
-        pool.add(name, tree.nested(module), base=model.params, adapter=adapter)
+        pool.add(name, module, base=model.params, adapter=adapter)
     fisher = curvature.fisher_diagonal(model.apply, model.params, X)
-    pool.attach("a", curvature=fisher._replace(total=tree.nested(fisher.total)))
+    pool.attach("a", curvature=fisher)
     again = pool.load("a")
     for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(tree.nested(modules[0])), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -124,6 +124,45 @@ def test_a_pool_of_its_modules_is_composed_and_merged(model, tmp_path):
     np.testing.assert_allclose(
         jax.tree.leaves(merged)[0], jax.tree.leaves(compose.fisher_merge(deltas, [fisher, fisher]))[0], rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_pool_keeps_its_modules_and_their_curvature_as_dictionaries(model, kind, tmp_path):
+    """The same bytes as of what was made dictionaries by hand, and the same merge."""
+    adapter = adapters.lora(1, model.pattern, stacked=()) if kind == "lora" else adapters.full(model.pattern)
+    pool, by_hand = ModulePool(tmp_path / "a"), ModulePool(tmp_path / "b")
+    deltas, fishers = [], []
+    for seed, name in enumerate("ab"):
+        module = trained(model, adapter, seed)
+        deltas.append(adapter.delta(module, model.params))
+        fishers.append(curvature.fisher_diagonal(model.apply, tree.add(model.params, deltas[-1]), X))
+        plain = fishers[-1]._replace(total=tree.nested(fishers[-1].total))
+        made = pool.add(name, module, base=model.params, adapter=adapter, curvature=fishers[-1])
+        other = by_hand.add(name, tree.nested(module), base=model.params, adapter=adapter, curvature=plain)
+        assert (made.parts, made.base_leaves) == (other.parts, other.base_leaves)
+    assert pool.attach("b", curvature=fishers[1]).parts == made.parts and not pool.check()
+    assert tree.names(pool.curvature("a").total) == sorted(tree.names(model.params))
+    merged = incremental.merge_pool("fisher", pool, model.params)
+    assert jax.tree.structure(merged) == jax.tree.structure(model.params)
+    expected = compose.merge("fisher", model.params, deltas, fishers=fishers)
+    for one, other in zip(*map(jax.tree.leaves, (merged, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pool_refuses_what_no_base_would_bring_back(model, tmp_path):
+    """Other containers than a framework's, and parts that aren't of the base's parameters."""
+    adapter, pool = adapters.full(model.pattern), ModulePool(tmp_path)
+    module = trained(model, adapter, 1)
+    for odd, told in (
+        ((module,), "a tuple"),
+        ({"x": module}, f"a {type(module).__name__}"),
+        (Model(*"abcd"), "a Model"),
+    ):
+        with pytest.raises(ValueError, match=f"part 'module' has {told} "):
+            pool.add("m", odd, base="0" * 64, adapter="full")
+    with pytest.raises(ValueError, match=f"part 'head' has a {type(module).__name__} "):
+        pool.add("m", module, base=model.params, adapter=adapter, head=module)
+    assert not pool.names()
 
 
 @pytest.mark.parametrize("rule", ["average", "wudi", "core_space", "emr", "tsv", "ties"])

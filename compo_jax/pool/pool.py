@@ -142,7 +142,9 @@ class ModulePool:
 
         Args:
           name: letters, digits, `.`, `_`, `-`.
-          module: nested dictionaries and lists of arrays, with None holes. It comes back with the same bits.
+          module: nested dictionaries and lists of arrays, with None holes. It comes back with the same bits. One of
+            NNX or Equinox is stored as dictionaries (`tree.nested`), and so is curvature of their parameters; `deltas`
+            and `compose` put them into the containers of the base.
           base: the parameters that the module was trained on, or their `tree.fingerprint`.
           adapter: an `Adapter`, which knows its own settings, or the name of one and its `settings`.
           task, classes, metrics, seed, extra: kept in the manifest; plain values.
@@ -158,7 +160,7 @@ class ModulePool:
         unknown adapter and for a module or a curvature that doesn't fit it or its base, TypeError for settings that are
         not plain or no curvature, OSError where the folder cannot be written. After any of them the pool is as it was.
         """
-        target = self.path / search.checked(name, "module")
+        target, module = self.path / search.checked(name, "module"), storage.in_dictionaries(module)
         if isinstance(adapter, adapters.Adapter):
             adapter, settings = adapter.name, adapter.settings if settings is None else settings
         changes.require_replaceable(target, overwrite)

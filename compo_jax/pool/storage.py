@@ -65,7 +65,8 @@ def stored(
     kinds = {}
     if curvature is not None:
         packed = pack(curvature)
-        parts, kinds = parts | {curvatures.part(packed.kind): packed.arrays}, {packed.kind: packed.plain}
+        of_curvature = {key: in_dictionaries(value) for key, value in packed.arrays.items()}
+        parts, kinds = parts | {curvatures.part(packed.kind): of_curvature}, {packed.kind: packed.plain}
     checked_parts = {part: arrays(part, value) for part, value in parts.items()}
     if empty := [part for part, value in checked_parts.items() if not jax.tree.leaves(value)]:
         raise ValueError(f"there is no array in part {empty[0]!r} of module {name!r}")
@@ -74,6 +75,13 @@ def stored(
         if check_finite:
             tree.require_finite(curvatures.measured(part, value), f"part {part!r} of module {name!r}")
     return checked_parts, kinds
+
+
+def in_dictionaries(value: Tree) -> Tree:
+    """What lies in another framework's container, a State of NNX or a module of Equinox say, in dictionaries, which
+    find their place in such a base by their paths (`tree.regrown`); what is none as it is."""
+    ours = isinstance(value, dict | list | tuple | None)
+    return value if ours or jax.tree_util.all_leaves([value]) else tree.nested(value)
 
 
 def arrays(part: str, value: Tree, path: str = "") -> Tree:
