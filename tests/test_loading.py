@@ -263,6 +263,13 @@ def test_folders_that_are_no_checkpoints_are_told(tmp_path):
         (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=f"bare: (.|\n)*{told}"):
             load(tmp_path / "bare")
+    resnet = {name: np.ones(2, np.float32) for name in ("conv1.weight", "bn1.bias", "fc.bias")}
+    safetensors.numpy.save_file(resnet, tmp_path / "bare" / "model.safetensors")
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(
+        ValueError, match=r"^\S*bare: none of the 3 arrays \(\S+, \S+, \S+\) is called as those of a ViT"
+    ):
+        load(tmp_path / "bare")
     (tmp_path / "bare" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is no JSON .*: bring it again"):
         load(tmp_path / "bare")

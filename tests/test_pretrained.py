@@ -13,7 +13,7 @@ from scipy.special import erf
 from vit_arrays import HEADS, hollow, names_and_shapes, random_arrays, random_images
 
 from compo_jax import tree
-from compo_jax.models import ViT, architecture, from_timm, load, to_timm
+from compo_jax.models import ViT, architecture, from_hf, from_openai_clip, from_timm, load, to_timm
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
@@ -198,8 +198,14 @@ def test_a_part_that_is_there_in_part_is_listed():
 
 def test_foreign_names_are_an_error():
     prefixed = {f"module.{name}": array for name, array in random_arrays().items()}
-    with pytest.raises(ValueError, match=r"missing \(18\)(.|\n)*unexpected \(44\)(.|\n)*strip a common prefix"):
-        from_timm(prefixed)
+    told = (
+        r"^none of the 44 arrays \(module\.\S+, module\.\S+, module\.\S+, \.\.\.\) is called as those of a ViT are .*"
+    )
+    for read in (from_timm, from_hf, from_openai_clip):
+        with pytest.raises(ValueError, match=told + "or all names have a common prefix, which has to be stripped$"):
+            read(prefixed)
+    with pytest.raises(ValueError, match=r"missing \(17\)(.|\n)*unexpected \(44\)"):  # one name that is a ViT's
+        from_timm(prefixed | {"norm.bias": np.zeros(24)})
     with pytest.raises(ValueError, match=r"missing \(18\)"):
         from_timm({})
 

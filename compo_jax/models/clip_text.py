@@ -15,7 +15,7 @@ import numpy as np
 from compo_jax import tree
 from compo_jax.models.architecture import Shapes, depth, shapes_by_path, usual_length
 from compo_jax.models.descriptions import activation_of
-from compo_jax.models.layouts import LINEAR, Layout, Row, hf_blocks, likely, norm, openai_blocks
+from compo_jax.models.layouts import LINEAR, Layout, Row, fitting, foreign, hf_blocks, likely, norm, openai_blocks
 from compo_jax.models.loading import opened
 from compo_jax.models.pretrained import Arrays, filled, write, written_shapes
 from compo_jax.models.text_tower import TextTower as TextTower
@@ -128,6 +128,8 @@ def _read(
     dtype: Any,
     check_finite: bool,
 ) -> tuple[TextTower, Tree]:
+    if arrays and not any(fitting(each, arrays) for each in (HF_TEXT, OPENAI_TEXT)):
+        raise foreign(arrays, "those of a CLIP's text tower are by Hugging Face or OpenAI")
     arrays = {name: arrays[full] for name, full in layout.kept(arrays).items()}
     shapes = {name: np.shape(array) for name, array in arrays.items()}
     model = _architecture(shapes, layout)

@@ -88,14 +88,25 @@ def template(name: str) -> str:
     return re.sub(r"(?<=[._])\d+(?=[./])", "{block}", name, count=1)
 
 
+def fitting(layout: Layout, names: Iterable[str]) -> int:
+    """How many of the names are of the layout."""
+    rows = layout.rows_by_name()
+    return sum(template(name) in rows for name in layout.kept(names))
+
+
 def likely(layouts: Iterable[Layout], names: Iterable[str]) -> Layout:
     """The layout that most of the names are of, the first where none is."""
+    return max(layouts, key=lambda layout: fitting(layout, names))
 
-    def fitting(layout: Layout) -> int:
-        rows = layout.rows_by_name()
-        return sum(template(name) in rows for name in layout.kept(names))
 
-    return max(layouts, key=fitting)
+def foreign(names: Iterable[str], what: str) -> ValueError:
+    """Of a checkpoint none of whose arrays is of any layout; `what` says whose arrays they should be."""
+    names = list(names)
+    listed = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    return ValueError(
+        f"none of the {len(names)} arrays ({listed}) is called as {what}: this is another model, or all names have a "
+        "common prefix, which has to be stripped"
+    )
 
 
 def linear(path: str, name: str) -> tuple[Row, Row]:

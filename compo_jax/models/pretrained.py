@@ -11,7 +11,7 @@ import numpy as np
 from compo_jax import tree
 from compo_jax.models.architecture import check, read_architecture, read_heads
 from compo_jax.models.descriptions import described
-from compo_jax.models.layouts import HF, LAYOUTS, OPENAI_CLIP, TIMM, Layout, augreg, likely
+from compo_jax.models.layouts import HF, LAYOUTS, OPENAI_CLIP, TIMM, Layout, augreg, fitting, foreign, likely
 from compo_jax.models.positions import resized
 from compo_jax.models.sizes import whole_numbers
 from compo_jax.models.vit import ViT
@@ -119,6 +119,8 @@ def read(
     stated: fields of `ViT` that the arrays' file says, and that have precedence over `config`.
     """
     description = described(config)
+    if arrays and not any(fitting(each, arrays) for each in LAYOUTS):
+        raise foreign(arrays, "those of a ViT are by timm, Hugging Face, Google or OpenAI")
     layout = layout or description.layout or likely(LAYOUTS, arrays)
     arrays = {name: arrays[full] for name, full in layout.kept(arrays).items()}
     shapes = {name: np.shape(array) for name, array in arrays.items()}
