@@ -40,7 +40,7 @@ print("weights            forecast  true")
 for weights in ([0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.6, 0.4, 0.0], [0.0, 0.0, 1.0]):
     true = composed_loss(jnp.array(weights), images, labels)
     print(f"{weights!s:18} {landscape.predict(jnp.array(weights)):8.3f} {true:8.3f}")
-remainder = landscape.remainder()  # the true loss and its gradient, looked at where the forecast wasn't made
+remainder = landscape.remainder()  # the true loss and its gradient, at the first two modules' mean and at the third
 print(
     "relative error of the forecast there:",
     np.round(remainder.loss, 3),
