@@ -221,6 +221,17 @@ def test_a_unified_vector_gives_each_task_its_model():
             )  # fmt: skip
 
 
+def test_a_unified_vector_in_float64_has_scales_in_float64():
+    with jax.enable_x64(True):
+        base, deltas, _ = modules(3)
+        unified = compose.emr(base, deltas)
+        assert unified.scales.dtype == np.float64
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14),
+            unified.params(base, 1), merge("emr", base, deltas, task=1),
+        )  # fmt: skip
+
+
 def test_della_is_unbiased_and_drops_the_small_sooner():
     delta = {"w": jnp.asarray(np.linspace(0.1, 2.0, 10)[None] * [[1], [-1]], jnp.float32)}
     keys = jax.random.split(jax.random.key(0), 4000)
