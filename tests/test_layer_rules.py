@@ -13,6 +13,7 @@ from cases import normal
 from compo_jax import compose, tree
 from compo_jax.compose import merge
 from compo_jax.compose.entries import computed
+from compo_jax.compose.numbers import require_key
 from compo_jax.compose.tails import della
 
 SHAPES = {"blocks/kernel": (3, 4, 2), "blocks/bias": (3, 2), "head": (3, 5)}
@@ -266,6 +267,15 @@ def test_what_is_computed_when_it_is_read_is_what_entrywise_makes(monkeypatch):
     np.testing.assert_allclose(np.asarray(found), 2 * sum(leaves), rtol=1e-6)
     np.testing.assert_allclose(found.open()[250:700], (2 * sum(leaves)).ravel()[250:700], rtol=1e-6)
     assert found.open()[5:5].size == 0
+
+
+@pytest.mark.parametrize("key", [0, np.zeros(2, np.float32), jax.random.split(jax.random.key(0))])
+def test_a_seed_is_no_key(key):
+    with pytest.raises(ValueError, match=r"key is a random key, jax.random.key\(seed\), and not"):
+        require_key(key)
+    for able in (jax.random.key(0), jax.random.PRNGKey(0)):
+        require_key(able)
+        jax.jit(require_key)(able)
 
 
 def test_bad_input():

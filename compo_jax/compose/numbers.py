@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num
@@ -49,6 +50,14 @@ def require_iterations(tolerance: Scalar | None, count: int, name: str = "max_it
 def wide_number(x: Scalar) -> float | Array:
     """A number of Python, or, where it is traced, one in float32 at least: no rule computes with a narrow one."""
     return float(x) if tree.concrete(x) else jnp.asarray(x, tree.wide_type(x))
+
+
+def require_key(key: Any) -> None:
+    """ValueError for what is no random key, a seed say."""
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ()
+    if not typed and not (dtype == jnp.uint32 and key.ndim == 1):  # the raw keys of jax.random.PRNGKey
+        raise ValueError(f"key is a random key, jax.random.key(seed), and not {key!r}")
 
 
 def weigh(weights: Weights | None, tasks: int, default: Scalar | None = None, *, sign: bool = True) -> list:

@@ -39,7 +39,7 @@ from compo_jax.compose.kronecker import kronecker_merge, regmean
 from compo_jax.compose.leaves import Stacked, add_weighted
 from compo_jax.compose.masks import consensus, emr_params, tall_params
 from compo_jax.compose.modules import with_holes, with_zeros
-from compo_jax.compose.numbers import Scalar, Weights
+from compo_jax.compose.numbers import Scalar, Weights, require_key
 from compo_jax.compose.solve import Solved, solve_merge
 from compo_jax.compose.sparse import drop_each, ties
 from compo_jax.compose.spectral import iso, iso_cts, tsv
@@ -329,6 +329,8 @@ def merge(
     needed = {what: value for what, value in needed.items() if value is not None and what in rule.needs + rule.takes}
     if missing := [f"{what} ({MADE_BY[what]})" for what in rule.needs if what not in needed]:
         raise ValueError(f"the rule {name!r} needs {', '.join(missing)}")
+    if "key" in needed:
+        require_key(key)
     if weights is not None:
         if not rule.weighted:
             raise ValueError(f"the rule {name!r} takes no weights")
@@ -365,6 +367,7 @@ def dare(
     """
     name = rule if isinstance(rule, str) else {other.run: name for name, other in RULES.items()}.get(rule)
     leafwise = name is not None and find_rule(name).leafwise
+    require_key(key)
     deltas = with_zeros(base, deltas, check_finite=check_finite)
     deltas = drop_each(key, deltas, rate, deferred=leafwise)
     if name is not None:
