@@ -33,7 +33,7 @@ class Tasks(Images):
     """What is learned"""
 
     data: Names = ("glyphs",)
-    """glyphs, or names of TFDS image classification sets (default: glyphs)"""
+    """glyphs, folder:PATH, or names of TFDS image classification sets (default: glyphs)"""
     tasks: OpenCount = None
     """tasks that a divided set gives (default: all)"""
     train_split: Text = None
@@ -311,7 +311,7 @@ class OneTask(Images):
     """What is learned"""
 
     data: str = "glyphs"
-    """glyphs, or the name of a TFDS image classification set"""
+    """glyphs, folder:PATH, or the name of a TFDS image classification set"""
     tasks: OpenCount = None
     """scripts whose characters are the classes, of rendered characters (default: all)"""
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import options as line
 from incremental_options import Backbone
 from merge_rules import BY_STEPS, RULES
-from options import Count, Counts, LocalPath, Name, Names, OpenPath, Rate, Rates, Seeds, names
+from options import OPEN, Count, Counts, LocalPath, Name, Names, OpenPath, Rate, Rates, Seeds, names
 
 EIGHT = ("mnist", "gtsrb32", "eurosat64", "resisc64", "dtd64", "cars64", "scenes64", "letters64")
 LINEAR = ("linear", "tak")  # full deltas of the linearised model, without TAK's penalty and with it
@@ -74,8 +74,9 @@ class Merging:
     """rules to compare (default: those that go by no steps)"""
     curvature_images: Count = 64
     """training images of a task for its module's curvature"""
-    together: Counts = ()
-    """also merge so many tasks at once, the first ones, the next and so on, on pages of their own (tasks-...)"""
+    together: Annotated[Counts, OPEN] = ()
+    """also merge so many tasks at once, the first ones, the next and so on, on pages of their own, tasks-... (default:
+    none)"""
 
 
 @dataclass(frozen=True)
