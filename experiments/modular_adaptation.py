@@ -14,6 +14,7 @@ finished target, a finished one may be given more seeds. The first takes a few m
 README.md.
 """
 
+import time
 from functools import cache, partial
 from pathlib import Path
 
@@ -70,8 +71,9 @@ def learned(session: Session, target: data.Task, seed: int) -> str:
 # -- the sources -------------------------------------------------------------------------------------------------------
 def sources(session: Session, net: ModularNet, target: data.Task, seed: int, folder: Path) -> Sources:
     tasks = session.stream.sources(target.name)
-    trained, _ = modular_job.train(session, net, tasks, f"without {target.name}", seed, folder)
+    trained, seconds = modular_job.train(session, net, tasks, f"without {target.name}", seed, folder)
     accuracy = modular_job.accuracies(session, net, trained.variables, tasks)
+    console.print(f"seed {seed}: sources for {target.name} {100 * accuracy.mean():.1f} % in {seconds:.0f} s")
     network = Network(net, trained.variables)
     modular_job.store_network(session, learned(session, target, seed), network, tasks, accuracy, seed)
     return Sources(accuracy)
@@ -112,7 +114,7 @@ def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Tar
     soup = modular.soup_of_sources(network, prepare, target) if any(way.start == "soup" for way in ways) else []
     weights, runner = {}, session.options.training.runner
     for name in (MEAN, *session.options.adapting.methods):
-        way = METHODS[name]
+        way, clock = METHODS[name], time.perf_counter()
         smoothing = 1e-6 if way.route == "fixed" else 0.05  # a route that is to be learned starts a little soft
         if way.start == "best":
             one, begun = modular.one_source(network, best, smoothing)
@@ -128,6 +130,8 @@ def adapted(session: Session, target: data.Task, seed: int, folder: Path) -> Tar
         objective[name] = modular.information_maximisation(jnp.asarray(logits))
         if way.route != "fixed":
             weights[name] = rows(routes.KINDS[one.route](begun["params"]["route"]))[0]
+        took = time.perf_counter() - clock
+        console.print(f"seed {seed}, {target.name}: {name} {100 * accuracy[name]:.1f} % in {took:.0f} s")
     return Target(accuracy, objective, score, names[best], rows(of_sources), weights)
 
 

@@ -1,5 +1,7 @@
 """The four experiments on modular networks from their command lines: results, a kill, more seeds, bad input."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -94,6 +96,8 @@ def test_a_target_without_labels_is_adapted_to(tmp_path):
     done = run(*options, "--methods", *methods, "--runs", tmp_path, script="modular_adaptation.py")
     results = results_of(done, tmp_path / "modular-adaptation-rendered", AdaptationResults)
     ((part,),) = results.parts
+    for name in ("sources for scan", "scan: mean of sources", *(f"scan: {method}" for method in methods)):
+        assert len(re.findall(rf"^seed 0[:,] {re.escape(name)} [\d.]+ % in \d+ s$", done.stdout, re.MULTILINE)) == 1
     by_source = dict(zip(results.sources_of("scan"), part.sources, strict=True))
     assert sorted(by_source) == ["clean", "faint", "slanted"]
     assert part.accuracy["best source (by objective)"] == by_source[part.chosen]
