@@ -142,9 +142,9 @@ def test_what_was_expected_of_merged_models_stands_beside_what_they_reach(tmp_pa
     write_result(tmp_path / "r.json", results)
     table = report.merging_tables(read_result(tmp_path / "r.json", MergingResults))[-1]
     assert [row[1:] for row in table.rows] == [
-        ("1.00", "1.00", "0.89"),  # by hand: 1 - 6 · 4 / 210
-        ("1.00", "0.50", "0.54"),  # 1 - 6 · 16 / 210
-        ("−1.00", "0.50", "−0.17"),  # -3 / sqrt(17 · 17.5), two are equally far
+        ("1.00 (–; 3)", "1.00 (–; 3)", "0.89 (0.25; 6)"),  # by hand: 1 - 6 · 4 / 210
+        ("1.00 (–; 3)", "0.50 (–; 3)", "0.54 (0.39; 6)"),  # 1 - 6 · 16 / 210
+        ("−1.00 (–; 3)", "0.50 (–; 3)", "−0.17 (0.51; 6)"),  # -3 / sqrt(17 · 17.5), two are equally far
     ]  # fmt: skip
     page = Page(report.merging_page(tmp_path, results))
     assert page.tags.count("svg") == 1 + 2 + 1 + 2
@@ -171,6 +171,37 @@ def test_a_rank_correlation_is_of_finite_numbers_that_differ():
     assert expected.rank_correlation(np.array([0, 1, 2, NAN]), np.array([5, 4, 3, 9.0])) == 1
     assert np.isnan(expected.rank_correlation(up, np.ones(4)))
     assert np.isnan(expected.rank_correlation(up[:2], up[:2]))
+
+
+def test_the_error_of_a_rank_correlation_is_from_drawing_models():
+    random = np.random.default_rng(1)
+    x, y = random.normal(size=(2, 30))
+    drawn = expected.drawn_correlations(x, y - x)
+    np.testing.assert_array_equal(drawn, expected.drawn_correlations(np.r_[x, NAN], np.r_[y - x, 1]))  # the same draws
+    rows = np.random.default_rng(0).integers(30, size=(expected.DRAWS, 30))
+    by_one = [expected.rank_correlation(x[some], (y - x)[some]) for some in rows[:20]]
+    np.testing.assert_allclose(drawn[:20], by_one, rtol=1e-12)
+    others = [expected.rank_correlation(*pair) for pair in ((x, y - x) for x, y in random.normal(size=(300, 2, 30)))]
+    np.testing.assert_allclose(np.std(drawn), np.std(others), rtol=0.35)
+    few = np.arange(4.0)
+    assert np.isnan(expected.drawn_correlations(few[:3], few[:3])).all()
+    assert 0 < np.isnan(expected.drawn_correlations(few, few)).sum() < 40  # one model four times
+
+
+def test_rank_correlations_of_several_runs_have_their_spread_and_an_error_of_the_mean():
+    results = expected_merging()
+    (run,) = results.runs
+    fewer = run.pools["lora"].weightings
+    fewer = fewer._replace(within=fewer.within + np.array([[0], [0], [NAN]]))
+    other = run._replace(pools={"lora": run.pools["lora"]._replace(weightings=fewer)})
+    (table,) = expected.expected_tables(results._replace(runs=[run, other]))
+    assert table.headings[3] == "over both (error; models)" and "1,000 draws; none of fewer than four" in table.notes[0]
+    rules, weightings, both = table.rows[0][1:]
+    assert (rules, weightings) == ("1.00\u00a0±\u00a00.00 (–; 3)", "– (–; 2 to 3)")
+    assert both.endswith("; 5 to 6)") and "±" in both and "–" not in both
+    alone = run._replace(pools={"lora": run.pools["lora"]._replace(weightings=None)})
+    (table,) = expected.expected_tables(results._replace(runs=[alone]))
+    assert table.rows[0][1:] == ("1.00 (–; 3)", "–", "1.00 (–; 3)")
 
 
 def test_merging_page(tmp_path):

@@ -1,11 +1,11 @@
 """The part of a merging report on what training images expect of merged models, beside what they reach."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from compo_jax.compose.rule_results import Expected, MergingResults, PoolMerges, Weightings
 from compo_jax.report import charts
@@ -17,6 +17,7 @@ from compo_jax.report.text import ABSENT, decimal, middle, spread
 RULES, WEIGHTINGS = "rules", "weightings"
 PREDICTORS = {"forecast": "forecast of the loss", "loss": "the loss itself", "distance": "distance from the average"}
 GROUPS = (RULES, WEIGHTINGS, "both")
+DRAWS = 1000  # of models, for the error of a rank correlation
 PATH_ENDS = "0 is the base, 1 the average, and the largest the sum"
 
 
@@ -34,38 +35,70 @@ def _models(pool: PoolMerges) -> dict[str, tuple[Expected, Float[np.ndarray, " m
 
 def rank_correlation(values: Float[np.ndarray, " models"], accuracies: Float[np.ndarray, " models"]) -> float:
     """Spearman's, turned so that 1 is: the lower the value, the higher the accuracy; nan of fewer than three."""
-    both = np.isfinite(values) & np.isfinite(accuracies)
-    if both.sum() < 3 or np.ptp(values[both]) == 0 or np.ptp(accuracies[both]) == 0:
+    values, accuracies = _finite(values, accuracies)
+    if len(values) < 3 or np.ptp(values) == 0 or np.ptp(accuracies) == 0:
         return float("nan")
-    return -float(spearmanr(values[both], accuracies[both]).statistic)
+    return -float(spearmanr(values, accuracies).statistic)
 
 
-def _correlations(pool: PoolMerges) -> dict[str, dict[str, float]]:
-    """For each predictor those over rules, weightings, and all of them."""
-    groups = _models(pool)
-    made = {}
+def _finite(values: np.ndarray, accuracies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the models of which both are there."""
+    both = np.isfinite(values) & np.isfinite(accuracies)
+    return values[both], accuracies[both]
+
+
+def drawn_correlations(
+    values: Float[np.ndarray, " models"], accuracies: Float[np.ndarray, " models"]
+) -> Float[np.ndarray, " draws"]:
+    """`rank_correlation` of models drawn with replacement, the same places for equally many of them; nan where those
+    that were drawn don't differ, and everywhere of fewer than four."""
+    values, accuracies = _finite(values, accuracies)
+    count = len(values)
+    if count < 4:
+        return np.full(DRAWS, np.nan)
+    drawn = np.random.default_rng(0).integers(count, size=(DRAWS, count))
+    x, y = (rankdata(each[drawn], axis=1) - (count + 1) / 2 for each in (values, accuracies))
+    size = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
+    return -np.divide((x * y).sum(axis=1), size, out=np.full(DRAWS, np.nan), where=size > 0)
+
+
+def _pairs(pool: PoolMerges) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """For each predictor (its values, the accuracies) of rules, weightings, and all of them."""
+    groups, made = _models(pool), {}
     for predictor in PREDICTORS:
-        values = {name: getattr(expected, predictor) for name, (expected, _) in groups.items()}
-        reached = {name: accuracies for name, (_, accuracies) in groups.items()}
-        both = (np.concatenate([*one.values()]) for one in (values, reached))
-        made[predictor] = {name: rank_correlation(values[name], reached[name]) for name in groups}
-        made[predictor][GROUPS[-1]] = rank_correlation(*both)
+        pairs = {name: (getattr(expected, predictor), reached) for name, (expected, reached) in groups.items()}
+        values, reached = (np.concatenate(parts) for parts in zip(*pairs.values(), strict=True))
+        made[predictor] = pairs | {GROUPS[-1]: (values, reached)}
     return made
+
+
+def _told(runs: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+    """The correlation over runs, with its error from drawing models, and their number, in brackets."""
+    if not runs:
+        return ABSENT
+    value = np.array([rank_correlation(*run) for run in runs])
+    drawn = np.mean([drawn_correlations(*run) for run in runs], axis=0)
+    drawn = drawn[np.isfinite(drawn)]
+    error = float(np.std(drawn, ddof=1)) if len(drawn) > 1 and np.isfinite(value).all() else None
+    counts = sorted({len(_finite(*run)[0]) for run in runs})
+    models = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{spread(value, 2)} ({decimal(error, 2)}; {models})"
 
 
 def expected_tables(results: MergingResults) -> list[Table]:
     """One table of rank correlations, a row for each predictor in each pool; none where nothing was expected."""
     rows = []
     for name in results.runs[0].pools:
-        runs = [_correlations(run.pools[name]) for run in results.runs if _models(run.pools[name])]
+        runs = [_pairs(run.pools[name]) for run in results.runs if _models(run.pools[name])]
         for predictor, label in PREDICTORS.items():
-            over = (np.array([run[predictor].get(group, np.nan) for run in runs]) for group in GROUPS)
+            over = ([run[predictor][group] for run in runs if group in run[predictor]] for group in GROUPS)
             if runs:
-                rows.append((f"{name}: {label}", *(spread(values, 2) for values in over)))
-    headings = ("predicts the accuracy", *(f"over {group}" for group in GROUPS))
+                rows.append((f"{name}: {label}", *map(_told, over)))
+    headings = ("predicts the accuracy", *(f"over {group} (error; models)" for group in GROUPS))
     note = (
         "Spearman's rank correlation of mean test accuracy, task known, with each number; 1: it puts all models in "
-        f"order. Losses are of {results.images} training images of each task."
+        f"order. In brackets its standard error, by a bootstrap over the models ({DRAWS:,} draws; none of fewer than "
+        f"four), and how many they are. Losses are of {results.images} training images of each task."
     )
     return [Table("which merged model is best, without a test", headings, rows, [note])] if rows else []
 
@@ -96,7 +129,7 @@ def ranks(name: str, pool: PoolMerges) -> Figure:
     """Accuracy over each model's place in the order of the forecast, of the loss itself, and of the distance."""
     figure = charts.figure(f"Expected and reached, {middle(name, 30)}", 3.0)
     panels = charts.panels(figure, 3, "place (1: the lowest)", "accuracy, task known (%)")
-    groups, correlations = _models(pool), _correlations(pool)
+    groups, pairs = _models(pool), _pairs(pool)
     looks = {group: look | {"linestyle": "none"} for group, look in charts.looks(list(groups)).items()}
     owner = np.concatenate([np.full(len(reached), group) for group, (_, reached) in groups.items()])
     reached = np.concatenate([reached for _, reached in groups.values()])
@@ -106,7 +139,7 @@ def ranks(name: str, pool: PoolMerges) -> Figure:
         place[np.argsort(values)] = np.arange(1, len(values) + 1)
         for group, look in looks.items():
             axes.plot(place[owner == group], 100 * reached[owner == group], **{"markersize": 4} | charts.EDGE | look)
-        axes.set_title(f"{predictor}, ρ = {decimal(correlations[predictor][GROUPS[-1]], 2)}")
+        axes.set_title(f"{predictor}, ρ = {decimal(rank_correlation(*pairs[predictor][GROUPS[-1]]), 2)}")
         axes.grid()
     charts.legend(figure, looks, 2)
     return figure
