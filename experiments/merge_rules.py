@@ -20,6 +20,6 @@ OPTIONS = {
     "ggn": {"damping": 1e-3, "max_iterations": 30, "tolerance": 1e-4},
     "epimer": {"damping": 1e-3, "groups": "tasks"},
     "adamerging": {"steps": 100},
-    "knots": {"rule": "ties"},  # their authors' choices: around the average, the default, both are the average
-    "core_space": {"rule": "iso"},
+    "knots": {"rule": "ties"},  # which goes by entries: the average, the default, and Iso are the same in any space
+    "core_space": {"rule": "ties"},
 }
