@@ -143,8 +143,8 @@ def group_landscape(
       loss, batches: see `curvature.landscape`.
       groups: see `groups.grouped`.
       anchor: (tasks, groups) weights to expand around; default the average, 1/T.
-      options: of `curvature.landscape`: `check` (points, tasks * groups; default the anchor alone, where the forecast is
-        exact, as other points cost a gradient each), `rematerialise`, `mesh`.
+      options: of `curvature.landscape`: `check` (points, tasks * groups; default the anchor alone, where the forecast
+        is exact, as other points cost a gradient each), `rematerialise`, `mesh`.
     """
     deltas = with_holes(base, deltas, check_finite=check_finite)
     if check_finite:
