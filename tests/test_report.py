@@ -1,6 +1,7 @@
 """What reports are made of: numbers as text, tables, which number is the best, charts, and the page."""
 
 import io
+import itertools
 import re
 
 import matplotlib as mpl
@@ -172,6 +173,18 @@ def test_a_logarithmic_axis_names_few_decades(axes):
     assert {"0.2", "1", "5"} <= {label.get_text() for label in axes.get_xticklabels()}
     charts.log_axis(axes, "y", [1e-15, 1.0])
     assert len(axes.get_yticks()) <= 8
+
+
+@pytest.mark.parametrize("most", [2e5, 5e5, 3.8e6, 1e9])
+def test_the_texts_of_a_logarithmic_axis_do_not_touch_in_a_narrow_panel(most):
+    figure = charts.figure("", 2.5)
+    _, axes = figure.subplots(1, 2, width_ratios=(2, 1))
+    charts.log_axis(axes, "x", [1.6e5, most], "{:.0e}".format)
+    figure.draw_without_rendering()
+    low, high = axes.get_xlim()
+    shown = [text for x, text in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True) if low <= x <= high]
+    boxes = sorted((text.get_window_extent() for text in shown), key=lambda box: box.x0)
+    assert boxes and all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
 
 
 def test_wrong_images_have_a_red_frame_and_a_cross():

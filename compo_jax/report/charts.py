@@ -115,7 +115,7 @@ def number_ticks(axes: Axes, axis: str, count: int = 5, *, whole: bool = False) 
 
 
 def log_axis(axes: Axes, axis: str, values: Collection[float] = (), text: Callable[[float], str] | None = None) -> None:
-    """A logarithmic axis that names six decades at most, and 2 and 5 beside them where there are few.
+    """A logarithmic axis that names six decades at most, and 2 and 5 beside them where they are few and have room.
 
     Args:
       values: what is drawn; of those that are positive, the axis ends at half the least and twice the largest.
@@ -123,7 +123,10 @@ def log_axis(axes: Axes, axis: str, values: Collection[float] = (), text: Callab
     """
     text = text or (lambda x: significant(x, 1))
     positive = np.array([x for x in values if np.isfinite(x) and x > 0])
-    few = len(positive) > 0 and positive.max() < 100 * positive.min()
+    across, height = axes.get_position().size * axes.figure.get_size_inches()
+    room = across / 0.45 if axis == "x" else height / 0.2  # for so many texts
+    spread = positive.max() / positive.min() if len(positive) else np.inf
+    few = spread < 100 and 3 * np.log10(4 * spread) < room
     getattr(axes, f"set_{axis}scale")("log")
     chosen = getattr(axes, f"{axis}axis")
     chosen.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8 if few else 6))
