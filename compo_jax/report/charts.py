@@ -127,9 +127,10 @@ def log_axis(axes: Axes, axis: str, values: Collection[float] = (), text: Callab
     room = across / 0.45 if axis == "x" else height / 0.2  # for so many texts
     spread = positive.max() / positive.min() if len(positive) else np.inf
     few = spread < 100 and 3 * np.log10(4 * spread) < room
+    subs, most = ((1, 2, 5), 8) if few else ((1,), max(2, int(min(6, room))))
     getattr(axes, f"set_{axis}scale")("log")
     chosen = getattr(axes, f"{axis}axis")
-    chosen.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8 if few else 6))
+    chosen.set_major_locator(LogLocator(subs=subs, numticks=most))
     chosen.set_minor_locator(NullLocator())
     chosen.set_major_formatter(FuncFormatter(lambda x, _: text(x)))
     if len(positive):
