@@ -78,7 +78,7 @@ def _parts_of(recipe: Recipe, way: Way, names: list[str], layers: Mapping[str, f
     chosen, base = _models(recipe, way)
     known, each, overall = _known(way), {}, {}
     method = None if way.ours else METHODS[way.name]
-    whats = method.each if method else {"weight": None} if find_rule(way.name).weighted else {}
+    whats = _of_each_model(way)
     common = [way.parameters] + [recipe.parameters] * (way is not recipe)
     for name in names:
         each[name] = {}
@@ -147,14 +147,16 @@ def _known(way: Way) -> set[str] | None:
     return None if options is None else {*options, *also, *({"task"} & set(rule.needs + rule.takes))}
 
 
-def _known_of_models(way: Way) -> set[str]:
-    """The parameters that each model has its own value of."""
-    return {"weight"} & (_known(way) or {"weight"}) if way.ours else set(METHODS[way.name].each)
+def _of_each_model(way: Way) -> Mapping[str, Value | None]:
+    """The parameters that each model has its own value of, with their defaults; None: without any."""
+    if not way.ours:
+        return METHODS[way.name].each
+    return {"weight": None} if find_rule(way.name).weighted else {}
 
 
 def _require_parameters_somewhere(recipe: Recipe, ways: Sequence[Way]) -> None:
     """ValueError for a parameter that no method of the recipe has; a group's, that its own hasn't."""
-    everywhere, of_models = [_known(way) for way in ways], [_known_of_models(way) for way in ways]
+    everywhere, of_models = [_known(way) for way in ways], [set(_of_each_model(way)) for way in ways]
     places = [(f"models[{t}]", model.parameters, of_models) for t, model in enumerate(recipe.models)]
     places.append(("the recipe", recipe.parameters, everywhere))
     places += [(f"groups[{n}]", group.parameters, [_known(group)]) for n, group in enumerate(recipe.groups)]

@@ -72,12 +72,12 @@ def opened(path: str | os.PathLike) -> Checkpoint:
     """The headers of a checkpoint: a file, an index of files or a folder; ValueError where a file is none, or isn't
     whole, or an index isn't true, FileNotFoundError where one isn't there."""
     path, tensors, metadata = local_path(path), {}, {}
-    files, index = weight_files(path), index_file(path)
-    listed = None if index is None else weight_map(index)
+    index = index_file(path)
+    listed = {} if index is None else weight_map(index)
+    files = sorted(set(listed.values())) or weight_files(path)
     for file in files:
         theirs, about = _header(file)
-        if listed is not None:
-            theirs = {name: tensor for name, tensor in theirs.items() if listed.get(name, file) == file}
+        theirs = {name: tensor for name, tensor in theirs.items() if listed.get(name, file) == file}
         if twice := [name for name in theirs if name in tensors]:
             raise ValueError(
                 f"{path} has {', '.join(twice[:5])} in two files, {tensors[twice[0]].file.name} and {file.name}, and "
@@ -85,7 +85,7 @@ def opened(path: str | os.PathLike) -> Checkpoint:
             )
         tensors |= theirs
         metadata |= about
-    if lacking := [f"{name} ({file.name})" for name, file in (listed or {}).items() if name not in tensors]:
+    if lacking := [f"{name} ({file.name})" for name, file in listed.items() if name not in tensors]:
         raise ValueError(
             f"{path}: its index names files that lack {', '.join(lacking[:5])}{' and others' * (len(lacking) > 5)}: "
             "bring the checkpoint again from where it came"
