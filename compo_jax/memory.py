@@ -1,6 +1,7 @@
 """How the C library handles memory that is freed, which XLA's CPU backend takes and frees at every call."""
 
 import ctypes
+import gc
 import sys
 
 _TRIM, _TOP, _MAPPED = -1, -2, -3  # options of glibc's mallopt, from malloc.h
@@ -20,3 +21,15 @@ def keep_memory() -> bool:
     # Not one arena for all threads, though those of their own can't grow beyond 64 MiB: they'd wait for each other.
     values = {_MAPPED: 1024 * _MIB, _TRIM: 2048 * _MIB - 1, _TOP: 64 * _MIB}
     return all([set_option(option, value) == 1 for option, value in values.items()])
+
+
+def give_back_memory() -> None:
+    """Gives the system back what is freed, before something large is taken.
+
+    JAX holds a NumPy array that it took over without a copy until Python next collects garbage, however long ago it
+    was done with it; and glibc keeps what lies below a block that is in use, until it is asked.
+    """
+    gc.collect(0)  # JAX's own hook lets go of its arrays at any collection
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -1,4 +1,5 @@
-"""Memory that is freed stays with the process where this is asked for, seen by the pages that are touched anew."""
+"""Memory that is freed stays with the process where this is asked for, seen by the pages that are touched anew; and
+goes back where that is asked for, seen by what the process has."""
 
 import subprocess
 import sys
@@ -28,3 +29,25 @@ def test_freed_memory_is_kept_when_asked_for():
         pytest.skip("another C library")
     assert int(first) > 50 and int(second) < 10
     assert int(told("leave").split()[2]) > 50
+
+
+TAKEN_OVER = """
+import numpy as np
+from compo_jax.compose.entries import filled
+from compo_jax.memory import give_back_memory
+def resident():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) // 1024
+row = np.broadcast_to(np.float32(1), 2**24)  # 64 MiB
+filled((2, 2**24), np.float32, [row, row])
+full = resident()
+give_back_memory()
+print(full, resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's")
+def test_arrays_that_jax_took_over_go_back():
+    told = subprocess.run([sys.executable, "-c", TAKEN_OVER], capture_output=True, text=True, check=True).stdout
+    full, left = map(int, told.split())
+    assert full - left >= 127  # both rows, 128 MiB

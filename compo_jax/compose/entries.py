@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compo_jax import tree
+from compo_jax.memory import give_back_memory
 
 #: Entries of a piece: some rows of them fit into a core's second cache.
 PIECE = 1 << 16
@@ -156,9 +157,11 @@ def _empty(size: int, dtype: Any) -> np.ndarray:
 
 def filled(shape: tuple[int, ...], dtype: Any, leaves: Sequence[Any]) -> Array:
     """An array of this shape whose rows are the leaves, read one after another."""
+    give_back_memory()
     rows = _empty(int(np.prod(shape)), dtype).reshape(shape)
     for t, leaf in enumerate(leaves):
         rows[t] = np.asarray(leaf)
+    give_back_memory()
     return jax.device_put(rows)
 
 
