@@ -177,6 +177,22 @@ def transposed(p, x):
     return p["out"].T @ tanh_mean(x @ p["wide"].T)
 
 
+def transposed_in_a_scan(p, x):
+    step = lambda x, w: (jnp.tanh(x @ w.T), None)
+    turned = jnp.swapaxes(p["turned"], 0, 1)  # its first axis counts no layers
+    return tanh_mean(jax.lax.scan(step, jax.lax.scan(step, x @ p["in"], p["blocks"])[0], turned)[0]) @ p["head"]
+
+
+def transposed_and_shared(p, x):
+    return tanh_mean(jnp.tanh(x @ p["in"] @ p["square"].T) @ p["square"]) @ p["head"]
+
+
+def transposed_twice_with_many_axes(p, x):
+    split, join = p["split"].transpose(2, 0, 1), p["join"].transpose(1, 2, 0)
+    heads = jnp.tanh(jnp.einsum("td,dhk->thk", x, split))
+    return tanh_mean(jnp.einsum("thk,kdh->td", heads, join.T.T)) @ p["head"]
+
+
 def from_the_left(p, x):  # as in Equinox, a function of one token under vmap
     return p["out"] @ tanh_mean(jax.vmap(lambda token: p["wide"] @ token + p["bias"])(x))
 
@@ -308,7 +324,10 @@ STRUCTURES = [
     (shared, {"in": IN, "square": SQUARE, "head": HEAD}, "head in"),
     (shared_through_one_jitted_function, {"in": IN, "square": SQUARE, "head": HEAD}, "head in"),
     (shared_through_einsum, {"in": IN, "square": SQUARE, "head": HEAD}, "head in"),
-    (transposed, {"wide": (6, 3), "out": (6, 4)}, ""),
+    (transposed, {"wide": (6, 3), "out": (6, 4)}, "out wide"),
+    (transposed_in_a_scan, {"in": IN, "blocks": (3, 4, 4), "turned": (4, 3, 4), "head": HEAD}, "blocks head in"),
+    (transposed_and_shared, {"in": IN, "square": SQUARE, "head": HEAD}, "head in"),
+    (transposed_twice_with_many_axes, {"split": (2, 5, 3), "join": (2, 5, 4), "head": HEAD}, "head join split"),
     (from_the_left, {"wide": (6, 3), "bias": (6,), "out": (4, 6)}, "out wide"),
     (many_axes, {"split": (3, 2, 5), "join": (2, 5, 4), "head": HEAD}, "head join split"),
     (axes_in_another_order, {"split": (2, 5, 3), "join": (4, 5, 2), "head": HEAD}, "head join split"),

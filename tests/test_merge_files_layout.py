@@ -64,3 +64,22 @@ def test_tasks_that_listen_to_other_inputs_add_up_in_a_file(tmp_path):
         (tmp_path / "recipe.yaml").write_text(way + models)
         merge_recipe(read_recipe(tmp_path / "recipe.yaml"), tmp_path / "again.safetensors")
         np.testing.assert_allclose(load_file(tmp_path / "again.safetensors")["layer.weight"], summed, atol=1e-5)
+
+
+def test_a_file_says_otherwise_where_its_layers_are_inputs_first(tmp_path):
+    """GPT-2's, which are called as PyTorch's are."""
+    shapes = {"h.0.mlp.c_fc.weight": (5, 12), "h.0.ln_1.weight": (5,)}
+    base, models = base_and_models(tmp_path, shapes)
+    files = [tmp_path / f"{name}.safetensors" for name in ("a", "b", "c")]
+    deltas = [task_vector(model, base) for model in models]
+    expected = merge("wudi", base, deltas)["h.0.mlp.c_fc.weight"]
+    merge_files("wudi", files, tmp_path / "out.safetensors", base=tmp_path / "base.safetensors", outputs_first=())
+    recipe = "rule: wudi\noutputs_first: []\nbase_model: base.safetensors\nmodels:\n"
+    (tmp_path / "r.yaml").write_text(recipe + "".join(f"  - model: {name}.safetensors\n" for name in "abc"))
+    merge_recipe(read_recipe(tmp_path / "r.yaml"), tmp_path / "again.safetensors")
+    for name in ("out", "again"):
+        made = load_file(tmp_path / f"{name}.safetensors")["h.0.mlp.c_fc.weight"]
+        np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-6)
+    merge_files("wudi", files, tmp_path / "out.safetensors", base=tmp_path / "base.safetensors")
+    turned_ones = load_file(tmp_path / "out.safetensors")["h.0.mlp.c_fc.weight"]
+    assert not np.allclose(turned_ones, expected, atol=1e-3)

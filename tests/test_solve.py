@@ -234,6 +234,24 @@ def test_merged_with_the_curvature_of_a_model():
         close(faster.params, found.params, 1e-8)
 
 
+def test_more_tasks_take_no_more_memory_than_their_arrays():
+    """One product after another, though each is a program of its own."""
+    base = {"w": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
+    apply = lambda p, x: functools.reduce(lambda x, _: jnp.tanh(x @ p["w"]), range(8), x)
+
+    def temporary(tasks):
+        def solved(base, deltas, images):
+            matvecs = [ggn(apply, base, [(x,)], check=False) for x in images]
+            return solve_merge(base, deltas, matvecs, damping=1e-2, max_iterations=5).params
+
+        like = jax.ShapeDtypeStruct((512, 64), jnp.float32)
+        compiled = jax.jit(solved).lower(base, [base] * tasks, [like] * tasks).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    deltas = 64 * 64 * 4
+    assert temporary(8) < temporary(2) + 6 * 4 * deltas
+
+
 def test_kronecker_factors_of_a_model():
     with X64():
         base = {"first": jnp.asarray(normal(0, 3, 5)), "second": jnp.asarray(normal(1, 5, 4))}

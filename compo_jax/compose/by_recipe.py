@@ -3,7 +3,7 @@
 import inspect
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,7 +50,10 @@ def merge_recipe(
         params: dict[str, Any] = {}
         for number, part in enumerate(parts):
             key = jax.random.fold_in(jax.random.key(recipe.seed), number)
-            params |= _by_rule(part, sources, names, key) if part.way.ours else _by_method(part, sources, key)
+            if part.way.ours:
+                params |= _by_rule(part, sources, names, recipe.outputs_first, key)
+            else:
+                params |= _by_method(part, sources, key)
         steps = [part.step() for part in parts]
         with write_card(card, steps, sources.base, sources.models[: len(files)], recipe.text or None):
             write(out, Plan(sources.like, kind, check_finite, progress, max_shard_size), params)
@@ -70,13 +73,13 @@ def _by_method(part: Part, sources: Sources, key: Key[Array, ""]) -> Tree:
     return assembled(base, deltas, leaf, check_finite=sources.check_finite)
 
 
-def _by_rule(part: Part, sources: Sources, names: list[str], key: Key[Array, ""]) -> Tree:
+def _by_rule(part: Part, sources: Sources, names: list[str], outputs_first: Sequence[str], key: Key[Array, ""]) -> Tree:
     """`names` are all tensors of the checkpoint, for LiNeS counts the layers of the network."""
-    sources = sources.turned_for(part.way.name, part.way.behind)
     base = sources.origin(part.names, part.base)
     deltas = sources.deltas(part.names, part.base, part.models)
     name, options = part.way.name, dict(part.overall[part.names[0]])
     options |= {"weights": part.each[part.names[0]].get("weight"), "check_finite": sources.check_finite}
+    options["outputs_first"] = outputs_first
     after = None
     for add_on in part.way.add_ons:
         ((what, chosen),) = add_on.items()
@@ -89,9 +92,9 @@ def _by_rule(part: Part, sources: Sources, names: list[str], key: Key[Array, ""]
         else:
             deltas, key = _changed(what, base, deltas, key, chosen), jax.random.fold_in(key, 1)
     if after is None:
-        return sources.turned_back(merge(name, base, deltas, key=key, **options))
+        return merge(name, base, deltas, key=key, **options)
     merged = merge(name, widened(base), deltas, key=key, **options)  # unrounded
-    return sources.turned_back(moved_by_layer(base, merged, after, check_finite=sources.check_finite))
+    return moved_by_layer(base, merged, after, check_finite=sources.check_finite)
 
 
 def _by_depth(network: Tree, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +10,10 @@ import jax
 import numpy as np
 
 from compo_jax.compose.cards import Step, card_target, write_card
-from compo_jax.compose.entries import Deferred, flat
-from compo_jax.compose.rules import MADE_BY, RULES, find_rule, merge, options_of
+from compo_jax.compose.entries import Deferred
+from compo_jax.compose.rules import MADE_BY, RULES, find_rule, merge
 from compo_jax.compose.shards import DTYPES, FLOATS, Checkpoint, Plan, Progress, opened, require_alike, target, write
+from compo_jax.compose.turned import PYTORCH
 
 #: Rules that merge the models themselves where there is no base.
 WITHOUT_BASE = ("average", "slerp", "karcher")
@@ -48,33 +47,18 @@ class _Zeros(NamedTuple):
         return np.zeros(len(range(*place.indices(self.size))), self.dtype)
 
 
-#: Tables, a row a token or a position, whose columns are the outputs: by what Hugging Face's models call them.
-_TABLES = re.compile(r"embed|\b(wte|wpe|shared|relative_attention_bias)\b")
-
-
-def _outputs_first(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is a matrix as PyTorch has it, (out, in) or (out, in, height, width); embeddings are not."""
-    return name.endswith("weight") and (len(shape) > 2 or (len(shape) == 2 and not _TABLES.search(name)))
-
-
-def _moved(row: Any, shape: tuple[int, ...], axis: int, to: int) -> np.ndarray:
-    return np.moveaxis(row[:].reshape(shape), axis, to).reshape(-1)
-
-
 class Sources(NamedTuple):
     """Checkpoints with the same tensors, opened.
 
     Attributes:
       base: that all were trained from; None where there is none.
       wide: computed in float32 at least, as it is where the result has another type; else in the tensors' types.
-      turned: matrices as PyTorch has them are turned to (in, out); see `turned_for` and `turned_back`.
     """
 
     base: Checkpoint | None
     models: list[Checkpoint]
     wide: bool = False
     check_finite: bool = True
-    turned: bool = False
 
     @property
     def like(self) -> Checkpoint:
@@ -86,28 +70,8 @@ class Sources(NamedTuple):
             tensor = self.like.tensors[name]
             dtype = np.dtype(FLOATS[tensor.dtype])
             dtype = np.promote_types(dtype, np.float32) if self.wide else dtype
-            if self.turned and _outputs_first(name, tensor.shape):
-                shape, turn = (*tensor.shape[1:], tensor.shape[0]), partial(_moved, shape=tensor.shape, axis=0, to=-1)
-            else:
-                shape, turn = tensor.shape, lambda row: row
-            leaves[name] = Deferred(shape, dtype, lambda name=name, dtype=dtype, turn=turn: turn(row(name, dtype)))
+            leaves[name] = Deferred(tensor.shape, dtype, lambda name=name, dtype=dtype: row(name, dtype))
         return leaves
-
-    def turned_for(self, name: str, behind: Any = None) -> "Sources":
-        """Turned where this rule, or the one behind an add-on, goes by matrices, whose last axis is the outputs."""
-        return self._replace(turned="stacked" in (options_of(name, behind) or ()))
-
-    def turned_back(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Merged leaves in the tensors' own order."""
-        if not self.turned:
-            return params
-        back = dict(params)
-        for name, leaf in params.items():
-            shape = self.like.tensors[name].shape
-            if _outputs_first(name, shape):
-                row = lambda leaf=leaf: _moved(flat(leaf), leaf.shape, -1, 0)
-                back[name] = Deferred(shape, leaf.dtype, row)
-        return back
 
     def origin(self, names: Iterable[str], base: bool) -> dict[str, Deferred]:
         """The base's tensors of these names; zeros without one."""
@@ -158,6 +122,7 @@ def merge_files(
     progress: Progress | None = None,
     card: str | os.PathLike | None = None,
     max_shard_size: int | None = None,
+    outputs_first: str | Sequence[str] = PYTORCH,
     **options: Any,
 ) -> None:
     """`merge` of safetensors checkpoints into the safetensors file `out`, with no more than a leaf of each in memory.
@@ -180,10 +145,11 @@ def merge_files(
       progress: is called as `progress(bytes written, bytes in all)`.
       card: a file to write a model card to, Hugging Face's README.md: rule, options, fingerprints of the checkpoints.
       max_shard_size: the most bytes of a file: `out` is then a new folder of files with their index.
+      outputs_first: see `merge`; default PyTorch's, tensors whose name ends in `weight`, but for embeddings. () is for
+        none: GPT-2's layers are (in, out).
       options: of the rule, and what it needs, as in `merge`: `weights`, `key`, `density`, ...
 
-    Rules that go by matrices see tensors whose name ends in `weight` turned to (in, out), for PyTorch has them as
-    (out, in, ...); but for embeddings. Tensors of whole numbers aren't merged: they are the same in all checkpoints.
+    Tensors of whole numbers aren't merged: they are the same in all checkpoints.
 
     ValueError, before anything is written, for a file that is no complete safetensors file, for checkpoints that
     differ, with all differences, and for an `out` or a `card` that is one of them; FileNotFoundError for one that isn't
@@ -198,10 +164,10 @@ def merge_files(
     out, kind = target(out, max_shard_size), require_dtype(dtype)
     card = card_target(card, out)
     sources = open_sources(paths, base, kind, check_finite, [out, card])
-    names, sources = list(sources.like.floats()), sources.turned_for(name, options.get("rule"))
+    names = list(sources.like.floats())
     with sources.precision():
         origin, deltas = sources.origin(names, base is not None), sources.deltas(names, base is not None)
-        params = sources.turned_back(merge(name, origin, deltas, check_finite=check_finite, **options))
+        params = merge(name, origin, deltas, outputs_first=outputs_first, check_finite=check_finite, **options)
         plan = Plan(sources.like, kind, check_finite, progress, max_shard_size)
         with write_card(card, [Step(name, len(names), options)], sources.base, sources.models):
             write(out, plan, params)

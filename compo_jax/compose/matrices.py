@@ -4,9 +4,9 @@ A leaf is a matrix (in, out), its last axis against all others, so that a convol
 leaf counts layers, each of which is a matrix. Leaves that are vectors are averaged. Singular values below the rounding
 error belong to no direction (a LoRA delta has its rank and no more), and are left out.
 
-Weights of PyTorch and Equinox are (out, in): transpose them before `wudi`, `iso_cts` and `knots`, which tell inputs
-from outputs (of the others the result is transposed, too), and convolutions of theirs, (out, in, height, width), before
-any rule here. `merge_files` does it by itself.
+Weights of PyTorch and Equinox are (out, in), and convolutions of theirs (out, in, height, width): `merge` takes them
+with `outputs_first=`, and `merge_files` knows PyTorch's. It matters to `wudi`, `iso_cts` and `knots`, which tell inputs
+from outputs (of the others the result is transposed, too), and of convolutions to every rule here.
 """
 
 import functools

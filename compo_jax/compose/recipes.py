@@ -25,6 +25,7 @@
           - lines: {beta: 0.5}
     dtype: bfloat16                        # or out_dtype: of the result
     seed: 0                                # of methods that draw
+    outputs_first: []                      # matrices that are (out, in), as of `merge_files`; default PyTorch's
 
 A rule of ours merges all tensors of its group that have the same parameters together: TIES trims them as one vector.
 `read_recipe` reads it, `merge_recipe` does it.
@@ -42,6 +43,7 @@ import yaml
 from compo_jax.compose.checkpoints import require_dtype, require_leafwise
 from compo_jax.compose.mergekit import METHODS, OTHERS
 from compo_jax.compose.rules import MADE_BY, RULES
+from compo_jax.compose.turned import PYTORCH
 from compo_jax.files import local_path
 
 Value = float | int | bool | str | tuple
@@ -118,6 +120,7 @@ class Recipe(Way):
     dtype: str | None = None
     out_dtype: str | None = None
     seed: int = 0
+    outputs_first: tuple[str, ...] = (PYTORCH,)
     folder: Path = Path()
     text: str = ""
 

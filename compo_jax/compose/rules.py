@@ -47,6 +47,7 @@ from compo_jax.compose.sphere import karcher_mean, karcher_weights, slerp_weight
 from compo_jax.compose.stock import model_stock
 from compo_jax.compose.subspace import Projected, epimer
 from compo_jax.compose.tails import breadcrumbs, della
+from compo_jax.compose.turned import turned
 from compo_jax.curvature import Landscape
 from compo_jax.tree import Tree
 
@@ -302,6 +303,7 @@ def merge(
     unlabelled: Sequence[Unlabelled] | None = None,
     loss: Callable[..., Any] | None = None,
     batches: Sequence[tuple] | None = None,
+    outputs_first: str | Sequence[str] = (),
     check_finite: bool = True,
     **options: Any,
 ) -> Tree:
@@ -312,6 +314,9 @@ def merge(
       weights: one a module; each rule says what they mean, and its default.
       key, fishers, factors, matvecs, landscape, task, unlabelled, loss, batches: see `MADE_BY`. What the rule doesn't
         use is left aside, so that a loop over all rules may give everything to each.
+      outputs_first: patterns of the paths of matrices that are (out, in, ...), as PyTorch and Equinox have them,
+        `weight$` say: rules that go by matrices see them turned to (in, ..., out). Where there are curvature or images,
+        these tell, and nothing is turned.
       check_finite: ValueError, naming module and leaf, where a module, or what the rule needs beside them, holds NaN or
         an infinity; False lets them through.
       options: of the rule, such as `scale`, `density`, `rate`, `damping`; `slerp` takes `t`, and the add-ons (`dare`,
@@ -337,7 +342,18 @@ def merge(
         needed["weights"] = weights
     if not check_finite:
         options["check_finite"] = False
-    return params_of(rule.run(base, deltas, **needed, **rule.defaults | options))
+    run = functools.partial(rule.run, **needed, **rule.defaults | options)
+    if outputs_first and rule.behind is not None and rule.leafwise:  # it is for the rule behind
+        return run(base, deltas, outputs_first=outputs_first)
+    if not outputs_first or not _by_matrices(name, options.get("rule")):
+        return params_of(run(base, deltas))
+    turn = turned(base, outputs_first, options.get("stacked", STACKED))
+    return turn.outputs_first(params_of(run(turn.inputs_first(base), [turn.inputs_first(d) for d in deltas])))
+
+
+def _by_matrices(name: str, behind: str | None) -> bool:
+    """Whether the rule takes a leaf's last axis for its outputs; where there are curvature or images, these tell."""
+    return "stacked" in (options_of(name, behind) or ()) and not set(find_rule(name).needs) - {"key", "task"}
 
 
 def params_of(merged: Any) -> Tree:

@@ -232,6 +232,14 @@ class _Quadratics(NamedTuple):
     def curvature(self, vector: Tree) -> Tree:
         return tree.weighted_sum(self.products([vector] * len(self.matvecs)), self.weights)
 
+    def summed(self, vectors: Sequence[Tree]) -> Tree:
+        """`Σ w_t G_t v_t`, one task after another in a loop: XLA keeps what one product takes in memory, not what all
+        take."""
+        products = [functools.partial(_product, *each, self.base) for each in zip(self.matvecs, vectors, strict=True)]
+        weights = jnp.stack(self.weights)
+        add = lambda t, total: tree.add(total, jax.lax.switch(t, products), weights[t])
+        return jax.lax.fori_loop(0, len(products), add, jax.tree.map(jnp.zeros_like, vectors[0]))
+
     def require_finite_products(self) -> NoReturn:
         """ValueError for what isn't finite in a solve: the module whose product it is, or the whole."""
         for t, image in enumerate(self.products(self.deltas)):
@@ -246,11 +254,11 @@ def _in_parameters(
     damping = problem.damping
     centre = tree.weighted_sum(problem.deltas, problem.anchor)
     apart = [tree.add(delta, centre, -1.0) for delta in problem.deltas]
-    b = tree.weighted_sum(problem.products(apart), problem.weights)
+    b = problem.summed(apart)
     if preconditioner is not None and not callable(preconditioner):
         preconditioner = inverse(preconditioner, problem.weights, damping, b, check_finite=check_finite)
     solution = conjugate_gradients(
-        lambda v: tree.add(problem.curvature(v), v, damping),
+        lambda v: tree.add(problem.summed([v] * len(problem.matvecs)), v, damping),
         b,
         preconditioner=preconditioner,
         tolerance=tolerance,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core.primitives as primitives
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Jaxpr, Literal
 from jaxtyping import Array, Float
 
@@ -69,11 +70,20 @@ class Taps(NamedTuple):
 
 
 class _Weight(NamedTuple):
-    """A value in the jaxpr that is a parameter, or a slice of one that scans have made."""
+    """A value in the jaxpr that is a parameter, or a slice of one that scans have made; transposed or not.
+
+    Attributes:
+      axes: of each of the value's axes, which it is of the leaf's, behind the stack.
+    """
 
     value: Any
     name: str
     stack: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    @property
+    def as_it_lies(self) -> bool:
+        return self.axes == tuple(range(len(self.axes)))
 
 
 def _opened(jaxpr) -> tuple[Jaxpr, Any]:
@@ -151,14 +161,14 @@ class _Interpreter:
         scanned = arguments[last:]
         if not any(isinstance(x, _Weight) for x in scanned):
             return self.bind(equation, [*consts, *carry, *scanned]), {}
-        weights = [x if isinstance(x, _Weight) else None for x in scanned]
-        slices = [x.value if isinstance(x, _Weight) else x for x in scanned]
+        weights = [x if isinstance(x, _Weight) and x.as_it_lies else None for x in scanned]
+        slices = [self.plain(x) if w is None else x.value for w, x in zip(weights, scanned, strict=True)]
         slices_of_probes = {w.name: probes[w.name] for w in weights if w is not None and w.name in probes}
 
         def body(carry, step):
             slices, probes = step
             inner = [
-                x if w is None else _Weight(x, w.name, (*w.stack, w.value.shape[0]))
+                x if w is None else _Weight(x, w.name, (*w.stack, w.value.shape[0]), tuple(range(x.ndim)))
                 for w, x in zip(weights, slices, strict=True)
             ]
             results, inputs = self.run(*_opened(settings["jaxpr"]), [*consts, *carry, *inner], probes)
@@ -173,8 +183,12 @@ class _Interpreter:
         weight = arguments[0]
         if not jnp.issubdtype(equation.params["new_dtype"], jnp.floating):  # no gradient goes through rounding
             return self.bind(equation, arguments), {}
-        value = equation.primitive.bind(weight.value, **equation.params)
-        return [_Weight(value, weight.name, weight.stack)], {}
+        return [weight._replace(value=equation.primitive.bind(weight.value, **equation.params))], {}
+
+    def transpose(self, equation, arguments, probes):
+        weight = arguments[0]
+        axes = tuple(weight.axes[i] for i in equation.params["permutation"])
+        return [weight._replace(value=equation.primitive.bind(weight.value, **equation.params), axes=axes)], {}
 
     def dot(self, equation, arguments, probes):
         contracted, batch = equation.params["dimension_numbers"]
@@ -219,8 +233,9 @@ class _Interpreter:
     def tapped(self, equation, arguments, probes, weight, contracted, rows, place):
         """The output of a dense layer plus its probe, and its inputs `rows` (tokens, in)."""
         y = equation.primitive.bind(*(a.value if isinstance(a, _Weight) else a for a in arguments), **equation.params)
-        free = tuple(i for i in range(weight.value.ndim) if i not in contracted)
-        layer = Dense(weight.stack, tuple(contracted), free, weight.value.shape, rows.shape[0])
+        free = [axis for i, axis in enumerate(weight.axes) if i not in contracted]
+        shape = tuple(weight.value.shape[weight.axes.index(i)] for i in range(len(weight.axes)))
+        layer = Dense(weight.stack, tuple(weight.axes[i] for i in contracted), tuple(free), shape, rows.shape[0])
         self.layers[weight.name] = layer
         self.outputs[weight.name] = jax.ShapeDtypeStruct((*weight.stack, layer.tokens, layer.sizes[1]), y.dtype)
         self.uses.setdefault(weight.name, set()).add(self.path)
@@ -233,6 +248,7 @@ class _Interpreter:
         primitives.scan_p: scan,
         primitives.remat_p: checkpoint,
         primitives.convert_element_type_p: convert,
+        primitives.transpose_p: transpose,
         primitives.dot_general_p: dot,
         primitives.conv_general_dilated_p: convolve,
     }
@@ -242,9 +258,9 @@ def tap(function: Callable[..., Any], params: Tree, *args: Any) -> Taps:
     """Finds the dense layers of `function(params, *args)`; only shapes are looked at.
 
     A leaf counts where all that uses it is one `dot_general` without batch axes or one convolution without groups (a
-    dense layer of patches), possibly inside jit, checkpoint, or scans over the leaf's first axes. Weights that are
-    shared, sliced or transposed do not, and are left to the caller; nor do those inside a custom derivative, a loop or
-    a branch.
+    dense layer of patches), of the leaf as it lies or transposed, possibly inside jit, checkpoint, or scans over the
+    leaf's first axes. Weights that are shared or sliced do not, and are left to the caller; nor do those inside a
+    custom derivative, a loop or a branch.
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(params, *args)
     structure = jax.tree.structure(shape)
@@ -252,7 +268,7 @@ def tap(function: Callable[..., Any], params: Tree, *args: Any) -> Taps:
 
     def interpret(interpreter, wanted, probes, params, *args):
         leaves = [
-            _Weight(leaf, name, ()) if name in wanted else leaf
+            _Weight(leaf, name, (), tuple(range(np.ndim(leaf)))) if name in wanted else leaf
             for name, leaf in zip(names, jax.tree.leaves(params), strict=True)
         ]
         outputs, inputs = interpreter.run(closed.jaxpr, closed.consts, [*leaves, *jax.tree.leaves(args)], probes)
