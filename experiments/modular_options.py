@@ -181,9 +181,10 @@ class Multitask(Experiment):
 
 # -- a new task --------------------------------------------------------------------------------------------------------
 PARTS = ("head", "head+route", "head+gain", "head+route+gain", "head+bn", "head+bn+route", "all")  # of modular.PARTS
-CONTROLS = ("head, random route", "head+route, random start", "head+route, untrained templates")
+CONTROLS = ("head, random source", "head, random route", "head+route, random start", "head+route, untrained templates")
 CLOSED = "head, closed-form route"
-WAYS = (*PARTS, "scratch", CLOSED, *CONTROLS)
+SOUPS = ("head, soup of sources", "head+bn, soup of sources")
+WAYS = (*PARTS, "scratch", CLOSED, *SOUPS, *CONTROLS)
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class NewTask:
     budgets: Annotated[tuple[int, ...] | None, number(int, 0, many="*"), OPEN] = None
     """labelled images of each class of a new task, 2 at least; 0 for all (default: the set's)"""
     methods: Annotated[tuple[str, ...], names(WAYS)] = WAYS
-    """what of its network is trained; scratch and three controls beside"""
+    """what of its network is trained, and from where; scratch and controls beside"""
     new_steps: OpenCount = None
     """of its training (default: the set's)"""
     new_batch: Count = 32

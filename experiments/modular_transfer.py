@@ -6,10 +6,10 @@
 For each seed some tasks are left out, the others learn templates and an order each, and each task left out is learned
 from few labelled images: its head, its route (closed-form: by one Newton step), its gain, its BN, all, or a network
 from scratch. Where a source's route is the start, it is the source whose features tell the few images' classes apart
-best (nearest centroid, cross-validated). Controls: a random route, a random start, untrained templates. Writes
-`runs/NAME/`: metrics.json, metrics.jsonl, report.html and a pool of templates and source tasks for each seed. A killed
-run goes on behind its last finished part, a finished one may be given more seeds. The first takes a few minutes on 2
-CPU cores. Expected numbers: README.md.
+best (nearest centroid, cross-validated), or a soup: the mean of those that do it best together. Controls: a random
+source, a random route, a random start, untrained templates. Writes `runs/NAME/`: metrics.json, metrics.jsonl,
+report.html and a pool of templates and source tasks for each seed. A killed run goes on behind its last finished part,
+a finished one may be given more seeds. The first takes a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import job
 import modular_options
 from job import closing, console
-from modular_options import CLOSED, CONTROLS
+from modular_options import CLOSED, CONTROLS, SOUPS
 from modular_options import Transfer as Options
 
 
@@ -90,7 +90,7 @@ def templates(session: Session, division: Division, folder: Path) -> Sources:
 
 # -- the tasks left out ------------------------------------------------------------------------------------------------
 def start(options: Options, method: str, network: Network, source: int, classes: int, key) -> Network:
-    """What a method starts a new task from."""
+    """What a method starts a new task from; `source` is the number of the task whose order it begins with."""
     if method in ("scratch", "head+route, untrained templates"):
         alone, seed = network.net.clone(classes=(classes,)), int(jax.random.randint(key, (), 0, 2**30))
         order = None
@@ -101,11 +101,17 @@ def start(options: Options, method: str, network: Network, source: int, classes:
     route, linear = begun["params"]["route"], one.route == "linear"
     if method == "head, random route" and not linear:
         route = routes.to_logits(routes.random(key, route.shape[:-1], one.templates))
-    elif "random" in method:
+    elif method in ("head, random route", "head+route, random start"):
         route = jax.random.normal(key, route.shape) * (one.templates**-0.5 if linear else 0.01)
     elif one.route == "hard":
         route = routes.to_logits(routes.hard(route), options.new.smoothing)
     return Network(one, modular.set_route(begun, route))
+
+
+def soup(session: Session, network: Network, split: data.Split) -> Network:
+    """One task, the mean of the sources that tell the few images' classes apart best together."""
+    chosen = modular.nearest_soup(network, session.stream.prepare, split)
+    return modular.mean_source(modular.take_tasks(network, chosen), 1e-6)
 
 
 def learned(session: Session, division: Division, budget: int, folder: Path) -> NewTasks:
@@ -117,9 +123,13 @@ def learned(session: Session, division: Division, budget: int, folder: Path) -> 
         split, key = few(task, budget, seed), jax.random.fold_in(jax.random.key(seed), h)
         source = modular.nearest_source(network, session.stream.prepare, split)
         chosen.append(division.sources[source].name)
+        from_soup = soup(session, network, split) if set(SOUPS) & set(options.new.methods) else network
+        drawn = int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, len(division.sources)))
         about = f"{task.name}, {budget or 'all'} labels, seed {seed}"
         for method in options.new.methods:
-            one, begun = start(options, method, network, source, len(task.classes), key)
+            origin, like = (from_soup, 0) if method in SOUPS else (network, source)
+            like = drawn if method == "head, random source" else like
+            one, begun = start(options, method, origin, like, len(task.classes), key)
             logged, settings, scratch = session.logged(method, about), new_training(session), method == "scratch"
             if method == CLOSED:  # one Newton step of the coefficients, half-way through the head's training
                 settings = settings._replace(steps=max(1, settings.steps // 2))

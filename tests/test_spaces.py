@@ -53,6 +53,19 @@ def lora_modules():
     return base, made, [delta(module, base) for module in made]
 
 
+def test_core_space_takes_a_module_of_rank_0_for_one_that_changes_nothing_there():
+    pair = lambda seed, rank: {"a": normal(seed, 5, rank), "b": normal(seed + 1, rank, 4)}
+    base, modules = (
+        {"w": normal(0, 5, 4), "v": normal(1, 5, 4)},
+        [{"w": pair(2, 0), "v": pair(4, 1)}, {"w": pair(6, 2)}],
+    )
+    modules[1]["v"] = None
+    expected = {"w": base["w"] + modules[1]["w"]["a"] @ modules[1]["w"]["b"] / 2}
+    expected["v"] = base["v"] + modules[0]["v"]["a"] @ modules[0]["v"]["b"] / 2
+    with X64():
+        close(merge("core_space", base, modules), expected)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_core_space_keeps_a_module_that_is_weak_beside_another(dtype):
     """Factors are exact, whatever their type: none of their directions is an error of rounding."""

@@ -184,7 +184,7 @@ def _factored(module: Tree, base: Tree, what: str) -> Tree:
                 f"{what} doesn't fit the parameters: {name} is {shapes[name]} and its factors {np.shape(entry['a'])} "
                 f"and {np.shape(entry['b'])}: they were made for other parameters"
             )
-        return _Product(entry)
+        return _Product(entry) if np.size(entry["a"]) else None  # of rank 0: it changes nothing
 
     def at_leaf(path, x):
         return x is None or tree.path_name(path) in shapes
