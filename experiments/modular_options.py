@@ -183,8 +183,7 @@ class Multitask(Experiment):
 PARTS = ("head", "head+route", "head+gain", "head+route+gain", "head+bn", "head+bn+route", "all")  # of modular.PARTS
 CONTROLS = ("head, random source", "head, random route", "head+route, random start", "head+route, untrained templates")
 CLOSED = "head, closed-form route"
-SOUPS = ("head, soup of sources", "head+bn, soup of sources")
-WAYS = (*PARTS, "scratch", CLOSED, *SOUPS, *CONTROLS)
+WAYS = (*PARTS, "scratch", CLOSED, *CONTROLS)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@
 For each seed some tasks are left out, the others learn templates and an order each, and each task left out is learned
 from few labelled images: its head, its route (closed-form: by one Newton step), its gain, its BN, all, or a network
 from scratch. Where a source's route is the start, it is the source whose features tell the few images' classes apart
-best (nearest centroid, cross-validated), or a soup: the mean of those that do it best together. Controls: a random
-source, a random route, a random start, untrained templates. Writes `runs/NAME/`: metrics.json, metrics.jsonl,
-report.html and a pool of templates and source tasks for each seed. A killed run goes on behind its last finished part,
-a finished one may be given more seeds. The first takes a few minutes on 2 CPU cores. Expected numbers: README.md.
+best (nearest centroid, cross-validated). Controls: a random source, a random route, a random start, untrained
+templates. Writes `runs/NAME/`: metrics.json, metrics.jsonl, report.html and a pool of templates and source tasks for
+each seed. A killed run goes on behind its last finished part, a finished one may be given more seeds. The first takes
+a few minutes on 2 CPU cores. Expected numbers: README.md.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import job
 import modular_options
 from job import closing, console
-from modular_options import CLOSED, CONTROLS, SOUPS
+from modular_options import CLOSED, CONTROLS
 from modular_options import Transfer as Options
 
 
@@ -108,12 +108,6 @@ def start(options: Options, method: str, network: Network, source: int, classes:
     return Network(one, modular.set_route(begun, route))
 
 
-def soup(session: Session, network: Network, split: data.Split) -> Network:
-    """One task, the mean of the sources that tell the few images' classes apart best together."""
-    chosen = modular.nearest_soup(network, session.stream.prepare, split)
-    return modular.mean_source(modular.take_tasks(network, chosen), 1e-6)
-
-
 def learned(session: Session, division: Division, budget: int, folder: Path) -> NewTasks:
     """Every method on every task left out, from this many labelled images of each class."""
     options, seed = session.options, division.seed
@@ -123,13 +117,11 @@ def learned(session: Session, division: Division, budget: int, folder: Path) -> 
         split, key = few(task, budget, seed), jax.random.fold_in(jax.random.key(seed), h)
         source = modular.nearest_source(network, session.stream.prepare, split)
         chosen.append(division.sources[source].name)
-        from_soup = soup(session, network, split) if set(SOUPS) & set(options.new.methods) else network
         drawn = int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, len(division.sources)))
         about = f"{task.name}, {budget or 'all'} labels, seed {seed}"
         for method in options.new.methods:
-            origin, like = (from_soup, 0) if method in SOUPS else (network, source)
-            like = drawn if method == "head, random source" else like
-            one, begun = start(options, method, origin, like, len(task.classes), key)
+            like = drawn if method == "head, random source" else source
+            one, begun = start(options, method, network, like, len(task.classes), key)
             logged, settings, scratch = session.logged(method, about), new_training(session), method == "scratch"
             if method == CLOSED:  # one Newton step of the coefficients, half-way through the head's training
                 settings = settings._replace(steps=max(1, settings.steps // 2))

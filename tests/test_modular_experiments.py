@@ -179,7 +179,7 @@ def test_a_new_task_is_learned_by_every_kind_of_route(kind, tmp_path):
     options = ["--tasks", 3, "--templates", 2, "--new-steps", 2, "--new-batch", 8, "--budgets", 2, "--route", kind]
     options += ["--groups", 2] * (kind == "linear")
     methods = ["head", "head+route", "scratch", "head, random route", "head+route, random start"]
-    methods += ["head, soup of sources", "head+bn, soup of sources", "head, random source"]
+    methods += ["head, random source"]
     methods += ["head, closed-form route"] * (kind == "linear")
     line = [*TINY, "--steps", 2, *options, "--methods", *methods, "--seeds", 0]
     done = run(*line, "--runs", tmp_path, script="modular_transfer.py")

@@ -18,11 +18,9 @@ from compo_jax.modular import (
     Settings,
     adaptation,
     add_task,
-    centroid_accuracies,
     hard,
     information_maximisation,
     mean_source,
-    nearest_soup,
     nearest_source,
     new_task,
     one_source,
@@ -87,21 +85,6 @@ def test_the_nearest_source_is_told_without_a_warning(each):
     split = PICTURES.tasks[0].train
     rows = np.concatenate([np.flatnonzero(split.labels == c)[:each] for c in range(3)])
     assert nearest_source(small(), PICTURES.prepare, ArraySplit(split.images(rows), split.labels[rows])) in (0, 1)
-
-
-def test_a_soup_of_few_labelled_images_begins_with_the_nearest_source_and_tells_classes_apart_no_worse():
-    split, network = PICTURES.tasks[0].train, Network(*small((3,) * 6))
-    singles = centroid_accuracies(network, PICTURES.prepare, split)
-    soup = nearest_soup(network, PICTURES.prepare, split)
-    assert soup[0] == np.argmax(singles) == nearest_source(network, PICTURES.prepare, split)
-    made = lambda tasks: centroid_accuracies(
-        mean_source(take_tasks(network, tasks), 1e-6), PICTURES.prepare, split
-    ).item()
-    grown = [made(soup[: n + 1]) for n in range(len(soup))]
-    assert grown == sorted(grown) and abs(grown[0] - singles.max()) < 1e-6
-    for left in set(range(6)) - set(soup):  # in its turn it did harm
-        place = sum(singles[s] > singles[left] or (singles[s] == singles[left] and s < left) for s in soup)
-        assert made([*soup[:place], left]) < made(soup[:place])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")

@@ -39,8 +39,6 @@ from compo_jax.modular.net import Route as Route
 from compo_jax.modular.newton import NewtonStep as NewtonStep
 from compo_jax.modular.newton import newton_route as newton_route
 from compo_jax.modular.parts import PARTS as PARTS
-from compo_jax.modular.parts import centroid_accuracies as centroid_accuracies
-from compo_jax.modular.parts import nearest_soup as nearest_soup
 from compo_jax.modular.parts import nearest_source as nearest_source
 from compo_jax.modular.parts import transfer as transfer
 from compo_jax.modular.random_routes import beside_random as beside_random

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from compo_jax.data.splits import Split
 from compo_jax.data.stream import Augmentation
@@ -13,7 +12,6 @@ from compo_jax.modular.losses import Prepare
 from compo_jax.modular.net import ModularNet, Network
 from compo_jax.modular.settings import Settings
 from compo_jax.modular.training import Learner, learner
-from compo_jax.modular.unlabelled import greedy_soup
 
 PARTS: dict[str, tuple[str, ...]] = {
     "head": ("^head",),
@@ -49,14 +47,11 @@ def transfer(
     return learner(net, prepare, settings, augment, trained=PARTS[part], **more)
 
 
-def centroid_accuracies(
-    network: Network, prepare: Prepare, split: Split, images: int = 250
-) -> Float[np.ndarray, " sources"]:
-    """How well each task's route tells the classes of these labelled images apart, without any training: the accuracy
-    of nearest centroids on its features.
+def nearest_source(network: Network, prepare: Prepare, split: Split, images: int = 250) -> int:
+    """The task whose route tells the classes of these labelled images apart best, and so is a new one's start.
 
-    Cross-validated in at most five folds, on about as many images in all; batch statistics are those of the images.
-    ValueError where a class has fewer than two images.
+    By the accuracy of nearest centroids on the features, cross-validated in at most five folds, on about as many images
+    in all; batch statistics are those of the images. ValueError where a class has fewer than two images.
     """
     net, counts = network.net, np.bincount(split.labels)
     if counts.min() < 2:
@@ -72,20 +67,7 @@ def centroid_accuracies(
         )[0]
     )(network.variables, prepare(split.images(rows)))  # fmt: skip
     folds = int(min(5, np.bincount(labels).min()))
-    return np.array([_centroid_accuracy(np.asarray(x), labels, folds) for x in features])
-
-
-def nearest_source(network: Network, prepare: Prepare, split: Split, images: int = 250) -> int:
-    """The task whose route tells the classes of these labelled images apart best, by `centroid_accuracies`, and so is a
-    new one's start."""
-    return int(np.argmax(centroid_accuracies(network, prepare, split, images)))
-
-
-def nearest_soup(network: Network, prepare: Prepare, split: Split, images: int = 250) -> list[int]:
-    """The sources whose mean tells the classes of these labelled images apart best: a `greedy_soup` by
-    `centroid_accuracies`. `mean_source(take_tasks(network, soup), 1e-6)` is their network."""
-    score = lambda sources: centroid_accuracies(sources, prepare, split, images)
-    return greedy_soup(network, -score(network), lambda mean: -score(mean)[0])
+    return int(np.argmax([_centroid_accuracy(np.asarray(x), labels, folds) for x in features]))
 
 
 def _centroid_accuracy(features: np.ndarray, labels: np.ndarray, folds: int) -> float:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -53,13 +53,10 @@ def _on_route(network: Network, weights: Array, smoothing: float) -> Network:
 def mean_source(network: Network, smoothing: float = 0.05) -> Network:
     """A one-task network whose route is the mean of the sources' routes, and so BN and its statistics.
 
-    `smoothing` is of soft weights, which it is on where the sources aren't linear (see `routes.to_logits`). The head is
-    the sources', or, where they don't share one, new (see `edit.new_task`).
+    `smoothing` is of soft weights, which it is on where the sources aren't linear (see `routes.to_logits`).
     """
     weights = routes.KINDS[network.net.route](network.variables["params"]["route"])
-    classes = None if network.net.shared_head else network.net.classes[0]
-    mean = new_task(network, jax.random.key(0), classes)
-    return _on_route(mean, weights.mean(axis=0, keepdims=True), smoothing)
+    return _on_route(new_task(network, jax.random.key(0)), weights.mean(axis=0, keepdims=True), smoothing)
 
 
 def one_source(network: Network, source: int, smoothing: float = 0.05) -> Network:
@@ -87,29 +84,23 @@ def source_objectives(
     return np.array([information_maximisation(jnp.asarray(part)) for part in logits])
 
 
-def greedy_soup(
-    network: Network, objectives: Float[np.ndarray, " sources"], objective: Callable[[Network], float]
-) -> list[int]:
-    """The sources whose mean is the best: from the best source on, in the order of their objectives, each is taken in
-    where the mean with it has no higher an `objective` (after Wortsman et al., 2022, arXiv 2203.05482)."""
-    first, *others = (int(source) for source in np.argsort(objectives, kind="stable"))
-    soup, lowest = [first], objectives[first]
-    for source in others:
-        value = objective(mean_source(take_tasks(network, [*soup, source]), 1e-6))
-        if value <= lowest:
-            soup, lowest = [*soup, source], value
-    return soup
-
-
 def soup_of_sources(network: Network, prepare: Prepare, target: Task, batch: int = 64) -> list[int]:
-    """The sources whose mean is the best that can be told without labels: a `greedy_soup` by `source_objectives` with
-    the target's statistics.
+    """The sources whose mean is the best that can be told without labels, found as a greedy soup: from the best source
+    on, in the order of `source_objectives` with the target's statistics, each is taken in where the mean with it has no
+    higher an objective (after Wortsman et al., 2022, arXiv 2203.05482, who weigh parameters by validation accuracy).
 
     `mean_source(take_tasks(network, soup), 1e-6)` is their network. It needs no rate and no steps, and one evaluation a
     source.
     """
-    score = lambda sources: source_objectives(sources, prepare, target, batch, bn="target")
-    return greedy_soup(network, score(network), lambda mean: score(mean)[0])
+    objectives = source_objectives(network, prepare, target, batch, bn="target")
+    first, *others = (int(source) for source in np.argsort(objectives, kind="stable"))
+    soup, lowest = [first], objectives[first]
+    for source in others:
+        mean = mean_source(take_tasks(network, [*soup, source]), 1e-6)
+        (value,) = source_objectives(mean, prepare, target, batch, bn="target")
+        if value <= lowest:
+            soup, lowest = [*soup, source], value
+    return soup
 
 
 @runtime_checkable
