@@ -16,8 +16,8 @@ TAKEN = {"ggn": ("factors",)}  # what a rule can do without, and does better wit
 OPTIONS = {
     "dare": {"rate": 0.5},
     "regmean": {"scaling": 0.9},
-    "kronecker": {"damping": 1e-3},
-    "ggn": {"damping": 1e-3, "max_iterations": 30, "tolerance": 1e-4},
+    "kronecker": {"damping": 1e-3, "anchor": "average"},
+    "ggn": {"damping": 1e-3, "anchor": "average", "max_iterations": 30, "tolerance": 1e-4},
     "epimer": {"damping": 1e-3, "groups": "tasks"},
     "adamerging": {"steps": 100},
     "knots": {"rule": "ties"},  # which goes by entries: the average, the default, and Iso are the same in any space

@@ -13,6 +13,7 @@ from compo_jax.compose.numbers import (
     Scalar,
     Weights,
     along,
+    anchored,
     require_iterations,
     require_not_negative,
     require_number,
@@ -71,7 +72,7 @@ def regmean(
     *,
     scaling: Scalar = 1.0,
     damping: Scalar = 0.0,
-    anchor: Weights | None = None,
+    anchor: Weights | str | None = None,
     check_finite: bool = True,
 ) -> Tree:
     """RegMean (Jin et al., 2023, arXiv 2212.09849): `(Σ w_t A_t)⁻¹ Σ w_t A_t W_t` in each dense layer.
@@ -85,7 +86,7 @@ def regmean(
         paper. Not negative.
       scaling: of the Gram matrices' off-diagonal entries; the paper's is 0.9, and makes them regular.
       damping: added to the summed Gram's diagonal.
-      anchor: (tasks,), weights of the composition that damping pulls to; default zeros, the base.
+      anchor: what damping pulls to, see `solve_merge`.
 
     ValueError where a summed Gram matrix is singular (dead inputs, or more inputs than examples), naming the layer, and
     where a module or a Gram matrix isn't finite.
@@ -94,7 +95,7 @@ def regmean(
     require_number("scaling", scaling, "a part of the off-diagonal entries, from 0 to 1", lambda x: 0 <= x <= 1)
     require_not_negative(damping=damping)
     weights = weigh(weights, len(deltas), sign=False)
-    anchor = weigh([0.0] * len(deltas) if anchor is None else anchor, len(deltas))
+    anchor = anchored(anchor, len(deltas))
     covered, factors, rest = split_layers(deltas, factors, weights, ["inputs"] if check_finite else [])
     layers = dict(factors[0].layout)
 
@@ -132,7 +133,7 @@ def kronecker_merge(
     weights: Weights | None = None,
     damping: Scalar = 0.0,
     *,
-    anchor: Weights | None = None,
+    anchor: Weights | str | None = None,
     tolerance: Scalar | None = None,
     max_iterations: int = 200,
     check_finite: bool = True,
@@ -149,7 +150,7 @@ def kronecker_merge(
     require_not_negative(damping=damping)
     require_iterations(tolerance, max_iterations)
     weights = weigh(weights, len(deltas), sign=False)
-    anchor = None if anchor is None else weigh(anchor, len(deltas))
+    anchor = anchored(anchor, len(deltas))
     covered, factors, rest = split_layers(deltas, factors, weights, ["inputs", "outputs"] if check_finite else [])
     options = {"anchor": anchor, "tolerance": tolerance, "max_iterations": max_iterations}
     solved = solve_merge(

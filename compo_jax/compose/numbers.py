@@ -91,6 +91,18 @@ def weigh(weights: Weights | None, tasks: int, default: Scalar | None = None, *,
     return values.tolist()
 
 
+def anchored(anchor: Weights | str | None, tasks: int) -> list:
+    """The weights of the composition that a solve begins at: zeros, the base, where there are none; 1/T for "average".
+
+    Errors as `weigh`, and ValueError for another word.
+    """
+    if isinstance(anchor, str):
+        if anchor != "average":
+            raise ValueError(f"anchor={anchor!r} is neither 'average' nor weights, one number a module")
+        return [1 / tasks] * tasks
+    return weigh([0.0] * tasks if anchor is None else anchor, tasks)
+
+
 def along(weights: Sequence, leaves: Num[Array, "tasks ..."]) -> Num[Array, "tasks ..."]:
     """The weights in the leaves' type, shaped to multiply them."""
     column = jnp.stack([jnp.asarray(w, leaves.dtype) for w in weights])

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from compo_jax import tree
 from compo_jax.compose.leaves import add_delta
 from compo_jax.compose.modules import require_matvecs, require_same, with_zeros
-from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_not_negative, weigh
+from compo_jax.compose.numbers import Scalar, Weights, anchored, require_iterations, require_not_negative, weigh
 from compo_jax.compose.preconditioners import Matvec, inverse
 from compo_jax.compose.sphere import gram
 from compo_jax.curvature import Curvature
@@ -160,7 +160,7 @@ def solve_merge(
     damping: Scalar = 0.0,
     *,
     coordinates: str = "full",
-    anchor: Weights | None = None,
+    anchor: Weights | str | None = None,
     preconditioner: Matvec | Sequence[Curvature | Tree] | None = None,
     tolerance: Scalar | None = None,
     max_iterations: int = 200,
@@ -181,8 +181,9 @@ def solve_merge(
       coordinates: `full`, preconditioned conjugate gradients in the space of the parameters, T products an iteration;
         `modules`, x a combination `Σ c_t delta_t`, T² products and a T x T system: the best composition for the
         quadratics, of any LoRA rank that the modules have.
-      anchor: (tasks,), weights of the composition that damping pulls to, instead of the base (zeros): `[1/T] * T` is
-        the average.
+      anchor: the composition that damping pulls to, and where conjugate gradients begin, so that iterations that run
+        out, as in MaTS (Tam et al.), stay near it: (tasks,) weights, or `average` for 1/T each; default the base. What
+        few examples don't see is left as it is there, and the average is mostly the better place.
       preconditioner: in full coordinates; one set of Kronecker factors a task, one Fisher diagonal a task, or a
         function near the inverse, such as `inverse_of_rows`. With one, nearest is meant in its norm.
       tolerance: of the residual, see `conjugate_gradients`.
@@ -200,7 +201,7 @@ def solve_merge(
     require_not_negative(damping=damping)
     require_iterations(tolerance, max_iterations)
     weights = weigh(weights, tasks, sign=False)
-    anchor = weigh([0.0] * tasks if anchor is None else anchor, tasks)
+    anchor = anchored(anchor, tasks)
     types = jax.tree.map(lambda *d: tree.wide_type(*d), *deltas)
     wide = [jax.tree.map(jnp.asarray, delta, types) for delta in deltas]
     problem = _Quadratics(base, wide, list(matvecs), weights, damping, anchor)
