@@ -13,7 +13,8 @@ def keep_memory() -> bool:
 
     XLA takes the arrays between a model's layers anew at each call. Larger than 32 MiB they come from the system each
     time, which clears every page when it is first touched: a third of the time of a small model's training step. The
-    process stays as large as it was at its peak, or 2 GiB where that is less. Blocks of more than 1 GiB still go back.
+    process stays as large as it was at its peak, or 2 GiB where that is less. Blocks of more than 1 GiB still go back,
+    and so does all at a call of `give_back_memory`.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is None:

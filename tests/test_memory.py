@@ -39,15 +39,21 @@ def resident():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) // 1024
 row = np.broadcast_to(np.float32(1), 2**24)  # 64 MiB
-filled((2, 2**24), np.float32, [row, row])
+fill = lambda: filled((2, 2**24), np.float32, [row, row])
+empty = resident()
+fill()
 full = resident()
+again = fill()
+most = resident()
+del again
 give_back_memory()
-print(full, resident())
+print(empty, full, most, resident())
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's")
 def test_arrays_that_jax_took_over_go_back():
     told = subprocess.run([sys.executable, "-c", TAKEN_OVER], capture_output=True, text=True, check=True).stdout
-    full, left = map(int, told.split())
-    assert full - left >= 127  # both rows, 128 MiB
+    empty, full, most, left = map(int, told.split())
+    assert full - empty >= 127 and full - left >= 127  # both rows, 128 MiB
+    assert most - full < 64  # the first array went before the second came

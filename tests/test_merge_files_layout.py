@@ -11,6 +11,8 @@ from compo_jax.compose import merge, merge_files, merge_recipe, read_recipe, tas
 
 SHAPES = {
     "patch_embed.proj.weight": (6, 3, 2, 2),
+    "conv_embed.weight": (6, 3, 2, 2),
+    "patch_embedding.weight": (6, 4),
     "blocks.0.qkv.weight": (12, 5),
     "blocks.0.norm.weight": (5,),
     "tokens.embedding.weight": (9, 4),  # one row a token, so that it is (in, out) already
@@ -18,7 +20,7 @@ SHAPES = {
     "shared.weight": (7, 3),
     "pos_embed": (1, 4, 6),
 }
-MATRICES = ("patch_embed.proj.weight", "blocks.0.qkv.weight")
+MATRICES = ("patch_embed.proj.weight", "conv_embed.weight", "patch_embedding.weight", "blocks.0.qkv.weight")
 
 
 def turned(params, axis=0, to=-1):
@@ -83,3 +85,26 @@ def test_a_file_says_otherwise_where_its_layers_are_inputs_first(tmp_path):
     merge_files("wudi", files, tmp_path / "out.safetensors", base=tmp_path / "base.safetensors")
     turned_ones = load_file(tmp_path / "out.safetensors")["h.0.mlp.c_fc.weight"]
     assert not np.allclose(turned_ones, expected, atol=1e-3)
+
+
+def test_a_recipe_says_once_for_all_its_groups_which_tensors_have_their_outputs_first(tmp_path):
+    base, models = base_and_models(tmp_path, {"attn.w": (5, 3), "mlp.w": (4, 6), "other.w": (4, 6), "norm.w": (5,)})
+    text = """
+rule: average
+outputs_first: [attn.w, mlp.w]
+groups:
+  - {filter: attn, rule: wudi}
+  - {filter: [mlp, norm, other], rule: wudi, parameters: {scale: [{filter: norm, value: 0.5}, {value: 1}]}}
+base_model: base.safetensors
+models: [{model: a.safetensors}, {model: b.safetensors}, {model: c.safetensors}]
+"""
+    (tmp_path / "r.yaml").write_text(text)
+    merge_recipe(read_recipe(tmp_path / "r.yaml"), tmp_path / "out.safetensors")
+    made, deltas = load_file(tmp_path / "out.safetensors"), [task_vector(model, base) for model in models]
+    for name in ("attn.w", "mlp.w", "other.w"):
+        turn = np.transpose if name != "other.w" else np.asarray
+        expected = merge("wudi", {"x": turn(base[name])}, [{"x": turn(delta[name])} for delta in deltas])["x"]
+        np.testing.assert_allclose(turn(made[name]), expected, rtol=1e-4, atol=1e-5, err_msg=name)
+    (tmp_path / "r.yaml").write_text(text.replace("[attn.w, mlp.w]", "[attn.w, nothing]"))
+    with pytest.raises(ValueError, match="outputs_first='nothing' matches no matrix; these are attn.w, mlp.w, other.w"):
+        merge_recipe(read_recipe(tmp_path / "r.yaml"), tmp_path / "out.safetensors")

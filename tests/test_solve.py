@@ -122,6 +122,28 @@ def test_without_damping_a_singular_system_is_solved_nearest_to_the_anchor():
             np.testing.assert_allclose(ravel_pytree(task(found.params, base))[0], expected, atol=1e-8)
 
 
+def test_a_solve_begins_at_its_anchor_and_the_average_has_a_name():
+    with X64():
+        base, deltas, _, matvecs = quadratics(rank=2)
+        for anchor, weights in (("average", None), ([0.1, 0.2, 0.3], [0.1, 0.2, 0.3]), (None, [0, 0, 0])):
+            with pytest.warns(UserWarning, match="after 0 iterations"):
+                begun = solve_merge(base, deltas, matvecs, anchor=anchor, max_iterations=0)
+            close(begun.params, compose(base, deltas, weights), 1e-12)
+        named, told = (
+            solve_merge(base, deltas, matvecs, damping=0.1, anchor=a) for a in ("average", np.full(3, 1 / 3))
+        )
+        close(named.params, told.params, 1e-12)
+        layout = (("w", Dense((), (0,), (1,), (3, 2), 1)),)
+        draw = lambda seed, n: {"w": jnp.asarray((lambda x: x @ x.T)(normal(seed, n, n)))}
+        factors = [Kronecker(draw(t, 3), draw(t + 2, 2), jnp.array(3), layout) for t in range(2)]
+        base, deltas = {"w": normal(4, 3, 2)}, [{"w": normal(5 + t, 3, 2)} for t in range(2)]
+        for rule in (regmean, lambda *args, **options: kronecker_merge(*args, **options).params):
+            drowned = rule(base, deltas, factors, damping=1e9, anchor="average")
+            close(drowned, compose(base, deltas), 1e-6)
+            with pytest.raises(ValueError, match="anchor='middle' is neither 'average' nor weights"):
+                rule(base, deltas, factors, damping=1.0, anchor="middle")
+
+
 def test_diagonal_and_isotropic_curvature():
     with X64():
         base, deltas, _, _ = quadratics()

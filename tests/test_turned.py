@@ -1,6 +1,7 @@
 """Trees whose matrices are (out, in), of Equinox say: merged as the same trees turned by hand."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import normal
@@ -93,6 +94,32 @@ def test_what_is_turned_comes_back_and_a_pattern_of_nothing_is_told():
         merge("wudi", base, [base], outputs_first=("weight", "bias"))
     with pytest.raises(ValueError, match="no regular expression"):
         merge("wudi", base, [base], outputs_first="(")
+
+
+def test_a_module_that_does_not_fit_is_told_with_the_shapes_that_it_has():
+    base, delta = {"w": normal(0, 4, 6)}, {"w": normal(1, 4, 6)}
+    for told, other in ((r"\(6, 4\)", normal(1, 6, 4)), (r"\(\)", np.float32(1))):
+        with pytest.raises(ValueError, match=rf"w is {told} and should be \(4, 6\)"):
+            merge("wudi", base, [delta, {"w": other}], outputs_first="w")
+    with pytest.raises(ValueError, match="w is missing; w/a is unknown"):
+        merge("core_space", base, [{"w": {"a": normal(0, 4, 2)}}] * 2, outputs_first="w")
+
+
+def test_curvature_of_the_rule_inside_lies_as_the_parameters_do():
+    """Subspace Boosting turns the task vector, and not the modules that another rule merges by their curvature."""
+    for shape in ((4, 4), (4, 6)):
+        base, deltas = {"w": normal(0, *shape)}, [{"w": normal(1 + t, *shape)} for t in range(2)]
+        fishers = [{"w": normal(3 + t, *shape) ** 2} for t in range(2)]
+        options = {"rule": "fisher", "beta": 0.3}
+        found = merge("subspace_boosting", base, deltas, fishers=fishers, outputs_first="w", **options)["w"]
+        flipped = [jax.tree.map(np.transpose, x) for x in (base, *deltas, *fishers)]
+        expected = merge("subspace_boosting", flipped[0], flipped[1:3], fishers=flipped[3:], **options)["w"]
+        np.testing.assert_allclose(found.T, expected, rtol=1e-5)
+        curved = [lambda v, f=f: jax.tree.map(jnp.multiply, v, f) for f in fishers]
+        plain = merge("epimer", base, deltas, matvecs=curved, groups="tasks")["w"]
+        np.testing.assert_array_equal(
+            merge("epimer", base, deltas, matvecs=curved, groups="tasks", outputs_first="w")["w"], plain
+        )
 
 
 def test_curvature_finds_the_inputs_by_itself():

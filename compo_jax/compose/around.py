@@ -11,6 +11,7 @@ from compo_jax.compose.directions import boost
 from compo_jax.compose.leaves import Stacked, add_delta
 from compo_jax.compose.numbers import Scalar, Weights
 from compo_jax.compose.spaces import Space, at_zero, core_space, knots_space
+from compo_jax.compose.turned import turned
 from compo_jax.tree import Tree
 
 
@@ -88,13 +89,16 @@ def boosted(
     rule: str = "average",
     beta: Scalar = 0.01,
     stacked: Stacked = STACKED,
+    outputs_first: str | Sequence[str] = (),
     check_finite: bool = True,
     **options: Any,
 ) -> Tree:
-    """Another rule's task vector by Subspace Boosting, see `boost`."""
+    """Another rule's task vector by Subspace Boosting, see `boost`; `outputs_first` as in `merge`."""
     _require_of_deltas(rule)
     space = at_zero(base, deltas, check_finite=check_finite)
-    delta = _inside(space, rule, weights, stacked, options | {"check_finite": check_finite})
+    options |= {"outputs_first": outputs_first, "check_finite": check_finite}
+    turn = turned(base, outputs_first, stacked)
+    delta = turn.inputs_first(_inside(space, rule, weights, stacked, options))
     eps = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(list(deltas)))
-    delta = boost(delta, beta, eps=eps, stacked=stacked, check_finite=check_finite)
+    delta = turn.outputs_first(boost(delta, beta, eps=eps, stacked=stacked, check_finite=check_finite))
     return add_delta(base, delta, check_finite=check_finite)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Key
 
+from compo_jax.adapters.adapter import STACKED, is_stacked
 from compo_jax.compose.cards import Step, card_target, write_card
 from compo_jax.compose.checkpoints import Sources, open_sources, require_dtype
 from compo_jax.compose.depth import layer_scales, moved_by_layer, scaled_by_layer, widened
@@ -20,6 +21,7 @@ from compo_jax.compose.rules import dare, lines, merge
 from compo_jax.compose.shards import Plan, Progress, target, write
 from compo_jax.compose.sparse import drop_each
 from compo_jax.compose.tails import breadcrumbs, della
+from compo_jax.compose.turned import PYTORCH, turned
 from compo_jax.tree import Tree
 
 
@@ -46,12 +48,15 @@ def merge_recipe(
     sources = open_sources([*files, *also], base, kind, check_finite, [out, card])
     names = list(sources.like.floats())
     with sources.precision():
+        matrices = turned(sources.origin(names, sources.base is not None), recipe.outputs_first, STACKED).axes
         parts = divided(recipe, names, layer_places(sources, names))
         params: dict[str, Any] = {}
         for number, part in enumerate(parts):
             key = jax.random.fold_in(jax.random.key(recipe.seed), number)
             if part.way.ours:
-                params |= _by_rule(part, sources, names, recipe.outputs_first, key)
+                mine = [name for name in matrices if name in part.names]
+                outputs_first = [p for p in recipe.outputs_first if p == PYTORCH or any(is_stacked(n, p) for n in mine)]
+                params |= _by_rule(part, sources, names, outputs_first, key)
             else:
                 params |= _by_method(part, sources, key)
         steps = [part.step() for part in parts]

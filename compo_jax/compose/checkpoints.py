@@ -169,7 +169,8 @@ def merge_files(
         origin, deltas = sources.origin(names, base is not None), sources.deltas(names, base is not None)
         params = merge(name, origin, deltas, outputs_first=outputs_first, check_finite=check_finite, **options)
         plan = Plan(sources.like, kind, check_finite, progress, max_shard_size)
-        with write_card(card, [Step(name, len(names), options)], sources.base, sources.models):
+        told = options if outputs_first == PYTORCH else options | {"outputs_first": outputs_first}
+        with write_card(card, [Step(name, len(names), told)], sources.base, sources.models):
             write(out, plan, params)
 
 

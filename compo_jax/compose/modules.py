@@ -36,7 +36,8 @@ def require_finite(trees: Tree, what: str) -> None:
         tree.require_finite(trees, what)
 
 
-def _listed(trees: Sequence[Tree], least: int, what: str) -> list[Tree]:
+def listed(trees: Sequence[Tree], least: int, what: str) -> list[Tree]:
+    """A list of the trees; ValueError for a single one, and for fewer than `least`."""
     if isinstance(trees, Mapping):
         raise ValueError(f"one tree was given for a list of {what}: put it in a list, [tree]")
     trees = list(trees)
@@ -52,7 +53,7 @@ def with_holes(base: Tree, deltas: Sequence[Tree], least: int = 1, *, check_fini
     that moves a leaf that is no floating-point array, and, with `check_finite`, one with NaN or an infinity. A
     UserWarning where a delta looks like the parameters themselves.
     """
-    deltas = [alike(delta, base) for delta in _listed(deltas, least, "modules")]
+    deltas = [alike(delta, base) for delta in listed(deltas, least, "modules")]
     for t, delta in enumerate(deltas):
         tree.require_like(delta, base, f"delta {t}")
         if not jax.tree.leaves(delta):
@@ -134,7 +135,7 @@ def require_same(trees: Sequence[Tree], *, check_finite: bool = False) -> list[T
 
     With `check_finite` also where one has NaN or an infinity.
     """
-    trees = _listed(trees, 1, "models")
+    trees = listed(trees, 1, "models")
     trees = [alike(other, trees[0]) for other in trees]
     for t, other in enumerate(trees):
         if not jax.tree.leaves(other):

@@ -38,9 +38,10 @@ from compo_jax.compose.interference import wudi
 from compo_jax.compose.kronecker import kronecker_merge, regmean
 from compo_jax.compose.leaves import Stacked, add_weighted
 from compo_jax.compose.masks import consensus, emr_params, tall_params
-from compo_jax.compose.modules import with_holes, with_zeros
+from compo_jax.compose.modules import listed, with_holes, with_zeros
 from compo_jax.compose.numbers import Scalar, Weights, require_key
 from compo_jax.compose.solve import Solved, solve_merge
+from compo_jax.compose.spaces import fitted
 from compo_jax.compose.sparse import drop_each, ties
 from compo_jax.compose.spectral import iso, iso_cts, tsv
 from compo_jax.compose.sphere import karcher_mean, karcher_weights, slerp_weights
@@ -343,17 +344,14 @@ def merge(
     if not check_finite:
         options["check_finite"] = False
     run = functools.partial(rule.run, **needed, **rule.defaults | options)
-    if outputs_first and rule.behind is not None and rule.leafwise:  # it is for the rule behind
-        return run(base, deltas, outputs_first=outputs_first)
-    if not outputs_first or not _by_matrices(name, options.get("rule")):
+    beside = set(rule.needs + rule.takes) - {"key", "task"}  # of the weights as they lie
+    if outputs_first and rule.behind is not None and beside:
+        return run(base, deltas, outputs_first=outputs_first)  # it is for the rule behind
+    if not outputs_first or beside or "stacked" not in (options_of(name, options.get("rule")) or ()):
         return params_of(run(base, deltas))
-    turn = turned(base, outputs_first, options.get("stacked", STACKED))
+    turn, deltas = turned(base, outputs_first, options.get("stacked", STACKED)), listed(deltas, 1, "modules")
+    fitted(base, deltas)  # an error tells shapes as they are
     return turn.outputs_first(params_of(run(turn.inputs_first(base), [turn.inputs_first(d) for d in deltas])))
-
-
-def _by_matrices(name: str, behind: str | None) -> bool:
-    """Whether the rule takes a leaf's last axis for its outputs; where there are curvature or images, these tell."""
-    return "stacked" in (options_of(name, behind) or ()) and not set(find_rule(name).needs) - {"key", "task"}
 
 
 def params_of(merged: Any) -> Tree:

@@ -192,6 +192,13 @@ def _factored(module: Tree, base: Tree, what: str) -> Tree:
     return jax.tree_util.tree_map_with_path(one, module, is_leaf=at_leaf, is_leaf_takes_path=True)
 
 
+def fitted(base: Tree, modules: Sequence[Tree]) -> list[Tree]:
+    """The modules, LoRA's or deltas, with None where they change nothing. Errors as `core_space`, but of the values."""
+    if not isinstance(modules, Mapping):  # which is told below
+        modules = [_factored(module, base, f"delta {t}") for t, module in enumerate(modules)]
+    return with_holes(base, modules)
+
+
 def core_space(base: Tree, modules: Sequence[Tree], *, stacked: Stacked = STACKED, check_finite: bool = True) -> Space:
     """Core Space (Panariello et al., 2025, arXiv 2509.17786): LoRA modules in the spans of all their factors.
 
@@ -206,9 +213,7 @@ def core_space(base: Tree, modules: Sequence[Tree], *, stacked: Stacked = STACKE
 
     Errors as `compose`, and ValueError for factors that don't fit.
     """
-    if not isinstance(modules, Mapping):  # which is told below
-        modules = [_factored(module, base, f"delta {t}") for t, module in enumerate(modules)]
-    holed = with_holes(base, modules)
+    holed = fitted(base, modules)
     for t, module in enumerate(holed):
         if check_finite:
             opened = jax.tree.map(lambda x: {"a": x.a, "b": x.b} if isinstance(x, _Product) else x, module)

@@ -15,7 +15,11 @@ from compo_jax.compose.leaves import Stacked
 from compo_jax.tree import Tree
 
 #: Weights as PyTorch's models name them, but for tables, a row a token or a position, whose columns are the outputs.
-PYTORCH = r"^(?!.*(?<!patch_)embed[^.]*\.weight$|.*\b(wte|wpe|shared|relative_attention_bias)\.weight$).*weight$"
+#: What has more than two axes is no table.
+PYTORCH = (
+    r"^(?!.*(?<!patch_)embed(?!_out)[^.]*\.weight$"
+    r"|.*\b(wte|wpe|shared|relative_attention_bias)\.weight$).*weight$"
+)
 
 
 class Turned(NamedTuple):
@@ -58,10 +62,15 @@ def turned(base: Tree, outputs_first: str | Sequence[str], stacked: Stacked) -> 
 
     ValueError for a pattern that can't be read or, unless it is PyTorch's, is for no such leaf.
     """
-    axes = {name: int(is_stacked(name, stacked)) for name in tree.names(base)}
-    shapes = {name: np.shape(leaf) for name, leaf in tree.by_name(base).items()}
-    matrices = [name for name in axes if len(shapes[name]) > axes[name] + 1]
+    of_layers = {name: int(is_stacked(name, stacked)) for name in tree.names(base)}
+    dimensions = {name: np.ndim(leaf) - of_layers[name] for name, leaf in tree.by_name(base).items()}
+    matrices = [name for name, count in dimensions.items() if count > 1]
+    chosen: set[str] = set()
     for pattern in patterns(outputs_first):
-        if pattern != PYTORCH and not any(is_stacked(name, pattern) for name in matrices):
+        found = {name for name in matrices if is_stacked(name, pattern)}
+        if pattern == PYTORCH:
+            found |= {name for name in matrices if dimensions[name] > 2 and name.endswith("weight")}
+        elif not found:
             raise ValueError(f"outputs_first={pattern!r} matches no matrix; these are {', '.join(matrices) or 'none'}")
-    return Turned({name: axes[name] for name in matrices if is_stacked(name, outputs_first)})
+        chosen |= found
+    return Turned({name: of_layers[name] for name in matrices if name in chosen})
