@@ -8,8 +8,9 @@ Which to take:
   LoRA, `cart`, `wudi`. Around another rule: `core_space` and `knots`, in whose coordinates LoRA modules are more alike,
   and `subspace_boosting`, for what merging has cancelled.
   With data, from the cheapest on: `best_weights` (T numbers, from the landscape), `fisher`, `regmean`, `kronecker`, and
-  `ggn`, which leaves nothing out and takes a thousand times as long; between them `layer_weights` and `epimer`, T
-  numbers a layer. With images but no labels: `esm`, `regmean_plus`, and on the test's `adamerging`.
+  `ggn`, which leaves nothing out and takes a thousand times as long (begin the last two at the average,
+  `anchor="average"`); between them `layer_weights` and `epimer`, T numbers a layer. With images but no labels: `esm`,
+  `regmean_plus`, and on the test's `adamerging`.
   Where it is known which task an image is of: `emr` and `tall`, one vector for all tasks and a mask for each.
   Before or after another rule: `lines`, deeper layers more; `dare`, `della`, `breadcrumbs`, fewer entries.
 """
