@@ -3,9 +3,15 @@
 import ctypes
 import gc
 import sys
+from collections.abc import Callable
 
 _TRIM, _TOP, _MAPPED = -1, -2, -3  # options of glibc's mallopt, from malloc.h
 _MIB = 2**20
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """The function of that name; None where there is no glibc."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def keep_memory() -> bool:
@@ -16,7 +22,7 @@ def keep_memory() -> bool:
     process stays as large as it was at its peak, or 2 GiB where that is less. Blocks of more than 1 GiB still go back,
     and so does all at a call of `give_back_memory`.
     """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    set_option = _of_glibc("mallopt")
     if set_option is None:
         return False
     # Not one arena for all threads, though those of their own can't grow beyond 64 MiB: they'd wait for each other.
@@ -31,6 +37,6 @@ def give_back_memory() -> None:
     was done with it; and glibc keeps what lies below a block that is in use, until it is asked.
     """
     gc.collect(0)  # JAX's own hook lets go of its arrays at any collection
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)

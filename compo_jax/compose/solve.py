@@ -231,6 +231,7 @@ class _Quadratics(NamedTuple):
         return (_product(m, v, self.base) for m, v in zip(self.matvecs, vectors, strict=True))
 
     def curvature(self, vector: Tree) -> Tree:
+        """`Σ w_t G_t v`, of products that may be traced or not."""
         return tree.weighted_sum(self.products([vector] * len(self.matvecs)), self.weights)
 
     def summed(self, vectors: Sequence[Tree]) -> Tree:

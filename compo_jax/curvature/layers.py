@@ -81,9 +81,14 @@ class _Weight(NamedTuple):
     stack: tuple[int, ...]
     axes: tuple[int, ...]
 
+    @classmethod
+    def of(cls, value: Any, name: str, stack: tuple[int, ...] = ()) -> "_Weight":
+        """A value that isn't transposed."""
+        return cls(value, name, stack, tuple(range(np.ndim(value))))
+
     @property
     def as_it_lies(self) -> bool:
-        return self.axes == tuple(range(len(self.axes)))
+        return self.axes == tuple(sorted(self.axes))
 
 
 def _opened(jaxpr) -> tuple[Jaxpr, Any]:
@@ -168,7 +173,7 @@ class _Interpreter:
         def body(carry, step):
             slices, probes = step
             inner = [
-                x if w is None else _Weight(x, w.name, (*w.stack, w.value.shape[0]), tuple(range(x.ndim)))
+                x if w is None else _Weight.of(x, w.name, (*w.stack, w.value.shape[0]))
                 for w, x in zip(weights, slices, strict=True)
             ]
             results, inputs = self.run(*_opened(settings["jaxpr"]), [*consts, *carry, *inner], probes)
@@ -268,7 +273,7 @@ def tap(function: Callable[..., Any], params: Tree, *args: Any) -> Taps:
 
     def interpret(interpreter, wanted, probes, params, *args):
         leaves = [
-            _Weight(leaf, name, (), tuple(range(np.ndim(leaf)))) if name in wanted else leaf
+            _Weight.of(leaf, name) if name in wanted else leaf
             for name, leaf in zip(names, jax.tree.leaves(params), strict=True)
         ]
         outputs, inputs = interpreter.run(closed.jaxpr, closed.consts, [*leaves, *jax.tree.leaves(args)], probes)
