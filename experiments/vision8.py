@@ -4,15 +4,15 @@
     python experiments/vision8.py --data-dir DIR --backbone FILE           # eight small sets of real images
     python experiments/vision8.py --data mnist dtd64 cars64 eurosat64 --data-dir DIR --backbone FILE
     python experiments/vision8.py --data-dir DIR --zero-shot hf:openai/clip-vit-base-patch32
-    python experiments/vision8.py --kinds linear tak                       # modules to be added, and subtracted
+    python experiments/vision8.py --kinds linear tak delta                 # modules to be added, and subtracted
 
 The protocol of task arithmetic (Ilharco et al., 2023, arXiv 2212.04089): each task has a linear head that is fitted on
 the base's features, or with --zero-shot, as the field has it, made of its classes' names by CLIP's text tower, and
 stays (the base's own row is the zero-shot one then); a module of each kind is trained for each task alone, and one for
 all tasks together (joint); then the rules merge the modules, as merging.py does it, those that go by steps only where
-they are named. Modules of the linearised model (kinds linear and tak) are averaged, added, and each taken off the base,
-in that model; coefficients, and TAK's strength, are chosen by a fifth of the training images, which no kind learns from
-then.
+they are named. Modules that are made to be added (linear and tak, of the linearised model, and delta) are
+averaged, added, and each taken off the base; coefficients, and the strength of the penalty, are chosen by a fifth of
+the training images, which no kind learns from then.
 Absolute accuracy is a task's, among its own classes; normalised accuracy is that over the module's own; the accuracy
 among all classes is of heads that were never put in scale with one another. All tasks get equally many steps. No image
 is mirrored, for signs and letters would be others. Writes `runs/NAME/`: report.html, metrics.json, metrics.jsonl and
@@ -22,15 +22,13 @@ the last start. A few minutes on 2 CPU cores with no arguments. Expected numbers
 
 import shutil
 import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import job
 import options as line
 from job import closing, console
-from vision8_options import LINEAR, Options, parse
+from vision8_options import ADDED, HELD, MERGED, Options, parse
 
 parse = partial(parse, documentation=__doc__)
 
@@ -38,31 +36,19 @@ if __name__ == "__main__":
     closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
 import jax
-import jax.numpy as jnp
 import merging
 import numpy as np
-import optax
-import vision8_tak as tak
+import vision8_added as added
 from class_texts import zero_shot_head
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from vision8_training import Bench, learned
 
-from compo_jax import adapters, curvature, data, incremental, models, report, tree
+from compo_jax import curvature, data, incremental, models, report
 from compo_jax.compose.rule_results import MergingResults, MergingRun, PoolMerges
 from compo_jax.pool import ModulePool
-from compo_jax.train import Checkpoints, fit, init_state, jit_runner, open_run, progress_bar, write_result
-
-
-class Bench(NamedTuple):
-    """What all modules of a seed share: the run that they come to, without pools, where a training is told, and the
-    tasks with training images that were left out as their tests, where there are linear kinds."""
-
-    run: incremental.FinishedRun
-    options: Options
-    seed: int
-    watched: dict
-    validation: data.TaskStream | None
+from compo_jax.train import open_run, progress_bar, write_result
 
 
 # -- tasks and heads ---------------------------------------------------------------------------------------------------
@@ -77,7 +63,7 @@ def open_tasks(options: Options, size: int, seed: int) -> data.TaskStream:
         """`count` images, one of each class at least."""
         if count < len(task.classes):
             raise ValueError(f"{task.name} has {len(task.classes)} classes, and {count} images are not one of each")
-        return data.SubsetSplit(split, np.sort(tak.shuffled(split, seed)[:count]))
+        return data.SubsetSplit(split, np.sort(added.shuffled(split, seed)[:count]))
 
     tasks = [
         task._replace(
@@ -102,107 +88,26 @@ def fitted_head(model, base, stream: data.TaskStream) -> incremental.classifier.
     return jax.tree.map(lambda *parts: np.concatenate(parts, -1).astype(np.float32), *heads)
 
 
-# -- modules -----------------------------------------------------------------------------------------------------------
-def method(options: Options, kind: str) -> incremental.Method:
-    how = options.training
-    if kind == "lora":
-        return incremental.method("none", adapters.lora(how.rank), learning_rate=how.learning_rate)
-    way, rate = ("tmc", how.linear_learning_rate) if kind in LINEAR else ("none", how.full_learning_rate)
-    return incremental.method(way, adapters.full(), learning_rate=rate)
-
-
-def trainer(
-    bench: Bench, kind: str, steps: int, penalty: tak.Penalty | None = None
-) -> Callable[[str, list[int], Path], dict]:
-    """What trains a module around the base on these tasks, under their heads, which stay; each image is told apart from
-    its own task's classes."""
-    run, how, stream = bench.run, bench.options.training, bench.run.stream
-    setup = incremental.Setup(run.model, run.base, stream, incremental.Settings(batch=how.batch), bench.seed)
-    way = method(bench.options, kind)
-    mode = way.mode(setup, way)
-    owner = jnp.asarray(np.repeat(np.arange(len(stream.tasks)), [len(task.classes) for task in stream.tasks]))
-
-    def loss(module, context, batch, step):
-        z = mode.features(context["held"], module, stream.prepare(batch["image"]))
-        values = incremental.classifier.logits(context["head"], z)
-        values = jnp.where(owner == owner[batch["label"]][:, None], values, -jnp.inf)
-        accuracy = jnp.mean(values.argmax(-1) == batch["label"])
-        value = optax.softmax_cross_entropy_with_integer_labels(values, batch["label"]).mean()
-        if penalty is not None:
-            delta = way.adapter.delta(module, context["held"]["base"])
-            value += context["strength"] * context["others"].quadratic(delta)
-        return value, {"accuracy": accuracy}
-
-    schedule = optax.warmup_cosine_decay_schedule(0.0, way.learning_rate, min(max(steps // 20, 1), steps - 1), steps)
-    transform = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
-    runner = jit_runner(loss, transform)
-
-    def train(name, tasks, folder):
-        split = data.JoinedSplit([stream.tasks[t].train for t in tasks], [stream.offsets[t] for t in tasks])
-        key = jax.random.fold_in(jax.random.key(bench.seed), tasks[0])
-        state = init_state(mode.begin(key, {}, stream.tasks[tasks[0]]), transform)
-        context = {"held": mode.hold({}), "head": jax.tree.map(jnp.asarray, run.head)}
-        if penalty is not None:
-            (task,) = tasks
-            context |= {"others": penalty.others[task], "strength": jnp.asarray(penalty.strength)}
-        batches = lambda start: data.train_batches(split, how.batch, [bench.seed, tasks[0]], start=start)
-        record = {"run": f"{kind} {name}", "task": f"seed {bench.seed}"}
-        watched = {"record": record, "checkpoints": Checkpoints(folder), **bench.watched}
-        return jax.tree.map(np.asarray, fit(runner, state, context, batches, steps, **watched).params)
-
-    return train
-
-
-def learned(bench: Bench, kind: str, penalty: tak.Penalty | None = None) -> tuple[ModulePool, np.ndarray]:
-    """(the pool of the tasks' modules, what one module of all tasks reaches on each); made where it isn't there."""
-    label, around = kind if penalty is None else f"{kind}-{penalty.strength}", None
-    if kind in LINEAR:  # the joint module has no other tasks to stay clear of, and is the same for both
-        kind, around = "linear", bench.run.base
-    run, adapter, steps = bench.run, method(bench.options, kind).adapter, bench.options.training.steps
-    stream, fingerprint = run.stream, tree.fingerprint(run.base)
-    pool, joint = (ModulePool(run.folder / "pools" / f"{one}-{bench.seed}") for one in (label, f"{kind}-joint"))
-    every = list(range(len(stream.tasks)))
-    modules = {incremental.modes.each_task(stream, t).module: [t] for t in every}
-    for place, of, wanted in ((pool, label, modules), (joint, kind, {"joint": every})):
-        missing = {name: tasks for name, tasks in wanted.items() if name not in place}
-        many, of_place = (steps * len(every), None) if place is joint else (steps, penalty)
-        train = trainer(bench, kind, many, of_place)
-        for name, tasks in missing.items():
-            clock = time.perf_counter()
-            checkpoints = run.folder / "checkpoints" / f"{of}-{bench.seed}-{name}"
-            module = train(name, tasks, checkpoints)
-            first, count = stream.offsets[tasks[0]], sum(len(stream.tasks[t].classes) for t in tasks)
-            head = incremental.task_columns(run.head, first, count, count)
-            place.add(
-                name, module, base=fingerprint, adapter=adapter, task=" ".join(stream.tasks[t].name for t in tasks),
-                classes=[f"{stream.tasks[t].name} {c}" for t in tasks for c in stream.tasks[t].classes],
-                seed=bench.seed, head=head, start=head,
-            )  # fmt: skip
-            shutil.rmtree(checkpoints, ignore_errors=True)
-            console.print(f"seed {bench.seed}: {of} {name} trained in {time.perf_counter() - clock:.0f} s")
-    test = incremental.evaluator(incremental.features(run.model, stream, 128, around), stream)
-    return pool, test(joint.compose(run.base, ["joint"], [1.0]), run.head, len(every)).within
-
-
+# -- merged ------------------------------------------------------------------------------------------------------------
 def disentangled(bench: Bench, kind: str) -> PoolMerges:
-    """A pool of the linearised model; of several strengths the one whose modules, added, do best on images left out."""
-    how, penalties = bench.options.training, [None]
-    if kind == "tak":
-        others = curvature.factors_of_others(tak.shared_factors(bench.run, how.factor_images, bench.seed))
-        penalties = [tak.Penalty(strength, others) for strength in how.strengths]
+    """A pool that is made to be added, of the strength by which modules, added, do best on images left out."""
+    how, run, penalties = bench.options.training, bench.run, [None]
+    if kind in HELD:
+        others = curvature.factors_of_others(added.shared_factors(run, how.factor_images, bench.seed))
+        penalties = [added.Penalty(strength, others) for strength in how.strengths]
     best = None
     for penalty in penalties:
         strength = 0.0 if penalty is None else penalty.strength
         pool, joint = learned(bench, kind, penalty)
-        sweep = tak.weighed(bench.run, list(pool.deltas(bench.run.base)), bench.validation).sweep()
+        test = added.reached(run, kind, list(pool.deltas(run.base)), bench.validation)
+        sweep = added.sweep(test, len(run.stream.tasks), added.COEFFICIENTS[kind])
         reached = float(sweep.added[-1].mean())
         console.print(f"seed {bench.seed}: {kind}, strength {strength:g}: added, on validation images {reached:.3f}")
         if best is None or reached > best[0]:
             best = reached, pool, joint, sweep, strength
-    return tak.merged(bench.run, *best[1:])
+    return added.merged(run, kind, *best[1:])
 
 
-# -- merged ------------------------------------------------------------------------------------------------------------
 def some(bench: Bench, kind: str, pool: ModulePool, tasks: range) -> incremental.FinishedRun:
     """The run of these tasks alone, with their modules and their heads."""
     run = bench.run
@@ -227,7 +132,7 @@ def measured(bench: Bench, programs: dict[tuple[str, int], dict[str, merging.Pro
     groups = [range(i, i + n) for n in how.together for i in range(0, count - n + 1, n)]
     merges, runs = {tasks: {} for tasks in (range(count), *groups)}, {}
     for kind in bench.options.training.kinds:
-        if kind in LINEAR:
+        if kind in ADDED:
             merges[range(count)][kind] = disentangled(bench, kind)
             continue
         pool, joint = learned(bench, kind)
@@ -248,8 +153,8 @@ def measured(bench: Bench, programs: dict[tuple[str, int], dict[str, merging.Pro
 
 
 class Opened(NamedTuple):
-    """What the command line names: a backbone, its tasks by seed, with images left out where there are linear kinds,
-    and the heads of texts, if any."""
+    """What the command line names: a backbone, its tasks by seed, with images left out where there are kinds to be
+    added, and the heads of texts, if any."""
 
     model: models.ViT
     base: dict
@@ -266,15 +171,15 @@ def opened(options: Options) -> Opened:
     model, base, described, _ = backbone
     streams = {seed: backbone.normalised(open_tasks(options, model.image_size, seed)) for seed in seeds}
     validation = dict.fromkeys(streams)
-    if set(LINEAR) & set(options.training.kinds):
-        parts = {seed: tak.held_out(stream, seed) for seed, stream in streams.items()}
+    if set(ADDED) & set(options.training.kinds):
+        parts = {seed: added.held_out(stream, seed) for seed, stream in streams.items()}
         streams, validation = ({seed: one[i] for seed, one in parts.items()} for i in (0, 1))
     stream, head = next(iter(streams.values())), None
     if any(not 2 <= n < len(stream.tasks) for n in options.merging.together):
         raise ValueError(f"--together is two tasks at least and less than all, and there are {len(stream.tasks)}")
     for one in streams.values():
         job.enough_images(one.tasks, options.training.batch, "--batch")
-        if set(options.training.kinds) - set(LINEAR):
+        if set(options.training.kinds) & set(MERGED):
             job.enough_images(one.tasks, options.merging.curvature_images, "--curvature-images")
     if texts.zero_shot:
         model, described = model.copy(unit=True), f"{described}, heads of {texts.zero_shot.name}'s texts"
@@ -292,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(f"{described}; {', '.join(task.name for task in stream.tasks)}; {len(stream.classes)} classes")
     untold = ("runs", "seeds", "kinds", "rules", "strengths", "together")  # that a run may go on with others
     config = {key: value for key, value in line.flat(options).items() if key not in untold}
-    config["left_out"] = bool(set(LINEAR) & set(options.training.kinds))  # a part of the training images
+    config["left_out"] = bool(set(ADDED) & set(options.training.kinds))  # a part of the training images
     with open_run(place.runs / place.name, config) as run, progress_bar(console=console) as progress:
         programs, runs = {}, {}
         for seed, stream in streams.items():
@@ -312,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
             path = report.merging_page(folder, results)
             for table in report.merging_tables(results):
                 console.print(table.rich())
-        shutil.rmtree(run.folder / "unfinished", ignore_errors=True)  # where there are linear kinds alone
+        shutil.rmtree(run.folder / "unfinished", ignore_errors=True)  # where there are kinds to be added alone
     console.print(f"{results.seconds:.0f} s; report: {path}")
 
 

@@ -9,11 +9,14 @@ from typing import Annotated
 import options as line
 from incremental_options import Backbone
 from merge_rules import BY_STEPS, RULES
-from options import OPEN, Count, Counts, LocalPath, Name, Names, OpenPath, Rate, Rates, Seeds, names
+from options import OPEN, Count, Counts, LocalPath, Name, Names, OpenPath, Rate, Rates, Seeds, Weight, names
 
 EIGHT = ("mnist", "gtsrb32", "eurosat64", "resisc64", "dtd64", "cars64", "scenes64", "letters64")
 LINEAR = ("linear", "tak")  # full deltas of the linearised model, without TAK's penalty and with it
-KINDS = ("lora", "full", *LINEAR)
+HELD = ("tak", "delta")  # by the penalty; delta's are of the network itself, and learn from linear ones
+ADDED = (*LINEAR, "delta")  # made to be added
+MERGED = ("lora", "full")  # by every rule
+KINDS = (*MERGED, *ADDED)
 COMPARED = tuple(rule for rule in RULES if rule != "slerp")
 QUICK = tuple(rule for rule in COMPARED if rule not in BY_STEPS)
 
@@ -57,13 +60,15 @@ class Training:
     learning_rate: Rate = 3e-3
     """of LoRA modules, at its highest"""
     full_learning_rate: Rate = 3e-4
-    """of full deltas, at its highest"""
+    """of full deltas, at its highest, and of DELTA's linear teachers"""
     linear_learning_rate: Rate = 3e-4
     """of deltas of the linearised model, at its highest"""
     strengths: Rates = (500.0,)
-    """of TAK's penalty; of several, the best on training images left out"""
+    """of the penalty of tak and delta; of several, the best on training images left out"""
+    distillation: Weight = 1.0
+    """of what draws DELTA's modules to their linear teachers"""
     factor_images: Count = 256
-    """training images of a task at most, for the factors that it shares (TAK)"""
+    """training images of a task at most, for the factors that it shares (tak and delta)"""
 
 
 @dataclass(frozen=True)
@@ -107,15 +112,17 @@ def parse(arguments: Sequence[str] | None = None, documentation: str | None = No
     data = options.stream.data or (("glyphs",) if options.stream.data_dir is None else EIGHT)
     if not options.training.kinds or not options.merging.rules or not options.place.seeds:
         raise ValueError("--kinds, --rules and --seeds need one value at least")
-    if "tak" not in options.training.kinds:
-        line.refuse(options.training, "without tak among --kinds", "strengths", "factor_images")
-    for kind, field in (("lora", "rank"), ("lora", "learning_rate"), ("full", "full_learning_rate")):
-        if kind not in options.training.kinds:
-            line.refuse(options.training, f"without {kind} among --kinds", field)
-    if not set(options.training.kinds) - set(LINEAR):
-        line.refuse(options.merging, "with linear and tak alone", "rules", "together")
-    if not set(options.training.kinds) & set(LINEAR):
-        line.refuse(options.training, "without linear or tak among --kinds", "linear_learning_rate")
+    for kinds, *fields in (
+        (("lora",), "rank", "learning_rate"),
+        (("full", "delta"), "full_learning_rate"),
+        (LINEAR, "linear_learning_rate"),
+        (HELD, "strengths", "factor_images"),
+        (("delta",), "distillation"),
+    ):
+        if not set(options.training.kinds) & set(kinds):
+            line.refuse(options.training, f"without {' or '.join(kinds)} among --kinds", *fields)
+    if not set(options.training.kinds) & set(MERGED):
+        line.refuse(options.merging, f"without {' or '.join(MERGED)} among --kinds", "rules", "together")
     if not options.training.strengths:
         raise ValueError("--strengths needs one value at least")
     if options.texts.zero_shot is None:
