@@ -11,10 +11,10 @@ the base is positive. Under 4 minutes on 2 CPU cores with no arguments, the run 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import job
 import options as line
@@ -51,79 +51,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from fisher_check import check_fisher
+from pool_loss import Problem, batches, functions, problem_of
 
-from compo_jax import adapters, curvature, incremental, report, tree
+from compo_jax import curvature, incremental, report, tree
 from compo_jax.curvature.check_results import (
     CurvatureResults,
     Expansion,
-    FisherCheck,
-    FisherEstimate,
     ForecastCheck,
     ProductCheck,
     SpectrumCheck,
     Theorem,
 )
 from compo_jax.train import write_result
-from compo_jax.tree import Tree
-
-PATTERNS = [pattern for pattern, _ in adapters.VIT_TARGETS]
-
-
-class Problem(NamedTuple):
-    """The loss of a pool's compositions.
-
-    Attributes:
-      weights, rest: the adapted weights of the base, and its other parameters.
-      deltas: task vectors of the pool's modules.
-      head: their heads, side by side.
-      images, labels: test images of all tasks, as many of each.
-    """
-
-    weights: Tree
-    rest: Tree
-    deltas: list[Tree]
-    head: dict[str, jax.Array]
-    images: jax.Array
-    labels: jax.Array
-
-
-def problem_of(run: incremental.FinishedRun, name: str, count: int, seed: int) -> Problem:
-    pool, stream = run.pools[name], run.stream
-    members = pool.names()
-    each = count // len(members)
-    chosen = [np.random.default_rng([seed, t]).permutation(len(k.test))[:each] for t, k in enumerate(stream.tasks)]
-    images = np.concatenate([task.test.images(rows) for task, rows in zip(stream.tasks, chosen, strict=True)])
-    labels = np.concatenate(
-        [k.test.labels[rows] + first for k, rows, first in zip(stream.tasks, chosen, stream.offsets, strict=True)]
-    )
-    order = np.random.default_rng(seed).permutation(len(labels))  # every batch has images of all tasks
-    weights, rest = tree.partition(run.base, PATTERNS)
-    deltas = []
-    for member in members:
-        manifest = pool.manifest(member)
-        delta = adapters.build(manifest.adapter, manifest.settings).delta(pool.load(member), run.base)
-        deltas.append(jax.tree.map(lambda d, _: d, delta, weights))
-    heads = [pool.load(member, "head") for member in members]
-    head = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *heads)
-    return Problem(weights, rest, deltas, head, stream.prepare(jnp.asarray(images[order])), jnp.asarray(labels[order]))
-
-
-def functions(model):
-    """(logits, loss) of the adapted weights, with what is frozen in a `Problem`."""
-
-    def logits(frozen: Problem, weights, images):
-        z = model.apply({"params": tree.combine(weights, frozen.rest)}, images, method="features")
-        return z @ frozen.head["kernel"] + frozen.head["bias"]
-
-    def loss(frozen: Problem, weights, images, labels):
-        values = logits(frozen, weights, images)
-        return optax.softmax_cross_entropy_with_integer_labels(values, labels).mean()
-
-    return logits, loss
-
-
-def batches(problem: Problem, size: int = 64) -> list[tuple]:
-    return [(problem.images[i : i + size], problem.labels[i : i + size]) for i in range(0, len(problem.labels), size)]
 
 
 # -- (a) products ----------------------------------------------------------------------------------------------------
@@ -179,91 +119,6 @@ def check_products(model, problem: Problem, seed: int) -> ProductCheck:
             difference_steps=steps,
             difference_errors=np.array(differences),
         )
-
-
-# -- (b) Fisher ------------------------------------------------------------------------------------------------------
-def fisher_estimates(model, key: jax.Array) -> dict[str, Callable]:
-    """`(frozen, size) -> curvature` by the name of the estimate, from batches of `size` images."""
-    logits, loss = functions(model)
-
-    def squared_batches(frozen, size):
-        """What many take for the Fisher: the square of a batch's gradient, times the batch."""
-
-        def one(pair):
-            g = jax.grad(partial(loss, frozen))(frozen.weights, *pair)
-            return jax.tree.map(lambda x: size * jnp.square(x), g)
-
-        def grouped(x):
-            return x.reshape(-1, size, *x.shape[1:])
-
-        squares = jax.lax.map(one, (grouped(frozen.images), grouped(frozen.labels)))
-        return curvature.as_curvature(jax.tree.map(lambda x: jnp.mean(x, axis=0), squares))
-
-    def diagonal(frozen, size, **options):
-        return curvature.fisher_diagonal(partial(logits, frozen), frozen.weights, frozen.images, chunk=size, **options)
-
-    def factors(frozen, size, **options):
-        return curvature.kronecker(partial(logits, frozen), frozen.weights, frozen.images, chunk=size, **options)
-
-    def corrected(frozen, size):
-        data = (partial(logits, frozen), frozen.weights, frozen.images)
-        return curvature.eigenvalue_corrected(factors(frozen, size), *data, chunk=size)
-
-    return {
-        "exact diagonal": partial(diagonal, method="exact"),
-        "low-rank diagonal": partial(diagonal, method="low_rank", tolerance=1e-2),
-        "Monte-Carlo diagonal": partial(diagonal, method="monte_carlo", key=key),
-        "empirical diagonal": lambda frozen, size: diagonal(frozen, size, method="empirical", labels=frozen.labels),
-        "squared batch gradient": squared_batches,
-        "Monte-Carlo K-FAC": partial(factors, method="monte_carlo", key=key),
-        "K-FAC": factors,
-        "K-FAC, reduce": partial(factors, tokens="reduce"),
-        "EKFAC": corrected,
-    }
-
-
-@jax.jit
-def compare(estimate, exact_diagonal, exact, stacked):
-    """The numbers of a `FisherEstimate`: an estimate beside the exact diagonal, and the exact products `exact` with the
-    task vectors `stacked`."""
-    ours, dots = jax.vmap(estimate.matvec)(stacked), jax.vmap(tree.dot)
-    diagonal = tree.place(tree.by_name(estimate.diagonal()), exact_diagonal)
-    cosine = dots(ours, exact) / jnp.sqrt(dots(ours, ours) * dots(exact, exact))
-    form, true = dots(stacked, ours), dots(stacked, exact)
-    norm = jnp.sqrt(tree.dot(diagonal, diagonal) * tree.dot(exact_diagonal, exact_diagonal))
-    total = sum(jnp.sum(x) for x in jax.tree.leaves(diagonal))
-    return {
-        "diagonal_cosine": tree.dot(diagonal, exact_diagonal) / norm,
-        "trace_ratio": total / sum(jnp.sum(x) for x in jax.tree.leaves(exact_diagonal)),
-        "product_cosine": jnp.mean(cosine),
-        "form_ratio": jnp.mean(form / true),
-        "form_error": jnp.mean(jnp.abs(form - true) / true),
-    }
-
-
-def check_fisher(model, problem: Problem, count: int, batches: Sequence[int], seed: int) -> FisherCheck:
-    """Estimates of the Fisher against the exact Gauss-Newton matrix on the task vectors, at several batch sizes."""
-    logits, _ = functions(model)
-    frozen = problem._replace(images=problem.images[:count], labels=problem.labels[:count])
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *problem.deltas)
-
-    @jax.jit
-    def exact_products(frozen, stacked):
-        return jax.vmap(lambda v: curvature.ggnvp(partial(logits, frozen), frozen.weights, v, frozen.images))(stacked)
-
-    estimates, exact = fisher_estimates(model, jax.random.key(seed)), exact_products(frozen, stacked)
-    slow = ("K-FAC", "K-FAC, reduce", "EKFAC")  # all classes pulled back: at one size, to save time
-    tried = [(name, size) for name in estimates for size in (batches[-2:][:1] if name in slow else batches)]
-    rows, exact_diagonal = [], None
-    for name, size in tried:  # the exact diagonal first
-        compiled = jax.jit(partial(estimates[name], size=size)).lower(frozen).compile()
-        clock = time.perf_counter()
-        estimate = jax.block_until_ready(compiled(frozen))
-        seconds = time.perf_counter() - clock
-        exact_diagonal = estimate.diagonal() if exact_diagonal is None else exact_diagonal
-        numbers = compare(estimate, exact_diagonal, exact, stacked)
-        rows.append(FisherEstimate(name, size, seconds, **jax.tree.map(float, numbers)))
-    return FisherCheck(count, problem.head["bias"].size, tree.size(problem.weights), rows)
 
 
 # -- (c) forecast and theorem ----------------------------------------------------------------------------------------
