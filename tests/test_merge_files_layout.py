@@ -14,13 +14,16 @@ SHAPES = {
     "conv_embed.weight": (6, 3, 2, 2),
     "patch_embedding.weight": (6, 4),
     "blocks.0.qkv.weight": (12, 5),
+    "class_embed.weight": (4, 7),  # DETR's head
+    "embeddings_project.weight": (6, 4),  # ELECTRA's
     "blocks.0.norm.weight": (5,),
     "tokens.embedding.weight": (9, 4),  # one row a token, so that it is (in, out) already
     "transformer.wte.weight": (8, 3),  # the same in GPT-2, and in T5
     "shared.weight": (7, 3),
     "pos_embed": (1, 4, 6),
 }
-MATRICES = ("patch_embed.proj.weight", "conv_embed.weight", "patch_embedding.weight", "blocks.0.qkv.weight")
+MATRICES = ("patch_embed.proj.weight", "conv_embed.weight", "patch_embedding.weight", "blocks.0.qkv.weight",
+            "class_embed.weight", "embeddings_project.weight")  # fmt: skip
 
 
 def turned(params, axis=0, to=-1):

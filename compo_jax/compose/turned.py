@@ -17,7 +17,7 @@ from compo_jax.tree import Tree
 #: Weights as PyTorch's models name them, but for tables, a row a token or a position, whose columns are the outputs.
 #: What has more than two axes is no table.
 PYTORCH = (
-    r"^(?!.*(?<!patch_)embed(?!_out)[^.]*\.weight$"
+    r"^(?!.*(?<!patch_)(?<!class_)embed(?!_out|dings_project)[^.]*\.weight$"
     r"|.*\b(wte|wpe|shared|relative_attention_bias)\.weight$).*weight$"
 )
 
