@@ -170,7 +170,7 @@ def analysed(session: Session, name: str, net: ModularNet, method: MultitaskMeth
     weights = method.order.weights[0] if linear else np.eye(net.templates)[method.order.hard[0]]
     random = modular.beside_random(weights, jax.random.key(0), linear=linear)
     if net.templates == 1:
-        return OrderAnalysis(name, linear, random, None, None, None)
+        return OrderAnalysis(name, net.route, random, None, None, None)
 
     def removed(_):
         net, variables = modular_job.load_network(session, f"{name}-{seed}", len(tasks))
@@ -186,7 +186,7 @@ def analysed(session: Session, name: str, net: ModularNet, method: MultitaskMeth
 
     removal = part(session, f"{seed}-removal", modular.analysis.Removal, removed)
     rerouting = None if net.groups > 1 else part(session, f"{seed}-bridge", Rerouting, rerouted)
-    return OrderAnalysis(name, linear, random, removal, images, rerouting)
+    return OrderAnalysis(name, net.route, random, removal, images, rerouting)
 
 
 def some(split: data.Split, count: int) -> data.Split:

@@ -142,7 +142,7 @@ def multitask():
         "random-4": method([[0.8, 0.8, UNKNOWN], [0.9, 0.8, 0.4]]),
         order: method(reached, order=learned),
     }
-    analysis = OrderAnalysis(order, False, random, lost, 512, rerouting)
+    analysis = OrderAnalysis(order, "hard", random, lost, 512, rerouting)
     about = job("multi <1> $x_{$", dict.fromkeys(names, 40), (0, 1))
     rates = {"linear": 1.0, "soft": 3.0}
     return MultitaskResults(about, names, np.array([20, 30, 40]), rates, methods, analysis)

@@ -29,6 +29,14 @@ def test_the_prior_holds_a_route_at_the_sources_mean(route):
     assert way[2] < 0.1 * way[0]
 
 
+def test_the_prior_holds_a_soft_route_that_starts_at_equal_weights():
+    one, begun = mean_source(small((3, 3), route="soft", templates=1, shared_head=True, bn="layer"))
+    adapt = adaptation(
+        one, PICTURES.prepare, SETTINGS, PICTURES.tasks[0].classes, route="free", runner=ONE_DEVICE, prior=0.1
+    )
+    np.testing.assert_array_equal(adapt(begun, PICTURES.tasks[2], 0, None)["params"]["route"], 0)
+
+
 def test_consistency_asks_nothing_where_nothing_changes():
     plain = adapted("free")
     same = adapted("free", consistency=1.0, augment=lambda key, images: images)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from compo_jax import data
-from compo_jax.data import reading
+from compo_jax.data import folders, reading
 from compo_jax.data.stream import group_classes
 
 CLASSES = ("ant", "bee", "cat", "dog")
@@ -75,6 +75,27 @@ def test_numbers_as_labels_are_sorted_as_numbers(folder):
     for name in ("train", "test"):
         (folder / f"{name}.txt").write_text(f"{name}/ant/0.png 10\n{name}/bee/0.png 9\n")
     assert opened(folder, tasks=1).classes == ("9", "10")
+
+
+def test_numbers_that_are_equal_have_one_order(folder):
+    """Of a set of names the order is another one in each process."""
+    names = ["1", "01", "001", "2", "02", "10"]
+    assert sorted(names, key=folders._order(names)) == ["001", "01", "1", "02", "2", "10"]
+
+
+def test_a_folder_that_links_lead_back_to_is_read_once(folder):
+    os.symlink(".", folder / "train" / "ant" / "again")
+    os.symlink(folder / "train" / "bee", folder / "train" / "ant" / "bees")
+    assert values(opened(folder, tasks=1, images=9).tasks[0].train)[:6] == [0, 1, 2, 10, 11, 12]
+    assert np.bincount(opened(folder, tasks=1).tasks[0].train.labels).tolist() == [6, 3, 3, 3]
+
+
+def test_two_folders_of_one_name_are_two_tasks_and_one_named_twice_is_told(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "more" / "pets")
+    stream = data.open_tasks(["folder:pets", "folder:more/pets"], 4, data_dir=tmp_path)
+    assert [task.name for task in stream.tasks] == ["pets", "more/pets"] and stream.name == "pets+more/pets"
+    with pytest.raises(ValueError, match="two tasks of pets.pets are called pets: name each once"):
+        data.open_tasks(["folder:pets", "folder:pets"], 4, data_dir=tmp_path)
 
 
 def test_val_is_tested_on_without_test_and_a_part_is_held_out_where_one_is_named(folder):

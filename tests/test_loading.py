@@ -100,6 +100,13 @@ def test_save_rounds_to_16_bits(tmp_path, dtype, error):
         np.testing.assert_allclose(a, b, rtol=error, atol=1e-7)
 
 
+def test_what_no_layout_holds_is_told(tmp_path):
+    model = ViT(image_size=8, patch=4, width=16, depth=1, heads=2, classes=3, pre_norm=True, projection=8, unit=True)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    with pytest.raises(ValueError, match="no layout of files has both a projection and a head"):
+        save(tmp_path / "clip.safetensors", params, model=model)
+
+
 def test_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "vit.safetensors"
     params = from_timm(random_arrays(), heads=HEADS)[1]

@@ -284,6 +284,15 @@ def test_rules_are_dots_by_pool_the_best_on_top():
     assert vertical == [(charts.INK, 100), (charts.COLOURS[0], 37.5), (charts.COLOURS[1], 37.5)]
 
 
+def test_rules_whose_shortened_names_are_alike_are_rows_of_their_own():
+    results, names = measured_merging(), [f"kronecker, damping={d}, anchor=average" for d in ("0.001", "0.010")]
+    for run in results.runs:
+        run.pools["other"].rules.clear()
+        run.pools["other"].rules.update({name: rule([0.2, 0.7]) for name in names})
+    axes = merging.normalised(results).axes[0]
+    assert len(axes.get_yticklabels()) == len(measured_merging().runs[0].pools["none-<b>lora"].rules) + 2
+
+
 def test_no_error_bar_is_cut_by_the_axes():
     reached = {"average": Score(np.array([0.82]), 0.015), "ggn": Score(np.array([0.84]), 0.05)}
     rules = {name: merging._Rule(score, score, score, np.ones(1), 3.25) for name, score in reached.items()}

@@ -110,6 +110,7 @@ ROWS = {
     "logits of NaN weights": (lambda: routes.to_logits(logits(nan)), "none negative and of sum 1"),
     "a mean route, smoothing 2": (lambda: mean_source(small((3, 3), shared_head=True), 2.0), "smoothing=2.0 is no"),
     "a source, smoothing -1": (lambda: one_source(SMALL, 0, -1.0), "smoothing=-1.0 is no share"),
+    "a mean of sources, no shared head": (lambda: mean_source(SMALL), "train the sources with shared_head=True"),
     "no such source": (lambda: one_source(SMALL, 2), r"tasks \[2\] were asked of a network that has 2"),
     "a fixed route out of range": (lambda: routes.fixed(np.array([0, 3]), 3), r"through the templates \[0, 3\]"),
     "set_route of NaN": (lambda: set_route(VARIABLES, logits(nan)), "a route's logits are finite"),

@@ -10,6 +10,7 @@ from modular_cases import ONE_DEVICE, changed, held_out, identical, images, smal
 
 from compo_jax.modular import (
     FIXED_ORDER,
+    ExpertNet,
     ModularNet,
     Network,
     Settings,
@@ -194,6 +195,24 @@ def test_a_fixed_order_trains_all_but_the_route():
     done = fixed.train(begun, trains(PICTURES), 0).variables
     moved = changed(begun["params"], done["params"])
     assert not any("route" in name for name in moved) and {"stem", "templates/conv1"} <= moved
+
+
+def test_what_a_soft_network_loses_by_hardening_is_measured_at_its_own_temperature():
+    soft = small((3, 2), route="soft", start="distinct")
+    hardened = harden(soft)
+    gaps = []
+    for temperature in ((1.0, 0.1), (50.0, 0.1)):
+        settings = Settings(1, batch=8, estimate=2, temperature=temperature)
+        one = learner(hardened.net, PICTURES.prepare, settings, trained=FIXED_ORDER, runner=ONE_DEVICE)
+        trained = one.train(hardened.variables, trains(PICTURES), 0)._replace(before=soft.variables)
+        gaps.append(one.gap(trained, trains(PICTURES), 0, held_out(PICTURES)).learned)
+    np.testing.assert_array_equal(*gaps)
+
+
+def test_classes_may_be_a_list():
+    assert ModularNet([3, 2], layers=1) == ModularNet((3, 2), layers=1)
+    assert hash(ModularNet([3, 2], layers=1)) == hash(ModularNet((3, 2), layers=1))
+    assert hash(ExpertNet([3, 2])) == hash(ExpertNet((3, 2)))
 
 
 def test_a_hardened_network_takes_the_template_of_the_largest_coefficient():

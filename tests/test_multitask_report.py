@@ -54,6 +54,26 @@ def test_the_page(page):
     assert re.search(r"beats them\s+3 of 3", text)  # 0.95, 0.85, 0.75 against 0.9, 0.8, 0.55
 
 
+def test_what_is_said_of_a_removed_template_is_of_the_routes_kind(tmp_path):
+    results = modular_results.multitask()
+    for route, told in (
+        ("hard", "its layers take their next best; beside, as many places"),
+        ("soft", "removed from all mixtures, whose other templates share its weight; beside, every layer loses one"),
+    ):
+        text = Page(
+            report.multitask_page(tmp_path, results._replace(analysis=results.analysis._replace(route=route)))
+        ).text
+        assert told in text and ("Beyond two deviations" in text) == (route == "hard")
+
+
+def test_a_forecast_of_no_change_has_an_infinite_error(tmp_path):
+    results = modular_results.multitask()
+    analysis = results.analysis
+    rerouting = analysis.rerouting._replace(error=np.array([np.inf, np.nan, 0.5]))
+    page = Page(report.multitask_page(tmp_path, results._replace(analysis=analysis._replace(rerouting=rerouting))))
+    assert "∞ % at ε = 0.1, – % at ε = 0.5, 50 %" in page.text.replace("\u00a0", " ")
+
+
 def test_the_terminal_table_leaves_out_the_seeds_won():
     _, text = printed(report.multitask_table(modular_results.multitask()).rich())
     assert "(2/2)" not in text and "1,000,000" in text

@@ -25,7 +25,7 @@ def pool(tmp_path, monkeypatch):
     pool.add(
         "b", module, base=BASE, adapter="lora", check_adapter=False, task="greek+", classes=["β", "γ"], curvature=FISHER
     )
-    pool.add("c", module, base="1" * 64, adapter="lora", task="latin", classes=["a"], metrics={"accuracy": 0.4})
+    pool.add("c", module, base="1" * 64, adapter="lora", task="latin", classes=["a", 7], metrics={"accuracy": 0.4})
     monkeypatch.setattr(ocp, "load_checkpointables", None)  # no array is read
     return pool
 
@@ -43,6 +43,7 @@ def pool(tmp_path, monkeypatch):
         ({"classes": ["α", "a"]}, "ac"),
         ({"classes": "β"}, "ab"),
         ({"classes": []}, ""),
+        ({"classes": [7]}, "c"),
         ({"curvature": "diagonal"}, "b"),
         ({"curvature": "kronecker"}, ""),
         ({"where": lambda m: m.metrics.get("accuracy", 0) > 0.5}, "a"),

@@ -37,6 +37,17 @@ def test_a_tie_goes_to_the_first_template():
     assert np.array_equal(hard(jnp.array([1.0, 2.0, 2.0])), [0, 1, 0])
 
 
+def test_an_order_may_be_written_in_whole_numbers():
+    order = np.array([[1, 0], [0, 1]])
+    for values in (order, jnp.asarray(order)):
+        np.testing.assert_array_equal(hard(values), order)
+        assert jnp.issubdtype(hard(values).dtype, jnp.floating)
+        np.testing.assert_array_equal(routes.indices(values), [0, 1])
+        np.testing.assert_allclose(soft(values), scipy.special.softmax(order, -1), rtol=1e-6)
+    with X64(True):
+        assert hard(jnp.asarray(LOGITS)).dtype == jnp.float32 and hard(jnp.zeros(2, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 def test_straight_through_is_hard_forwards_and_soft_backwards():
     with X64(True):
         logits, cotangent, temperature = jnp.array(LOGITS[0, 0], jnp.float64), np.arange(4.0) ** 2, 0.5

@@ -2,7 +2,7 @@
 
 import filecmp
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -120,7 +120,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _order(classes: Sequence[str]):
     """The key that names of classes are sorted by."""
-    return int if all(name.isdecimal() for name in classes) else str
+    return (lambda name: (int(name), name)) if all(name.isdecimal() for name in classes) else str
 
 
 def _parts(folder: Path, train: str | None, test: str | None) -> list[str]:
@@ -158,7 +158,7 @@ def _in_folders(folder: Path) -> Images:
     ends, files, classes, empty = _extensions(), [], [], []
     for name in folder_parts(folder):
         inside = [
-            Path(where, file) for where, _, names in os.walk(folder / name, followlinks=True) for file in names
+            Path(where, file) for where, names in _walk(folder / name) for file in names
             if os.path.splitext(file)[1].lower() in ends and not file.startswith(".")
         ]  # fmt: skip
         files += sorted(inside)
@@ -168,6 +168,15 @@ def _in_folders(folder: Path) -> Images:
         what = f"classes without images: {_some(empty)}" if empty else "no folders of classes"
         raise ValueError(f"{folder} has {what}; an image's name ends in .jpg, .png or another end that Pillow knows")
     return Images(folder, files, classes)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The folders in a folder, and the files in each; a folder that links lead to again is read once."""
+    seen = {os.path.realpath(folder)}
+    for where, inside, files in os.walk(folder, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(where, name)) for name in sorted(inside)}
+        inside[:] = [name for name, path in real.items() if path not in seen and not seen.add(path)]
+        yield where, files
 
 
 def _listed(file: Path) -> Images:

@@ -161,12 +161,29 @@ def open_tasks(
         streams.append(found)
     if not streams:
         raise ValueError("no data set was named")
+    streams = _told_apart(streams, names)
     augmentations = {stream.augment for stream in streams}
-    return streams[0]._replace(
-        name="+".join(stream.name for stream in streams),
-        tasks=tuple(task for stream in streams for task in stream.tasks),
-        augment=augmentations.pop() if len(augmentations) == 1 else None,
+    return checked(
+        streams[0]._replace(
+            name="+".join(stream.name for stream in streams),
+            tasks=tuple(task for stream in streams for task in stream.tasks),
+            augment=augmentations.pop() if len(augmentations) == 1 else None,
+        )
     )
+
+
+def _told_apart(streams: list[TaskStream], names: Sequence[str]) -> list[TaskStream]:
+    """The streams; of those that are called alike, two configurations of a TFDS set or two folders, each task that is a
+    whole set is called as it was asked for."""
+    called = [stream.name for stream in streams]
+
+    def one(stream, name):
+        if called.count(stream.name) == 1 or stream.tasks[0].name != stream.name:
+            return stream
+        name = name.removeprefix(FOLDER)
+        return stream._replace(name=name, tasks=(stream.tasks[0]._replace(name=name),))
+
+    return [one(*each) for each in zip(streams, names, strict=True)]
 
 
 def open_domains(

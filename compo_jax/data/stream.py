@@ -91,7 +91,7 @@ def group_classes(
 
 def checked(stream: TaskStream) -> TaskStream:
     """The stream, once it is seen that its images can be prepared and that every task has two classes or more, each
-    with a name of its own and with train and test images."""
+    with a name of its own and with train and test images, and that no two tasks have one name."""
     if stream.size < 1:
         raise ValueError(f"images of {stream.name} have {stream.size} pixels a side and need one at least")
     mean, std = np.asarray(stream.mean, float), np.asarray(stream.std, float)
@@ -108,6 +108,11 @@ def checked(stream: TaskStream) -> TaskStream:
         )
     if not (stream.augment is None or callable(stream.augment)):
         raise ValueError(f"augment={stream.augment!r} is no augmentation: give None or a function (key, images)")
+    called = [task.name for task in stream.tasks]
+    if twice := sorted({name for name in called if called.count(name) > 1}):
+        raise ValueError(
+            f"two tasks of {stream.name} are called {', '.join(twice[:8])}: name each once, or rename them"
+        )
     for task in stream.tasks:
         if len(task.classes) < 2:
             raise ValueError(f"task {task.name!r} has {len(task.classes)} class and needs two: ask for fewer tasks")

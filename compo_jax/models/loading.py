@@ -228,12 +228,17 @@ def save(
       model: its heads, activation, epsilon, pool and unit, which no array tells, are stored in the metadata, and
         `load` gives the same model again; without it `load` takes the layout's usual ones.
     Raises:
-      ValueError: values too big for `dtype`, or one without fractions; OSError: the file can't be written, the disk is
-        full say.
+      ValueError: a projection and a head at once, values too big for `dtype`, or one without fractions; OSError: the
+        file can't be written, the disk is full say.
     """
     path = local_path(path)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={np.dtype(dtype).name} holds no fractions: save with dtype=np.float32")
+    if {"projection", "head"} <= set(params):
+        raise ValueError(
+            "no layout of files has both a projection and a head: save the parameters without the head (classes=0), "
+            "and the head by itself"
+        )
     arrays = write(params, OPENAI_CLIP if "projection" in params else TIMM)
     with np.errstate(over="ignore"):
         cast = {name: np.ascontiguousarray(array.astype(dtype)) for name, array in arrays.items()}

@@ -5,6 +5,7 @@ MMoE (Ma et al., KDD 2018), CGC (Tang et al., RecSys 2020; PLE of one level) and
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -111,7 +112,7 @@ class ExpertNet(nn.Module):
       layers, width, patch, block: of each expert, see `IsometricNet`.
     """
 
-    classes: tuple[int, ...]
+    classes: Sequence[int]
     experts: int = 4
     task_experts: int = 0
     gate: str = "mmoe"
@@ -126,6 +127,7 @@ class ExpertNet(nn.Module):
     dtype: Any = None
 
     def __post_init__(self):
+        object.__setattr__(self, "classes", tuple(self.classes))  # a network is a key of compiled programs
         whole_numbers(experts=self.experts, k=self.k)
         whole_numbers(0, task_experts=self.task_experts)
         self.one_expert()

@@ -1,7 +1,7 @@
 """The modular network: all tasks' networks at once, each its own mixture of the same block templates."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -248,7 +248,7 @@ class ModularNet(nn.Module):
       unroll: writes the layers (and tasks) out instead of scanning over them; count FLOPs with this on.
     """
 
-    classes: tuple[int, ...]
+    classes: Sequence[int]
     layers: int = 8
     templates: int = 8
     width: int = 64
@@ -265,6 +265,7 @@ class ModularNet(nn.Module):
     unroll: bool = False
 
     def __post_init__(self):
+        object.__setattr__(self, "classes", tuple(self.classes))  # a network is a key of compiled programs
         sizes = ("layers", "templates", "width", "patch", "groups")
         whole_numbers(**{name: getattr(self, name) for name in sizes})
         whole_numbers(0, **{f"classes[{t}]": count for t, count in enumerate(self.classes)})

@@ -102,14 +102,19 @@ class MultitaskMethod(NamedTuple):
 
 class OrderAnalysis(NamedTuple):
     """What the routes of one method say, first seed; the last three are None with one template, the last with groups of
-    channels. `linear`: routes are coefficients (see `analysis`)."""
+    channels. `route`: the kind of them, see `ModularNet`."""
 
     method: str
-    linear: bool
+    route: str
     random: BesideRandom
     removal: Removal | None
     removal_images: int | None  # of each task
     rerouting: Rerouting | None
+
+    @property
+    def linear(self) -> bool:
+        """Whether routes are coefficients (see `analysis`)."""
+        return self.route == "linear"
 
 
 class MultitaskResults(NamedTuple):

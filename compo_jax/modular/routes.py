@@ -7,11 +7,11 @@ the last axis; hand a function's settings over with `functools.partial`.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Num
 
 from compo_jax import tree
 
-Logits = Float[Array, "*layers templates"]
+Logits = Num[Array, "*layers templates"] | Num[np.ndarray, "*layers templates"]
 Coefficients = Float[Array, "*layers templates"] | Float[np.ndarray, "*layers templates"]
 Weights = Float[Array, "*layers templates"]
 
@@ -19,7 +19,7 @@ Weights = Float[Array, "*layers templates"]
 def require_logits(logits: Logits) -> None:
     """ValueError for logits that say no route: NaN, infinity, or -infinity at all templates of a layer."""
     if tree.concrete(logits):
-        values = np.asarray(logits)
+        values = np.asarray(logits, np.float64)
         best = values.max(-1, initial=-np.inf)  # NaN where one is NaN
         if not np.isfinite(best).all():
             place = np.argwhere(~np.isfinite(best))[0].tolist()
@@ -61,7 +61,8 @@ def soft(logits: Logits, temperature: float | Float[Array, ""] = 1.0) -> Weights
 def hard(logits: Logits) -> Weights:
     """One-hot at the largest logit, the first one of a tie; its gradient is zero."""
     require_logits(logits)
-    return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=logits.dtype)
+    dtype = jnp.result_type(logits, float)  # of whole numbers, too
+    return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=dtype)
 
 
 def straight_through(logits: Logits, temperature: float | Float[Array, ""] = 1.0) -> Weights:

@@ -87,7 +87,8 @@ def learner(
       runner: `jit_runner` or `pmap_runner`, under which each device normalises its part by that part's statistics.
     """
     patterns = [trained] if isinstance(trained, str) else trained
-    if not tree.first_match("route", [(pattern, True) for pattern in patterns], False):
+    fixed = not tree.first_match("route", [(pattern, True) for pattern in patterns], False)
+    if fixed:
         settings = settings._replace(phases=(0.0, 0.0))
     freeze = settings.freeze if net.route == "hard" else settings.steps
     transform = optimizer(settings, freeze)
@@ -113,8 +114,10 @@ def learner(
             before = whole if name == "routing" else before
         return Trained(whole if settings.statistics == "stored" else estimate(whole, some(splits, seed)), before)
 
-    temperature = phase(settings, settings.freeze).temperature
-    as_learned = partial(routes.soft, temperature=temperature) if net.route == "hard" else routes.KINDS[net.route]
+    as_learned = routes.KINDS[net.route]
+    if net.route == "hard":  # of what came to a fixed order by `harden`, a soft network, whose temperature is 1
+        temperature = 1.0 if fixed else phase(settings, settings.freeze).temperature
+        as_learned = partial(routes.soft, temperature=temperature)
 
     def gap(trained, splits, seed, test_splits) -> Gap:
         return discretisation_gap(

@@ -55,6 +55,8 @@ def mean_source(network: Network, smoothing: float = 0.05) -> Network:
 
     `smoothing` is of soft weights, which it is on where the sources aren't linear (see `routes.to_logits`).
     """
+    if not network.net.shared_head:
+        raise ValueError("a mean of sources is tested on their head: train the sources with shared_head=True")
     weights = routes.KINDS[network.net.route](network.variables["params"]["route"])
     return _on_route(new_task(network, jax.random.key(0)), weights.mean(axis=0, keepdims=True), smoothing)
 
@@ -167,7 +169,8 @@ def adaptation(
         if route in MIXTURES:
             shares = jax.nn.softmax(params["mixture"])
             return math.log(shares.shape[-1]) - jnp.mean(routes.entropy(shares))
-        return jnp.sum((whole["route"] - start) ** 2) / jnp.sum(start**2)
+        size = jnp.sum(start**2)
+        return jnp.sum((whole["route"] - start) ** 2) / jnp.where(size > 0, size, 1)
 
     def loss(params, context, batch, step):
         whole = tree.combine(params["net"], context["frozen"])

@@ -73,7 +73,7 @@ class ModulePool:
         base: Tree | str | None = None,
         adapter: str | None = None,
         task: str | None = None,
-        classes: str | Iterable[str] | None = None,
+        classes: str | Iterable[str | int] | None = None,
         curvature: str | None = None,
         where: Callable[[Manifest], bool] | None = None,
     ) -> list[str]:
@@ -128,7 +128,7 @@ class ModulePool:
         adapter: str | adapters.Adapter,
         settings: dict[str, Any] | None = None,
         task: str = "",
-        classes: Sequence[str] = (),
+        classes: Sequence[str | int] = (),
         metrics: dict[str, Any] | None = None,
         seed: int = 0,
         extra: dict[str, Any] | None = None,

@@ -52,7 +52,7 @@ def module(folder: Path) -> bool:
     return bool(NAME.fullmatch(folder.name)) and manifests.ours(folder)
 
 
-def listing(texts: Iterable[str], what: str) -> list[str]:
+def listing(texts: Iterable[str | int], what: str) -> list[str]:
     """The texts as a list; TypeError where one text is given for it, each letter of which would be taken for one."""
     if isinstance(texts, str):
         raise TypeError(f"{what} is the text {texts!r} and should be a list: [{texts!r}]")
@@ -86,13 +86,13 @@ def predicate(
     base: Tree | str | None,
     adapter: str | None,
     task: str | None,
-    classes: str | Iterable[str] | None,
+    classes: str | Iterable[str | int] | None,
     curvature: str | None,
     where: Callable[[Manifest], bool] | None,
 ) -> Callable[[Manifest], bool]:
     """See `ModulePool.find`."""
     of_base = None if base is None else fingerprint(base)
-    wanted = None if classes is None else {classes} if isinstance(classes, str) else set(classes)
+    wanted = None if classes is None else {classes} if isinstance(classes, str) else set(map(str, classes))
     if curvature is not None:
         curvatures.part(curvature)  # ValueError for an unknown kind
     return lambda manifest: bool(

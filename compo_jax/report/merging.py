@@ -111,7 +111,7 @@ def merging_tables(results: MergingResults) -> list[Table]:
 
 # -- figures ---------------------------------------------------------------------------------------------------------
 def _marked(rule: str, warned: list[str]) -> str:
-    return middle(rule, 24) + DAGGER * (rule in warned)
+    return rule + DAGGER * (rule in warned)
 
 
 @styled

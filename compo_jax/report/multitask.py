@@ -311,10 +311,12 @@ def _removal(it: OrderAnalysis, falling: list[int], used: np.ndarray) -> Block:
         "A template is removed and its layers take their next best; beside, as many places drawn at random lose what "
         "they have"
     )
-    if it.linear:
-        what = "A template is removed from all sums; beside, every layer loses one drawn at random"
+    if it.route != "hard":
+        left = "all sums" if it.linear else "all mixtures, whose other templates share its weight"
+        what = f"A template is removed from {left}; beside, every layer loses one drawn at random"
         reading = (
-            "The bar is the same for all templates: a template of large coefficients passes it by their size. Batch "
+            f"The bar is the same for all templates: one of large {'coefficients' if it.linear else 'weights'} passes "
+            "it by their size. Batch "
             "statistics stay those of all templates, and what that costs is in the drop and in the bar."
         )
     return Block(

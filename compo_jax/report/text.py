@@ -10,7 +10,7 @@ def decimal(value: float | None, places: int = 1) -> str:
     """A number as text, a dash for None and nan."""
     if value is None or np.isnan(value):
         return ABSENT
-    return f"{value:,.{places}f}".replace("-", "−")
+    return f"{value:,.{places}f}".replace("-", "−").replace("inf", "∞")
 
 
 def percent(fraction: float | None, places: int = 1) -> str:
@@ -26,8 +26,8 @@ def signed(fraction: float, places: int = 1) -> str:
 
 def significant(value: float | None, digits: int = 2) -> str:
     """A number as text, in powers of ten where it is far from one; a dash for None and nan."""
-    if value is None or np.isnan(value):
-        return ABSENT
+    if value is None or not np.isfinite(value):
+        return decimal(value)
     if value != 0 and not 1e-4 <= abs(value) < 1e5:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
