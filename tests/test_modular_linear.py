@@ -198,7 +198,7 @@ def test_a_fixed_order_trains_all_but_the_route():
 
 
 def test_what_a_soft_network_loses_by_hardening_is_measured_at_its_own_temperature():
-    soft = small((3, 2), route="soft", start="distinct")
+    soft = small((3, 3), route="soft", start="distinct")
     hardened = harden(soft)
     gaps = []
     for temperature in ((1.0, 0.1), (50.0, 0.1)):
