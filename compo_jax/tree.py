@@ -113,6 +113,17 @@ def spread(tree: Tree, like: Tree) -> Tree:
     return jax.tree.broadcast(tree, like, is_leaf=_is_none)
 
 
+def hollowed(*trees: Tree) -> list[Tree]:
+    """The trees, None at every leaf and for every branch where one of them has None: then they are of one structure."""
+    at = jax.tree_util.tree_leaves_with_path
+    holes = {path for tree in trees for path, leaf in at(tree, is_leaf=_is_none) if leaf is None}
+    if not holes:
+        return list(trees)
+    keep, here = lambda path, x: None if path in holes else x, lambda path, _: path in holes
+    mapped = jax.tree_util.tree_map_with_path
+    return [mapped(keep, tree, is_leaf=here, is_leaf_takes_path=True) for tree in trees]
+
+
 def concrete(*trees: Tree) -> bool:
     """False while a function is traced: then values can't be looked at, and no error can depend on them."""
     return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
@@ -217,7 +228,7 @@ def dot(a: Tree, b: Tree) -> jax.Array:
         wide = wide_type(x, y)
         return jnp.vdot(jnp.asarray(x, wide), jnp.asarray(y, wide), precision=jax.lax.Precision.HIGHEST)
 
-    products = jax.tree_util.tree_map_with_path(one, a, b, is_leaf=_is_none)
+    products = jax.tree_util.tree_map_with_path(one, *hollowed(a, b), is_leaf=_is_none)
     return sum(jax.tree.leaves(products), start=jnp.zeros(()))
 
 

@@ -182,6 +182,8 @@ def test_the_ridge_is_chosen_on_a_held_out_fifth_of_the_newest_task():
         expected = Ridge(alpha=best, fit_intercept=False, solver="svd").fit(h, y).coef_.T
         np.testing.assert_allclose(head["kernel"], expected, rtol=1e-5, atol=1e-8)
         assert best > ridges[0]
+    with pytest.raises(ValueError, match="newest=61 of 60 images"):
+        incremental.random_projection(jax.random.key(0), z, labels, newest=61)
 
 
 # -- SLCA --------------------------------------------------------------------------------------------------------------

@@ -90,16 +90,17 @@ def test_no_weight_and_no_curvature_lets_a_penalty_grow(kind, scale):
 
 
 def test_a_short_step_is_the_gradient_itself():
-    """The golden case: where nothing overshoots, the step is that of the paper, tensors clipped one by one."""
+    """The golden case: where nothing overshoots, the step is that of the paper, the tensors of each layer clipped one by
+    one."""
     adapter, base, module, fisher = problem("lora", scale=1e-5)
     penalty = lambda m: incremental.ita_penalty(adapter.delta(m, base), fisher, 0.3)
     gradient = jax.grad(penalty)(module)
-    norms = [float(jnp.linalg.norm(g)) for g in jax.tree.leaves(gradient)]
-    clip = float(np.median(norms))
+    norms = [np.linalg.norm(g.reshape(2, -1), axis=1)[:, None, None] for g in jax.tree.leaves(gradient)]  # two layers
+    clip = float(np.median(np.concatenate(norms)))
     step, metrics = penalty_step(penalty, module, 0.5, clip)
     assert metrics["penalty_step"] == 1
     for s, g, norm in zip(jax.tree.leaves(step), jax.tree.leaves(gradient), norms, strict=True):
-        np.testing.assert_allclose(s, -0.5 * g * min(1, clip / norm), rtol=1e-5)
+        np.testing.assert_allclose(s, -0.5 * g * np.minimum(1, clip / norm), rtol=1e-5)
     still, metrics = penalty_step(penalty, adapter.init(jax.random.key(0), base), 1.0)
     assert not any(np.any(x) for x in jax.tree.leaves(still)) and metrics["penalty"] == 0
 
@@ -168,3 +169,17 @@ def test_a_weight_that_is_no_stack_under_a_stacks_name_is_one_weight():
     assert 0 < metrics["penalty_step"] < 1
     parts = [np.ravel(s) for s in jax.tree.leaves(step)]
     assert all(np.all(part < 0) for part in parts)
+
+
+def test_a_stacked_leaf_is_clipped_layer_by_layer_as_separate_leaves_are():
+    stiffness = jnp.array([1e4, 1e-1])
+    stacked = {"module": {"blocks": {"fc1": {"kernel": {"a": jnp.ones((2, 1, 1))}}}}}
+    apart = {"module": {"layer0": {"kernel": jnp.ones((1, 1))}, "layer1": {"kernel": jnp.ones((1, 1))}}}
+    of_stack = lambda p: 0.5 * jnp.sum(stiffness * p["module"]["blocks"]["fc1"]["kernel"]["a"][:, 0, 0] ** 2)
+    of_layers = lambda p: (
+        0.5 * sum(s * jnp.sum(p["module"][f"layer{i}"]["kernel"] ** 2) for i, s in enumerate(stiffness))
+    )
+    one, two = penalty_step(of_stack, stacked, 1.0)[0], penalty_step(of_layers, apart, 1.0)[0]
+    expected = np.ravel(jax.tree.leaves(two))
+    np.testing.assert_allclose(np.ravel(jax.tree.leaves(one)), expected, rtol=1e-5)
+    np.testing.assert_allclose(expected, [-1, -0.1], rtol=1e-3)  # the first at its bottom, the second whole

@@ -221,6 +221,9 @@ def test_a_class_of_fewer_images_than_components_gets_one_each():
     np.testing.assert_allclose(found.weights[1], [1 / 3] * 3 + [0] * 2, atol=1e-6)
     np.testing.assert_allclose(sorted(found.means[1, :3].tolist()), sorted(z.tolist()), atol=1e-5)
     assert np.all(found.variances[1] > 0)
+    for label in (-1, 2):
+        with pytest.raises(ValueError, match=f"labels from {label} to {label} .* mixtures of 2 classes, from 0 on"):
+            incremental.fit_mixtures(found, z, np.full(3, label), seed=0)
     again = incremental.fit_mixtures(found, z[:1], np.array([1]), seed=0)  # nothing of the old fit is left
     np.testing.assert_allclose(again.weights[1], [1, 0, 0, 0, 0])
     np.testing.assert_allclose(again.means[1, 0], z[0])

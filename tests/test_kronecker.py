@@ -258,3 +258,14 @@ def test_factors_that_are_not_finite_have_an_eigenbasis_of_nan_and_no_wait_for_e
         eigen = dataclasses.replace(factors, inputs=spoilt).eigen()
     for name in params:
         assert np.all(np.isnan(eigen.values[name])) and np.all(np.isfinite(eigen.basis[name][1]))
+
+
+def test_factors_of_sequences_of_other_lengths_are_of_the_same_layers():
+    with X64(True):
+        params, apply = {"w": normal(0, 4, 3)}, lambda p, x: jnp.tanh(x @ p["w"]).sum(1)
+        short, long = kronecker(apply, params, normal(1, 5, 7, 4)), kronecker(apply, params, normal(2, 10, 9, 4))
+        merged = merge_kronecker([short, long])
+        for name in ("inputs", "outputs"):
+            expected = (getattr(short, name)["w"] + 2 * getattr(long, name)["w"]) / 3
+            np.testing.assert_allclose(getattr(merged, name)["w"], expected, rtol=1e-12)
+            np.testing.assert_allclose(getattr(short + long, name)["w"], expected, rtol=1e-12)

@@ -21,6 +21,7 @@ from compo_jax.curvature import (
     softmax_loss,
     squared_loss,
 )
+from compo_jax.curvature.columns import ranks
 
 X64 = jax.enable_x64
 N, CLASSES = 6, 4
@@ -326,3 +327,18 @@ def test_traced_class_weights_weigh_as_others():
     np.testing.assert_allclose(traced, softmax_loss(weights).value(z, label), rtol=1e-6)
     with pytest.raises(ValueError, match="class weights are one number for each class"):
         jax.jit(lambda w: softmax_loss(w).value(z, label))(weights[:, None])
+
+
+def test_an_image_that_is_all_but_certain_needs_no_more_columns_in_float32():
+    logits = np.zeros((1, 1, 1000), np.float32)
+    logits[..., 0], logits[..., 1:11] = 30, 10
+    part, needed = jnp.ones((1, 1), bool), {}
+    for wide in (False, True):
+        with X64(wide):
+            needed[wide] = int(ranks(softmax_loss(), jnp.asarray(logits, float), part, 1e-2)[0][0, 0])
+    assert needed[False] == needed[True] == 10
+    p = np.exp(logits[0, 0].astype(np.float64) - 30)
+    p /= p.sum()
+    others = p.sum() - p  # of the largest: what is left of it
+    others[0] = p[1:].sum()
+    np.testing.assert_allclose(softmax_loss().pivoted(jnp.asarray(logits[0, 0])).left[0], p @ others, rtol=1e-5)

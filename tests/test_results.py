@@ -67,3 +67,10 @@ def test_a_file_of_another_kind_is_refused(tmp_path, stored):
     (tmp_path / "x.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="doesn't hold what was expected"):
         read_result(tmp_path / "x.json", Run)
+
+
+def test_arrays_of_nothing_are_read_back(tmp_path):
+    empty = Outcome(np.zeros((0, 3)), np.zeros(0), 1.0)
+    write_result(tmp_path / "x.json", empty)
+    found = read_result(tmp_path / "x.json", Outcome)
+    assert found.accuracy.ndim == 2 and found.accuracy.size == 0 and found.seconds.shape == (0,)

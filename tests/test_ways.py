@@ -3,6 +3,7 @@
 import importlib
 from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from jobs import ROOT
@@ -100,6 +101,27 @@ def test_a_new_way_learns_a_stream_beside_others_and_goes_on_after_a_kill(tmp_pa
     for name, found in again.methods.items():
         np.testing.assert_array_equal(found.accuracy_matrix, results.methods[name].accuracy_matrix)
     assert again._replace(methods={}, frozen=None) == results._replace(methods={}, frozen=None)
+
+
+def test_a_folder_goes_on_with_what_it_was_asked_for_alone(tmp_path, setup):
+    methods, folder = some_methods("none"), tmp_path / "run"
+    next(learned(setup, methods, folder))
+    pictures = noisy_pictures([[0, 1], [2, 3]], noise=30)
+    for changed, other, told in (
+        (setup._replace(seed=1), methods, "seed: 0 there, 1 now"),
+        (setup._replace(settings=setup.settings._replace(epochs=5)), methods, "settings.epochs: 4 there, 5 now"),
+        (setup._replace(base=jax.tree.map(lambda x: -x, setup.base)), methods, "base: "),
+        (setup._replace(stream=pictures.stream), methods, "task 1: .* 3, .* there, .* 2, .* now"),
+        (setup._replace(model=setup.model.copy(activation="quick_gelu")), methods, "model.activation: gelu there"),
+        (setup, [methods[0]._replace(learning_rate=0.5)], "none-lora.learning_rate: 0.01 there, 0.5 now"),
+        (setup, [incremental.method("none", adapters.lora(2), learning_rate=1e-2)], "adapter: .*'rank': 1.*'rank': 2"),
+        (setup, some_methods("none", "ncm"), "methods: "),
+    ):
+        with pytest.raises(ValueError, match=f"learned with other settings .*{told}"):
+            next(learned(changed, other, folder))
+    with_less_memory = setup._replace(settings=setup.settings._replace(eval_batch=8))
+    assert next(learned(with_less_memory, methods, folder)).restored
+    next(learned(setup._replace(seed=1), methods, tmp_path / "other"))
 
 
 def test_modules_are_left_out_of_a_pool(tmp_path, setup):

@@ -1,5 +1,6 @@
 """The diagonal of the Fisher information matrix of a model, at its parameters."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,8 +60,8 @@ class FisherDiagonal(NamedTuple):
             wide = tree.wide_type(f, x, y)
             return jnp.sum(jnp.asarray(f, wide) * jnp.asarray(x, wide) * jnp.asarray(y, wide))
 
-        other = vector if other is None else other
-        products = jax.tree.map(one, self.mean, vector, other, is_leaf=lambda x: x is None)
+        vectors = tree.hollowed(self.mean, vector, vector if other is None else other)
+        products = jax.tree.map(one, *vectors, is_leaf=lambda x: x is None)
         return sum(jax.tree.leaves(products), start=jnp.zeros(()))
 
     def trace(self) -> Array:
@@ -111,9 +112,10 @@ def squares(
 ) -> Float[Array, "*stack in out"]:
     """`start + sum_n (x_nᵀ d_n)²`, the squares of every image's gradient of a dense layer's weight, summed."""
     stack, (size_in, size_out) = start.shape[:-2], start.shape[-2:]
-    x = x.reshape(x.shape[0], -1, x.shape[-2], size_in)
-    d = d.reshape(d.shape[0], -1, d.shape[-2], size_out)
-    total = start.reshape(-1, size_in, size_out)
+    depth = math.prod(stack)  # and not -1, which says nothing of an empty weight
+    x = x.reshape(x.shape[0], depth, x.shape[-2], size_in)
+    d = d.reshape(d.shape[0], depth, d.shape[-2], size_out)
+    total = start.reshape(depth, size_in, size_out)
     exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": start.dtype}
 
     def gradient(x, d):

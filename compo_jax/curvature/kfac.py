@@ -314,7 +314,7 @@ def merge_kronecker(factors: Sequence[Kronecker], weights: Sequence[float] | Arr
     if not factors:
         raise ValueError("no Kronecker factors were given to merge")
     _require_kronecker(factors)
-    if any((other.layout, other.tokens) != (factors[0].layout, factors[0].tokens) for other in factors):
+    if any((_same(other), other.tokens) != (_same(factors[0]), factors[0].tokens) for other in factors):
         raise ValueError("Kronecker factors of different layers, or whose tokens were seen differently, don't merge")
     if weights is not None and len(weights) != len(factors):
         raise ValueError(f"{len(factors)} tasks' factors were given {len(weights)} weights")
@@ -328,6 +328,11 @@ def merge_kronecker(factors: Sequence[Kronecker], weights: Sequence[float] | Arr
     inputs = tree.weighted_sum([f.inputs for f in factors], share)
     outputs = tree.weighted_sum([f.outputs for f in factors], share if weights is None else weights)
     return Kronecker(inputs, outputs, count, factors[0].layout, factors[0].tokens)
+
+
+def _same(factors: Kronecker) -> tuple:
+    """The layers, however many tokens an image of these data had: the factors are means over them."""
+    return tuple((name, layer._replace(tokens=0)) for name, layer in factors.layout)
 
 
 def _require_kronecker(factors: Sequence) -> None:

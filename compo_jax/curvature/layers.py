@@ -203,7 +203,7 @@ class _Interpreter:
             return self.bind(equation, arguments), {}
         of_x, of_weight = contracted if right else contracted[::-1]
         rest = [i for i in range(x.ndim) if i not in of_x]
-        rows = x.transpose(*rest, *of_x).reshape(-1, math.prod(x.shape[i] for i in of_x))
+        rows = x.transpose(*rest, *of_x).reshape(*(math.prod(x.shape[i] for i in axes) for axes in (rest, of_x)))
         return self.tapped(
             equation, arguments, probes, weight, of_weight, rows, lambda y, d: (d if right else d.T).reshape(y.shape)
         )

@@ -82,7 +82,9 @@ def cholesky(p: Float[Array, " classes"]) -> Pivoted:
         sorted_column = jnp.where(diagonal > 0, others.at[k].set(root), 0)
         return jnp.zeros_like(p).at[order].set(sorted_column)
 
-    return Pivoted(column, jnp.append(1 - jnp.sum(p**2), jnp.maximum(left, 0)))
+    # the trace is 1 - Σ p², without the digits that this difference loses where one p is nearly 1
+    trace = jnp.sum(q[1:] * (1 - q[1:])) + q[0] * after[0]
+    return Pivoted(column, jnp.append(trace, jnp.maximum(left, 0)))
 
 
 def softmax_loss(weights: Sequence[float] | Array | np.ndarray | None = None, smoothing: float = 0.0) -> OutputLoss:

@@ -106,6 +106,7 @@ def pull_back(
     The other arguments, and the errors: see `curvature.fisher_diagonal`.
     """
     method, tolerance = estimator.method, estimator.tolerance
+    inputs = jax.tree.map(jnp.asarray, inputs)
     loss, outputs, targets, part = _checked(apply, params, inputs, estimator)
 
     def outputs_of(params, image):

@@ -30,7 +30,11 @@ class Sum:
     count: Any
 
     def matvec(self, vector: Tree) -> Tree:
-        return tree.weighted_sum((term.matvec(vector) for term in self.terms), self.factors)
+        if None not in jax.tree.leaves(vector, is_leaf=lambda x: x is None):
+            return tree.weighted_sum((term.matvec(vector) for term in self.terms), self.factors)
+        images = [term.matvec(vector) for term in self.terms]  # a hole stays one in some, and in others doesn't
+        fullest = max(images, key=lambda image: len(jax.tree.leaves(image)))
+        return tree.weighted_sum([tree.place(tree.by_name(image), fullest) for image in images], self.factors)
 
     __call__ = matvec
 

@@ -19,18 +19,16 @@ def penalty_step(
 ) -> tuple[Tree, dict[str, jax.Array]]:
     """(the update of one step down the penalty, metrics); the penalty after it is not larger than before.
 
-    The update is `-rate` times the gradient g, every tensor of it clipped to the L2 norm `clip` (Porrello et al.,
-    2025). An update u is shortened where it would go beyond the lowest point on its way, `-gᵀu / uᵀHu` of it with the
-    Hessian H. That point is exact where the penalty is quadratic in the parameters; where it is not (LoRA), the whole
-    update is halved until the penalty doesn't grow.
+    The update is `-rate` times the gradient g, every tensor of it (of stacked layers each one's) clipped to the L2 norm
+    `clip` (Porrello et al., 2025). An update u is shortened where it would go beyond the lowest point on its way,
+    `-gᵀu / uᵀHu` of it with the Hessian H. That point is exact where the penalty is quadratic in the parameters; where
+    it is not (LoRA), the whole update is halved until the penalty doesn't grow.
 
     Metrics: `penalty`, its value before the step; `penalty_step`, the part of the step that was taken, the smallest of
     all weights and layers: 1 where none was shortened.
     """
     (value, gradient), push = jax.linearize(jax.value_and_grad(penalty), params)
-    update = jax.tree.map(
-        lambda g: _clipped(-rate * g.astype(tree.wide_type(g)), rate * clip).astype(g.dtype), gradient
-    )
+    update = tree.map_with_name(lambda name, g: None if g is None else _clipped(name, -rate, g, clip), gradient)
     parts = _parts({k: -x for k, x in _products(gradient, update).items()}, _products(push(update)[1], update))
     update, share = _halved(penalty, params, _times(parts, update), value, jnp.zeros_like(value))
     return update, {"penalty": value, "penalty_step": share * jnp.min(jnp.stack([jnp.min(x) for x in parts.values()]))}
@@ -79,8 +77,12 @@ def _halved(penalty: Penalty, params: Tree, update: Tree, value: jax.Array, gain
     return jax.tree.map(lambda u: (share * u).astype(u.dtype), update), share
 
 
-def _clipped(update: jax.Array, norm: float | jax.Array) -> jax.Array:
-    return update * jnp.minimum(1, norm / jnp.maximum(jnp.linalg.norm(update), 1e-12))
+def _clipped(name: str, rate: float | jax.Array, gradient: jax.Array, clip: float) -> jax.Array:
+    """`rate` times the gradient, in its type, whose norm, of stacked layers each one's, is at most `clip`."""
+    wide = gradient.astype(tree.wide_type(gradient))
+    axes = tuple(range(1 if adapters.is_stacked(f"{_weight(name)}/") and wide.ndim else 0, wide.ndim))
+    length = jnp.sqrt(jnp.sum(jnp.square(wide), axes, keepdims=True))
+    return (rate * wide * jnp.minimum(1, clip / jnp.maximum(length, 1e-12))).astype(gradient.dtype)
 
 
 def _weight(name: str) -> str:

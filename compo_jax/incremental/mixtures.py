@@ -35,6 +35,11 @@ def fit_mixtures(
     from sklearn.mixture import GaussianMixture
 
     weights, means, variances = (np.array(x) for x in mixtures)
+    if len(labels) and not 0 <= np.min(labels) <= np.max(labels) < len(weights):
+        raise ValueError(
+            f"labels from {np.min(labels)} to {np.max(labels)} were given, and there are mixtures of {len(weights)} "
+            "classes, from 0 on"
+        )
     floor = max(1e-3 * float(features.var(axis=0).mean()), 1e-8)
     for label in np.unique(labels):
         rows = features[labels == label].astype(np.float64)

@@ -11,6 +11,7 @@ import numpy as np
 from rich.progress import Progress
 
 from compo_jax import adapters, tree
+from compo_jax.incremental.asked import require_same
 from compo_jax.incremental.course import Course, Learner, State, at_work, module_names, pool_folder
 from compo_jax.incremental.evaluate import Classifier, evaluator
 from compo_jax.incremental.extraction import features, made_once
@@ -82,7 +83,8 @@ def learn_stream(
       extra: kept with every module.
       began: the run's start by `time.perf_counter()`; default: now.
 
-    ValueError where two methods have one name, and as of `train.fit`.
+    ValueError where two methods have one name, where the folder has what was learned with another base, stream, seed,
+    settings or method, and as of `train.fit`.
     """
     names, stream = [method.name for method in methods] + [_FROZEN.name], setup.stream
     if len(set(names)) < len(names):
@@ -91,6 +93,7 @@ def learn_stream(
     learners = {m.name: at_work(setup, m, pool_folder(folder, names, m.name), runner) for m in [*methods, _FROZEN]}
     base_features = made_once(partial(extract, setup.base))
     fingerprint = tree.fingerprint(setup.base)
+    require_same(folder, setup, fingerprint, methods)
     began = time.perf_counter() if began is None else began
     course = Course(setup, fingerprint, learners, extract, base_features, folder, log, progress, extra or {}, began)
     kinds = ["diagonal", *sorted({method.curvature for method in methods} - {"diagonal"})]

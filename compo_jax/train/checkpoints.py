@@ -55,6 +55,32 @@ def _shared(state: Tree) -> Tree:
     return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) and x.is_fully_addressable else x, state)
 
 
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _storable(state: Tree) -> Tree:
+    """What orbax can write in place of random keys, their numbers, and of empty arrays, a zero."""
+
+    def one(leaf):
+        if _is_key(leaf):
+            return jax.random.key_data(leaf)
+        return leaf if np.size(leaf) else np.zeros(1, leaf.dtype)
+
+    return jax.tree.map(one, state)
+
+
+def _as_it_was(stored: Tree, like: Tree) -> Tree:
+    """The inverse of `_storable`, with the empty arrays of `like`."""
+
+    def one(stored, leaf):
+        if _is_key(leaf):
+            return jax.random.wrap_key_data(stored, impl=jax.random.key_impl(leaf))
+        return stored if np.size(leaf) else leaf
+
+    return jax.tree.map(one, stored, like)
+
+
 class Checkpoints:
     """The newest two states saved under `path`.
 
@@ -88,6 +114,7 @@ class Checkpoints:
             return
         from orbax.checkpoint import v1 as ocp
 
+        state = _storable(state)
         made = {"number": number, "sha256": _checksums(state)}
         try:
             self._remove(self._damaged)
@@ -114,7 +141,7 @@ class Checkpoints:
         refused: dict[int, _Refused] = {}
         for number in reversed(self._numbers()):
             try:
-                state = self._read(number, like)
+                state = _as_it_was(self._read(number, _storable(like)), like)
             except _Refused as error:
                 refused[number] = error
                 continue

@@ -63,11 +63,11 @@ def fit(
 
     Raises ValueError for options out of range, for a state that is past `steps`, and for batches that end early or
     can't be divided among the devices; FloatingPointError after an update that was not finite: it was not made, and the
-    finite state is saved; and where the loss, or that of one of several tasks (a metric `loss_...`), ends far above its
-    start: above twice the start and 1. Nothing is made of that.
+    state is saved where its loss on the first batch is finite; and where the loss, or that of one of several tasks (a
+    metric `loss_...`), ends far above its start: above twice the start and 1. Nothing is made of that.
     """
     _require_counts(steps, every, checkpoint_seconds)
-    record = record or {}
+    record, state = record or {}, jax.tree.map(jnp.asarray, state)
     label = " ".join(str(value) for value in record.values()) or "training"
     state = _restored(state, checkpoints, log)
     if (first := _first_step(state, steps, label, checkpoints)) == steps:
@@ -95,7 +95,12 @@ def fit(
         now = time.perf_counter()
         rate, images, since = images / (now - since), 0, now
         if values.pop("not_finite") or not np.isfinite(values["loss"]):
-            save(runner.fetch(placed))
+            kept, again = runner.fetch(placed), runner.shard(next(batches(first)))
+            _, metrics = runner.step(
+                jax.tree.map(jnp.copy, placed), context, again
+            )  # the first batch tells whether the parameters are good
+            if np.isfinite(float(runner.fetch(metrics)["loss"])):
+                save(kept)
             raise _not_finite(label, k, values["loss"], checkpoints)
         history.append(_losses(values))
         if k == steps:

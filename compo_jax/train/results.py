@@ -64,6 +64,8 @@ def _array(value: Any, kind: Any) -> np.ndarray:
         array = np.array(value, dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"no array of {kind.dim_str or 'one number'}: {error}") from error
+    if array.shape == (0,) and not isinstance(array, kind):  # nothing, whose other axes a list doesn't tell
+        array = array.reshape((0,) * len(kind.dims))
     if not isinstance(array, kind):
         raise ValueError(f"shape {array.shape} and dtype {array.dtype} where {kind.dim_str!r} was expected")
     return array

@@ -68,6 +68,12 @@ def make_step(
         gradients = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), gradients)  # the guard looks at them alone
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params, **more)
         params = optax.apply_updates(state.params, updates)
+        # the guard looks at gradients; an update that overflows isn't made either
+        made = jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((updates, params))]).all()
+        held = state.optimizer._replace(total_notfinite=state.optimizer.total_notfinite + 1)
+        params, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(made, new, old), (params, optimizer_state), (state.params, held)
+        )
         metrics["not_finite"] = optimizer_state.total_notfinite
         return TrainState(state.step + 1, params, optimizer_state), metrics
 

@@ -12,10 +12,11 @@ from compo_jax.incremental.ways import register
 
 def class_counts(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Images of each class, 0 … the largest label; ValueError where a class has none, or a feature isn't finite."""
-    if len(features) != len(labels) or not len(labels) or np.min(labels) < 0:
+    whole = np.issubdtype(np.asarray(labels).dtype, np.integer)
+    if len(features) != len(labels) or not len(labels) or not whole or np.min(labels) < 0:
         raise ValueError(
             f"{len(features)} features and {len(labels)} labels from {min(labels, default=None)} on were given: each "
-            "image has a feature vector and a label, and labels count from 0"
+            "image has a feature vector and a label, and labels are whole numbers and count from 0"
         )
     counts = np.bincount(labels)
     if empty := np.flatnonzero(counts == 0).tolist():

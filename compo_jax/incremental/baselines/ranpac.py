@@ -36,6 +36,8 @@ def random_projection(
     ValueError as of `nearest_class_mean`.
     """
     class_counts(features, labels)
+    if newest is not None and not 0 <= newest <= len(labels):
+        raise ValueError(f"newest={newest} of {len(labels)} images: it is how many of them, the last ones, are new")
     projection = np.asarray(jax.random.normal(key, (features.shape[1], width)), np.float64)
     h = np.maximum(features @ projection, 0)
     y = np.eye(labels.max() + 1)[labels]
