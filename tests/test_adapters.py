@@ -394,3 +394,57 @@ def test_bad_input():
     adapter = adapters.lora(1, "dense/kernel", stacked="layers/")
     with pytest.raises(ValueError, match="did not reach .*layers/dense/kernel.*variable_axes"):
         adapters.adapted(scanned, adapter)(base, adapter.init(key, base), x)
+
+
+class Tied(nn.Module):
+    """An encoder whose decoder is its transpose."""
+
+    @nn.compact
+    def __call__(self, x):
+        encoder = nn.Dense(5, name="encoder")
+        return jnp.tanh(nn.Dense(4)(encoder(x))) @ encoder.variables["params"]["kernel"][:4, :4]
+
+
+class Embedded(nn.Module):
+    """A kernel that is read as a table before it is read as a layer, behind another layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        table = nn.Dense(6, name="table")
+        first = nn.Dense(3, name="first")(x)
+        _ = table(jnp.zeros((1, 3)))
+        return table(first + table.variables["params"]["kernel"].sum(-1))
+
+
+class Scaled(nn.Dense):
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(x) / 10
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Scaled(4)(nn.Dense(5)(x))
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (Tied(), "reads encoder/kernel outside of nn.Dense layers, too"),
+        (Embedded(), "reads table/kernel outside of nn.Dense layers, too"),
+        (Plain(), "did not reach the module's entries for Scaled_0/kernel"),
+    ],
+)
+def test_what_the_short_cut_would_get_wrong_is_refused_and_merged_takes_it(model, told, kind):
+    adapter, x = {"lora": adapters.lora(1, "kernel$"), "ia3": adapters.ia3("kernel$")}[kind], jnp.ones((2, 6))
+    base = model.init(jax.random.key(0), x)["params"]
+    module = jax.tree.map(jnp.ones_like, adapter.init(jax.random.key(1), base))
+    for wrapped in (lambda f: f, jax.jit):
+        with pytest.raises(ValueError, match=told):
+            wrapped(adapters.adapted(model, adapter))(base, module, x)
+    found = adapters.merged(lambda p, x: model.apply({"params": p}, x), adapter)(base, module, x)
+    np.testing.assert_allclose(
+        found, model.apply({"params": tree.add(base, adapter.delta(module, base))}, x), rtol=1e-5
+    )

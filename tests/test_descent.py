@@ -90,7 +90,7 @@ def test_no_weight_and_no_curvature_lets_a_penalty_grow(kind, scale):
 
 
 def test_a_short_step_is_the_gradient_itself():
-    """The golden case: where nothing overshoots, the step is that of the paper, the tensors of each layer clipped one by
+    """The golden case: where nothing overshoots, the step is that of the paper, each layer's tensors clipped one by
     one."""
     adapter, base, module, fisher = problem("lora", scale=1e-5)
     penalty = lambda m: incremental.ita_penalty(adapter.delta(m, base), fisher, 0.3)

@@ -80,9 +80,13 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Forward:
     each `nn.Dense` that has an entry adds its term, so that with `base` frozen no gradient of its size exists. Any
     model of Dense layers will do; one that scans over layers must carry the collection: `nn.scan(variable_axes={...,
     "adapter": 0})`. Full deltas among a `mixed` adapter's entries (see `recompress`) are added to the base. ValueError
-    where the module doesn't fit the base, and where an entry of it was not reached.
+    where the module doesn't fit the base, where an entry of it was not reached (subclasses of `nn.Dense` may do
+    anything with their kernel), and where a kernel that it changes is read by something else, too, as by a decoder that
+    is tied to it: take `merged` there.
     """
     import flax.linen as nn
+
+    seen: set = set()
 
     def factored(base, module, *args, **kwargs):
         reached, module = set(), alike(module, base)
@@ -95,7 +99,7 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Forward:
         def intercept(call, args, kwargs, context):
             y = call(*args, **kwargs)
             layer = context.module
-            if not isinstance(layer, nn.Dense) or context.method_name != "__call__":
+            if type(layer) is not nn.Dense or context.method_name != "__call__":
                 return y
             entry = layer.get_variable(_COLLECTION, "kernel")
             if entry is None:
@@ -112,10 +116,47 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Forward:
         if missed := sorted(set(tree.names(entries)) - reached):
             raise ValueError(
                 f"the forward pass did not reach the module's entries for {', '.join(missed)}: they are not kernels of "
-                'nn.Dense layers, or they lie inside an nn.scan without variable_axes={..., "adapter": 0}'
+                'nn.Dense layers, or they lie inside an nn.scan without variable_axes={..., "adapter": 0}; '
+                "adapters.merged takes any model"
             )
+        shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves((base, module)))
+        if (of := (jax.tree.structure((base, module)), shapes)) not in seen:  # once, for it is one more trace
+            if both := _read_elsewhere(model, base, module, reached, args, kwargs):
+                raise ValueError(
+                    f"the model reads {', '.join(both)} outside of nn.Dense layers, too, as a tied decoder does, where "
+                    "the module's change would be missing: take adapters.merged, which takes any model"
+                )
+            seen.add(of)
         return output
 
     if adapter.dense is None:
         return merged(lambda params, *args, **kwargs: model.apply({"params": params}, *args, **kwargs), adapter)
     return factored
+
+
+def _read_elsewhere(
+    model: "flax.linen.Module", base: Tree, module: Tree, kernels: set[str], args: tuple, kwargs: dict
+) -> list[str]:
+    """Which of these kernels the output depends on where their Dense layers don't read them."""
+    import flax.linen as nn
+    from jax.interpreters import partial_eval
+
+    changed, rest = tree.partition(base, lambda name: name in kernels)
+
+    def blind(call, args, kwargs, context):
+        layer = context.module
+        if type(layer) is not nn.Dense or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        kernel = layer.get_variable("params", "kernel")
+        if kernel is None or "/".join((*layer.path, "kernel")) not in kernels:
+            return call(*args, **kwargs)
+        x, _ = nn.dtypes.promote_dtype(args[0], jnp.zeros((), kernel.dtype), dtype=layer.dtype)
+        return jnp.broadcast_to(x.sum(axis=-1, keepdims=True), (*x.shape[:-1], layer.features))
+
+    def output(changed):
+        with nn.intercept_methods(blind):
+            return model.apply({"params": tree.combine(changed, rest), _COLLECTION: module}, *args, **kwargs)
+
+    traced = jax.make_jaxpr(output)(changed).jaxpr
+    _, used = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+    return [name for name, yes in zip(tree.names(changed), used, strict=True) if yes]
