@@ -63,3 +63,12 @@ def test_keys_and_empty_leaves_are_kept_in_checkpoints(tmp_path):
     identical(again.params, whole.params)
     keys = [x for x in jax.tree.leaves(again.optimizer) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     assert keys and again.params["none"].shape == (0, 2)
+
+
+def test_logits_of_minus_infinity_stay_and_the_others_learn():
+    """As of a route, for a template that a layer can't take."""
+    loss = lambda params, context, batch, step: (jnp.sum(jax.nn.softmax(params)[1:] * batch), {})
+    start = jnp.array([0.0, -jnp.inf, 1.0])
+    state, metrics = make_step(loss, optax.sgd(0.1))(init_state(start, optax.sgd(0.1)), {}, jnp.ones(2))
+    assert metrics["not_finite"] == 0 and state.params[1] == -jnp.inf
+    assert state.params[0] > 0 and state.params[2] < 1

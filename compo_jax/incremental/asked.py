@@ -43,7 +43,8 @@ def _described(setup: Setup, fingerprint: str, methods: Sequence[Method]) -> dic
         "base": fingerprint,
         "seed": setup.seed,
         **{f"settings.{name}": value for name, value in setup.settings._asdict().items()},
-        **{f"stream.{name}": getattr(stream, name) for name in ("name", "size", "mean", "std", "augment")},
+        "stream": stream.name,
+        **{f"stream.{name}": getattr(stream, name) for name in ("size", "mean", "std", "augment")},
         "methods": [method.name for method in methods],
     }
     for t, task in enumerate(stream.tasks):

@@ -95,12 +95,10 @@ def fit(
         now = time.perf_counter()
         rate, images, since = images / (now - since), 0, now
         if values.pop("not_finite") or not np.isfinite(values["loss"]):
-            kept, again = runner.fetch(placed), runner.shard(next(batches(first)))
-            _, metrics = runner.step(
-                jax.tree.map(jnp.copy, placed), context, again
-            )  # the first batch tells whether the parameters are good
-            if np.isfinite(float(runner.fetch(metrics)["loss"])):
-                save(kept)
+            # the loss on the first batch tells whether the parameters are good, and a later batch isn't
+            known = runner.step(jax.tree.map(jnp.copy, placed), context, runner.shard(next(batches(first))))[1]
+            if np.isfinite(float(runner.fetch(known)["loss"])):
+                save(runner.fetch(placed))
             raise _not_finite(label, k, values["loss"], checkpoints)
         history.append(_losses(values))
         if k == steps:

@@ -52,7 +52,7 @@ def make_step(
         optimizer's update, for one that wants more than gradients (`optax.GradientTransformationExtraArgs`).
       axis: name of the mapped axis to average gradients and metrics over (pmap); None under jit.
 
-    An update that is not finite is not made, and counted in the metric `not_finite`: the state stays good.
+    An update that is not finite is not made, and counted in the metric `not_finite`: the parameters stay good.
     """
     optimizer = _guarded(optimizer)
 
@@ -67,14 +67,14 @@ def make_step(
         finite = jnp.array([jnp.all(jnp.isfinite(x)) for x in arrays]).all()
         gradients = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), gradients)  # the guard looks at them alone
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params, **more)
-        params = optax.apply_updates(state.params, updates)
-        # the guard looks at gradients; an update that overflows isn't made either
-        made = jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((updates, params))]).all()
-        held = state.optimizer._replace(total_notfinite=state.optimizer.total_notfinite + 1)
-        params, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(made, new, old), (params, optimizer_state), (state.params, held)
-        )
-        metrics["not_finite"] = optimizer_state.total_notfinite
+        # the guard looks at gradients; an update that overflows isn't made either, and what was infinite may stay so
+        moved = optax.apply_updates(state.params, updates)
+        sound = jax.tree.map(lambda new, old: jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old)), moved, state.params)
+        made = jnp.array(jax.tree.leaves(sound)).all()
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: jnp.where(made, u, 0), updates))
+        count = optimizer_state.total_notfinite + ~made
+        optimizer_state = optimizer_state._replace(total_notfinite=count)
+        metrics["not_finite"] = count
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
     return step
