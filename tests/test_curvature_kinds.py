@@ -278,38 +278,41 @@ def test_an_operator_is_an_argument_of_a_compiled_function():
 
 
 def test_a_hole_for_a_whole_branch_counts_as_zero_in_every_kind_and_in_sums():
-    params = {"a": {"w": cases.normal(0, 3, 5)}, "c": {"w": cases.normal(1, 5, 4)}}
-    model = lambda p, x: jnp.tanh(x @ p["a"]["w"]) @ p["c"]["w"]
-    diagonal = curvature.fisher_diagonal(model, params, INPUTS)
-    kinds = [diagonal, curvature.ggn(model, params, [(INPUTS,)]), curvature.kronecker(model, params, INPUTS)]
-    kinds += [diagonal + kinds[1], kinds[1] + diagonal, diagonal + kinds[2]]
-    for branch, other in (("a", "c"), ("c", "a")):
-        ones = {"w": jnp.ones_like(params[other]["w"])}
-        hole, zero = {branch: None, other: ones}, {branch: {"w": jnp.zeros_like(params[branch]["w"])}, other: ones}
-        for kind in kinds:
-            np.testing.assert_allclose(kind.quadratic(hole), kind.quadratic(zero), rtol=1e-5)
-            np.testing.assert_allclose(kind.quadratic(hole, params), kind.quadratic(zero, params), rtol=1e-5)
-            np.testing.assert_allclose(kind.quadratic(params, hole), kind.quadratic(params, zero), rtol=1e-5)
-            image = tree.by_name(kind.matvec(hole))
-            for name, x in tree.by_name(kind.matvec(zero)).items():
-                np.testing.assert_allclose(image.get(name, 0), x, rtol=1e-5, atol=1e-7)
-        np.testing.assert_allclose(tree.dot(zero, hole), tree.dot(zero, zero))
-        np.testing.assert_allclose(tree.dot(hole, params), tree.dot(zero, params))
+    with X64(True):
+        params = {"a": {"w": cases.normal(0, 3, 5)}, "c": {"w": cases.normal(1, 5, 4)}}
+        model = lambda p, x: jnp.tanh(x @ p["a"]["w"]) @ p["c"]["w"]
+        diagonal = curvature.fisher_diagonal(model, params, INPUTS)
+        kinds = [diagonal, curvature.ggn(model, params, [(INPUTS,)]), curvature.kronecker(model, params, INPUTS)]
+        kinds += [diagonal + kinds[1], kinds[1] + diagonal, diagonal + kinds[2]]
+        for branch, other in (("a", "c"), ("c", "a")):
+            ones = {"w": jnp.ones_like(params[other]["w"])}
+            hole, zero = {branch: None, other: ones}, {branch: {"w": jnp.zeros_like(params[branch]["w"])}, other: ones}
+            for kind in kinds:
+                np.testing.assert_allclose(kind.quadratic(hole), kind.quadratic(zero), rtol=1e-5)
+                np.testing.assert_allclose(kind.quadratic(hole, params), kind.quadratic(zero, params), rtol=1e-5)
+                np.testing.assert_allclose(kind.quadratic(params, hole), kind.quadratic(params, zero), rtol=1e-5)
+                image = tree.by_name(kind.matvec(hole))
+                for name, x in tree.by_name(kind.matvec(zero)).items():
+                    np.testing.assert_allclose(image.get(name, 0), x, rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(tree.dot(zero, hole), tree.dot(zero, zero))
+            np.testing.assert_allclose(tree.dot(hole, params), tree.dot(zero, params))
 
 
 @pytest.mark.parametrize("method", ["exact", "low_rank"])
 def test_inputs_may_be_numpys_arrays_under_jit_and_vmap(method):
-    images = np.asarray(INPUTS)
-    of = lambda params: curvature.fisher_diagonal(apply, params, images, method=method).mean
-    expected = of(PARAMS)
-    stacked = jax.tree.map(lambda x: x[None], PARAMS)
-    for found in (jax.jit(of)(PARAMS), jax.tree.map(lambda x: x[0], jax.vmap(of)(stacked))):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+    with X64(True):
+        images = np.asarray(INPUTS)
+        of = lambda params: curvature.fisher_diagonal(apply, params, images, method=method).mean
+        expected = of(PARAMS)
+        stacked = jax.tree.map(lambda x: x[None], PARAMS)
+        for found in (jax.jit(of)(PARAMS), jax.tree.map(lambda x: x[0], jax.vmap(of)(stacked))):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
 def test_a_weight_of_no_inputs_has_a_diagonal_of_no_entries():
-    params = {"w": cases.normal(0, 3, 2), "none": np.zeros((0, 2))}
-    found = curvature.fisher_diagonal(lambda p, x: x @ p["w"] + x[:, :0] @ p["none"], params, INPUTS)
-    expected = curvature.fisher_diagonal(lambda p, x: x @ p["w"], {"w": params["w"]}, INPUTS)
-    assert found.mean["none"].shape == (0, 2)
-    np.testing.assert_allclose(found.mean["w"], expected.mean["w"], rtol=1e-6)
+    with X64(True):
+        params = {"w": cases.normal(0, 3, 2), "none": np.zeros((0, 2))}
+        found = curvature.fisher_diagonal(lambda p, x: x @ p["w"] + x[:, :0] @ p["none"], params, INPUTS)
+        expected = curvature.fisher_diagonal(lambda p, x: x @ p["w"], {"w": params["w"]}, INPUTS)
+        assert found.mean["none"].shape == (0, 2)
+        np.testing.assert_allclose(found.mean["w"], expected.mean["w"], rtol=1e-6)
