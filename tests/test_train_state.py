@@ -38,15 +38,19 @@ def test_parameters_that_blow_up_are_not_kept(tmp_path):
 @pytest.mark.parametrize("start", [{"w": np.ones(3)}, {"w": np.ones(3, np.float16)}, {"w": 0.5}])
 def test_a_run_of_numpys_arrays_and_numbers_goes_on(tmp_path, start):
     loss = lambda params, context, batch, step: (jnp.mean((batch * params["w"]) ** 2), {})
-    made = [np.ones((8, 3), np.float32)] * 20
+    made, begun = [np.ones((8, 3), np.float32)] * 20, []
+
+    def from_step(first):
+        begun.append(first)
+        return iter(made[first:])
 
     def trained(steps, checkpoints):
-        runner = jit_runner(loss, optax.sgd(0.1))
-        state = init_state(start, optax.sgd(0.1))
-        return fit(runner, state, {}, lambda first: iter(made[first:]), steps, checkpoints=checkpoints)
+        state, runner = init_state(start, optax.sgd(0.1)), jit_runner(loss, optax.sgd(0.1))
+        return fit(runner, state, {}, from_step, steps, checkpoints=checkpoints)
 
     trained(5, Checkpoints(tmp_path))
     identical(trained(10, Checkpoints(tmp_path)).params, trained(10, None).params)
+    assert begun == [0, 5, 0]
 
 
 def test_keys_and_empty_leaves_are_kept_in_checkpoints(tmp_path):
