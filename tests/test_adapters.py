@@ -428,10 +428,17 @@ class Plain(nn.Module):
         return Scaled(4)(nn.Dense(5)(x))
 
 
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.WeightNorm(nn.Dense(5))(x)
+
+
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 @pytest.mark.parametrize(
     ("model", "told"),
     [
+        (Normed(), "a wrapper such as nn.WeightNorm takes the module's entries for parameters"),
         (Tied(), "reads encoder/kernel outside of nn.Dense layers, too"),
         (Embedded(), "reads table/kernel outside of nn.Dense layers, too"),
         (Plain(), "did not reach the module's entries for Scaled_0/kernel"),

@@ -84,6 +84,7 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Forward:
     anything with their kernel), and where a kernel that it changes is read by something else, too, as by a decoder that
     is tied to it: take `merged` there.
     """
+    import flax.errors
     import flax.linen as nn
 
     seen: set = set()
@@ -110,8 +111,16 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Forward:
             x, bias, *leaves = nn.dtypes.promote_dtype(args[0], bias, *leaves, dtype=layer.dtype)
             return adapter.dense(x, y, jax.tree.unflatten(structure, leaves), bias)
 
-        with nn.intercept_methods(intercept):
-            output = model.apply({"params": base, _COLLECTION: module}, *args, **kwargs)
+        try:
+            with nn.intercept_methods(intercept):
+                output = model.apply({"params": base, _COLLECTION: module}, *args, **kwargs)
+        except flax.errors.ScopeParamNotFoundError as error:
+            if "/kernel/" not in str(error):  # which an entry's own path has, and no parameter's
+                raise
+            raise ValueError(
+                "a wrapper such as nn.WeightNorm takes the module's entries for parameters of its own: take "
+                "adapters.merged, which takes any model"
+            ) from error
         entries = jax.tree.map(lambda _, entry: True if jax.tree.leaves(entry) else None, base, module)
         if missed := sorted(set(tree.names(entries)) - reached):
             raise ValueError(
