@@ -428,6 +428,13 @@ class Plain(nn.Module):
         return Scaled(4)(nn.Dense(5)(x))
 
 
+def test_a_module_that_changes_nothing_leaves_the_model_as_it_is():
+    adapter, model, x = adapters.lora(1, "kernel$"), nn.Dense(3), jnp.ones((2, 6))
+    base = model.init(jax.random.key(0), x)["params"]
+    found = adapters.adapted(model, adapter)(base, {"kernel": None, "bias": None}, x)
+    np.testing.assert_array_equal(found, model.apply({"params": base}, x))
+
+
 class Normed(nn.Module):
     @nn.compact
     def __call__(self, x):

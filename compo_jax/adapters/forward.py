@@ -128,8 +128,8 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Forward:
                 'nn.Dense layers, or they lie inside an nn.scan without variable_axes={..., "adapter": 0}; '
                 "adapters.merged takes any model"
             )
-        shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves((base, module)))
-        if (of := (jax.tree.structure((base, module)), shapes)) not in seen:  # once, for it is one more trace
+        of = jax.tree.structure((base, module))
+        if reached and of not in seen:  # once, for it is one more trace
             if both := _read_elsewhere(model, base, module, reached, args, kwargs):
                 raise ValueError(
                     f"the model reads {', '.join(both)} outside of nn.Dense layers, too, as a tied decoder does, where "
@@ -156,10 +156,10 @@ def _read_elsewhere(
         layer = context.module
         if type(layer) is not nn.Dense or context.method_name != "__call__":
             return call(*args, **kwargs)
-        kernel = layer.get_variable("params", "kernel")
-        if kernel is None or "/".join((*layer.path, "kernel")) not in kernels:
+        if "/".join((*layer.path, "kernel")) not in kernels:
             return call(*args, **kwargs)
-        x, _ = nn.dtypes.promote_dtype(args[0], jnp.zeros((), kernel.dtype), dtype=layer.dtype)
+        dtype = layer.get_variable("params", "kernel").dtype
+        x, _ = nn.dtypes.promote_dtype(args[0], jnp.zeros((), dtype), dtype=layer.dtype)
         return jnp.broadcast_to(x.sum(axis=-1, keepdims=True), (*x.shape[:-1], layer.features))
 
     def output(changed):
