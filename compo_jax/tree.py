@@ -221,14 +221,12 @@ def dot(a: Tree, b: Tree) -> jax.Array:
     """Inner product of two trees over the leaves that both have, at highest precision, summed in float32 at least."""
 
     def one(path, x, y):
-        if x is None or y is None:
-            return None
         if np.shape(x) != np.shape(y):
             raise ValueError(f"{path_name(path)} is {np.shape(x)} in the one tree and {np.shape(y)} in the other")
         wide = wide_type(x, y)
         return jnp.vdot(jnp.asarray(x, wide), jnp.asarray(y, wide), precision=jax.lax.Precision.HIGHEST)
 
-    products = jax.tree_util.tree_map_with_path(one, *hollowed(a, b), is_leaf=_is_none)
+    products = jax.tree_util.tree_map_with_path(one, *hollowed(a, b))
     return sum(jax.tree.leaves(products), start=jnp.zeros(()))
 
 

@@ -55,13 +55,10 @@ class FisherDiagonal(NamedTuple):
 
     def quadratic(self, vector: Tree, other: Tree | None = None) -> Array:
         def one(f, x, y):
-            if f is None or x is None or y is None:
-                return None
             wide = tree.wide_type(f, x, y)
             return jnp.sum(jnp.asarray(f, wide) * jnp.asarray(x, wide) * jnp.asarray(y, wide))
 
-        vectors = tree.hollowed(self.mean, vector, vector if other is None else other)
-        products = jax.tree.map(one, *vectors, is_leaf=lambda x: x is None)
+        products = jax.tree.map(one, *tree.hollowed(self.mean, vector, vector if other is None else other))
         return sum(jax.tree.leaves(products), start=jnp.zeros(()))
 
     def trace(self) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 from compo_jax import mesh
 from compo_jax.incremental.modes import Method
 from compo_jax.incremental.settings import Setup
-from compo_jax.train.run import read_json, write_json
+from compo_jax.train.run import differences, read_json, write_json
 
 _FILE = "asked.json"
 _HOW = ("kernel", "unroll", "parent", "name", "eval_batch", "features_batch")  # which change no result
@@ -23,8 +23,7 @@ def require_same(folder: Path, setup: Setup, fingerprint: str, methods: Sequence
     path, asked = folder / "checkpoints" / _FILE, _described(setup, fingerprint, methods)
     if mesh.agreed(path.exists() and any(entry.name != _FILE for entry in path.parent.iterdir())):
         kept = read_json(path, f"remove {path.parent} to start over")
-        if changed := sorted(name for name in {**kept, **asked} if kept.get(name) != asked.get(name)):
-            told = "; ".join(f"{name}: {kept.get(name)} there, {asked.get(name)} now" for name in changed)
+        if told := differences(kept, asked, str):
             raise ValueError(
                 f"{folder} has what was learned with other settings ({told}): learn in another folder, or remove it "
                 "to start over"

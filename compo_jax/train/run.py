@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,12 +137,17 @@ def _unused(folder: Path) -> bool:
     return names <= {_LOG, _LOCK} or ({_LOG, _CONFIG} <= names <= {_LOG, _CONFIG, _LOCK, _EVENTS})
 
 
+def differences(there: Mapping[str, Any], now: Mapping[str, Any], shown: Callable[[Any], str] = repr) -> str:
+    """The settings that aren't the same, as text; empty where all are."""
+    changed = sorted(name for name in {**there, **now} if there.get(name) != now.get(name))
+    return "; ".join(f"{name}: {shown(there.get(name))} there, {shown(now.get(name))} now" for name in changed)
+
+
 def _compare(folder: Path, config: dict[str, Any]) -> None:
     old = read_json(folder / _CONFIG, "choose another name with --name, or remove the folder to start over")
     if not isinstance(old, dict):
         raise ValueError(f"{folder / _CONFIG} holds no settings of a run: choose another name with --name")
-    if changed := [k for k in {**old, **config} if old.get(k) != config.get(k)]:
-        told = "; ".join(f"{k}: {old.get(k)!r} there, {config.get(k)!r} now" for k in sorted(changed))
+    if told := differences(old, config):
         raise ValueError(
             f"{folder} holds a run with other settings ({told}): choose another name with --name, or remove the folder "
             "to start over"
