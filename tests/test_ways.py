@@ -9,7 +9,7 @@ import pytest
 from jobs import ROOT
 from way_cases import MODEL, noisy_pictures
 
-from compo_jax import adapters, incremental
+from compo_jax import adapters, data, incremental
 from compo_jax.incremental import Composition, Mode
 from compo_jax.mesh import data_mesh
 from compo_jax.train import jit_runner, read_result, write_result
@@ -107,11 +107,15 @@ def test_a_folder_goes_on_with_what_it_was_asked_for_alone(tmp_path, setup):
     methods, folder = some_methods("none"), tmp_path / "run"
     next(learned(setup, methods, folder))
     pictures = noisy_pictures([[0, 1], [2, 3]], noise=30)
+    first, second = setup.stream.tasks
+    darker = data.ArraySplit(second.test.images(np.arange(len(second.test))) // 2, second.test.labels)
+    dark = setup.stream._replace(tasks=(first, second._replace(test=darker)))
     for changed, other, told in (
         (setup._replace(seed=1), methods, "seed: 0 there, 1 now"),
         (setup._replace(settings=setup.settings._replace(epochs=5)), methods, "settings.epochs: 4 there, 5 now"),
         (setup._replace(base=jax.tree.map(lambda x: -x, setup.base)), methods, "base: "),
         (setup._replace(stream=pictures.stream), methods, "task 1: .* 3, .* there, .* 2, .* now"),
+        (setup._replace(stream=dark), methods, f"task 1: .*{second.name}.* there, .*{second.name}.* now"),
         (setup._replace(model=setup.model.copy(activation="quick_gelu")), methods, "model.activation: gelu there"),
         (setup, [methods[0]._replace(learning_rate=0.5)], "none-lora.learning_rate: 0.01 there, 0.5 now"),
         (setup, [incremental.method("none", adapters.lora(2), learning_rate=1e-2)], "adapter: .*'rank': 1.*'rank': 2"),

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from compo_jax import mesh
+from compo_jax.data import Split
 from compo_jax.incremental.modes import Method
 from compo_jax.incremental.settings import Setup
 from compo_jax.train.run import differences, read_json, write_json
 
 _FILE = "asked.json"
+_IMAGES = 4  # of a split, by which it is known
 _HOW = ("kernel", "unroll", "parent", "name", "eval_batch", "features_batch")  # which change no result
 
 
@@ -35,7 +37,7 @@ def require_same(folder: Path, setup: Setup, fingerprint: str, methods: Sequence
 
 
 def _described(setup: Setup, fingerprint: str, methods: Sequence[Method]) -> dict[str, str]:
-    """Everything that results depend on but for the pixels, as text by its name."""
+    """Everything that results depend on, as text by its name; of the images some stand for all."""
     model, stream = setup.model, setup.stream
     said = {
         **{f"model.{name}": getattr(model, name) for name in getattr(model, "__dataclass_fields__", ())},
@@ -47,15 +49,19 @@ def _described(setup: Setup, fingerprint: str, methods: Sequence[Method]) -> dic
         "methods": [method.name for method in methods],
     }
     for t, task in enumerate(stream.tasks):
-        said[f"task {t}"] = [task.name, len(task.classes), *(_digest(x.labels) for x in (task.train, task.test))]
+        said[f"task {t}"] = [task.name, len(task.classes), *map(_contents, (task.train, task.test))]
     for method in methods:
         form = {} if method.adapter is None else {"adapter": [method.adapter.name, dict(method.adapter.settings)]}
         said |= {f"{method.name}.{option}": value for option, value in (method._asdict() | form).items()}
     return {name: _text(value) for name, value in said.items() if name.rpartition(".")[2] not in _HOW}
 
 
-def _digest(labels: np.ndarray) -> str:
-    return hashlib.sha256(np.asarray(labels, np.int64).tobytes()).hexdigest()[:12]
+def _contents(split: Split) -> str:
+    """A digest of all labels and of some images, from the first to the last."""
+    some = np.unique(np.linspace(0, len(split) - 1, _IMAGES).astype(int))
+    digest = hashlib.sha256(np.asarray(split.labels, np.int64).tobytes())
+    digest.update(np.ascontiguousarray(split.images(some)).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _text(value: Any) -> str:
