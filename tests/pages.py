@@ -3,6 +3,7 @@
 import io
 from html.parser import HTMLParser
 
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 
 
@@ -49,6 +50,7 @@ class PlainPage(Page):
 
 def printed(table):
     """The cells of a table for the terminal, and all that is printed, 80 characters wide."""
+    table.box = HEAVY_HEAD  # as wide as its own, and shows where a cell ends
     console = Console(file=io.StringIO(), width=80)
     console.print(table)
     lines = console.file.getvalue().splitlines()

@@ -75,6 +75,8 @@ def test_a_table_of_the_terminal_shows_names_as_they_are_and_breaks_before_error
     table = Table(f"[red]{ODD}", ["name", *long], [("[red]x", *[Cell("72.5\u00a0±\u00a010.6", True)] * 6)], ["note"])
     rows, text = printed(table.rich())
     assert rows[-2:] == [["[red]x", *["72.5"] * 6], ["", *["±10.6"] * 6]] or rows[-1] == ["[red]x", *["72.5 ±10.6"] * 6]
+    names = [row[0] for row in printed(Table("t", ["method", *long], [("hard-sharing-bn", *["1.0"] * 6)]).rich())[0]]
+    assert names[-1] == "hard-sharing-bn"
     assert f"[red]{ODD}" in text and "note" in text and max(map(len, text.splitlines())) <= 80
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard", legacy_windows=False)
     console.print(Table("t", ["a", "b", "c"], [("x", Cell("1.0", True), "2.0")]).rich())

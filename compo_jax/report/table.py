@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from rich import table as terminal
+from rich.box import SIMPLE_HEAD
 from rich.text import Text
 
 from compo_jax.report.text import counted, spread, with_error
@@ -42,14 +43,17 @@ class Table(NamedTuple):
         return [[one if isinstance(one, Cell) else Cell(one) for one in row] for row in self.rows]
 
     def rich(self) -> terminal.Table:
-        """For the terminal: headings in lines as narrow as their columns, a number above its error where it must be."""
-        drawn = terminal.Table(title=Text(self.title), caption=Text("\n".join(self.notes)) if self.notes else None)
+        """For the terminal: headings in lines as narrow as their columns, a number above its error where it must be;
+        a name is broken between its words alone."""
+        caption = Text("\n".join(self.notes)) if self.notes else None
+        drawn = terminal.Table(title=Text(self.title), caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         rows = [
             [Text(one.text.replace("\u00a0±\u00a0", " ±"), "bold" * one.strong) for one in row] for row in self.cells
         ]
         for i, heading in enumerate(self.headings):
             width = max(map(len, [*heading.split(), *(row[i].plain for row in rows)]), default=1)
-            drawn.add_column(Text(fill(heading, width)), justify="right" if i else "left", overflow="fold")
+            justify, a_word = "right" if i else "left", not i and not any(" " in row[0].plain for row in rows)
+            drawn.add_column(Text(fill(heading, width)), justify=justify, overflow="fold", no_wrap=a_word)
         for row in rows:
             drawn.add_row(*row)
         return drawn
