@@ -74,7 +74,9 @@ def test_a_table_of_the_terminal_shows_names_as_they_are_and_breaks_before_error
     long = ["accuracy on the tasks (%)"] * 6
     table = Table(f"[red]{ODD}", ["name", *long], [("[red]x", *[Cell("72.5\u00a0±\u00a010.6", True)] * 6)], ["note"])
     rows, text = printed(table.rich())
-    assert rows[-2:] == [["[red]x", *["72.5"] * 6], ["", *["±10.6"] * 6]] or rows[-1] == ["[red]x", *["72.5 ±10.6"] * 6]
+    first, second = rows[-2:]
+    cells = [" ".join(cell).strip() for cell in zip(first, second, strict=True)]
+    assert cells == ["[red]x", *["72.5 ±10.6"] * 6] and set(second) <= {"", "±10.6"}
     names = [row[0] for row in printed(Table("t", ["method", *long], [("hard-sharing-bn", *["1.0"] * 6)]).rich())[0]]
     assert names[-1] == "hard-sharing-bn"
     assert f"[red]{ODD}" in text and "note" in text and max(map(len, text.splitlines())) <= 80
