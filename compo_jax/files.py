@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 INDEX = "model.safetensors.index.json"  # what Hugging Face calls the list of a checkpoint's files
+SINGLE = "model.safetensors"  # and the file that is read before it
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _FULL = "No space left on device"
 _held: set[int] = set()
@@ -137,7 +138,7 @@ def index_file(path: Path) -> Path | None:
     ValueError for a folder without any.
     """
     if path.is_dir():
-        if (path / "model.safetensors").exists():
+        if (path / SINGLE).exists():
             return None
         if not (path / INDEX).exists():
             pickled = " pytorch_model.bin is a PyTorch pickle, which isn't read as it can run code: convert it, where "
@@ -159,7 +160,7 @@ def weight_files(path: Path) -> list[Path]:
     """
     if index := index_file(path):
         return sorted(set(weight_map(index).values()))
-    return [path / "model.safetensors" if path.is_dir() else path]
+    return [path / SINGLE if path.is_dir() else path]
 
 
 JOIN = "join the arrays of all of them (safetensors.numpy.load_file gives a file's), for models.from_timm say"

@@ -36,8 +36,13 @@ def names(tree: Tree) -> list[str]:
 
 
 def by_name(tree: Tree) -> dict[str, Any]:
-    """The leaves by their paths."""
-    return dict(zip(names(tree), jax.tree.leaves(tree), strict=True))
+    """The leaves by their paths; ValueError where two have one path, as keys with slashes can make it."""
+    paths, leaves = names(tree), jax.tree.leaves(tree)
+    found = dict(zip(paths, leaves, strict=True))
+    if len(found) < len(leaves):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"two leaves have the path {twice}: rename a key that has a slash in it")
+    return found
 
 
 def place(values: Mapping[str, Any], like: Tree) -> Tree:

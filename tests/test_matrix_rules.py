@@ -302,7 +302,7 @@ def test_bad_input():
         ("core_space", {"rule": "dare"}, r"the rule 'dare' needs key \(a random key"),
         ("subspace_boosting", {"rule": "fisher"}, r"the rule 'fisher' needs fishers \(one Fisher diagonal a module"),
         ("subspace_boosting", {"rule": "slerp", "weights": [1, 1]}, "the rule 'slerp' takes no weights"),
-        ("knots", {"densty": 1}, "the rule 'knots' has no option densty; its options are rule, shared, stacked"),
+        ("knots", {"densty": 1}, "the rule 'knots' has no option densty; its options are rule, shared, eps, stacked"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=told):
             merge(rule, start, [one, one], **options)

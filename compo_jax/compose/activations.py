@@ -18,7 +18,16 @@ from compo_jax.compose.kronecker import regmean, split_layers
 from compo_jax.compose.leaves import Stacked, add_delta, layers, mean_delta, require_sound
 from compo_jax.compose.matrices import orthonormal, product, svd
 from compo_jax.compose.modules import with_zeros
-from compo_jax.compose.numbers import Scalar, Weights, along, require_not_negative, require_number, require_part, weigh
+from compo_jax.compose.numbers import (
+    Scalar,
+    Weights,
+    along,
+    count_of,
+    require_not_negative,
+    require_number,
+    require_part,
+    weigh,
+)
 from compo_jax.curvature import Kronecker
 from compo_jax.curvature.layers import Dense, tap, zeros
 from compo_jax.tree import Tree
@@ -77,7 +86,7 @@ def esm(
         x = jnp.stack([lay.matrix(jnp.asarray(change, wide)) for change in changes])  # (tasks, *stack, in, out)
         x = along(weights, x) * x
         grams = jnp.stack([f.inputs[name].astype(wide) for f in factors])
-        count = max(1, int(kept * x.shape[-1]))
+        count = max(1, count_of(kept, x.shape[-1]))
         # one layer at a time, see lapack.py
         flat = [jnp.moveaxis(a.reshape(len(a), -1, *a.shape[-2:]), 1, 0) for a in (x, grams)]
         merged = _essential(*flat, count, even, jnp.asarray(power, wide), jnp.asarray(sharpness, wide))

@@ -8,6 +8,7 @@ import numpy as np
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import alike
+from compo_jax.compose.entries import sums_are_finite
 from compo_jax.compose.leaves import add_weighted
 from compo_jax.compose.modules import require_floating, with_holes
 from compo_jax.compose.numbers import Scalar, Weights, require_number, weigh, wide_number
@@ -19,7 +20,7 @@ def task_vector(params: Tree, base: Tree, *, check_finite: bool = True) -> Tree:
     change.
 
     ValueError where the two don't fit (with all paths), a leaf is no floating-point array, or the trained parameters
-    hold NaN or an infinity (`check_finite`).
+    hold NaN or an infinity, or are too far from the base for their type (`check_finite`).
     """
     what, params = "the trained parameters", alike(params, base)
     tree.require_like(params, base, what)
@@ -37,9 +38,14 @@ def task_vector(params: Tree, base: Tree, *, check_finite: bool = True) -> Tree:
         p, b = (x if hasattr(x, "astype") else np.asarray(x) for x in (p, b))
         if p.dtype != b.dtype:
             p, b = (x.astype(jnp.promote_types(p.dtype, b.dtype)) for x in (p, b))
-        return p - b
+        with np.errstate(over="ignore"):
+            return p - b
 
-    return jax.tree.map(one, base, params)
+    delta = jax.tree.map(one, base, params)
+    leaves = jax.tree.leaves(delta)
+    if check_finite and tree.concrete(leaves) and not sums_are_finite(leaves):
+        tree.require_held(delta, base)
+    return delta
 
 
 def compose(base: Tree, deltas: Sequence[Tree], weights: Weights | None = None, *, check_finite: bool = True) -> Tree:

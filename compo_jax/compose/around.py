@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.directions import boost
 from compo_jax.compose.leaves import Stacked, add_delta
+from compo_jax.compose.matrices import Eps
 from compo_jax.compose.numbers import Scalar, Weights
 from compo_jax.compose.spaces import Space, at_zero, core_space, knots_space
 from compo_jax.compose.turned import turned
@@ -19,8 +17,8 @@ def _inside(space: Space, rule: str, weights: Weights | None, stacked: Stacked, 
     """The delta that a rule makes in the space; `options` are those of `merge`."""
     from compo_jax.compose.rules import merge, options_of  # whose table these rules are in
 
-    if "stacked" in (options_of(rule) or ()):
-        options = {"stacked": stacked} | options
+    theirs = options_of(rule) or ()
+    options = {name: x for name, x in {"stacked": stacked, "eps": space.eps}.items() if name in theirs} | options
     return space.back(merge(rule, space.base, space.deltas, weights=weights, **options))
 
 
@@ -53,13 +51,14 @@ def knots(
     *,
     rule: str = "average",
     shared: str = "out",
+    eps: Eps = None,
     stacked: Stacked = STACKED,
     check_finite: bool = True,
     **options: Any,
 ) -> Tree:
     """Another rule in the coordinates of KnOTS, see `knots_space`."""
     _require_free(rule)
-    space = knots_space(base, deltas, shared=shared, stacked=stacked, check_finite=check_finite)
+    space = knots_space(base, deltas, shared=shared, eps=eps, stacked=stacked, check_finite=check_finite)
     delta = _inside(space, rule, weights, stacked, options | {"check_finite": check_finite})
     return add_delta(base, delta, check_finite=check_finite)
 
@@ -70,13 +69,14 @@ def in_core_space(
     weights: Weights | None = None,
     *,
     rule: str = "average",
+    eps: Eps = None,
     stacked: Stacked = STACKED,
     check_finite: bool = True,
     **options: Any,
 ) -> Tree:
     """Another rule in Core Space, of LoRA modules as they are, see `core_space`."""
     _require_free(rule)
-    space = core_space(base, deltas, stacked=stacked, check_finite=check_finite)
+    space = core_space(base, deltas, eps=eps, stacked=stacked, check_finite=check_finite)
     delta = _inside(space, rule, weights, stacked, options | {"check_finite": check_finite})
     return add_delta(base, delta, check_finite=check_finite)
 
@@ -88,6 +88,7 @@ def boosted(
     *,
     rule: str = "average",
     beta: Scalar = 0.01,
+    eps: Eps = None,
     stacked: Stacked = STACKED,
     outputs_first: str | Sequence[str] = (),
     check_finite: bool = True,
@@ -95,10 +96,9 @@ def boosted(
 ) -> Tree:
     """Another rule's task vector by Subspace Boosting, see `boost`; `outputs_first` as in `merge`."""
     _require_of_deltas(rule)
-    space = at_zero(base, deltas, check_finite=check_finite)
+    space = at_zero(base, deltas, eps=eps, check_finite=check_finite)
     options |= {"outputs_first": outputs_first, "check_finite": check_finite}
     turn = turned(base, outputs_first, stacked)
     delta = turn.inputs_first(_inside(space, rule, weights, stacked, options))
-    eps = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(list(deltas)))
-    delta = turn.outputs_first(boost(delta, beta, eps=eps, stacked=stacked, check_finite=check_finite))
+    delta = turn.outputs_first(boost(delta, beta, eps=space.eps, stacked=stacked, check_finite=check_finite))
     return add_delta(base, delta, check_finite=check_finite)

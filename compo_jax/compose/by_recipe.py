@@ -17,7 +17,7 @@ from compo_jax.compose.leaves import assembled
 from compo_jax.compose.mergekit import METHODS, Tensor
 from compo_jax.compose.parts import Part, divided, layer_places, require_base
 from compo_jax.compose.recipes import Recipe
-from compo_jax.compose.rules import dare, lines, merge
+from compo_jax.compose.rules import dare, lines, merge, options_of
 from compo_jax.compose.shards import Plan, Progress, target, write
 from compo_jax.compose.sparse import drop_each
 from compo_jax.compose.tails import breadcrumbs, della
@@ -41,7 +41,9 @@ def merge_recipe(
     name, a tensor that nothing says how to merge, a parameter that a method doesn't have, and a weight that is missing.
     """
     out, kind = target(out, max_shard_size), require_dtype(recipe.out_dtype or recipe.dtype)
-    card = card_target(card, out)
+    card = card_target(card, out, folder=max_shard_size is not None, recipe=recipe.file)
+    if recipe.file is not None and out.resolve() == recipe.file.resolve():
+        raise ValueError(f"{out} is the recipe, and would be lost: give another name")
     files, base = recipe.checkpoints()
     require_base(recipe)
     also = [base] if base is not None and base not in files else []  # SLERP's first model
@@ -85,6 +87,8 @@ def _by_rule(part: Part, sources: Sources, names: list[str], outputs_first: Sequ
     name, options = part.way.name, dict(part.overall[part.names[0]])
     options |= {"weights": part.each[part.names[0]].get("weight"), "check_finite": sources.check_finite}
     options["outputs_first"] = outputs_first
+    if "eps" in (options_of(name, options.get("rule")) or ()):
+        options.setdefault("eps", sources.rounding(part.names))  # add-ons and a wider type hide what it was
     after = None
     for add_on in part.way.add_ons:
         ((what, chosen),) = add_on.items()

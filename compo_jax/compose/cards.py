@@ -34,6 +34,8 @@ class Step(NamedTuple):
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list | tuple | dict) and any(np.ndim(x) for x in jax.tree.leaves(value)):
+        return f"{len(value)} of {type(next(iter(value))).__name__}"  # arrays by the module
     if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
         return f"of {jax.random.key_data(value).tolist()}"
     if isinstance(value, jax.Array | np.ndarray):
@@ -43,14 +45,15 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def card_target(card: str | os.PathLike | None, out: Path) -> Path | None:
-    """The path of the card; FileNotFoundError where there is no folder for it, and `out` makes none."""
+def card_target(card: str | os.PathLike | None, out: Path, *, folder: bool, recipe: Path | None = None) -> Path | None:
+    """The path of the card; FileNotFoundError where there is no folder for it, and `out` makes none (`folder`)."""
     if card is None:
         return None
     card = local_path(card)
-    if card.is_dir() or card == out:
-        raise ValueError(f"{card} is {'a folder' if card.is_dir() else 'the checkpoint'}: give the card's file")
-    if card.parent != out and not card.parent.is_dir():
+    taken = {out.resolve(): "the checkpoint"} | ({} if recipe is None else {recipe.resolve(): "the recipe"})
+    if what := "a folder" if card.is_dir() else taken.get(card.resolve()):
+        raise ValueError(f"{card} is {what}: give the card's file")
+    if not card.parent.is_dir() and not (folder and card.parent.resolve() == out.resolve()):
         raise FileNotFoundError(f"there is no folder {card.parent} to write {card.name} to: make it first")
     return card
 
@@ -107,7 +110,8 @@ def hub_name(path: Path) -> str | None:
 
 def _options(step: Step) -> str:
     shown = {name: value for name, value in step.options.items() if value is not None}
-    return ", ".join(f"{name} = {_text(value)}" for name, value in shown.items()) or "defaults"
+    told = ", ".join(f"{name} = {_text(value)}" for name, value in shown.items()) or "defaults"
+    return " ".join(told.split()).replace("|", "\\|")
 
 
 def _fingerprint(path: Path) -> str:

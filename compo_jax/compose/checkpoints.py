@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from compo_jax.compose.cards import Step, card_target, write_card
 from compo_jax.compose.entries import Deferred
-from compo_jax.compose.rules import MADE_BY, RULES, find_rule, merge
+from compo_jax.compose.rules import MADE_BY, RULES, find_rule, merge, options_of
 from compo_jax.compose.shards import DTYPES, FLOATS, Checkpoint, Plan, Progress, opened, require_alike, target, write
 from compo_jax.compose.turned import PYTORCH
 
@@ -87,6 +88,10 @@ class Sources(NamedTuple):
         make = lambda model: lambda name, dtype: _Row(model, name, start, dtype, self.check_finite)
         return [self._deferred(names, make(model)) for model in chosen]
 
+    def rounding(self, names: Iterable[str]) -> dict[str, float]:
+        """By name, the eps of the types that the tensors are in: wide differences are of numbers that were rounded."""
+        return {name: float(jnp.finfo(FLOATS[self.like.tensors[name].dtype]).eps) for name in names}
+
     def precision(self) -> contextlib.AbstractContextManager:
         """In which the merge is made: with float64 where a tensor has it."""
         double = any(tensor.dtype == "F64" for tensor in self.like.tensors.values())
@@ -105,9 +110,12 @@ def open_sources(
     start = None if base is None else opened(base)
     sources = Sources(start, [opened(path) for path in paths], dtype is not None, check_finite)
     require_alike(sources.like, sources.models)
-    files = [file.resolve() for one in (*sources.models, *([start] if start else [])) for file in one.files]
-    if lost := [out for out in outs if out is not None and out.resolve() in files]:
-        raise ValueError(f"{lost[0]} is one of the checkpoints that are merged, and would be lost: give another name")
+    read = [*sources.models, *([start] if start else [])]
+    if lost := [out for out in outs if out is not None and any(one.lost_by(out) for one in read)]:
+        raise ValueError(
+            f"{lost[0]} is a part of one of the checkpoints that are merged, or would be read in its place: give "
+            "another name"
+        )
     return sources
 
 
@@ -152,9 +160,9 @@ def merge_files(
     Tensors of whole numbers aren't merged: they are the same in all checkpoints.
 
     ValueError, before anything is written, for a file that is no complete safetensors file, for checkpoints that
-    differ, with all differences, and for an `out` or a `card` that is one of them; FileNotFoundError for one that isn't
-    there, and for the folder of `out`; what else `merge` raises; OSError where the file can't be written, the disk is
-    full say.
+    differ, with all differences, and for an `out` or a `card` that is a part of one of them; FileNotFoundError for one
+    that isn't there, and for the folder of `out`; what else `merge` raises; OSError where the file can't be written,
+    the disk is full say.
     """
     require_leafwise(name, options.get("rule"))
     if base is None and name not in WITHOUT_BASE:
@@ -162,14 +170,17 @@ def merge_files(
     if not paths or isinstance(paths, (str, os.PathLike)):
         raise ValueError(f"paths are the checkpoints to merge, a list of files, not {paths!r}")
     out, kind = target(out, max_shard_size), require_dtype(dtype)
-    card = card_target(card, out)
+    card = card_target(card, out, folder=max_shard_size is not None)
     sources = open_sources(paths, base, kind, check_finite, [out, card])
     names = list(sources.like.floats())
     with sources.precision():
         origin, deltas = sources.origin(names, base is not None), sources.deltas(names, base is not None)
+        eps = {"eps": sources.rounding(names)} if "eps" in (options_of(name, options.get("rule")) or ()) else {}
+        options = eps | options
         params = merge(name, origin, deltas, outputs_first=outputs_first, check_finite=check_finite, **options)
         plan = Plan(sources.like, kind, check_finite, progress, max_shard_size)
-        told = options if outputs_first == PYTORCH else options | {"outputs_first": outputs_first}
+        told = {option: value for option, value in options.items() if option not in eps}
+        told = told if outputs_first == PYTORCH else told | {"outputs_first": outputs_first}
         with write_card(card, [Step(name, len(names), told)], sources.base, sources.models):
             write(out, plan, params)
 

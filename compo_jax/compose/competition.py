@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
-from compo_jax.compose.entries import computed, entrywise, whole
+from compo_jax.compose.entries import computed, entrywise, sum_sign, unit_of, whole
 from compo_jax.compose.leaves import Stacked, assembled, by_layer, layers, stack
 from compo_jax.compose.modules import with_zeros
-from compo_jax.compose.numbers import Scalar, require_number
+from compo_jax.compose.numbers import Scalar, count_of, require_number
 from compo_jax.compose.selection import kth_largest
 from compo_jax.compose.sparse import require_density
 from compo_jax.tree import Tree
@@ -54,8 +54,9 @@ def _competed(numbers: Array, b: Array, *rows: Array) -> Array:
     shares, values = [], []
     for (low, high, least, most), x in zip(bounds, rows, strict=True):
         score = _score(len(rows), low, high, x, summed)
-        # where all scores are one, all count alike
-        shares.append(jnp.where(most > least, _fraction(jnp.maximum(score, least), least, most), 1))
+        # where the scores that count are all one, these count alike; they are made anew, and may differ in a last bit
+        top = score >= least - 8 * jnp.finfo(score.dtype).eps * jnp.abs(least)
+        shares.append(jnp.where(most > least, _fraction(jnp.maximum(score, least), least, most), top))
         values.append(jnp.sign(x) * _clamped(low, high, x))
     share = sum(shares)
     merged = sum(s * v for s, v in zip(shares, values, strict=True)) / jnp.where(share > 0, share, 1)
@@ -83,7 +84,7 @@ def pcb(
         next ones.
       scale: λ, of the merged task vector; the authors' 1 to 2, chosen by the validation accuracy.
 
-    Magnitudes and scores are compared over all leaves. A task whose scores are all equal counts everywhere alike.
+    Magnitudes and scores are compared over all leaves. Where a task's scores that count are all equal, so are shares.
     """
     deltas = with_zeros(base, deltas, check_finite=check_finite)
     require_density(density)
@@ -91,7 +92,9 @@ def pcb(
     require_number("scale", scale, "a finite number")
     rows = [list(row) for row in zip(*map(jax.tree.leaves, deltas), strict=True)]
     size = sum(np.size(row[0]) for row in rows)
-    outliers, kept = int(clip * size), max(1, size - int(size * (1 - density)))
+    if not size:
+        return base
+    outliers, kept = count_of(clip, size), max(1, size - count_of(1 - density, size))
     numbers = []
     for task in range(len(deltas)):
         leaves = [row[task] for row in rows]
@@ -132,12 +135,12 @@ def sce(
 
     def layer(x: Float[Array, "tasks ..."]) -> Array:
         if x.shape[0] > 1:
-            spread = jnp.var(x, axis=0)
+            spread = jnp.var((x - x[0]) / unit_of(x), axis=0)  # zero where all agree, and no rounding error
             count = jnp.maximum(jnp.floor(density * jnp.count_nonzero(spread) + 1e-6).astype(int), 1)
             least = jnp.sort(spread.ravel())[spread.size - count]
             x = x if density == 1 else x * (spread >= least)  # and nothing that isn't finite is hidden
-        energy = jnp.sum(x**2, axis=range(1, x.ndim), keepdims=True)
-        majority = jnp.where(jnp.sum(x, axis=0) >= 0, 1, -1)
+        energy = jnp.sum((x / unit_of(x)) ** 2, axis=range(1, x.ndim), keepdims=True)
+        majority = jnp.where(sum_sign(list(x)) >= 0, 1, -1)
         share = jnp.where(jnp.sign(x) == majority, energy, 0)
         whole_share = jnp.sum(share, axis=0)
         return jnp.sum(share * x, axis=0) / jnp.where(whole_share > 0, whole_share, 1)

@@ -16,8 +16,9 @@ from compo_jax.compose.leaves import Stacked, assembled, layers
 from compo_jax.compose.numbers import Scalar, require_number, wide_number
 from compo_jax.tree import Tree
 
-#: Of a layer: blocks/3/kernel, encoder.layer.3.weight, and as Flax has it blocks/Block_3/kernel.
-_NUMBER = re.compile(r"(?:^|[/.])(?:[^/.]*(?:[Bb]lock|[Ll]ayer)_)?(\d+)(?=[/.])")
+#: Of a layer: blocks/3/kernel, encoder.layer.3.weight, as Flax has it blocks/Block_3/kernel, and of a ResNet its stage,
+#: layer3.0.conv1.weight.
+_NUMBER = re.compile(r"(?:^|[/.])(?:[^/.]*(?:[Bb]lock|[Ll]ayer|[Ss]tage)_?)?(\d+)(?=[/.])")
 
 
 class Depth(NamedTuple):
@@ -51,6 +52,15 @@ def _numbered(names: Iterable[str]) -> dict[str, Depth]:
     return {name: Depth(name[: match.start(1)], int(match[1]), None) for name, match in found.items()}
 
 
+def ends(places: Iterable[Depth]) -> dict[str, tuple[int, int]]:
+    """The first and the last layer of each stack."""
+    found: dict[str, tuple[int, int]] = {}
+    for stack, first, count in places:
+        lowest, last = found.get(stack, (first, first))
+        found[stack] = (min(lowest, first), max(last, first + (count or 1) - 1))
+    return found
+
+
 def layer_scales(base: Tree, delta: Tree, alpha: Scalar, beta: Scalar, stacked: Stacked = STACKED) -> dict[str, Any]:
     """By path, LiNeS' factor of a leaf, or of each of its layers.
 
@@ -64,16 +74,15 @@ def layer_scales(base: Tree, delta: Tree, alpha: Scalar, beta: Scalar, stacked: 
             "no leaf is in a layer: none matches the patterns stacked=, and no path has a layer's number in it, as "
             f"blocks/3/kernel has. The modules change {', '.join(tree.names(delta))}"
         )
-    last: dict[str, int] = {}  # of the network, for modules may change the first layers alone
-    for stack, first, count in (*places.values(), *_numbered(tree.names(base)).values()):
-        last[stack] = max(last.get(stack, 0), first + (count or 1) - 1)
+    network = ends((*places.values(), *_numbered(tree.names(base)).values()))  # modules may change some layers alone
 
     def factor(name):
         if name not in places:
             return alpha
         stack, first, count = places[name]
-        depth = first if count is None else np.arange(count)
-        return alpha + beta * (depth / max(last[stack], 1))
+        lowest, last = network[stack]
+        depth = first - lowest if count is None else np.arange(count)
+        return alpha + beta * (depth / max(last - lowest, 1))
 
     return {name: factor(name) for name in tree.names(delta)}
 

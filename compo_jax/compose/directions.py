@@ -8,15 +8,25 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
+from compo_jax.compose.entries import sum_sign
 from compo_jax.compose.leaves import Stacked, by_layer, layers
-from compo_jax.compose.matrices import Components, by_matrix, joined, leading_of_each, orthonormal, product, svd
+from compo_jax.compose.matrices import (
+    Components,
+    Eps,
+    by_matrix,
+    eps_of,
+    joined,
+    leading_of_each,
+    orthonormal,
+    product,
+    svd,
+)
 from compo_jax.compose.modules import require_same
-from compo_jax.compose.numbers import Scalar, Weights, require_number, require_part
+from compo_jax.compose.numbers import Scalar, Weights, count_of, require_number, require_part
 from compo_jax.compose.sparse import require_density
 from compo_jax.tree import Tree
 
@@ -28,6 +38,7 @@ def cart(
     *,
     rank: Scalar = 0.08,
     scale: Scalar = 1.0,
+    eps: Eps = None,
     stacked: Stacked = STACKED,
     check_finite: bool = True,
 ) -> Tree:
@@ -40,19 +51,19 @@ def cart(
       weights: (tasks,), multiply the deltas; default 1.
       rank: k as a part of min(in, out), rounded up; the paper's best is 0.08.
       scale: λ, of the sum around the mean alone.
-      stacked: see `tsv`.
+      eps, stacked: see `tsv`.
     """
     require_part("rank", rank, "the part of the components that is kept, above 0 and at most 1", zero=False)
     require_number("scale", scale, "a finite number")
 
     def merged(x, eps):
         mean = jnp.mean(x, axis=0)
-        count = int(np.ceil(rank * min(mean.shape)))
+        count = count_of(rank, min(mean.shape), up=True)
         parts = jax.lax.map(lambda one: svd(one - mean, eps).leading(count), x)
         left, right = joined(parts)
         return mean + jnp.asarray(scale, x.dtype) * product(left * parts.values.ravel(), right)
 
-    return by_matrix(merged, base, deltas, weights, stacked=stacked, check_finite=check_finite)
+    return by_matrix(merged, base, deltas, weights, eps=eps, stacked=stacked, check_finite=check_finite)
 
 
 def _smoothed(parts: Components, smoothing: str | None, ratio: Scalar) -> Components:
@@ -73,10 +84,10 @@ def _smoothed(parts: Components, smoothing: str | None, ratio: Scalar) -> Compon
 def _elected(cores: Float[Array, "tasks n m"], density: Scalar) -> Float[Array, "n m"]:
     """Of each task the largest entries, and of these the mean of those that have the sign of the sum."""
     size = cores[0].size
-    kept = max(1, int(density * size))
+    kept = max(1, count_of(density, size))
     least = jax.lax.map(lambda x: jax.lax.top_k(jnp.abs(x).ravel(), kept)[0][-1], cores)
     cores = jnp.where(jnp.abs(cores) < least[:, None, None], 0, cores)
-    agreeing = cores * jnp.sign(jnp.sum(cores, axis=0)) > 0
+    agreeing = cores * sum_sign(list(cores)) > 0
     total = jnp.sum(jnp.where(agreeing | jnp.isnan(cores), cores, 0), axis=0)
     return total / jnp.maximum(jnp.sum(agreeing, axis=0), 1)
 
@@ -91,6 +102,7 @@ def dc_merge(
     density: Scalar | None = 1e-3,
     mask: bool = True,
     scale: Scalar = 1.0,
+    eps: Eps = None,
     stacked: Stacked = STACKED,
     check_finite: bool = True,
 ) -> Tree:
@@ -109,7 +121,7 @@ def dc_merge(
         for the mean of all M_t.
       mask: False keeps what is outside of the blocks.
       scale: of the merged task vector; the authors search for it on validation data.
-      stacked: see `tsv`.
+      eps, stacked: see `tsv`.
 
     Without smoothing, density and mask it is the average, if no module has more components than are kept.
     """
@@ -131,14 +143,14 @@ def dc_merge(
             core = core * jnp.kron(jnp.eye(tasks, dtype=x.dtype), jnp.ones((kept, kept), x.dtype))
         return product(left, core, right)
 
-    return by_matrix(merged, base, deltas, weights, scale=scale, stacked=stacked, check_finite=check_finite)
+    return by_matrix(merged, base, deltas, weights, scale=scale, eps=eps, stacked=stacked, check_finite=check_finite)
 
 
 def boost(
     delta: Tree,
     beta: Scalar = 0.01,
     *,
-    eps: float | None = None,
+    eps: Eps = None,
     stacked: Stacked = STACKED,
     check_finite: bool = True,
 ) -> Tree:
@@ -150,8 +162,7 @@ def boost(
       delta: of any rule, `task_vector(merge(...), base)`; or take the rule "subspace_boosting".
       beta: k is the first component where the sum of the singular values (as in the authors' code, not of their
         squares) reaches this part of the whole: 0 makes all equal to the largest, 1 changes nothing.
-      eps: of the type that the modules were rounded to, where the delta's own is wider; default: its own type's.
-      stacked: see `tsv`.
+      eps, stacked: see `tsv`.
 
     Directions below the rounding error, and leaves that are vectors, stay as they are.
     """
@@ -174,10 +185,10 @@ def boost(
         return by_layer(layer, x, of_layers)
 
     def one(name, x):
-        if x is None or not np.size(x):
+        if x is None or not jnp.size(x):
             return x
         x = jnp.asarray(x)
-        rounding = max(float(jnp.finfo(x.dtype).eps), eps or 0.0)
-        return boosted(x[None].astype(tree.wide_type(x)), rounding, name in of_layers).astype(x.dtype)
+        wide = x[None].astype(tree.wide_type(x))
+        return boosted(wide, eps_of([x], name, eps), name in of_layers).astype(x.dtype)
 
     return tree.map_with_name(one, delta)

@@ -174,13 +174,33 @@ def products(leaves: Sequence[Any]) -> Float[np.ndarray, "tasks tasks"]:
             part = block[:, : min(PIECE, size - start)]
             for line, row in zip(part, rows, strict=True):
                 line[:] = row[start : start + part.shape[1]]
-            summed += part @ part.T
+            largest = float(max(part.max(), -part.min()))
+            if 1e-12 < largest < 1e12 or not 0 < largest < np.inf:
+                summed += part @ part.T
+            else:  # squares would vanish or overflow
+                part = part / largest
+                summed += (part @ part.T).astype(float) * largest**2
     return summed
 
 
 def total(weights: Any, *rows: Any) -> Any:
     """`Σ w_t row_t`."""
     return sum((w * x for w, x in zip(weights[1:], rows[1:], strict=True)), start=weights[0] * rows[0])
+
+
+def unit_of(x: Array) -> Array:
+    """The power of two, which is exact, below the largest magnitude; 1 of zeros and of what isn't finite."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
+    sound = jnp.isfinite(largest) & (largest > 0)
+    _, exponent = jnp.frexp(jnp.where(sound, jnp.maximum(largest, jnp.finfo(x.dtype).tiny), 1))
+    return jnp.ldexp(jnp.ones((), x.dtype), exponent - 1)
+
+
+def sum_sign(terms: Sequence[Any]) -> Any:
+    """The sign of the terms' sum; zero where they cancel up to rounding, whose error has a sign, too."""
+    summed, sizes = sum(terms), sum(jnp.abs(x) for x in terms)
+    rounding = len(terms) * jnp.finfo(jnp.result_type(summed)).eps * sizes
+    return jnp.where((jnp.abs(summed) <= rounding) & jnp.isfinite(sizes), 0, jnp.sign(summed))
 
 
 def sums_are_finite(leaves: Sequence) -> bool:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from compo_jax import lapack
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.leaves import Stacked
-from compo_jax.compose.matrices import Matrices, above_rounding, by_matrix, product
+from compo_jax.compose.matrices import Eps, Matrices, above_rounding, by_matrix, product
 from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_not_negative, require_number
 from compo_jax.tree import Tree
 
@@ -24,6 +24,7 @@ def wudi(
     iterations: int | None = None,
     learning_rate: Scalar = 1e-5,
     scale: Scalar = 1.0,
+    eps: Eps = None,
     stacked: Stacked = STACKED,
     check_finite: bool = True,
 ) -> Tree:
@@ -42,9 +43,8 @@ def wudi(
         the sum.
       learning_rate: of these steps, in the weights' units; the authors' is 1e-5.
       scale: of the merged task vector.
-      stacked: see `tsv`. What a matrix is, that it is (in, out), and what becomes of other leaves: see `matrices`. The
-        authors' code merges
-        the dense kernels of the blocks alone; give deltas with None elsewhere for that.
+      eps, stacked: see `tsv`. What a matrix is, that it is (in, out), and what becomes of other leaves: see `matrices`.
+        The authors' code merges the dense kernels of the blocks alone; give deltas with None elsewhere for that.
 
     One task alone is kept, and tasks whose columns are orthogonal to each other's add up.
     """
@@ -54,13 +54,14 @@ def wudi(
     require_number("learning_rate", learning_rate, "a positive number", lambda x: x > 0)
 
     def merged(x, eps):
-        norms = jnp.linalg.norm(x, axis=(1, 2))
-        norms = jnp.where(norms > 0, norms, 1)
+        squares = jnp.sum(x**2, axis=(1, 2))
+        norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
         if iterations is None:
             return _nearest(x, norms, eps, damping)
         return _descended(x, norms, iterations, learning_rate)
 
-    return by_matrix(merged, base, deltas, weights, scale=scale, stacked=stacked, check_finite=check_finite)
+    how = {"scale": scale, "eps": eps, "stacked": stacked, "check_finite": check_finite}
+    return by_matrix(merged, base, deltas, weights, unit=iterations is None, **how)
 
 
 def _nearest(x: Matrices, norms: Float[Array, " tasks"], eps: float, damping: Scalar) -> jax.Array:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compo_jax import tree
-from compo_jax.compose.entries import computed, entrywise, summed_sizes, total
+from compo_jax.compose.entries import computed, entrywise, sum_sign, summed_sizes, total
 from compo_jax.compose.leaves import add_delta, assembled
 from compo_jax.compose.modules import with_zeros
 from compo_jax.compose.numbers import Scalar, Weights, require_number, weigh
@@ -51,11 +51,16 @@ def require_task(task: Any, tasks: int) -> int:
 
 def _elected(numbers: Array, *rows: Array) -> Array:
     """The elected sign with the largest magnitude that agrees with it."""
-    sign = jnp.sign(sum(rows))
+    sign = sum_sign(rows)
     largest = 0
     for x in rows:
         largest = jnp.maximum(largest, jnp.where(x * sign > 0, jnp.abs(x), 0))
     return sign * largest
+
+
+def _alike(x: Array, y: Array) -> Array:
+    """Whether both have one sign, however small they are."""
+    return jnp.sign(x) * jnp.sign(y) > 0
 
 
 def _masked(mask: Array, x: Array) -> Array:
@@ -64,11 +69,11 @@ def _masked(mask: Array, x: Array) -> Array:
 
 def _agreeing(numbers: Array, x: Array, *rows: Array) -> Array:
     unified = _elected(numbers, *rows)
-    return _masked(x * unified > 0, unified)
+    return _masked(_alike(x, unified), unified)
 
 
 def _agrees(numbers: Array, x: Array, unified: Array) -> Array:
-    return x * unified > 0
+    return _alike(x, unified)
 
 
 def _emr_moved(numbers: Array, b: Array, x: Array, *rows: Array) -> Array:

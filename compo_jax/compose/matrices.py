@@ -2,7 +2,8 @@
 
 A leaf is a matrix (in, out), its last axis against all others, so that a convolution is one, too; axis 0 of a stacked
 leaf counts layers, each of which is a matrix. Leaves that are vectors are averaged. Singular values below the rounding
-error belong to no direction (a LoRA delta has its rank and no more), and are left out.
+error belong to no direction (a LoRA delta has its rank and no more), and are left out. Where singular values are equal,
+as the zeros of a low rank are, singular vectors have no gradient: neither have the rules that go by them.
 
 Weights of PyTorch and Equinox are (out, in), and convolutions of theirs (out, in, height, width): `merge` takes them
 with `outputs_first=`, and `merge_files` knows PyTorch's. It matters to `wudi`, `iso_cts` and `knots`, which tell inputs
@@ -10,7 +11,7 @@ from outputs (of the others the result is transposed, too), and of convolutions 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,13 +19,33 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from compo_jax import lapack, tree
-from compo_jax.compose.entries import whole
+from compo_jax.compose.entries import unit_of, whole
 from compo_jax.compose.leaves import Stacked, assembled, by_layer, layers, stack
 from compo_jax.compose.modules import with_zeros
 from compo_jax.compose.numbers import Scalar, Weights, along, require_number, weigh
 from compo_jax.tree import Tree
 
 Matrices = Float[Array, "tasks in out"]
+
+
+#: The eps of the type that modules were rounded to, where the deltas' own is wider: one number, or by path.
+Eps = float | Mapping[str, float] | None
+
+
+def rounding(deltas: Sequence[Tree], eps: Eps = None) -> dict[str, float]:
+    """By path, the eps of what the deltas' leaves were rounded to: the largest of their types', or `eps`."""
+    found: dict[str, float] = {}
+    for delta in deltas:
+        for name, x in tree.by_name(delta).items():
+            if jnp.issubdtype(jnp.result_type(x), jnp.floating):
+                found[name] = max(found.get(name, 0.0), eps_of([x], name, eps))
+    return found
+
+
+def eps_of(leaves: Sequence, name: str, eps: Eps = None) -> float:
+    """The largest eps of the leaves' types, or that which `eps` has for this path, where it is larger."""
+    given = (eps.get(name) if isinstance(eps, Mapping) else eps) or 0.0
+    return max(given, *(float(jnp.finfo(jnp.result_type(x)).eps) for x in leaves))
 
 
 class Components(NamedTuple):
@@ -61,11 +82,14 @@ def above_rounding(values: Float[Array, " k"], shape: tuple[int, int], eps: floa
 
     Args:
       eps: of the type that the entries were rounded to. Their errors, as a matrix, have singular values up to about a
-        third of `eps |x| / sqrt(min(in, out))`.
+        third of `eps |x| / sqrt(min(in, out))`; those of the decomposition itself are up to about a quarter of
+        `eps |x| sqrt(max(in, out))` (measured, matrices of 2 to 32,000 rows or columns).
       largest: the norm of the matrix that this one is a remainder of.
     """
-    noise = eps * jnp.maximum(jnp.linalg.norm(values), largest) / min(shape) ** 0.5
-    rounding = jnp.maximum(values[:1], largest) * max(shape) * jnp.finfo(values.dtype).eps
+    top = jnp.maximum(values[:1], largest)
+    size = top * jnp.linalg.norm(values / jnp.where(top > 0, top, 1))  # whose squares neither overflow nor vanish
+    noise = eps * jnp.maximum(size, largest) / min(shape) ** 0.5
+    rounding = 4 * top * max(shape) ** 0.5 * jnp.finfo(values.dtype).eps
     return jnp.where(values <= jnp.maximum(rounding, noise), 0, 1).astype(values.dtype)  # 1 for nan, which goes through
 
 
@@ -103,14 +127,19 @@ def by_matrix(
     weights: Weights | None,
     *,
     scale: Scalar = 1.0,
+    eps: Eps = None,
+    unit: bool = True,
     stacked: Stacked,
     check_finite: bool,
 ) -> Tree:
     """`base + scale * function(the tasks' weighted matrices, eps)` in each matrix, and the mean of them elsewhere.
 
     Args:
-      function: gets the eps of the type that the entries were rounded to, and returns (in, out).
+      function: of the matrices in a unit in which their largest entry is 1 to 2, and of the eps of the type that they
+        were rounded to; returns (in, out) in that unit.
+      unit: False for a function that isn't the same in every unit, and gets the matrices as they are.
       weights: (tasks,), multiply the deltas; default 1.
+      eps: see `Eps`; default that of the leaves' types.
     """
     deltas = with_zeros(base, deltas, check_finite=check_finite)
     require_number("scale", scale, "a finite number")
@@ -124,12 +153,12 @@ def by_matrix(
             x = x if weights is None else along(weights, x) * x
             if x.ndim < 3:
                 return jnp.mean(x, axis=0)
-            return function(x.reshape(x.shape[0], -1, x.shape[-1]), eps).reshape(x.shape[1:])
+            size = unit_of(x) if unit else jnp.ones((), x.dtype)
+            return size * function((x / size).reshape(x.shape[0], -1, x.shape[-1]), eps).reshape(x.shape[1:])
 
         return by_layer(layer, x, of_layers)
 
     def leaf(name, b, rows, _):
-        eps = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in rows)
-        return tree.add(whole(b), merged(stack(rows), eps, name in of_layers), scale)
+        return tree.add(whole(b), merged(stack(rows), eps_of(rows, name, eps), name in of_layers), scale)
 
     return assembled(base, deltas, leaf, check_finite=check_finite)

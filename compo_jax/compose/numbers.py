@@ -1,5 +1,6 @@
 """The numbers that the rules take: one weight for each module, scales, dampings, tolerances."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -38,6 +39,15 @@ def require_part(name: str, value: Any, meaning: str, *, zero: bool = True) -> N
     if not tree.concrete(value):
         raise ValueError(f"{name} is {meaning}, and has to be known when the rule is traced: leave it out of jit")
     require_number(name, value, meaning, lambda x: 0 < x <= 1 or (zero and x == 0))
+
+
+def count_of(part: Scalar, size: int, *, up: bool = False) -> int:
+    """`part * size` rounded down, or up; what is whole but for its rounding error is that number (0.07 of 100 is 7)."""
+    exact = float(part) * size
+    nearest = round(exact)
+    if abs(exact - nearest) <= 4 * np.finfo(float).eps * size:
+        return nearest
+    return math.ceil(exact) if up else math.floor(exact)
 
 
 def require_iterations(tolerance: Scalar | None, count: int, name: str = "max_iterations") -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from compo_jax.compose.cards import Step
 from compo_jax.compose.checkpoints import WITHOUT_BASE, Sources
-from compo_jax.compose.depth import depths
+from compo_jax.compose.depth import depths, ends
 from compo_jax.compose.mergekit import METHODS, require_parameters
 from compo_jax.compose.recipes import Condition, Group, Parameters, Recipe, Value, Way
 from compo_jax.compose.rules import find_rule, options_of
@@ -190,9 +190,18 @@ def _in_group(group: Group, name: str) -> bool:
 
 
 def _require_matches(parameters: Parameters, names: Sequence[str], where: str) -> None:
+    """ValueError for a condition that matches no name, or none that an earlier one hasn't taken."""
     for what, setting in parameters.items():
+        left = list(names)
         for condition in setting:
             _require_match(condition, names, f"{where}, {what}")
+            rest = [name for name in left if not _matches(condition, name)]
+            if len(rest) == len(left) and (text := condition.pattern or condition.filter) not in (None, "*"):
+                raise ValueError(
+                    f"{where}, {what}: {text!r} comes too late, earlier values have taken all tensors that it matches: "
+                    "say those for all tensors last"
+                )
+            left = rest
 
 
 def _require_match(condition: Condition, names: Sequence[str], where: str) -> None:
@@ -228,7 +237,11 @@ def _at_depth(value: Value, name: str, layers: Mapping[str, float]) -> Value:
 def layer_places(sources: Sources, names: Sequence[str]) -> dict[str, float]:
     """By name, from 0 in the first layer to 1 in the last one; of tensors with a number in their paths."""
     origin = sources.origin(names, False)
-    places, last = depths(origin, origin, ()), {}
-    for place in places.values():
-        last[place.stack] = max(last.get(place.stack, 0), place.first)
-    return {name: place.first / max(last[place.stack], 1) for name, place in places.items()}
+    places = depths(origin, origin, ())
+    network = ends(places.values())
+
+    def place(stack, first, _):
+        lowest, last = network[stack]
+        return (first - lowest) / max(last - lowest, 1)
+
+    return {name: place(*where) for name, where in places.items()}

@@ -31,6 +31,7 @@ A rule of ours merges all tensors of its group that have the same parameters tog
 `read_recipe` reads it, `merge_recipe` does it.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,6 +113,7 @@ class Recipe(Way):
     Attributes:
       folder: what paths of checkpoints are relative to.
       text: as it was read, for the model card.
+      file: that it was read from.
     """
 
     models: tuple[Model, ...] = ()
@@ -123,6 +125,7 @@ class Recipe(Way):
     outputs_first: tuple[str, ...] = (PYTORCH,)
     folder: Path = Path()
     text: str = ""
+    file: Path | None = None
 
     def checkpoints(self) -> tuple[list[str], str | None]:
         """(the models' paths, the base's, which is one of them where both name the same file)."""
@@ -134,6 +137,7 @@ class Recipe(Way):
         return list(map(str, files)), str(same)
 
 
+_HIDDEN = ("folder", "text", "file")
 _LANGUAGE = "what belongs to a tokenizer isn't merged: leave it out, and copy the files from one of the models"
 _REFUSED = {
     "slices": "layers of several models aren't stacked: say whole models under models:, and filters by layer",
@@ -152,12 +156,15 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
     path = local_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {path}: check the path")
-    text = path.read_text()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 (byte {error.start}): save it as such") from error
     try:
         raw = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    return parse_recipe(raw, str(path), path.parent, text)
+    return dataclasses.replace(parse_recipe(raw, str(path), path.parent, text), file=path)
 
 
 class _Loader(yaml.SafeLoader):
@@ -176,7 +183,7 @@ def parse_recipe(raw: Any, where: str = "the recipe", folder: Path = Path(), tex
         raise ValueError(f"{where} has no keys such as merge_method and models: it is {type(raw).__name__}")
     if key := next((key for key in raw if key in _REFUSED), None):
         raise ValueError(f"{where} has {key}: {_REFUSED[key]}")
-    if hidden := [key for key in ("folder", "text") if key in raw]:
+    if hidden := [key for key in _HIDDEN if key in raw]:
         raise ValueError(f"{where} has no key {hidden[0]}")
     try:
         recipe = _converter.structure(raw | {"folder": str(folder), "text": text}, Recipe)
@@ -194,7 +201,7 @@ def parse_recipe(raw: Any, where: str = "the recipe", folder: Path = Path(), tex
 # -- from YAML to types -----------------------------------------------------------------------------------------------
 def _sentence(error: BaseException, kind: Any) -> str:
     if isinstance(error, cattrs.ForbiddenExtraKeysError):
-        known = [name for name in error.cl.__dataclass_fields__ if name not in ("folder", "text")]
+        known = [name for name in error.cl.__dataclass_fields__ if name not in _HIDDEN]
         return f"no key {', '.join(sorted(map(str, error.extra_fields)))} is known (there are {', '.join(known)})"
     if isinstance(error, ValueError) and error.args:
         return str(error)

@@ -39,6 +39,7 @@ from compo_jax.compose.interference import wudi
 from compo_jax.compose.kronecker import kronecker_merge, regmean
 from compo_jax.compose.leaves import Stacked, add_weighted
 from compo_jax.compose.masks import consensus, emr_params, tall_params
+from compo_jax.compose.matrices import rounding
 from compo_jax.compose.modules import listed, with_holes, with_zeros
 from compo_jax.compose.numbers import Scalar, Weights, require_key
 from compo_jax.compose.solve import Solved, solve_merge
@@ -145,11 +146,19 @@ def lines(
         options["stacked"] = stacked
     behind = functools.partial(merge, rule, weights=weights, check_finite=check_finite, **options)
     if when == "before":
+        behind = functools.partial(behind, **_rounded(rule, holed, options))
         deltas = scaled_by_layer(holed, factors)
         return behind(base, deltas if find_rule(rule).leafwise else jax.tree.map(whole, deltas))
     merged = behind(widened(base), holed)  # unrounded
     moved = jax.tree.map(lambda _, x, d: None if d is None else x, base, merged, present)
     return moved_by_layer(base, moved, factors, check_finite=check_finite)
+
+
+def _rounded(rule: str, deltas: Sequence[Tree], options: dict[str, Any]) -> dict[str, Any]:
+    """The option `eps` for a rule that has it, behind an add-on that widens the deltas."""
+    if "eps" not in (options_of(rule, options.get("rule")) or ()):
+        return {}
+    return {"eps": rounding(deltas, options.get("eps"))}
 
 
 def _slerp(base, deltas, *, t=0.5, check_finite=True):
@@ -174,16 +183,8 @@ def _full(base, deltas, weights=None, *, matvecs, factors=None, fishers=None, **
     return solve_merge(base, deltas, matvecs, weights, **({"preconditioner": preconditioner} | options))
 
 
-def _epimer(base, deltas, weights=None, *, matvecs, **options):
-    return epimer(base, deltas, matvecs, weights, **options)
-
-
 def _layer_weights(base, deltas, *, loss, batches, **options):
     return layer_weights(loss, base, deltas, batches, **options)
-
-
-def _adamerging(base, deltas, *, unlabelled, **options):
-    return adamerging(base, deltas, unlabelled, **options)
 
 
 def _before(change):
@@ -195,6 +196,7 @@ def _before(change):
         theirs = chosen.needs + chosen.takes + tuple(options_of(rule) or ())
         deltas = with_zeros(base, deltas, check_finite=check_finite)
         mine = {name: options[name] for name in names if name in options}
+        options |= _rounded(rule, deltas, options)
         deltas = change(base, deltas, deferred=chosen.leafwise, **mine)
         options = {name: x for name, x in options.items() if name not in mine or name in theirs}
         if "key" in options:
@@ -234,8 +236,8 @@ RULES = {
     "emr": Rule(emr_params, needs=("task",), weighted=False),
     "pcb": Rule(pcb, weighted=False),
     "sce": Rule(sce, weighted=False),
-    "adamerging": Rule(_adamerging, ("unlabelled",), weighted=False, leafwise=False, options_of=adamerging),
-    "epimer": Rule(_epimer, needs=("matvecs",), leafwise=False, options_of=epimer),
+    "adamerging": Rule(adamerging, needs=("unlabelled",), weighted=False, leafwise=False),
+    "epimer": Rule(epimer, needs=("matvecs",), leafwise=False),
     "layer_weights": Rule(
         _layer_weights, ("loss", "batches"), weighted=False, leafwise=False, options_of=layer_weights
     ),
@@ -384,6 +386,7 @@ def dare(
     leafwise = name is not None and find_rule(name).leafwise
     require_key(key)
     deltas = with_zeros(base, deltas, check_finite=check_finite)
+    options |= {} if name is None else _rounded(name, deltas, options)
     deltas = drop_each(key, deltas, rate, deferred=leafwise)
     if name is not None:
         inner = jax.random.fold_in(key, 1)  # whose draws are others

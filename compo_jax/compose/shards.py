@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from compo_jax.files import INDEX, index_file, local_path, replaced, safetensors_file, weight_files, weight_map
+from compo_jax.files import INDEX, SINGLE, index_file, local_path, replaced, safetensors_file, weight_files, weight_map
 
 #: The types that are merged; tensors of others (counts, masks) are the same in all checkpoints, and are copied.
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
@@ -48,12 +48,19 @@ class Checkpoint(NamedTuple):
       path: as the caller has it.
       files: that hold it.
       tensors: in the order of the files.
+      index: the list of the files; None of one file.
     """
 
     path: Path
     files: list[Path]
     tensors: dict[str, Tensor]
     metadata: dict[str, str] | None
+    index: Path | None = None
+
+    def lost_by(self, written: Path) -> bool:
+        """Whether this wouldn't be read any more with another file in that place."""
+        own = [*self.files, *([] if self.index is None else [self.index, self.index.with_name(SINGLE)])]
+        return written.resolve() in (file.resolve() for file in own)
 
     def floats(self) -> dict[str, Tensor]:
         """Those that are merged."""
@@ -90,7 +97,7 @@ def opened(path: str | os.PathLike) -> Checkpoint:
             f"{path}: its index names files that lack {', '.join(lacking[:5])}{' and others' * (len(lacking) > 5)}: "
             "bring the checkpoint again from where it came"
         )
-    return Checkpoint(path, files, tensors, metadata or None)
+    return Checkpoint(path, files, tensors, metadata or None, index)
 
 
 def _header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -125,6 +132,7 @@ def require_alike(like: Checkpoint, models: Sequence[Checkpoint]) -> None:
 def target(out: str | os.PathLike, max_shard_size: int | None = None) -> Path:
     """The path of the file to write, or of the folder where it is cut in shards; an error where that can't be."""
     out = local_path(out)
+    out = out.resolve() if max_shard_size is not None else out  # a folder behind a link is made anew where it is
     if max_shard_size is not None and max_shard_size < 1:
         raise ValueError(f"max_shard_size is the most bytes of a file, not {max_shard_size}")
     if max_shard_size is None and out.is_dir():

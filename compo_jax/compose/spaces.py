@@ -21,7 +21,7 @@ from compo_jax.adapters.adapter import STACKED, in_containers, require_matrix
 from compo_jax.adapters.low_rank import FACTORS
 from compo_jax.compose.entries import Deferred, whole
 from compo_jax.compose.leaves import Stacked, layers
-from compo_jax.compose.matrices import product, svd
+from compo_jax.compose.matrices import Eps, eps_of, product, svd
 from compo_jax.compose.modules import require_finite, with_holes
 from compo_jax.tree import Tree
 
@@ -42,11 +42,13 @@ class Space(NamedTuple):
       base: zeros, in float32 at least, where a module changes a leaf, and elsewhere the base's leaf.
       deltas: one a module, shaped as `base`, None where nothing changes; a stack of layers has them on axis 0, too.
       back: `(merged delta) -> delta`.
+      eps: by path, of the types that the modules were rounded to; LoRA's factors are taken as exact.
     """
 
     base: Tree
     deltas: list[Tree]
     back: Back
+    eps: dict[str, float]
 
 
 class _Shared(NamedTuple):
@@ -65,6 +67,8 @@ def _matrices(x: Any, of_layers: bool) -> Array:
 
 @functools.partial(jax.jit, static_argnums=1)  # see `by_matrix`
 def _decomposed(joint: Array, eps: float) -> tuple[Array, Array]:
+    """(left, `S right`) singular vectors of each of the matrices (layers, n, m), one after another."""
+
     def one(x):
         parts = svd(x, eps)
         return parts.left, parts.values[:, None] * parts.right
@@ -72,18 +76,14 @@ def _decomposed(joint: Array, eps: float) -> tuple[Array, Array]:
     return jax.lax.map(one, joint)
 
 
-def _bases(joint: Array, leaves: Sequence) -> tuple[Array, Array]:
-    """(left, `S right`) singular vectors of each of the matrices (layers, n, m), one after another; the leaves are
-    those that they were made of."""
-    return _decomposed(joint, max(float(jnp.finfo(jnp.result_type(x)).eps) for x in leaves))
-
-
-def _space(base: Tree, holed: list[Tree], stacked: Stacked, share: Callable[[list, bool], _Shared] | None) -> Space:
+def _space(
+    base: Tree, holed: list[Tree], eps: Eps, stacked: Stacked, share: Callable[[list, bool, float], _Shared] | None
+) -> Space:
     """The space of modules with None where they change nothing.
 
     Args:
-      share: `(the leaves of the modules that have one, whether their axis 0 counts layers) ->` what they share; of
-        matrices alone, or of none.
+      share: `(the leaves of the modules that have one, whether their axis 0 counts layers, the eps that they were
+        rounded to) ->` what they share; of matrices alone, or of none.
     """
     rows = [jax.tree.structure(base).flatten_up_to(delta) for delta in holed]
     rows = dict(zip(tree.names(base), map(list, zip(*rows, strict=True)), strict=True))
@@ -91,13 +91,14 @@ def _space(base: Tree, holed: list[Tree], stacked: Stacked, share: Callable[[lis
     of_layers = layers(base, tree.place(firsts, base), stacked)
     shapes = {name: np.shape(leaf) for name, leaf in tree.by_name(base).items()}
     spaces: dict[str, _Shared] = {}
+    rounded = {n: _rounded([x for x in rows[n] if x is not None], n, eps) for n, x in firsts.items() if x is not None}
     for name, first in firsts.items():
         stack = name in of_layers
         if any(isinstance(x, _Product) for x in rows[name]):
             require_matrix(name, first, "Core Space", stacked)
         if share is None or first is None or not np.size(first) or len(shapes[name]) - stack < 2:
             continue
-        made = share([x for x in rows[name] if x is not None], stack)
+        made = share([x for x in rows[name] if x is not None], stack, rounded[name])
         spaces[name] = made if stack else jax.tree.map(lambda x: x[0], made)
         coordinates = iter(spaces[name].rows)
         rows[name] = [None if x is None else next(coordinates) for x in rows[name]]
@@ -117,12 +118,21 @@ def _space(base: Tree, holed: list[Tree], stacked: Stacked, share: Callable[[lis
         return product(*factors).reshape(shapes[name])
 
     deltas = [tree.place({name: row[t] for name, row in rows.items()}, base) for t in range(len(holed))]
-    return Space(tree.map_with_name(zeros, base), deltas, lambda delta: tree.map_with_name(leaf, delta))
+    return Space(tree.map_with_name(zeros, base), deltas, lambda delta: tree.map_with_name(leaf, delta), rounded)
 
 
-def at_zero(base: Tree, deltas: Sequence[Tree], *, check_finite: bool = True) -> Space:
+def _rounded(leaves: Sequence, name: str, eps: Eps) -> float:
+    """The eps that the leaves were rounded to. Factors are what they are, however weak one module is beside another:
+    deltas alone have errors of rounding."""
+    deltas = [x for x in leaves if not isinstance(x, _Product)]
+    if deltas:
+        return eps_of(deltas, name, eps)
+    return max(float(jnp.finfo(tree.wide_type(x)).eps) for x in leaves)
+
+
+def at_zero(base: Tree, deltas: Sequence[Tree], *, eps: Eps = None, check_finite: bool = True) -> Space:
     """The modules as they are, on a base of zeros: what a rule makes there is its task vector, unrounded."""
-    return _space(base, with_holes(base, deltas, check_finite=check_finite), (), None)
+    return _space(base, with_holes(base, deltas, check_finite=check_finite), eps, (), None)
 
 
 def knots_space(
@@ -130,6 +140,7 @@ def knots_space(
     deltas: Sequence[Tree],
     *,
     shared: str = "out",
+    eps: Eps = None,
     stacked: Stacked = STACKED,
     check_finite: bool = True,
 ) -> Space:
@@ -142,24 +153,24 @@ def knots_space(
     Args:
       shared: `out`, as in the authors' code: the tasks' matrices one above the other, with (k, out) shared and blocks
         (in, k); `in`: side by side, with (in, k) shared and blocks (k, out).
-      stacked: see `tsv`.
+      eps, stacked: see `tsv`.
 
     Errors as `compose`.
     """
     if shared not in ("out", "in"):
         raise ValueError(f"shared={shared!r} is not among out, in")
 
-    def share(leaves, of_layers):
+    def share(leaves, of_layers, rounded):
         x = jnp.stack([_matrices(x, of_layers) for x in leaves], axis=2)  # (layers, in, tasks, out)
         if shared == "out":  # the decomposition of the transposed matrices
             x = jnp.moveaxis(x, 3, 1).swapaxes(2, 3)
-        basis, blocks = _bases(x.reshape(*x.shape[:2], -1), leaves)
+        basis, blocks = _decomposed(x.reshape(*x.shape[:2], -1), rounded)
         rows = list(jnp.moveaxis(blocks.reshape(*blocks.shape[:2], *x.shape[2:]), 2, 0))
         if shared == "in":
             return _Shared(rows, left=basis)
         return _Shared([row.swapaxes(1, 2) for row in rows], right=basis.swapaxes(1, 2))
 
-    return _space(base, with_holes(base, deltas, check_finite=check_finite), stacked, share)
+    return _space(base, with_holes(base, deltas, check_finite=check_finite), eps, stacked, share)
 
 
 class _Product(Deferred):
@@ -199,7 +210,14 @@ def fitted(base: Tree, modules: Sequence[Tree]) -> list[Tree]:
     return with_holes(base, modules)
 
 
-def core_space(base: Tree, modules: Sequence[Tree], *, stacked: Stacked = STACKED, check_finite: bool = True) -> Space:
+def core_space(
+    base: Tree,
+    modules: Sequence[Tree],
+    *,
+    eps: Eps = None,
+    stacked: Stacked = STACKED,
+    check_finite: bool = True,
+) -> Space:
     """Core Space (Panariello et al., 2025, arXiv 2509.17786): LoRA modules in the spans of all their factors.
 
     With `Δ_t = A_t B_t` the left singular vectors of `[A_1 … A_T]` are a basis Q_A of all tasks' inputs, the right
@@ -209,7 +227,7 @@ def core_space(base: Tree, modules: Sequence[Tree], *, stacked: Stacked = STACKE
     Args:
       modules: LoRA modules (`adapters.lora`), of any ranks. Leaves that are arrays, full deltas, are taken too, and
         cost what they cost in `knots_space`.
-      stacked: see `tsv`.
+      eps, stacked: see `tsv`.
 
     Errors as `compose`, and ValueError for factors that don't fit.
     """
@@ -219,18 +237,16 @@ def core_space(base: Tree, modules: Sequence[Tree], *, stacked: Stacked = STACKE
             opened = jax.tree.map(lambda x: {"a": x.a, "b": x.b} if isinstance(x, _Product) else x, module)
             require_finite(opened, f"delta {t}")
 
-    def share(leaves, of_layers):
+    def share(leaves, of_layers, rounded):
         # a full delta is its factor on both sides
         pairs = [(x.a, x.b) if isinstance(x, _Product) else (x, x) for x in leaves]
         lefts, rights = ([_matrices(x, of_layers) for x in side] for side in zip(*pairs, strict=True))
-        # factors are what they are, however weak one module is beside another: deltas alone have errors of rounding
-        rounded = [x for x in leaves if not isinstance(x, _Product)] or lefts
-        left, _ = _bases(jnp.concatenate(lefts, axis=2), rounded)
-        right, _ = _bases(jnp.concatenate(rights, axis=1).swapaxes(1, 2), rounded)
+        left, _ = _decomposed(jnp.concatenate(lefts, axis=2), rounded)
+        right, _ = _decomposed(jnp.concatenate(rights, axis=1).swapaxes(1, 2), rounded)
         cores = []
         for x, a, b in zip(leaves, lefts, rights, strict=True):
             core = product(left.swapaxes(1, 2), a)
             cores.append(product(core, product(b, right) if isinstance(x, _Product) else right))
         return _Shared(cores, left, right.swapaxes(1, 2))
 
-    return _space(base, holed, stacked, share)
+    return _space(base, holed, eps, stacked, share)

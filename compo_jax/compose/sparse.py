@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Key
 
 from compo_jax import tree
-from compo_jax.compose.entries import PIECE, Deferred, entrywise, flat, on_host, total
+from compo_jax.compose.entries import PIECE, Deferred, entrywise, flat, on_host, sum_sign, total
 from compo_jax.compose.leaves import assembled, require_sound
 from compo_jax.compose.modules import require_same, with_zeros
 from compo_jax.compose.numbers import Scalar, Weights, require_number, weigh, wide_number
@@ -61,7 +61,7 @@ def ties(
       density: fraction of each task vector that is kept (`trim`).
       scale: λ, of the merged task vector.
 
-    An entry that sums to zero has no sign and doesn't change.
+    An entry that sums to zero, up to rounding, has no sign and doesn't change.
     """
     require_density(density)
     require_number("scale", scale, "a finite number")
@@ -88,7 +88,7 @@ def _elected(numbers: Array, b: Array, *rows: Array) -> Array:
     tasks, scale = len(rows), numbers[-1]
     weights, least = numbers[:tasks], numbers[tasks:-1]
     rows = [_cut(m, x) for m, x in zip(least, rows, strict=True)]
-    elected = jnp.sign(total(weights, *rows))
+    elected = sum_sign([w * x for w, x in zip(weights, rows, strict=True)])
     agreeing = [jnp.where(x * elected > 0, w, 0) for w, x in zip(weights, rows, strict=True)]
     weight = sum(agreeing)
     return b + scale * (total(agreeing, *rows) / jnp.where(weight > 0, weight, 1))

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.leaves import Stacked
-from compo_jax.compose.matrices import Components, by_matrix, joined, leading_of_each, orthonormal, product, svd
-from compo_jax.compose.numbers import Scalar, Weights, require_part
+from compo_jax.compose.matrices import Components, Eps, by_matrix, joined, leading_of_each, orthonormal, product, svd
+from compo_jax.compose.numbers import Scalar, Weights, count_of, require_part
 from compo_jax.tree import Tree
 
 
@@ -21,6 +21,7 @@ def tsv(
     weights: Weights | None = None,
     *,
     scale: Scalar = 1.0,
+    eps: Eps = None,
     stacked: Stacked = STACKED,
     check_finite: bool = True,
 ) -> Tree:
@@ -32,6 +33,8 @@ def tsv(
     Args:
       weights: (tasks,), multiply the deltas; default 1.
       scale: of the merged task vector.
+      eps: of the type that the modules were rounded to, one number or by path, where the deltas' own is wider; default
+        their own types'.
       stacked: patterns of the paths of leaves whose axis 0 counts layers; default: the scanned blocks of our ViT. `()`
         where there are none.
     """
@@ -41,7 +44,7 @@ def tsv(
         left, right = joined(parts)
         return product(orthonormal(left) * parts.values.ravel(), orthonormal(right))
 
-    return by_matrix(merged, base, deltas, weights, scale=scale, stacked=stacked, check_finite=check_finite)
+    return by_matrix(merged, base, deltas, weights, scale=scale, eps=eps, stacked=stacked, check_finite=check_finite)
 
 
 def _even(parts: Components) -> Components:
@@ -56,6 +59,7 @@ def iso(
     weights: Weights | None = None,
     *,
     scale: Scalar = 1.0,
+    eps: Eps = None,
     stacked: Stacked = STACKED,
     check_finite: bool = True,
 ) -> Tree:
@@ -67,7 +71,7 @@ def iso(
     def merged(x, eps):
         return _even(svd(jnp.sum(x, axis=0), eps)).matrix()
 
-    return by_matrix(merged, base, deltas, weights, scale=scale, stacked=stacked, check_finite=check_finite)
+    return by_matrix(merged, base, deltas, weights, scale=scale, eps=eps, stacked=stacked, check_finite=check_finite)
 
 
 def iso_cts(
@@ -77,6 +81,7 @@ def iso_cts(
     *,
     common: Scalar = 0.8,
     scale: Scalar = 1.0,
+    eps: Eps = None,
     stacked: Stacked = STACKED,
     check_finite: bool = True,
 ) -> Tree:
@@ -96,7 +101,7 @@ def iso_cts(
 
     def merged(x, eps):
         tasks, rank = len(x), min(x.shape[1:])
-        alone = min(round((rank - int(common * rank)) / tasks), rank // tasks)
+        alone = min(round((rank - count_of(common, rank)) / tasks), rank // tasks)
         top = svd(jnp.sum(x, axis=0), eps).leading(rank - alone * tasks)
 
         def remainder(one):
@@ -114,4 +119,4 @@ def iso_cts(
             )
         ).matrix()
 
-    return by_matrix(merged, base, deltas, weights, scale=scale, stacked=stacked, check_finite=check_finite)
+    return by_matrix(merged, base, deltas, weights, scale=scale, eps=eps, stacked=stacked, check_finite=check_finite)

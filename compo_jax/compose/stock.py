@@ -7,7 +7,7 @@ import numpy as np
 
 from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
-from compo_jax.compose.entries import entrywise, on_host, products
+from compo_jax.compose.entries import entrywise, on_host, products, unit_of
 from compo_jax.compose.leaves import Stacked, add_row, assembled, layers, stack
 from compo_jax.compose.modules import with_zeros
 from compo_jax.tree import Tree
@@ -29,16 +29,17 @@ def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: Stacked = STACKE
     tasks = len(deltas)
 
     def share(products):  # (..., tasks, tasks)
-        norms = jnp.sqrt(jnp.diagonal(products, axis1=-2, axis2=-1))
-        lengths = jnp.where(norms > 0, norms, 1)
+        squares = jnp.diagonal(products, axis1=-2, axis2=-1)
+        lengths = jnp.sqrt(jnp.where(squares > 0, squares, 1))
         cosines = products / lengths[..., :, None] / lengths[..., None, :]
         # the pairs', without those of each with itself
-        pairs = jnp.sum(cosines, axis=(-2, -1)) - jnp.sum(norms > 0, axis=-1)
+        pairs = jnp.sum(cosines, axis=(-2, -1)) - jnp.sum(squares > 0, axis=-1)
         cosine = jnp.clip(pairs / (tasks * (tasks - 1)), 0, 1)
         return cosine / (1 + (tasks - 1) * cosine)  # a task's: r / T
 
     def layer(b, *rows):
-        part = share(jnp.asarray(products(rows), tree.wide_type(*rows)))
+        inner = products(rows)
+        part = share(jnp.asarray(inner / (np.max(np.diagonal(inner)) or 1), tree.wide_type(*rows)))
         return entrywise(add_row, [b, *rows], [part] * tasks)
 
     def leaf(name, b, rows, _):
@@ -46,10 +47,10 @@ def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: Stacked = STACKE
             if name not in of_layers:
                 return layer(b, *rows)
             return jnp.stack([layer(*x) for x in zip(*map(np.asarray, (b, *rows)), strict=True)])
-        x = stack(rows)
-        x = x.reshape(tasks, x.shape[1] if name in of_layers else 1, -1)
+        x, unit = stack(rows), unit_of(stack(rows))
+        x = (x / unit).reshape(tasks, x.shape[1] if name in of_layers else 1, -1)
         shares = share(jnp.einsum("sln,tln->lst", x, x, precision="highest"))
-        return tree.add(b, (shares[:, None] * jnp.sum(x, axis=0)).reshape(np.shape(b)))
+        return tree.add(b, (shares[:, None] * jnp.sum(x, axis=0)).reshape(np.shape(b)), unit)
 
     of_layers = layers(base, deltas[0], stacked)
     return assembled(base, deltas, leaf, check_finite=check_finite)

@@ -16,7 +16,7 @@ from compo_jax import tree
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.entries import Deferred, on_host, whole
 from compo_jax.compose.leaves import Stacked, layers
-from compo_jax.compose.numbers import Scalar, require_number, wide_number
+from compo_jax.compose.numbers import Scalar, count_of, require_number, wide_number
 from compo_jax.tree import Tree
 
 
@@ -115,8 +115,8 @@ def breadcrumbs(
             return x
         count = np.shape(x)[0] if name in of_layers else 1
         size = np.size(x) // count
-        left = max(1, int(kept * size + 1e-9))
-        top = min(int(largest * size + 1e-9), size - left)
+        left = max(1, count_of(kept, size))
+        top = min(count_of(largest, size), size - left)
         cut = lambda x: _without_tails(size - left - top, size - top - 1, x.reshape(count, size)).reshape(x.shape)
         return _made(cut, x, deferred)
 
