@@ -43,6 +43,17 @@ def local_path(path: str | os.PathLike) -> Path:
         raise ValueError(f"the home folder in {os.fsdecode(path)} is not known: write the path in full") from error
 
 
+def writable_path(path: str | os.PathLike) -> Path:
+    """`local_path` of what orbax is to write to, in full.
+
+    ValueError for a bracket in it: orbax finds its own files there by a pattern that has the path in it, and so not.
+    """
+    path = local_path(path).absolute()
+    if "[" in str(path.resolve()):
+        raise ValueError(f"{path} has a bracket, and what orbax writes there can't be read again: choose another name")
+    return path
+
+
 def lock(file: Path, *, wait: bool = True, create: bool = True) -> int:
     """A descriptor that holds the lock of `file` until `unlock`, or until the process ends, however it ends.
 

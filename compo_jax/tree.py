@@ -21,10 +21,6 @@ def _is_none(leaf) -> bool:
     return leaf is None
 
 
-def _key_name(key) -> str:
-    return jax.tree_util.keystr((key,), simple=True)
-
-
 def path_name(path) -> str:
     """A key path as text: `("blocks", "attention", "qkv", "kernel")` is `blocks/attention/qkv/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -50,29 +46,44 @@ def place(values: Mapping[str, Any], like: Tree) -> Tree:
     return map_with_name(lambda name, _: values.get(name), like)
 
 
+def is_plain(tree: Tree) -> bool:
+    """Whether dictionaries and lists alone hold the leaves, by names without a slash, as files can keep them."""
+    if type(tree) is dict:
+        return all(isinstance(key, str) and "/" not in key and is_plain(value) for key, value in tree.items())
+    if type(tree) is list:
+        return all(map(is_plain, tree))
+    return tree is None or jax.tree_util.all_leaves([tree])
+
+
 def nested(tree: Tree) -> dict[str, Any]:
-    """The leaves and None holes in plain dictionaries, one for each part of their paths: for files, which know no other
-    containers. Inverse: `regrown`."""
+    """The leaves and None holes in plain dictionaries, one for each part of their paths, also within a key with a
+    slash: for files, which know no other containers. Inverse: `regrown`."""
     root: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none):
-        *stem, last = map(_key_name, path)
+        *stem, last = path_name(path).split("/")
         branch = root
         for key in stem:
             branch = branch.setdefault(key, {})
+        if not isinstance(branch, dict) or last in branch:
+            raise ValueError(f"two leaves have the path {path_name(path)}: rename a key that has a slash in it")
         branch[last] = leaf
     return root
 
 
 def regrown(values: Mapping[str, Any], like: Tree) -> Tree:
-    """What `values`, nested dictionaries, hold at the paths of the leaves of `like`, in its containers; None elsewhere.
+    """What `values`, nested dictionaries and lists, hold at the paths of the leaves of `like`, in its containers; None
+    elsewhere.
 
     ValueError, with the paths, where something in `values` is at none of them.
     """
 
     def at(path, _):
         value = values
-        for key in map(_key_name, path):
-            value = value.get(key) if isinstance(value, Mapping) else None
+        for key in path_name(path).split("/"):
+            if isinstance(value, list):
+                value = value[int(key)] if key.isdigit() and int(key) < len(value) else None
+            else:
+                value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
     tree = jax.tree_util.tree_map_with_path(at, like)
@@ -244,7 +255,8 @@ def fingerprint(tree: Tree) -> str:
     """SHA-256 (hexadecimal) of the tree's paths, shapes, dtypes and bytes, wherever the tree lives."""
     digest = hashlib.sha256()
     for path, leaf in sorted((path_name(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)):
-        array = np.asarray(leaf)
+        is_key = jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key)
+        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
         digest.update(f"{path} {array.shape} {array.dtype.str}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     path = report.curvature_page(folder / "curvature", results)
     write_result(folder / "curvature" / "metrics.json", results)
-    console.print(f"{results.seconds:.0f} s; report: {path}")
+    console.print(f"{results.seconds:.0f} s; report: {path}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,9 @@ def main(arguments: list[str] | None = None) -> None:
         if (run.folder / "metrics.json").exists():
             results = read_result(run.folder / "metrics.json", incremental.Results)
             console.print(report.incremental_table(results).rich())
-            console.print(f"{run.folder} is finished: see its report.html. Remove the folder to start over.")
+            console.print(
+                f"{run.folder} is finished: see its report.html. Remove the folder to start over.", soft_wrap=True
+            )
             return
 
         # -- tasks, one after another ----------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_result(run.folder / "metrics.json", results)
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     console.print(report.incremental_table(results).rich())
-    console.print(f"{results.seconds:.0f} s; report: {path}")
+    console.print(f"{results.seconds:.0f} s; report: {path}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def finish(session: Session, results: Any, page: Callable[[Path, Any], Path], ta
     write_result(session.run.folder / "metrics.json", results)
     path = page(session.run.folder, results)
     console.print(table(results).rich())
-    console.print(f"{results.job.seconds:.0f} s; report: {path}")
+    console.print(f"{results.job.seconds:.0f} s; report: {path}", soft_wrap=True)
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------

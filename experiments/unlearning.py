@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     path = report.unlearning_page(folder, results)
     for table in report.unlearning_tables(results):
         console.print(table.rich())
-    console.print(f"{seconds:.0f} s; report: {path}")
+    console.print(f"{seconds:.0f} s; report: {path}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ if __name__ == "__main__":
     closing(parse)  # help and a wrong command line end here, before JAX and the rooms are loaded
 
 import jax
-import merging
+import merge_bench
 import numpy as np
 import vision8_added as added
 from class_texts import zero_shot_head
@@ -116,7 +116,7 @@ def some(bench: Bench, kind: str, pool: ModulePool, tasks: range) -> incremental
     folder = run.folder / together(tasks) / f"seed-{bench.seed}"
     kept = ModulePool(folder / "pools" / kind)
     for module in pool.names()[place]:
-        merging.copy(pool, kept, module)
+        merge_bench.copy(pool, kept, module)
     head = incremental.task_columns(run.head, run.stream.offsets[tasks.start], *[len(part.classes)] * 2)
     return run._replace(folder=folder, stream=part, pools={kind: kept}, head=head)
 
@@ -126,7 +126,7 @@ def together(tasks: range) -> str:
     return f"tasks-{tasks.start + 1}-{tasks.stop}"
 
 
-def measured(bench: Bench, programs: dict[tuple[str, int], dict[str, merging.Program]]) -> dict[range, MergingRun]:
+def measured(bench: Bench, programs: dict[tuple[str, int], dict[str, merge_bench.Program]]) -> dict[range, MergingRun]:
     """The modules of a seed under every rule, all tasks at once, and so many as --together says."""
     how, count = bench.options.merging, len(bench.run.stream.tasks)
     groups = [range(i, i + n) for n in how.together for i in range(0, count - n + 1, n)]
@@ -142,11 +142,12 @@ def measured(bench: Bench, programs: dict[tuple[str, int], dict[str, merging.Pro
             compiled = programs.setdefault((kind, len(tasks)), {})
             of_all = joint if len(tasks) == count else None
             unfinished = bench.run.folder / "unfinished" / f"{together(tasks)}-{kind}-{bench.seed}"
-            merges[tasks][kind] = merging.merged_pool(
+            merges[tasks][kind] = merge_bench.merged_pool(
                 run, kind, how.rules, compiled, how.curvature_images, bench.seed, unfinished, of_all, known=True
             )
+    own = {"run": f"seed {bench.seed}", "seed": bench.seed}
     return {
-        tasks: merging.merged_run(runs.get(tasks, bench.run), pools)._replace(run=f"seed {bench.seed}", seed=bench.seed)
+        tasks: merge_bench.merged_run(runs.get(tasks, bench.run), pools)._replace(**own)
         for tasks, pools in merges.items()
         if pools
     }
@@ -218,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
             for table in report.merging_tables(results):
                 console.print(table.rich())
         shutil.rmtree(run.folder / "unfinished", ignore_errors=True)  # where there are kinds to be added alone
-    console.print(f"{results.seconds:.0f} s; report: {path}")
+    console.print(f"{results.seconds:.0f} s; report: {path}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import merging
+import merge_bench
 import numpy as np
 
 from compo_jax import adapters, compose, curvature, data, incremental, tree
@@ -176,7 +176,7 @@ def merged(
     for name, weight in (("average", 1 / tasks), ("added", 1.0), ("added, scaled", best)):
         weights = np.full(tasks, weight)
         among_all, within = test(weights)
-        _, seconds, warnings = merging.timed(partial(call, run.base, deltas, jnp.asarray(weights)))
+        _, seconds, warnings = merge_bench.timed(partial(call, run.base, deltas, jnp.asarray(weights)))
         rules[name] = MergedPool(within, among_all, seconds, None, warnings, {"coefficient": f"{weight:.3g}"} | of_pool)
     cosines = np.asarray(compose.cosines(deltas))
     return PoolMerges(individual, scaled.test.added[0], {}, rules, cosines, joint, scaled=scaled)

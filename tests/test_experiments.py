@@ -18,7 +18,7 @@ from compo_jax.train import read_result
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
-import merging
+import merge_bench
 
 SMALL = ["--tasks", "2", "--classes", "3", "--images", "24", "--epochs", "3", "--batch", "24", "--fisher-images", "24"]
 
@@ -233,7 +233,7 @@ def test_rules_are_compared_on_every_pool(several):
 def test_a_comparison_that_is_stopped_goes_on_behind_its_last_rule(several, monkeypatch):
     """The second start makes what the first one lacks, no rule twice, and leaves nothing behind."""
     one = ["--run", several, "--methods", "none-lora", "--images", 6, "--rules", "average", "fisher", "cart"]
-    made, by_rule = [], merging.Ground.by_rule
+    made, by_rule = [], merge_bench.Ground.by_rule
 
     def counted(self, rule, *rest):
         made.append(rule)
@@ -241,7 +241,7 @@ def test_a_comparison_that_is_stopped_goes_on_behind_its_last_rule(several, monk
             raise KeyboardInterrupt
         return by_rule(self, rule, *rest)
 
-    monkeypatch.setattr(merging.Ground, "by_rule", counted)
+    monkeypatch.setattr(merge_bench.Ground, "by_rule", counted)
     with pytest.raises(KeyboardInterrupt):
         main(*one, script="merging.py")
     main(*one, script="merging.py")

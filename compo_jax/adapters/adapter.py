@@ -195,5 +195,6 @@ def in_containers(module: Tree, base: Tree) -> Tree:
 
     ValueError where it holds something that isn't at the path of a leaf of the base.
     """
-    plain = isinstance(module, dict) and not isinstance(base, dict) and not hasattr(base, "unfreeze")
-    return tree.regrown(module, base) if plain else alike(module, base)
+    kept = type(module) is dict and tree.is_plain(module)
+    foreign = kept and not tree.is_plain(base) and not hasattr(base, "unfreeze")
+    return tree.regrown(module, base) if foreign else alike(module, base)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from compo_jax import tree
 from compo_jax.adapters.adapter import Adapter, alike
 from compo_jax.adapters.entries import ARRAY
+from compo_jax.adapters.kernel_use import inputs_of, is_plain, require_read_as_they_lie
 from compo_jax.tree import Tree
 
 if TYPE_CHECKING:
@@ -79,18 +80,24 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Forward:
     With an adapter that has `dense` the sum is never formed: the module travels as a variable collection `adapter` and
     each `nn.Dense` that has an entry adds its term, so that with `base` frozen no gradient of its size exists. Any
     model of Dense layers will do; one that scans over layers must carry the collection: `nn.scan(variable_axes={...,
-    "adapter": 0})`. Full deltas among a `mixed` adapter's entries (see `recompress`) are added to the base. ValueError
-    where the module doesn't fit the base, where an entry of it was not reached (subclasses of `nn.Dense` may do
-    anything with their kernel), and where a kernel that it changes is read by something else, too, as by a decoder that
-    is tied to it: take `merged` there.
+    "adapter": 0})`. Full deltas among a `mixed` adapter's entries (see `recompress`) are added to the base. Other
+    collections than the parameters go by the keyword `variables`, `{"batch_stats": ...}` say; further keywords are
+    those of `model.apply`.
+
+    ValueError where the module doesn't fit the base, where an entry of it was not reached (subclasses of `nn.Dense`,
+    and layers with a product of their own, may do anything with their kernel), and where a kernel that it changes is
+    read by something else, too, as by a decoder that is tied to it, or changed before a layer gets it: take `merged`
+    there.
     """
     import flax.errors
     import flax.linen as nn
 
     seen: set = set()
 
-    def factored(base, module, *args, **kwargs):
-        reached, module = set(), alike(module, base)
+    def factored(base, module, *args, variables=None, **kwargs):
+        reached, module, variables = set(), alike(module, base), variables or {}
+        if any(map(_is_boxed, jax.tree.leaves(base, is_leaf=_is_boxed))):
+            raise ValueError("parameters in boxes of nn.with_partitioning: take them out by flax.linen.meta.unbox")
         jax.eval_shape(adapter.delta, module, base)  # which tells a module of another base or adapter
         if adapter.mixed:
             is_entry = lambda at: lambda _, entry: entry if ARRAY.holds(entry) is at else None
@@ -100,7 +107,7 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Forward:
         def intercept(call, args, kwargs, context):
             y = call(*args, **kwargs)
             layer = context.module
-            if type(layer) is not nn.Dense or context.method_name != "__call__":
+            if not is_plain(layer, context.method_name):
                 return y
             entry = layer.get_variable(_COLLECTION, "kernel")
             if entry is None:
@@ -108,12 +115,15 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Forward:
             reached.add("/".join((*layer.path, "kernel")))
             leaves, structure = jax.tree.flatten(entry)
             bias = layer.get_variable("params", "bias")
-            x, bias, *leaves = nn.dtypes.promote_dtype(args[0], bias, *leaves, dtype=layer.dtype)
+            x, bias, *leaves = nn.dtypes.promote_dtype(inputs_of(args, kwargs), bias, *leaves, dtype=layer.dtype)
             return adapter.dense(x, y, jax.tree.unflatten(structure, leaves), bias)
+
+        def apply(base):
+            return model.apply({**variables, "params": base, _COLLECTION: module}, *args, **kwargs)
 
         try:
             with nn.intercept_methods(intercept):
-                output = model.apply({"params": base, _COLLECTION: module}, *args, **kwargs)
+                output = apply(base)
         except flax.errors.ScopeParamNotFoundError as error:
             if "/kernel/" not in str(error):  # which an entry's own path has, and no parameter's
                 raise
@@ -125,47 +135,32 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Forward:
         if missed := sorted(set(tree.names(entries)) - reached):
             raise ValueError(
                 f"the forward pass did not reach the module's entries for {', '.join(missed)}: they are not kernels of "
-                'nn.Dense layers, or they lie inside an nn.scan without variable_axes={..., "adapter": 0}; '
-                "adapters.merged takes any model"
+                "nn.Dense layers with the usual product, they lie inside an nn.scan without variable_axes={..., "
+                '"adapter": 0}, or nn.jit answered from its cache; adapters.merged takes any model'
             )
-        of = jax.tree.structure((base, module))
-        if reached and of not in seen:  # once, for it is one more trace
-            if both := _read_elsewhere(model, base, module, reached, args, kwargs):
-                raise ValueError(
-                    f"the model reads {', '.join(both)} outside of nn.Dense layers, too, as a tied decoder does, where "
-                    "the module's change would be missing: take adapters.merged, which takes any model"
-                )
-            seen.add(of)
+        called = _form((base, module, variables, args, kwargs))
+        if reached and called not in seen:  # once, for it is one more trace
+            require_read_as_they_lie(apply, base, reached)
+            seen.add(called)
         return output
 
     if adapter.dense is None:
-        return merged(lambda params, *args, **kwargs: model.apply({"params": params}, *args, **kwargs), adapter)
+        return merged(
+            lambda params, *args, variables=None, **kwargs: model.apply(
+                {**(variables or {}), "params": params}, *args, **kwargs
+            ),
+            adapter,
+        )
     return factored
 
 
-def _read_elsewhere(
-    model: "flax.linen.Module", base: Tree, module: Tree, kernels: set[str], args: tuple, kwargs: dict
-) -> list[str]:
-    """Which of these kernels the output depends on where their Dense layers don't read them."""
+def _is_boxed(x: Any) -> bool:
     import flax.linen as nn
-    from jax.interpreters import partial_eval
 
-    changed, rest = tree.partition(base, lambda name: name in kernels)
+    return isinstance(x, nn.meta.AxisMetadata)
 
-    def blind(call, args, kwargs, context):
-        layer = context.module
-        if type(layer) is not nn.Dense or context.method_name != "__call__":
-            return call(*args, **kwargs)
-        if "/".join((*layer.path, "kernel")) not in kernels:
-            return call(*args, **kwargs)
-        dtype = layer.get_variable("params", "kernel").dtype
-        x, _ = nn.dtypes.promote_dtype(args[0], jnp.zeros((), dtype), dtype=layer.dtype)
-        return jnp.broadcast_to(x.sum(axis=-1, keepdims=True), (*x.shape[:-1], layer.features))
 
-    def output(changed):
-        with nn.intercept_methods(blind):
-            return model.apply({"params": tree.combine(changed, rest), _COLLECTION: module}, *args, **kwargs)
-
-    traced = jax.make_jaxpr(output)(changed).jaxpr
-    _, used = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
-    return [name for name, yes in zip(tree.names(changed), used, strict=True) if yes]
+def _form(arguments: Any) -> tuple:
+    """What decides which way a call takes through a model: structures, shapes, types, and all that is no array."""
+    leaves, structure = jax.tree.flatten(arguments)
+    return structure, tuple((x.shape, x.dtype) if hasattr(x, "dtype") else repr(x) for x in leaves)

@@ -177,6 +177,8 @@ def require_independent(apply: Callable[[Tree, Any], jax.Array], params: Tree, i
 
 def require_scalar(loss: Any) -> jax.Array:
     """The loss itself; ValueError where it is more than one number, or none that can be differentiated."""
+    if isinstance(loss, tuple | list | dict):
+        raise ValueError(f"the loss returns a {type(loss).__name__}: return the number alone, without aux")
     loss = jnp.asarray(loss)
     if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(

@@ -44,7 +44,7 @@ def forecast(
 
     Args:
       loss: `(params, *batch) -> scalar`, the mean over the batch.
-      params: shaped as `anchor`.
+      params: shaped as `anchor`, None where it is the anchor's.
       args: the one batch, or with `batches` nothing.
       batches: tuples of what follows the parameters; scanned over, the sizes may differ.
       mesh: as for `hessian`.
@@ -54,7 +54,7 @@ def forecast(
     tree.require_like(params, anchor, "params")
     tree.require_float(anchor, "anchor")
     data = batches_of(args, batches, mesh)
-    anchor, params = jax.tree.map(jnp.asarray, (anchor, params))
+    anchor, params = jax.tree.map(jnp.asarray, (anchor, tree.combine(tree.spread(params, anchor), anchor)))
     if mesh is not None:
         anchor, params = jax.device_put((anchor, params), replicated(mesh))
     one = jnp.ones((), tree.wide_type(*jax.tree.leaves(anchor)))

@@ -116,6 +116,8 @@ def ggnvp(
         raise ValueError(
             f"ignore={ignore} is for softmax_loss(): a function of yours leaves out by itself what it will"
         )
+    else:
+        tree.require_float(jax.eval_shape(apply, params, inputs), "what the model returns for a loss of yours")
     outputs, push, pull = linearise(lambda p: apply(p, inputs), params)
     everywhere = jax.tree.map(jnp.zeros_like, params)
 

@@ -181,7 +181,10 @@ def batches_of(args: tuple, batches: Iterable[tuple] | None, mesh: Mesh | None) 
     if batches is not None:
         return stack(batches, mesh)
     require_examples(args)  # one batch, of whatever the loss takes; nothing is said of its examples
-    return Batches((jax.tree.map(lambda x: jnp.asarray(x)[None], args),), (1,))
+    try:
+        return Batches((jax.tree.map(lambda x: jnp.asarray(x)[None], args),), (1,))
+    except TypeError as error:
+        raise ValueError(f"a batch holds what is no array: close over it, partial(loss, ...) say ({error})") from error
 
 
 def _points(anchor: Any, check: Any, tasks: int, dtype: Any) -> tuple[Array, Array]:

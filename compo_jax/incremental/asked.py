@@ -10,6 +10,7 @@ import numpy as np
 
 from compo_jax import mesh
 from compo_jax.data import Split
+from compo_jax.files import writable_path
 from compo_jax.incremental.modes import Method
 from compo_jax.incremental.settings import Setup
 from compo_jax.train.run import differences, read_json, write_json
@@ -22,7 +23,7 @@ _HOW = ("kernel", "unroll", "parent", "name", "eval_batch", "features_batch")  #
 def require_same(folder: Path, setup: Setup, fingerprint: str, methods: Sequence[Method]) -> None:
     """Keeps what is asked for in the folder; ValueError, with all differences, where it has checkpoints of something
     else. `fingerprint` is the base's."""
-    path, asked = folder / "checkpoints" / _FILE, _described(setup, fingerprint, methods)
+    path, asked = writable_path(folder) / "checkpoints" / _FILE, _described(setup, fingerprint, methods)
     if mesh.agreed(path.exists() and any(entry.name != _FILE for entry in path.parent.iterdir())):
         kept = read_json(path, f"remove {path.parent} to start over")
         if told := differences(kept, asked, str):

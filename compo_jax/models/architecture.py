@@ -135,6 +135,9 @@ def check(shapes: Shapes, expected: Shapes, model: ViT, layout: Layout) -> None:
     )
     variants = [text for pattern, text in _VARIANTS if any(re.search(pattern, name) for name in shapes)]
     lines += [f"this is {text}: ViT has no such part, take another checkpoint" for text in variants]
+    lacking = expected.keys() - shapes.keys()
+    if lacking and all(re.search(r"(query|key|value|qkv|[qkv]_proj|in_proj).*bias$", name) for name in lacking):
+        lines.append("its queries, keys and values have no biases (qkv_bias false in config.json): put zeros there")
     if not expected.keys() & shapes.keys():
         lines.append(
             f"no name is of the layout {layout.name!r}: strip a common prefix of the names, or convert the checkpoint "

@@ -102,7 +102,7 @@ def new_task(network: Network, key: Key[Array, ""], classes: int | None = None, 
 def set_route(variables: Tree, logits: Array) -> Tree:
     """The variables with these route logits or coefficients; ValueError where they are of another size, or no route."""
     routes.require_logits(logits)
-    have = variables["params"]["route"]
+    logits, have = jnp.asarray(logits), variables["params"]["route"]
     if logits.shape != have.shape:
         raise ValueError(
             f"a route of shape {logits.shape} was given for one of {have.shape}: (tasks, layers, templates), or with "

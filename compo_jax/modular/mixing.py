@@ -32,12 +32,13 @@ def mix_templates(
     ValueError for weights of another number of templates or with NaN, and for a template that isn't there (under
     tracing, where no value can be looked at, NaN).
     """
-    total = count(templates)
+    total, route = count(templates), jnp.asarray(route)
     if jnp.issubdtype(route.dtype, jnp.integer):
         values = np.asarray(route) if tree.concrete(route) else np.zeros(0, int)
         if values.size and not 0 <= values.min() <= values.max() < total:
             raise ValueError(f"a route through the templates {values.tolist()}, and there are {total}, from 0 on")
-        return jax.tree.map(lambda x: jnp.take(x, route, axis=0, mode="fill"), templates)
+        there = jnp.where(route < 0, total, route)  # below zero is no place from the end
+        return jax.tree.map(lambda x: jnp.take(x, there, axis=0, mode="fill"), templates)
     if route.shape[-1:] != (total,):
         raise ValueError(
             f"a route of shape {route.shape} was given for {total} templates: its last axis has a weight for each"

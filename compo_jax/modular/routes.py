@@ -55,12 +55,13 @@ def soft(logits: Logits, temperature: float | Float[Array, ""] = 1.0) -> Weights
     """`softmax(logits / temperature)`."""
     require_logits(logits)
     _require_temperature(temperature)
-    return jax.nn.softmax(logits / temperature, axis=-1)
+    return jax.nn.softmax(jnp.asarray(logits) / temperature, axis=-1)
 
 
 def hard(logits: Logits) -> Weights:
     """One-hot at the largest logit, the first one of a tie; its gradient is zero."""
     require_logits(logits)
+    logits = jnp.asarray(logits)
     dtype = jnp.result_type(logits, float)  # of whole numbers, too
     return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=dtype)
 
@@ -80,7 +81,7 @@ def gumbel(logits: Logits, key: Key[Array, ""], temperature: float | Float[Array
 def indices(logits: Logits) -> Int[Array, "*layers"]:
     """The template that a hard route takes at each layer."""
     require_logits(logits)
-    return jnp.argmax(logits, axis=-1)
+    return jnp.argmax(jnp.asarray(logits), axis=-1)
 
 
 def fixed(templates: Int[Array, "*layers"] | Int[np.ndarray, "*layers"], count: int) -> Logits:

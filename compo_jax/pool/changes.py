@@ -39,6 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def hidden(pool: Path, name: str) -> Iterator[Path]:
     """A hidden folder in the pool to write to, on the same file system; it goes with all that is left in it."""
+    files.writable_path(pool)
     try:
         pool.mkdir(parents=True, exist_ok=True)
         folder, descriptor = _made(pool, name)

@@ -78,10 +78,9 @@ def stored(
 
 
 def in_dictionaries(value: Tree) -> Tree:
-    """What lies in another framework's container, a State of NNX or a module of Equinox say, in dictionaries, which
-    find their place in such a base by their paths (`tree.regrown`); what is none as it is."""
-    ours = isinstance(value, dict | list | tuple | None)
-    return value if ours or jax.tree_util.all_leaves([value]) else tree.nested(value)
+    """What lies in other containers anywhere, a State of NNX, a module of Equinox or a NamedTuple say, in dictionaries,
+    which find their place in such a base by their paths (`tree.regrown`); what is plain as it is."""
+    return value if tree.is_plain(value) else tree.nested(value)
 
 
 def arrays(part: str, value: Tree, path: str = "") -> Tree:

@@ -18,7 +18,7 @@ from compo_jax.report.charts import COLOURS, styled
 from compo_jax.report.modular_facts import accuracy_cells, facts, hardening_text, paired_text
 from compo_jax.report.page import Block, Page, Tile, write_page
 from compo_jax.report.table import BOLD, Table
-from compo_jax.report.text import counted, decimal, middle, short, signed, significant, spread
+from compo_jax.report.text import counted, decimal, middle, millions, short, signed, significant, spread
 
 REFERENCE = "single-task"
 CURVES = {"entropy": "H(a) / log M", "unused": "1 − H(ā) / log M", "cross_entropy": "cross-entropy\n(nats)"}
@@ -48,7 +48,7 @@ def multitask_table(results: MultitaskResults, *, won: bool = False) -> Table:
         [
             name, accuracy, *[_against(methods, name, won=won)] * there, f"{method.parameters[0]:,}",
             *([decimal(100 * method.parameters[0] / single.parameters[0])] if there else []),
-            decimal(method.macs[0] / 1e6), spread(method.seconds, 0),
+            millions(method.macs[0]), spread(method.seconds, 0),
         ]
         for (name, method), accuracy in zip(methods.items(), best, strict=True)
     ]  # fmt: skip

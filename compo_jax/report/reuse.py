@@ -15,7 +15,7 @@ from compo_jax.report.charts import styled
 from compo_jax.report.modular_facts import accuracy_cells, facts, paired_text
 from compo_jax.report.page import Block, Page, Tile, write_page
 from compo_jax.report.table import BOLD, Table, standard_error
-from compo_jax.report.text import counted, decimal, percent, spread
+from compo_jax.report.text import counted, millions, percent, spread
 
 WORDS = {  # of the tiles
     "learned": "learned order of reused blocks",
@@ -26,10 +26,6 @@ WORDS = {  # of the tiles
 CONTROL = "aabb"  # a learned order starts from it
 
 
-def _millions(count: int | np.integer) -> str:
-    return decimal(count / 1e6, 1 if count >= 1e7 else 2)
-
-
 def reuse_table(results: ReuseResults, *, won: bool = False) -> Table:
     """Every network's size and accuracy (%), and its difference to the one without reuse; with the seeds `won`."""
     methods = results.methods
@@ -38,7 +34,7 @@ def reuse_table(results: ReuseResults, *, won: bool = False) -> Table:
     rows = [
         [
             name, str(method.route.shape[1]), str(method.templates[0]), f"{method.parameters[0]:,}",
-            _millions(method.macs[0]), accuracy, spread(100 * method.train_accuracy),
+            millions(method.macs[0]), accuracy, spread(100 * method.train_accuracy),
             "" if name == results.reference else paired_text(results.against_reference(name), won=won),
         ]
         for (name, method), accuracy in zip(methods.items(), test, strict=True)

@@ -39,6 +39,11 @@ def significant(value: float | None, digits: int = 2) -> str:
     )
 
 
+def millions(count: int | np.integer) -> str:
+    """In millions, with three digits or more from a hundred thousand on, and two below."""
+    return decimal(count / 1e6, 1 if count >= 1e7 else 2) if count >= 1e5 else significant(count / 1e6)
+
+
 def with_error(value: float | None, error: float | None, places: int = 1) -> str:
     """`value ± error`, without a break; the value alone where there is no error."""
     if error is None or not np.isfinite(error) or value is None or not np.isfinite(value):

@@ -90,7 +90,7 @@ class Checkpoints:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = files.local_path(path).absolute()
+        self.path = files.writable_path(path)
         self._damaged: set[int] = set()
 
     def _numbers(self) -> list[int]:

@@ -59,7 +59,7 @@ def open_run(folder: str | os.PathLike, config: dict[str, Any], *, tensorboard: 
     Raises ValueError where the folder holds a run with other settings, a damaged one or something else, or is in use,
     and OSError where it can't be written.
     """
-    folder = files.local_path(folder)
+    folder = files.writable_path(folder)
     config = json.loads(json.dumps(config))
     with contextlib.ExitStack() as stack:
         refused, resumed = None, False
