@@ -264,6 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
         spectrum=spectrum,
         seconds=time.perf_counter() - began,
     )
+    job.put_aside(folder / "curvature", options)
     path = report.curvature_page(folder / "curvature", results)
     write_result(folder / "curvature" / "metrics.json", results)
     console.print(f"{results.seconds:.0f} s; report: {path}", soft_wrap=True)

@@ -1,13 +1,14 @@
 """What all experiments share: a console, an end in a line, a small run where none is given."""
 
 import errno
+import json
 import logging
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import options as line
 from rich.console import Console
@@ -95,6 +96,22 @@ def _told(error: Exception) -> str | None:
 def _cause(error: BaseException) -> str:
     """The first line of an error's text."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def put_aside(folder: Path, options: Any) -> None:
+    """Makes room in the folder for the results of these options: those of a command with others go to a folder of
+    their own, `earlier-1` and so on."""
+    now, kept = {name: str(value) for name, value in line.flat(options).items()}, folder / "options.json"
+    files = [folder / name for name in ("metrics.json", "report.html", kept.name)]
+    if files[0].exists() and (not kept.exists() or json.loads(kept.read_text()) != now):
+        aside = folder / f"earlier-{1 + len(list(folder.glob('earlier-*')))}"
+        aside.mkdir()
+        for file in files:
+            if file.exists():
+                file.replace(aside / file.name)
+        console.print(f"results of an earlier command with other options are kept in {aside}", soft_wrap=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(now, indent=1))
 
 
 def finished_runs(options: line.OnRuns, small: str, tried: Sequence[str]) -> list[Path]:

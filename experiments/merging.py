@@ -12,8 +12,9 @@ Beside it stands what the curvature's images tell before any test: the loss, and
 average, of each merged model and of weightings that no rule chose, from the base over the average to the sum.
 Seconds are of the rule alone, compiled (the least of three calls, or one of over ten seconds); memory is XLA's count of
 the whole rule as one program, arguments and result included, in multiples of the base. Options are the rules' defaults
-but for those in OPTIONS. Writes report.html and metrics.json to RUN/merging of the first run. A killed comparison goes
-on behind its last rule. A few minutes on 2 CPU cores with no arguments, the run included. Expected numbers: README.md.
+but for those in OPTIONS. Writes report.html and metrics.json to RUN/merging of the first run; those of an earlier
+command with other options go to RUN/merging/earlier-1 and so on. A killed comparison goes on behind its last rule. A
+few minutes on 2 CPU cores with no arguments, the run included. Expected numbers: README.md.
 With --recipe no rules are compared: checkpoint files are merged into one as a YAML file says, as mergekit's users know
 it (compo_jax/compose/recipes.py has an example), a tensor at a time.
 """
@@ -70,27 +71,7 @@ import merge_recipe
 
 from compo_jax import incremental, report
 from compo_jax.compose.rule_results import MergingResults, PoolMerges
-from compo_jax.train import read_result, write_result
-
-
-def compared(results: MergingResults) -> tuple:
-    """What a comparison is of."""
-    rules = [(run.run, name, *pool.rules) for run in results.runs for name, pool in run.pools.items()]
-    return results.images, sorted(rules)
-
-
-def put_aside(folder: Path, results: MergingResults) -> None:
-    """Moves the results of an earlier comparison, of other rules say, to a folder of their own."""
-    if not (folder / "metrics.json").exists():
-        return
-    with contextlib.suppress(ValueError):  # of another version
-        if compared(read_result(folder / "metrics.json", MergingResults)) == compared(results):
-            return
-    aside = folder / f"earlier-{1 + len(list(folder.glob('earlier-*')))}"
-    aside.mkdir()
-    for file in ("metrics.json", "report.html"):
-        (folder / file).replace(aside / file)
-    console.print(f"an earlier comparison, of something else, is kept in {aside}", soft_wrap=True)
+from compo_jax.train import write_result
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -126,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         "merging", runs[0].stream.name, runs[0].backbone, options.images, measured, time.perf_counter() - began
     )
     folder = folders[0] / "merging"
-    put_aside(folder, results)
+    job.put_aside(folder, options)
     write_result(folder / "metrics.json", results)
     path = report.merging_page(folder, results)
     for run in runs:

@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     seconds = time.perf_counter() - began
     results = UnlearningResults("unlearning", runs[0].stream.name, runs[0].backbone, measured, seconds)
     folder = folders[0] / "unlearning"
-    folder.mkdir(exist_ok=True)
+    job.put_aside(folder, options)
     write_result(folder / "metrics.json", results)
     path = report.unlearning_page(folder, results)
     for table in report.unlearning_tables(results):

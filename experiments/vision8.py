@@ -214,6 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
             sets = stream.name if whole else "+".join(of_seeds[0].tasks)
             seconds = time.perf_counter() - began
             results = MergingResults(name, sets, described, images, of_seeds, seconds)
+            job.put_aside(folder, options)
             write_result(folder / "metrics.json", results)
             path = report.merging_page(folder, results)
             for table in report.merging_tables(results):

@@ -37,7 +37,8 @@ BASES = {
 
 @pytest.mark.parametrize("name", BASES)
 def test_modules_of_any_base_are_kept_and_composed(tmp_path, name):
-    base, adapter, pool = BASES[name], adapters.lora(1, r"(w|kernel)(/value)?$", stacked=()), ModulePool(tmp_path / "pool")
+    base, adapter = BASES[name], adapters.lora(1, r"(w|kernel)(/value)?$", stacked=())
+    pool = ModulePool(tmp_path / "pool")
     noise = lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape)
     module = jax.tree.map(noise, adapter.init(jax.random.key(0), base))
     pool.add("m", module, base=base, adapter=adapter)
@@ -51,6 +52,21 @@ def test_modules_of_any_base_are_kept_and_composed(tmp_path, name):
     fisher = curvature.FisherDiagonal(jax.tree.map(jnp.square, delta), 3, None)
     pool.attach("m", curvature=fisher)
     assert pool.find(curvature="diagonal") == ["m"]
+
+
+@pytest.mark.parametrize(
+    "head, told",
+    [
+        ({"x": {"y": (np.ones(1),)}}, "a tuple .* at /x/y"),
+        ({"a/b": np.ones(1)}, "key 'a/b'"),
+        ({0: np.ones(1)}, "key 0 in /"),
+    ],
+)
+def test_other_parts_which_no_base_gives_their_containers_back_are_plain(tmp_path, head, told):
+    base, adapter = {"w": jnp.ones((3, 4))}, adapters.lora(1, "w", stacked=())
+    module = adapter.init(jax.random.key(0), base)
+    with pytest.raises(ValueError, match=told):
+        ModulePool(tmp_path).add("m", module, base=base, adapter=adapter, head=head)
 
 
 def test_two_leaves_of_one_path_are_not_kept():

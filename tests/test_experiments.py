@@ -244,11 +244,14 @@ def test_a_comparison_that_is_stopped_goes_on_behind_its_last_rule(several, monk
     monkeypatch.setattr(merge_bench.Ground, "by_rule", counted)
     with pytest.raises(KeyboardInterrupt):
         main(*one, script="merging.py")
+    main("--run", several, "--methods", "none-lora", "--images", 7, "--rules", "average", script="merging.py")
     main(*one, script="merging.py")
-    assert made == ["average", "fisher", "fisher", "cart"]
+    assert made == ["average", "fisher", "average", "fisher", "cart"]  # another comparison takes nothing away
+    aside = [read_result(file, MergingResults) for file in (several / "merging").glob("earlier-*/metrics.json")]
+    assert [[*results.runs[0].pools["none-lora"].rules] for results in aside if results.images == 7] == [["average"]]
     (resumed,) = read_result(several / "merging" / "metrics.json", MergingResults).runs
     main(*one, script="merging.py")
-    assert made[4:] == ["average", "fisher", "cart"]  # a comparison that is finished begins anew
+    assert made[5:] == ["average", "fisher", "cart"]  # a comparison that is finished begins anew
     (anew,) = read_result(several / "merging" / "metrics.json", MergingResults).runs
     for rule, merged in anew.pools["none-lora"].rules.items():
         np.testing.assert_array_equal(resumed.pools["none-lora"].rules[rule].within, merged.within)
