@@ -186,6 +186,12 @@ def test_unsupported_variants_are_named(name, variant):
         from_timm(random_arrays() | {name: np.zeros(24)}, heads=HEADS)
 
 
+def test_attention_without_biases_is_named():
+    arrays = {name: x for name, x in random_arrays().items() if not name.endswith("qkv.bias")}
+    with pytest.raises(ValueError, match=r"missing (.|\n)*have no biases \(qkv_bias false in config.json\): put zeros"):
+        from_timm(arrays, heads=HEADS)
+
+
 def test_a_part_that_is_there_in_part_is_listed():
     arrays = random_arrays()
     with pytest.raises(ValueError, match=r"with layer scale(.|\n)*missing \(5\): blocks\.0\.ls1\.gamma, "):

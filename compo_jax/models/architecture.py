@@ -135,8 +135,8 @@ def check(shapes: Shapes, expected: Shapes, model: ViT, layout: Layout) -> None:
     )
     variants = [text for pattern, text in _VARIANTS if any(re.search(pattern, name) for name in shapes)]
     lines += [f"this is {text}: ViT has no such part, take another checkpoint" for text in variants]
-    lacking = expected.keys() - shapes.keys()
-    if lacking and all(re.search(r"(query|key|value|qkv|[qkv]_proj|in_proj).*bias$", name) for name in lacking):
+    biases = {name for name in expected if re.search(r"(query|key|value|qkv|[qkv]_proj|in_proj)[._]bias$", name)}
+    if biases and expected.keys() - shapes.keys() == biases:
         lines.append("its queries, keys and values have no biases (qkv_bias false in config.json): put zeros there")
     if not expected.keys() & shapes.keys():
         lines.append(

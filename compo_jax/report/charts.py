@@ -15,6 +15,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -30,8 +31,9 @@ MARKERS = "osD^vPX*"
 WIDTH = 5.6  # inches: 9-point text stays legible on a phone's width
 ANNOTATED = 12  # rows or columns up to which numbers fit into the cells of a heat map
 EDGE = {"markeredgecolor": INK, "markeredgewidth": 0.6}
+_CJK = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "Microsoft YaHei", "Arial Unicode MS")  # where there
 STYLE = {
-    "font.family": "DejaVu Sans",  # it has the letters of many scripts
+    "font.family": ["DejaVu Sans", *(font for font in _CJK if font in get_font_names())],  # of many scripts
     "font.size": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
     "axes.titlesize": 9, "axes.titlelocation": "left", "text.parse_math": False,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
