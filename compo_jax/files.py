@@ -46,11 +46,14 @@ def local_path(path: str | os.PathLike) -> Path:
 def writable_path(path: str | os.PathLike) -> Path:
     """`local_path` of what orbax is to write to, in full.
 
-    ValueError for a bracket in it: orbax finds its own files there by a pattern that has the path in it, and so not.
+    ValueError for a bracket or two stars in it: orbax finds its own files there by a pattern that has the path in it,
+    and so not.
     """
     path = local_path(path).absolute()
-    if "[" in str(path.resolve()):
-        raise ValueError(f"{path} has a bracket, and what orbax writes there can't be read again: choose another name")
+    if "[" in str(path.resolve()) or "**" in path.resolve().parts:
+        raise ValueError(
+            f"{path} has a bracket or two stars, and what orbax writes there can't be read again: choose another name"
+        )
     return path
 
 

@@ -63,7 +63,7 @@ def nested(tree: Tree) -> dict[str, Any]:
         *stem, last = path_name(path).split("/")
         branch = root
         for key in stem:
-            branch = branch.setdefault(key, {})
+            branch = branch.setdefault(key, {}) if isinstance(branch, dict) else None
         if not isinstance(branch, dict) or last in branch:
             raise ValueError(f"two leaves have the path {path_name(path)}: rename a key that has a slash in it")
         branch[last] = leaf

@@ -1,6 +1,7 @@
 """What all experiments share: a console, an end in a line, a small run where none is given."""
 
 import errno
+import itertools
 import json
 import logging
 import signal
@@ -103,8 +104,12 @@ def put_aside(folder: Path, options: Any) -> None:
     their own, `earlier-1` and so on."""
     now, kept = {name: str(value) for name, value in line.flat(options).items()}, folder / "options.json"
     files = [folder / name for name in ("metrics.json", "report.html", kept.name)]
-    if files[0].exists() and (not kept.exists() or json.loads(kept.read_text()) != now):
-        aside = folder / f"earlier-{1 + len(list(folder.glob('earlier-*')))}"
+    try:
+        same = json.loads(kept.read_text()) == now
+    except (FileNotFoundError, ValueError):
+        same = False
+    if files[0].exists() and not same:
+        aside = next(path for n in itertools.count(1) if not (path := folder / f"earlier-{n}").exists())
         aside.mkdir()
         for file in files:
             if file.exists():

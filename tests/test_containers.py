@@ -10,7 +10,7 @@ from flax import nnx
 
 from compo_jax import adapters, curvature, modular, tree
 from compo_jax.pool import ModulePool
-from compo_jax.train import open_run
+from compo_jax.train import Checkpoints, open_run
 
 
 class Layer(NamedTuple):
@@ -72,6 +72,9 @@ def test_other_parts_which_no_base_gives_their_containers_back_are_plain(tmp_pat
 def test_two_leaves_of_one_path_are_not_kept():
     with pytest.raises(ValueError, match="two leaves have the path a/b"):
         tree.nested({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}})
+    for x in (jnp.ones(2), None):
+        with pytest.raises(ValueError, match="two leaves have the path a/b/c"):
+            tree.nested({"a": x, "a/b/c": jnp.ones(2)})
 
 
 def test_fingerprints_tell_keys_apart():
@@ -88,8 +91,15 @@ def test_paths_that_orbax_takes_for_patterns_are_refused_before_anything_is_made
         pass
     assert not list(tmp_path.iterdir())
     ModulePool(tmp_path / "pool").add("m", module, base=base, adapter=adapter)
-    (tmp_path / "pool").rename(tmp_path / "pool[1]")
+    (tmp_path / "pool").rename(tmp_path / "pool[1]")  # what is there is read wherever it is
     jax.tree.map(np.testing.assert_array_equal, ModulePool(tmp_path / "pool[1]").load("m"), module)
+    with open_run(tmp_path / "run", {"a": 1}) as run:
+        Checkpoints(run.folder / "kept").save(1, module)
+    (tmp_path / "run").rename(tmp_path / "run[1]")
+    with open_run(tmp_path / "run[1]", {"a": 1}) as run:
+        Checkpoints(run.folder / "kept").load(module)
+        with pytest.raises(ValueError, match="has a bracket"):
+            Checkpoints(run.folder / "kept").save(2, module)
 
 
 # -- arguments of the functional API -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Kernels that a Linen model uses otherwise than a dense layer does: the fast pass is base + delta, or says that it
 can't be."""
 
+import dataclasses
 from functools import partial
 
 import flax.linen as nn
@@ -32,6 +33,26 @@ class Standardised(nn.Module):
     @nn.compact
     def __call__(self, x):
         return nn.map_variables(nn.Dense, "params", standardised, init=True, mutable=False)(3)(x)
+
+
+class Transposed(nn.Module):
+    """Its layer gets the kernel on its side."""
+
+    @nn.compact
+    def __call__(self, x):
+        turn = lambda variables: jax.tree.map(jnp.transpose, variables)
+        layer = nn.map_variables(nn.Dense, "params", turn, turn, init=True, mutable=True)
+        return layer(6, use_bias=False)(x)
+
+
+@dataclasses.dataclass
+class Product:
+    """Has no hash."""
+
+    scale: float = 1.0
+
+    def __call__(self, a, b, dimensions, precision=None, preferred_element_type=None):
+        return self.scale * jax.lax.dot_general(a, b, dimensions)
 
 
 def halved(a, b, dimensions, precision=None, preferred_element_type=None):
@@ -122,6 +143,8 @@ def test_the_fast_pass_is_base_and_delta(model):
 
 @pytest.mark.parametrize("model, told", [
     (Standardised(), "changes .*/kernel before a layer gets it, as nn.map_variables does"),
+    (Transposed(), "changes .*/kernel before a layer gets it"),
+    (nn.Dense(3, dot_general=Product()), "not kernels of nn.Dense layers with the usual product"),
     (OwnProduct(), "not kernels of nn.Dense layers with the usual product"),
     (Cached(), "nn.jit answers from its cache"),
     (Boxed(), "boxes of nn.with_partitioning: take them out by flax.linen.meta.unbox"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import enable_x64 as X64
 from safetensors.numpy import load_file, save_file
 
 from compo_jax import compose
@@ -188,6 +189,11 @@ def test_blocks_of_a_sequential_are_written_out_and_no_stack():
     for rule in ("iso", "tsv", "sce", "model_stock"):
         by_default, told = (compose.merge(rule, base, deltas, **o) for o in ({}, {"stacked": ()}))
         jax.tree.map(np.testing.assert_array_equal, by_default, told)
+    for name in ("mlp/layers/0", "layer1", "sublayer1/dense", "block1"):  # parts of a scanned block
+        deltas = [{f"blocks/{name}/kernel": rng.normal(size=(3, 8, 8)).astype(np.float32)} for _ in "ab"]
+        base = jax.tree.map(np.zeros_like, deltas[0])
+        by_default, told = (compose.merge("tsv", base, deltas, **o) for o in ({}, {"stacked": "kernel$"}))
+        jax.tree.map(np.testing.assert_array_equal, by_default, told)
     stacked = [{"blocks": {"mlp": {"layers": {"0": {"weight": jnp.ones((3, 8, 8))}}}}}] * 2  # a stack of MLPs
     base = jax.tree.map(jnp.zeros_like, stacked[0])
     jax.tree.map(
@@ -296,3 +302,53 @@ def test_a_value_that_comes_too_late_and_a_recipe_in_another_encoding_are_told(t
     (tmp_path / "latin.yaml").write_bytes("# modèle\n".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.yaml is no text in UTF-8"):
         compose.read_recipe(tmp_path / "latin.yaml")
+
+
+# -- differences of large numbers --------------------------------------------------------------------------------------
+def weights_and_models(dtype, ratio, shape=(96, 160), rank=4):
+    """Weights, and two models that differ from them by a matrix of this rank, of entries smaller by the ratio."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=shape).astype(dtype)
+    size = lambda x: x / x.std() / ratio
+    return w, [(w.astype(np.float32) + size(low_rank(rng, shape, rank))).astype(dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize("rule", ["iso", "iso_cts", "tsv", "knots", "subspace_boosting"])
+@pytest.mark.parametrize("ratio", [10, 1000, 8000])
+def test_rounding_errors_of_the_weights_are_no_directions_of_their_difference(rule, ratio):
+    w, models = weights_and_models(np.float32, ratio)
+    deltas = [{"w": model - w} for model in models]
+    options = {"rule": "iso"} if rule == "knots" else {"beta": 0.5} if rule == "subspace_boosting" else {}
+    merged = jax.jit(lambda w, deltas: compose.merge(rule, {"w": w}, deltas, **options))
+    with X64(True):
+        base = {"w": w.astype(np.float64)}  # not to round the result
+        assert rank_of(compose.merge(rule, base, deltas, **options)["w"] - w, 0.05) == 8
+    assert merged(w, deltas)["w"].shape == w.shape
+
+
+def test_what_cancels_leaves_no_directions():
+    rng = np.random.default_rng(0)
+    a = 0.01 * low_rank(rng, (96, 160), 60)
+    deltas = [{"w": a + 1e-5 * low_rank(rng, a.shape, 4)}, {"w": a}]
+    merged = compose.merge("iso", {"w": 0 * a}, deltas, weights=[1, -1])
+    assert rank_of(merged["w"], 0.1) == 4
+
+
+@pytest.mark.parametrize("ratio", [2, 5, 10])
+def test_files_in_bfloat16_merge_what_was_learned_and_not_their_rounding(tmp_path, ratio):
+    w, models = weights_and_models(jnp.bfloat16, ratio)
+    for name, x in zip("wab", (w, *models), strict=True):
+        save_file({"w": x}, tmp_path / f"{name}.safetensors")
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for rule in ("iso", "tsv"):
+        out = tmp_path / "out.safetensors"
+        compose.merge_files(rule, files, out, base=tmp_path / "w.safetensors", dtype="float32")
+        assert rank_of(load_file(out)["w"] - w.astype(np.float32), 0.1) == 8
+
+
+def test_eps_is_a_number_that_is_not_negative():
+    x = {"w": np.ones((4, 3), np.float32)}
+    for wrong in (float("nan"), -1.0):
+        with pytest.raises(ValueError, match="eps is a finite number that isn't negative"):
+            compose.merge("iso", x, [x], eps=wrong)
+    compose.merge("iso", x, [x], eps=jnp.float32(1e-3))

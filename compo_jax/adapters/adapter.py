@@ -18,7 +18,7 @@ VIT_TARGETS = ((r"qkv/kernel$", 3), (r"(proj|fc1|fc2)/kernel$", 1))
 
 #: Paths of leaves whose axis 0 counts layers: those of our ViT's scanned blocks. Blocks with numbers in their paths
 #: (`blocks/0/...`, `blocks/Block_0/...`, `blocks/layers/0/...` of a Sequential) are written out one by one.
-STACKED = (r"(^|/)blocks/(?!(layers/)?([^/]*([Bb]lock|[Ll]ayer)_?)?\d+/)",)
+STACKED = (r"(^|/)blocks/(?!(layers/)?([^/]*([Bb]lock|[Ll]ayer)_)?\d+/)",)
 
 
 @runtime_checkable

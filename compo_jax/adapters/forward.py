@@ -161,6 +161,12 @@ def _is_boxed(x: Any) -> bool:
 
 
 def _form(arguments: Any) -> tuple:
-    """What decides which way a call takes through a model: structures, shapes, types, and all that is no array."""
+    """What decides which way a call takes through a model: structures, shapes, types, and all that is no number."""
     leaves, structure = jax.tree.flatten(arguments)
-    return structure, tuple((x.shape, x.dtype) if hasattr(x, "dtype") else repr(x) for x in leaves)
+
+    def form(x):
+        if hasattr(x, "dtype"):
+            return x.shape, x.dtype
+        return type(x) if isinstance(x, int | float) and not isinstance(x, bool) else repr(x)
+
+    return structure, tuple(map(form, leaves))

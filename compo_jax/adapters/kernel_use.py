@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import flax.linen
 
 _MARK = "compo_jax kernel "
-_SAME = ("convert_element_type", "transpose", "squeeze", "reshape", "copy", "sharding_constraint", "stop_gradient")
+_SAME = ("convert_element_type", "squeeze", "copy", "sharding_constraint", "stop_gradient")
 _TAKE = "take adapters.merged, which takes any model"
 
 
@@ -27,10 +27,15 @@ def is_plain(layer: "flax.linen.Module", method: str) -> bool:
 
     if type(layer) is not nn.Dense or method != "__call__" or layer.dot_general_cls is not None:
         return False
-    return layer.dot_general is None or _is_product(layer.dot_general)
+    if layer.dot_general in (None, jax.lax.dot_general):
+        return True
+    try:
+        return _is_product(layer.dot_general)
+    except (TypeError, jax.errors.ConcretizationTypeError):  # it has no hash, or closes over what is traced
+        return False
 
 
-@functools.cache
+@functools.lru_cache(64)
 def _is_product(dot_general: Callable) -> bool:
     """Whether it is JAX's on a small example, up to what rounding to few bits does."""
     with jax.ensure_compile_time_eval():
@@ -86,6 +91,15 @@ def require_read_as_they_lie(apply: Callable[[Tree], Any], base: Tree, kernels: 
         )
 
 
+def _keeps_matrices(equation: Any) -> bool:
+    """Whether a transposition or a new shape leaves the last two axes as they are, moving those of stacks alone."""
+    if equation.primitive.name == "transpose":
+        first, second = equation.params["permutation"][-2:]
+        return first < second
+    before, after = ([d for d in v.aval.shape if d != 1] for v in (equation.invars[0], equation.outvars[0]))
+    return before == after
+
+
 def _follow(jaxpr: Jaxpr, origins: Sequence[Any], marks: list[tuple[str, Any]]) -> list:
     """The outputs' origins, those of the inputs, where a value is an input as it lies, or a slice that a scan has made;
     `marks` takes in (the path of a marked kernel, its origin)."""
@@ -95,7 +109,7 @@ def _follow(jaxpr: Jaxpr, origins: Sequence[Any], marks: list[tuple[str, Any]]) 
         name, ins = equation.primitive.name, [origin(atom) for atom in equation.invars]
         if name == "name" and equation.params["name"].startswith(_MARK):
             marks.append((equation.params["name"].removeprefix(_MARK), ins[0]))
-        if name in ("name", *_SAME):
+        if name in ("name", *_SAME) or (name in ("transpose", "reshape") and _keeps_matrices(equation)):
             found[equation.outvars[0]] = ins[0]
         for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             inner = getattr(value, "jaxpr", value)

@@ -16,7 +16,7 @@ from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.adaptive import Unlabelled, tasks_of
 from compo_jax.compose.kronecker import regmean, split_layers
 from compo_jax.compose.leaves import Stacked, add_delta, layers, mean_delta, require_sound
-from compo_jax.compose.matrices import orthonormal, product, svd
+from compo_jax.compose.matrices import EXACT, orthonormal, product, svd
 from compo_jax.compose.modules import with_zeros
 from compo_jax.compose.numbers import (
     Scalar,
@@ -132,7 +132,7 @@ def _essential(x: Array, grams: Array, count: int, even: bool, power: Array, sha
 
 def _even(x: Array) -> Array:
     """The nearest orthonormal matrix, times the mean singular value."""
-    parts = svd(x, 0.0)
+    parts = svd(x, EXACT)
     return jnp.mean(parts.values) * product(parts.left, parts.right)
 
 

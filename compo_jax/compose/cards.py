@@ -35,7 +35,8 @@ class Step(NamedTuple):
 
 def _text(value: Any) -> str:
     if isinstance(value, list | tuple | dict) and any(np.ndim(x) for x in jax.tree.leaves(value)):
-        return f"{len(value)} of {type(next(iter(value))).__name__}"  # arrays by the module
+        kinds = {type(x).__name__ for x in (value.values() if isinstance(value, dict) else value) if x is not None}
+        return f"{len(value)} of {', '.join(sorted(kinds))}"  # arrays by the module
     if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
         return f"of {jax.random.key_data(value).tolist()}"
     if isinstance(value, jax.Array | np.ndarray):

@@ -175,11 +175,10 @@ def merge_files(
     names = list(sources.like.floats())
     with sources.precision():
         origin, deltas = sources.origin(names, base is not None), sources.deltas(names, base is not None)
-        eps = {"eps": sources.rounding(names)} if "eps" in (options_of(name, options.get("rule")) or ()) else {}
-        options = eps | options
+        rounded = "eps" in (options_of(name, options.get("rule")) or ())
+        told, options = options, ({"eps": sources.rounding(names)} if rounded else {}) | options
         params = merge(name, origin, deltas, outputs_first=outputs_first, check_finite=check_finite, **options)
         plan = Plan(sources.like, kind, check_finite, progress, max_shard_size)
-        told = {option: value for option, value in options.items() if option not in eps}
         told = told if outputs_first == PYTORCH else told | {"outputs_first": outputs_first}
         with write_card(card, [Step(name, len(names), told)], sources.base, sources.models):
             write(out, plan, params)

@@ -17,12 +17,13 @@ from compo_jax.compose.leaves import Stacked, by_layer, layers
 from compo_jax.compose.matrices import (
     Components,
     Eps,
+    Rounded,
     by_matrix,
-    eps_of,
     joined,
     leading_of_each,
     orthonormal,
     product,
+    rounded,
     svd,
 )
 from compo_jax.compose.modules import require_same
@@ -56,10 +57,10 @@ def cart(
     require_part("rank", rank, "the part of the components that is kept, above 0 and at most 1", zero=False)
     require_number("scale", scale, "a finite number")
 
-    def merged(x, eps):
+    def merged(x, errors):
         mean = jnp.mean(x, axis=0)
         count = count_of(rank, min(mean.shape), up=True)
-        parts = jax.lax.map(lambda one: svd(one - mean, eps).leading(count), x)
+        parts = jax.lax.map(lambda one: svd(one - mean, errors, jnp.linalg.norm(one)).leading(count), x)
         left, right = joined(parts)
         return mean + jnp.asarray(scale, x.dtype) * product(left * parts.values.ravel(), right)
 
@@ -131,10 +132,10 @@ def dc_merge(
     if density is not None:
         require_density(density)
 
-    def merged(x, eps):
+    def merged(x, errors):
         tasks = len(x)
         kept = max(1, min(x.shape[1:]) // tasks)
-        parts = leading_of_each(x, eps, kept)
+        parts = leading_of_each(x, errors, kept)
         left, right = map(orthonormal, joined(parts))
         smooth = jax.vmap(lambda one: _smoothed(one, smoothing, ratio))(parts)
         cores = product(product(left.T, smooth.left) * smooth.values[:, None], product(smooth.right, right.T))
@@ -170,12 +171,12 @@ def boost(
     (delta,) = require_same([delta], check_finite=check_finite)
     of_layers = layers(delta, delta, stacked)
 
-    @functools.partial(jax.jit, static_argnums=(1, 2))  # see `by_matrix`
-    def boosted(x, eps, of_layers):
+    @functools.partial(jax.jit, static_argnums=(2, 3))  # see `by_matrix`
+    def boosted(x, floor, eps, of_layers):
         def layer(x):
             if x[0].ndim < 2:
                 return x[0]
-            parts = svd(x[0].reshape(-1, x.shape[-1]), eps)
+            parts = svd(x[0].reshape(-1, x.shape[-1]), Rounded(eps, floor))
             share = jnp.cumsum(parts.values) / jnp.maximum(jnp.sum(parts.values), jnp.finfo(x.dtype).tiny)
             # the last sum may fall short of 1 by rounding
             first = jnp.minimum(jnp.sum(share < beta), jnp.sum(parts.real) - 1).astype(int)
@@ -188,7 +189,7 @@ def boost(
         if x is None or not jnp.size(x):
             return x
         x = jnp.asarray(x)
-        wide = x[None].astype(tree.wide_type(x))
-        return boosted(wide, eps_of([x], name, eps), name in of_layers).astype(x.dtype)
+        wide, errors = x[None].astype(tree.wide_type(x)), rounded([x], name, eps)
+        return boosted(wide, errors.floor, errors.eps, name in of_layers).astype(x.dtype)
 
     return tree.map_with_name(one, delta)

@@ -174,13 +174,23 @@ def products(leaves: Sequence[Any]) -> Float[np.ndarray, "tasks tasks"]:
             part = block[:, : min(PIECE, size - start)]
             for line, row in zip(part, rows, strict=True):
                 line[:] = row[start : start + part.shape[1]]
-            largest = float(max(part.max(), -part.min()))
-            if 1e-12 < largest < 1e12 or not 0 < largest < np.inf:
+            sizes = np.maximum(part.max(axis=1), -part.min(axis=1)).astype(float)
+            if np.all((sizes > 1e-12) & (sizes < 1e12) | ~((sizes > 0) & (sizes < np.inf))):
                 summed += part @ part.T
             else:  # squares would vanish or overflow
-                part = part / largest
-                summed += (part @ part.T).astype(float) * largest**2
+                sizes = np.where((sizes > 0) & (sizes < np.inf), sizes, 1)
+                part = part / sizes[:, None].astype(part.dtype)
+                summed += (part @ part.T).astype(float) * np.outer(sizes, sizes)
     return summed
+
+
+def root_mean_square(leaf: Any) -> Any:
+    """Of all entries; on the host in float64."""
+    size = max(1, np.size(leaf))
+    if on_host(leaf):
+        return float(np.sqrt(products([leaf])[0, 0] / size))
+    x = jnp.asarray(leaf, tree.wide_type(leaf))
+    return unit_of(x) * jnp.sqrt(jnp.sum((x / unit_of(x)) ** 2) / size)
 
 
 def total(weights: Any, *rows: Any) -> Any:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from compo_jax import lapack
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.leaves import Stacked
-from compo_jax.compose.matrices import Eps, Matrices, above_rounding, by_matrix, product
+from compo_jax.compose.matrices import Eps, Matrices, Rounded, above_rounding, by_matrix, product
 from compo_jax.compose.numbers import Scalar, Weights, require_iterations, require_not_negative, require_number
 from compo_jax.tree import Tree
 
@@ -53,25 +53,25 @@ def wudi(
     require_not_negative(damping=damping)
     require_number("learning_rate", learning_rate, "a positive number", lambda x: x > 0)
 
-    def merged(x, eps):
+    def merged(x, errors):
         squares = jnp.sum(x**2, axis=(1, 2))
         norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
         if iterations is None:
-            return _nearest(x, norms, eps, damping)
+            return _nearest(x, norms, errors, damping)
         return _descended(x, norms, iterations, learning_rate)
 
     how = {"scale": scale, "eps": eps, "stacked": stacked, "check_finite": check_finite}
     return by_matrix(merged, base, deltas, weights, unit=iterations is None, **how)
 
 
-def _nearest(x: Matrices, norms: Float[Array, " tasks"], eps: float, damping: Scalar) -> jax.Array:
+def _nearest(x: Matrices, norms: Float[Array, " tasks"], errors: Rounded, damping: Scalar) -> jax.Array:
     """The minimum nearest to the sum. Factors, not Gram matrices, which would square the condition number."""
     tasks, size_in, size_out = x.shape
     total = jnp.sum(x, axis=0)
     rows = (x / norms[:, None, None]).swapaxes(1, 2).reshape(-1, size_in)  # (tasks out, in)
     q, r = jnp.linalg.qr(rows)
     p, s, u = lapack.svd(r)
-    real = above_rounding(s, rows.shape, eps)
+    real = above_rounding(s, rows.shape, errors._replace(floor=errors.floor / jnp.min(norms)))
 
     def pulled(so_far, part):
         block, norm, one = part

@@ -21,7 +21,7 @@ from compo_jax.adapters.adapter import STACKED, in_containers, require_matrix
 from compo_jax.adapters.low_rank import FACTORS
 from compo_jax.compose.entries import Deferred, whole
 from compo_jax.compose.leaves import Stacked, layers
-from compo_jax.compose.matrices import Eps, eps_of, product, svd
+from compo_jax.compose.matrices import Eps, Rounded, product, rounded, svd
 from compo_jax.compose.modules import require_finite, with_holes
 from compo_jax.tree import Tree
 
@@ -42,13 +42,13 @@ class Space(NamedTuple):
       base: zeros, in float32 at least, where a module changes a leaf, and elsewhere the base's leaf.
       deltas: one a module, shaped as `base`, None where nothing changes; a stack of layers has them on axis 0, too.
       back: `(merged delta) -> delta`.
-      eps: by path, of the types that the modules were rounded to; LoRA's factors are taken as exact.
+      eps: by path, the errors that the modules have from rounding; LoRA's factors are taken as exact.
     """
 
     base: Tree
     deltas: list[Tree]
     back: Back
-    eps: dict[str, float]
+    eps: dict[str, Rounded]
 
 
 class _Shared(NamedTuple):
@@ -65,25 +65,28 @@ def _matrices(x: Any, of_layers: bool) -> Array:
     return x.reshape(x.shape[0] if of_layers else 1, -1, x.shape[-1])
 
 
-@functools.partial(jax.jit, static_argnums=1)  # see `by_matrix`
-def _decomposed(joint: Array, eps: float) -> tuple[Array, Array]:
+def _decomposed(joint: Array, errors: Rounded) -> tuple[Array, Array]:
     """(left, `S right`) singular vectors of each of the matrices (layers, n, m), one after another."""
+    return _each_decomposed(joint, errors.floor, errors.eps)
 
+
+@functools.partial(jax.jit, static_argnums=2)  # see `by_matrix`
+def _each_decomposed(joint, floor, eps):
     def one(x):
-        parts = svd(x, eps)
+        parts = svd(x, Rounded(eps, floor))
         return parts.left, parts.values[:, None] * parts.right
 
     return jax.lax.map(one, joint)
 
 
 def _space(
-    base: Tree, holed: list[Tree], eps: Eps, stacked: Stacked, share: Callable[[list, bool, float], _Shared] | None
+    base: Tree, holed: list[Tree], eps: Eps, stacked: Stacked, share: Callable[[list, bool, Rounded], _Shared] | None
 ) -> Space:
     """The space of modules with None where they change nothing.
 
     Args:
-      share: `(the leaves of the modules that have one, whether their axis 0 counts layers, the eps that they were
-        rounded to) ->` what they share; of matrices alone, or of none.
+      share: `(the leaves of the modules that have one, whether their axis 0 counts layers, the size of their errors)
+        ->` what they share; of matrices alone, or of none.
     """
     rows = [jax.tree.structure(base).flatten_up_to(delta) for delta in holed]
     rows = dict(zip(tree.names(base), map(list, zip(*rows, strict=True)), strict=True))
@@ -91,14 +94,18 @@ def _space(
     of_layers = layers(base, tree.place(firsts, base), stacked)
     shapes = {name: np.shape(leaf) for name, leaf in tree.by_name(base).items()}
     spaces: dict[str, _Shared] = {}
-    rounded = {n: _rounded([x for x in rows[n] if x is not None], n, eps) for n, x in firsts.items() if x is not None}
+    errors = {
+        name: _rounded([x for x in rows[name] if x is not None], name, eps, b)
+        for name, b in tree.by_name(base).items()
+        if firsts[name] is not None
+    }
     for name, first in firsts.items():
         stack = name in of_layers
         if any(isinstance(x, _Product) for x in rows[name]):
             require_matrix(name, first, "Core Space", stacked)
         if share is None or first is None or not np.size(first) or len(shapes[name]) - stack < 2:
             continue
-        made = share([x for x in rows[name] if x is not None], stack, rounded[name])
+        made = share([x for x in rows[name] if x is not None], stack, errors[name])
         spaces[name] = made if stack else jax.tree.map(lambda x: x[0], made)
         coordinates = iter(spaces[name].rows)
         rows[name] = [None if x is None else next(coordinates) for x in rows[name]]
@@ -118,16 +125,16 @@ def _space(
         return product(*factors).reshape(shapes[name])
 
     deltas = [tree.place({name: row[t] for name, row in rows.items()}, base) for t in range(len(holed))]
-    return Space(tree.map_with_name(zeros, base), deltas, lambda delta: tree.map_with_name(leaf, delta), rounded)
+    return Space(tree.map_with_name(zeros, base), deltas, lambda delta: tree.map_with_name(leaf, delta), errors)
 
 
-def _rounded(leaves: Sequence, name: str, eps: Eps) -> float:
-    """The eps that the leaves were rounded to. Factors are what they are, however weak one module is beside another:
-    deltas alone have errors of rounding."""
+def _rounded(leaves: Sequence, name: str, eps: Eps, b: Any) -> Rounded:
+    """What the leaves were rounded to. Factors are what they are, however weak one module is beside another: deltas
+    alone have errors of rounding."""
     deltas = [x for x in leaves if not isinstance(x, _Product)]
     if deltas:
-        return eps_of(deltas, name, eps)
-    return max(float(jnp.finfo(tree.wide_type(x)).eps) for x in leaves)
+        return rounded(deltas, name, eps, b)
+    return Rounded(max(float(jnp.finfo(tree.wide_type(x)).eps) for x in leaves))
 
 
 def at_zero(base: Tree, deltas: Sequence[Tree], *, eps: Eps = None, check_finite: bool = True) -> Space:
@@ -160,11 +167,11 @@ def knots_space(
     if shared not in ("out", "in"):
         raise ValueError(f"shared={shared!r} is not among out, in")
 
-    def share(leaves, of_layers, rounded):
+    def share(leaves, of_layers, errors):
         x = jnp.stack([_matrices(x, of_layers) for x in leaves], axis=2)  # (layers, in, tasks, out)
         if shared == "out":  # the decomposition of the transposed matrices
             x = jnp.moveaxis(x, 3, 1).swapaxes(2, 3)
-        basis, blocks = _decomposed(x.reshape(*x.shape[:2], -1), rounded)
+        basis, blocks = _decomposed(x.reshape(*x.shape[:2], -1), errors)
         rows = list(jnp.moveaxis(blocks.reshape(*blocks.shape[:2], *x.shape[2:]), 2, 0))
         if shared == "in":
             return _Shared(rows, left=basis)
@@ -237,12 +244,12 @@ def core_space(
             opened = jax.tree.map(lambda x: {"a": x.a, "b": x.b} if isinstance(x, _Product) else x, module)
             require_finite(opened, f"delta {t}")
 
-    def share(leaves, of_layers, rounded):
+    def share(leaves, of_layers, errors):
         # a full delta is its factor on both sides
         pairs = [(x.a, x.b) if isinstance(x, _Product) else (x, x) for x in leaves]
         lefts, rights = ([_matrices(x, of_layers) for x in side] for side in zip(*pairs, strict=True))
-        left, _ = _decomposed(jnp.concatenate(lefts, axis=2), rounded)
-        right, _ = _decomposed(jnp.concatenate(rights, axis=1).swapaxes(1, 2), rounded)
+        left, _ = _decomposed(jnp.concatenate(lefts, axis=2), errors)
+        right, _ = _decomposed(jnp.concatenate(rights, axis=1).swapaxes(1, 2), errors)
         cores = []
         for x, a, b in zip(leaves, lefts, rights, strict=True):
             core = product(left.swapaxes(1, 2), a)

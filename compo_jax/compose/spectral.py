@@ -10,7 +10,17 @@ import jax.numpy as jnp
 
 from compo_jax.adapters.adapter import STACKED
 from compo_jax.compose.leaves import Stacked
-from compo_jax.compose.matrices import Components, Eps, by_matrix, joined, leading_of_each, orthonormal, product, svd
+from compo_jax.compose.matrices import (
+    Components,
+    Eps,
+    by_matrix,
+    joined,
+    leading_of_each,
+    orthonormal,
+    product,
+    svd,
+    svd_of_sum,
+)
 from compo_jax.compose.numbers import Scalar, Weights, count_of, require_part
 from compo_jax.tree import Tree
 
@@ -39,8 +49,8 @@ def tsv(
         where there are none.
     """
 
-    def merged(x, eps):
-        parts = leading_of_each(x, eps, max(1, min(x.shape[1:]) // len(x)))
+    def merged(x, errors):
+        parts = leading_of_each(x, errors, max(1, min(x.shape[1:]) // len(x)))
         left, right = joined(parts)
         return product(orthonormal(left) * parts.values.ravel(), orthonormal(right))
 
@@ -68,8 +78,8 @@ def iso(
     `scale σ̄ U Vᵀ` of each layer's `Σ w_t delta_t`; the arguments are those of `tsv`.
     """
 
-    def merged(x, eps):
-        return _even(svd(jnp.sum(x, axis=0), eps)).matrix()
+    def merged(x, errors):
+        return _even(svd_of_sum(x, errors)).matrix()
 
     return by_matrix(merged, base, deltas, weights, scale=scale, eps=eps, stacked=stacked, check_finite=check_finite)
 
@@ -99,14 +109,14 @@ def iso_cts(
     """
     require_part("common", common, "the part of the directions that the tasks share, from 0 to 1")
 
-    def merged(x, eps):
+    def merged(x, errors):
         tasks, rank = len(x), min(x.shape[1:])
         alone = min(round((rank - count_of(common, rank)) / tasks), rank // tasks)
-        top = svd(jnp.sum(x, axis=0), eps).leading(rank - alone * tasks)
+        top = svd_of_sum(x, errors).leading(rank - alone * tasks)
 
         def remainder(one):
             rest = one - product(one, top.right.T, top.right)
-            return svd(rest, eps, jnp.linalg.norm(one)).leading(alone)
+            return svd(rest, errors, jnp.linalg.norm(one)).leading(alone)
 
         parts = jax.lax.map(remainder, x)
         left, right = joined(parts)

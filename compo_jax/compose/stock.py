@@ -47,7 +47,8 @@ def model_stock(base: Tree, deltas: Sequence[Tree], *, stacked: Stacked = STACKE
             if name not in of_layers:
                 return layer(b, *rows)
             return jnp.stack([layer(*x) for x in zip(*map(np.asarray, (b, *rows)), strict=True)])
-        x, unit = stack(rows), unit_of(stack(rows))
+        x = stack(rows)
+        unit = unit_of(x)
         x = (x / unit).reshape(tasks, x.shape[1] if name in of_layers else 1, -1)
         shares = share(jnp.einsum("sln,tln->lst", x, x, precision="highest"))
         return tree.add(b, (shares[:, None] * jnp.sum(x, axis=0)).reshape(np.shape(b)), unit)

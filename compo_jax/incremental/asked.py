@@ -23,15 +23,17 @@ _HOW = ("kernel", "unroll", "parent", "name", "eval_batch", "features_batch")  #
 def require_same(folder: Path, setup: Setup, fingerprint: str, methods: Sequence[Method]) -> None:
     """Keeps what is asked for in the folder; ValueError, with all differences, where it has checkpoints of something
     else. `fingerprint` is the base's."""
-    path, asked = writable_path(folder) / "checkpoints" / _FILE, _described(setup, fingerprint, methods)
+    path, asked = folder / "checkpoints" / _FILE, _described(setup, fingerprint, methods)
     if mesh.agreed(path.exists() and any(entry.name != _FILE for entry in path.parent.iterdir())):
         kept = read_json(path, f"remove {path.parent} to start over")
+        asked = {name: x for name, x in asked.items() if name in kept or not name.startswith("images of ")}
         if told := differences(kept, asked, str):
             raise ValueError(
                 f"{folder} has what was learned with other settings ({told}): learn in another folder, or remove it "
                 "to start over"
             )
         return
+    writable_path(folder)
     if mesh.is_writer():
         path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, asked)
@@ -50,19 +52,22 @@ def _described(setup: Setup, fingerprint: str, methods: Sequence[Method]) -> dic
         "methods": [method.name for method in methods],
     }
     for t, task in enumerate(stream.tasks):
-        said[f"task {t}"] = [task.name, len(task.classes), *map(_contents, (task.train, task.test))]
+        said[f"task {t}"] = [task.name, len(task.classes), *(_digest(x.labels) for x in (task.train, task.test))]
+        said[f"images of task {t}"] = [*map(_some_images, (task.train, task.test))]
     for method in methods:
         form = {} if method.adapter is None else {"adapter": [method.adapter.name, dict(method.adapter.settings)]}
         said |= {f"{method.name}.{option}": value for option, value in (method._asdict() | form).items()}
     return {name: _text(value) for name, value in said.items() if name.rpartition(".")[2] not in _HOW}
 
 
-def _contents(split: Split) -> str:
-    """A digest of all labels and of some images, from the first to the last."""
-    some = np.unique(np.linspace(0, len(split) - 1, _IMAGES).astype(int))
-    digest = hashlib.sha256(np.asarray(split.labels, np.int64).tobytes())
-    digest.update(np.ascontiguousarray(split.images(some)).tobytes())
-    return digest.hexdigest()[:12]
+def _some_images(split: Split) -> str:
+    """A digest of some images, from the first to the last."""
+    some = np.unique(np.linspace(0, len(split) - 1, min(_IMAGES, len(split))).astype(int))
+    return hashlib.sha256(np.ascontiguousarray(split.images(some)).tobytes()).hexdigest()[:12]
+
+
+def _digest(labels: np.ndarray) -> str:
+    return hashlib.sha256(np.asarray(labels, np.int64).tobytes()).hexdigest()[:12]
 
 
 def _text(value: Any) -> str:

@@ -90,7 +90,7 @@ class Checkpoints:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = files.writable_path(path)
+        self.path = files.local_path(path).absolute()
         self._damaged: set[int] = set()
 
     def _numbers(self) -> list[int]:
@@ -114,6 +114,7 @@ class Checkpoints:
             return
         from orbax.checkpoint import v1 as ocp
 
+        files.writable_path(self.path)
         state = _storable(state)
         made = {"number": number, "sha256": _checksums(state)}
         try:

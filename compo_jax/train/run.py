@@ -59,7 +59,7 @@ def open_run(folder: str | os.PathLike, config: dict[str, Any], *, tensorboard: 
     Raises ValueError where the folder holds a run with other settings, a damaged one or something else, or is in use,
     and OSError where it can't be written.
     """
-    folder = files.writable_path(folder)
+    folder = files.local_path(folder)
     config = json.loads(json.dumps(config))
     with contextlib.ExitStack() as stack:
         refused, resumed = None, False
@@ -84,6 +84,8 @@ def open_run(folder: str | os.PathLike, config: dict[str, Any], *, tensorboard: 
 @contextlib.contextmanager
 def _held(folder: Path, config: dict[str, Any]) -> Iterator[bool]:
     """Holds the folder, with these settings in it, until the block ends; whether a run had left something there."""
+    if not (folder / _CONFIG).exists():
+        files.writable_path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         if not made and not (folder / _CONFIG).exists() and not _unused(folder):
