@@ -326,6 +326,14 @@ def test_rounding_errors_of_the_weights_are_no_directions_of_their_difference(ru
     assert merged(w, deltas)["w"].shape == w.shape
 
 
+def test_infinities_of_the_base_hide_nothing():
+    rng = np.random.default_rng(0)
+    base = {"w": np.where(np.eye(12, 9) > 0, -np.inf, rng.normal(size=(12, 9))).astype(np.float32)}
+    delta = {"w": (low_rank(rng, (12, 9), 2) * (np.eye(12, 9) == 0)).astype(np.float32)}
+    merged = compose.merge("tsv", base, [delta])["w"]
+    np.testing.assert_allclose(merged, base["w"] + delta["w"], atol=1e-5)
+
+
 def test_what_cancels_leaves_no_directions():
     rng = np.random.default_rng(0)
     a = 0.01 * low_rank(rng, (96, 160), 60)

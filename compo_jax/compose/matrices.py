@@ -48,12 +48,12 @@ Eps = Scalar | Mapping[str, Scalar | Rounded] | None
 
 def rounding(deltas: Sequence[Tree], eps: Eps = None) -> dict[str, Rounded]:
     """By path, the eps of what the deltas' leaves were rounded to: the largest of their types', or `eps`."""
-    found: dict[str, Rounded] = {}
-    for name in dict.fromkeys(name for delta in deltas for name in tree.names(delta)):
-        leaves = [x for delta in deltas if (x := tree.by_name(delta).get(name)) is not None]
-        if jnp.issubdtype(jnp.result_type(*leaves), jnp.floating):
-            found[name] = rounded(leaves, name, eps)
-    return found
+    leaves: dict[str, list] = {}
+    for delta in deltas:
+        for name, x in tree.by_name(delta).items():
+            leaves.setdefault(name, []).append(x)
+    floats = {name: row for name, row in leaves.items() if jnp.issubdtype(jnp.result_type(*row), jnp.floating)}
+    return {name: rounded(row, name, eps) for name, row in floats.items()}
 
 
 def rounded(leaves: Sequence, name: str, eps: Eps = None, base: Any = None) -> Rounded:
@@ -62,7 +62,8 @@ def rounded(leaves: Sequence, name: str, eps: Eps = None, base: Any = None) -> R
     given = eps.get(name, 0.0) if isinstance(eps, Mapping) else eps or 0.0
     given = given if isinstance(given, Rounded) else Rounded(_number(given))
     most = max(given.eps, *(float(jnp.finfo(jnp.result_type(x)).eps) for x in leaves))
-    return Rounded(most, given.floor if base is None else jnp.maximum(given.floor, most * root_mean_square(base)))
+    size = 0.0 if base is None else root_mean_square(base)
+    return Rounded(most, jnp.maximum(given.floor, jnp.where(jnp.isfinite(size), most * size, 0.0)))
 
 
 def _number(eps: Any) -> float:
