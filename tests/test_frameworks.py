@@ -149,20 +149,18 @@ def test_a_pool_keeps_its_modules_and_their_curvature_as_dictionaries(model, kin
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_a_pool_refuses_what_no_base_would_bring_back(model, tmp_path):
-    """Other containers than a framework's, and parts that aren't of the base's parameters."""
+def test_a_pool_keeps_modules_by_their_paths_and_refuses_what_no_base_would_bring_back(model, tmp_path):
+    """Whatever containers a module lies in; parts that aren't of the base's parameters have none to go back to."""
     adapter, pool = adapters.full(model.pattern), ModulePool(tmp_path)
     module = trained(model, adapter, 1)
-    for odd, told in (
-        ((module,), "a tuple"),
-        ({"x": module}, f"a {type(module).__name__}"),
-        (Model(*"abcd"), "a Model"),
-    ):
-        with pytest.raises(ValueError, match=f"part 'module' has {told} "):
-            pool.add("m", odd, base="0" * 64, adapter="full")
+    for name, odd in (("tuple", (module,)), ("within", {"x": module})):
+        pool.add(name, odd, base="0" * 64, adapter="full")
+        jax.tree.map(np.testing.assert_array_equal, pool.load(name), tree.nested(odd))
+    with pytest.raises(ValueError, match="part 'module' has a str "):
+        pool.add("m", Model(*"abcd"), base="0" * 64, adapter="full")
     with pytest.raises(ValueError, match=f"part 'head' has a {type(module).__name__} "):
         pool.add("m", module, base=model.params, adapter=adapter, head=module)
-    assert not pool.names()
+    assert pool.names() == ["tuple", "within"]
 
 
 @pytest.mark.parametrize("rule", ["average", "wudi", "core_space", "emr", "tsv", "ties"])

@@ -186,7 +186,9 @@ def products(leaves: Sequence[Any]) -> Float[np.ndarray, "tasks tasks"]:
 
 def root_mean_square(leaf: Any) -> Any:
     """Of all entries; on the host in float64."""
-    size = max(1, np.size(leaf))
+    size = np.size(leaf)
+    if not size:
+        return 0.0
     if on_host(leaf):
         return float(np.sqrt(products([leaf])[0, 0] / size))
     x = jnp.asarray(leaf, tree.wide_type(leaf))
