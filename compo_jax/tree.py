@@ -36,9 +36,12 @@ def by_name(tree: Tree) -> dict[str, Any]:
     paths, leaves = names(tree), jax.tree.leaves(tree)
     found = dict(zip(paths, leaves, strict=True))
     if len(found) < len(leaves):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"two leaves have the path {twice}: rename a key that has a slash in it")
+        raise _one_path(next(path for path in paths if paths.count(path) > 1))
     return found
+
+
+def _one_path(path: str) -> ValueError:
+    return ValueError(f"two leaves have the path {path}: rename a key that has a slash in it")
 
 
 def place(values: Mapping[str, Any], like: Tree) -> Tree:
@@ -65,7 +68,7 @@ def nested(tree: Tree) -> dict[str, Any]:
         for key in stem:
             branch = branch.setdefault(key, {}) if isinstance(branch, dict) else None
         if not isinstance(branch, dict) or last in branch:
-            raise ValueError(f"two leaves have the path {path_name(path)}: rename a key that has a slash in it")
+            raise _one_path(path_name(path))
         branch[last] = leaf
     return root
 

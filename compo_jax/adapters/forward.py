@@ -93,10 +93,14 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Forward:
     import flax.linen as nn
 
     seen: set = set()
+    is_boxed = lambda x: isinstance(x, nn.meta.AxisMetadata)
 
-    def factored(base, module, *args, variables=None, **kwargs):
-        reached, module, variables = set(), alike(module, base), variables or {}
-        if any(map(_is_boxed, jax.tree.leaves(base, is_leaf=_is_boxed))):
+    def applied(collections, *args, variables=None, **kwargs):
+        return model.apply({**(variables or {}), **collections}, *args, **kwargs)
+
+    def factored(base, module, *args, **kwargs):
+        reached, module = set(), alike(module, base)
+        if any(map(is_boxed, jax.tree.leaves(base, is_leaf=is_boxed))):
             raise ValueError("parameters in boxes of nn.with_partitioning: take them out by flax.linen.meta.unbox")
         jax.eval_shape(adapter.delta, module, base)  # which tells a module of another base or adapter
         if adapter.mixed:
@@ -119,7 +123,7 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Forward:
             return adapter.dense(x, y, jax.tree.unflatten(structure, leaves), bias)
 
         def apply(base):
-            return model.apply({**variables, "params": base, _COLLECTION: module}, *args, **kwargs)
+            return applied({"params": base, _COLLECTION: module}, *args, **kwargs)
 
         try:
             with nn.intercept_methods(intercept):
@@ -138,26 +142,15 @@ def adapted(model: "flax.linen.Module", adapter: Adapter) -> Forward:
                 "nn.Dense layers with the usual product, they lie inside an nn.scan without variable_axes={..., "
                 '"adapter": 0}, or nn.jit answered from its cache; adapters.merged takes any model'
             )
-        called = _form((base, module, variables, args, kwargs))
+        called = _form((base, module, args, kwargs))
         if reached and called not in seen:  # once, for it is one more trace
             require_read_as_they_lie(apply, base, reached)
             seen.add(called)
         return output
 
     if adapter.dense is None:
-        return merged(
-            lambda params, *args, variables=None, **kwargs: model.apply(
-                {**(variables or {}), "params": params}, *args, **kwargs
-            ),
-            adapter,
-        )
+        return merged(lambda params, *args, **kwargs: applied({"params": params}, *args, **kwargs), adapter)
     return factored
-
-
-def _is_boxed(x: Any) -> bool:
-    import flax.linen as nn
-
-    return isinstance(x, nn.meta.AxisMetadata)
 
 
 def _form(arguments: Any) -> tuple:

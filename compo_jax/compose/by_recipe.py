@@ -17,7 +17,7 @@ from compo_jax.compose.leaves import assembled
 from compo_jax.compose.mergekit import METHODS, Tensor
 from compo_jax.compose.parts import Part, divided, layer_places, require_base
 from compo_jax.compose.recipes import Recipe
-from compo_jax.compose.rules import dare, lines, merge, options_of
+from compo_jax.compose.rules import dare, lines, merge
 from compo_jax.compose.shards import Plan, Progress, target, write
 from compo_jax.compose.sparse import drop_each
 from compo_jax.compose.tails import breadcrumbs, della
@@ -87,8 +87,7 @@ def _by_rule(part: Part, sources: Sources, names: list[str], outputs_first: Sequ
     name, options = part.way.name, dict(part.overall[part.names[0]])
     options |= {"weights": part.each[part.names[0]].get("weight"), "check_finite": sources.check_finite}
     options["outputs_first"] = outputs_first
-    if "eps" in (options_of(name, options.get("rule")) or ()):
-        options.setdefault("eps", sources.rounding(part.names))  # add-ons and a wider type hide what it was
+    options = sources.with_eps(name, options, part.names)
     after = None
     for add_on in part.way.add_ons:
         ((what, chosen),) = add_on.items()

@@ -88,9 +88,12 @@ class Sources(NamedTuple):
         make = lambda model: lambda name, dtype: _Row(model, name, start, dtype, self.check_finite)
         return [self._deferred(names, make(model)) for model in chosen]
 
-    def rounding(self, names: Iterable[str]) -> dict[str, float]:
-        """By name, the eps of the types that the tensors are in: wide differences are of numbers that were rounded."""
-        return {name: float(jnp.finfo(FLOATS[self.like.tensors[name].dtype]).eps) for name in names}
+    def with_eps(self, rule: str, options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+        """The rule's options, `eps` among them where it has that: of the types that these tensors are in, which a wider
+        type and add-ons hide."""
+        if "eps" not in (options_of(rule, options.get("rule")) or ()):
+            return options
+        return {"eps": {n: float(jnp.finfo(FLOATS[self.like.tensors[n].dtype]).eps) for n in names}} | options
 
     def precision(self) -> contextlib.AbstractContextManager:
         """In which the merge is made: with float64 where a tensor has it."""
@@ -175,11 +178,10 @@ def merge_files(
     names = list(sources.like.floats())
     with sources.precision():
         origin, deltas = sources.origin(names, base is not None), sources.deltas(names, base is not None)
-        rounded = "eps" in (options_of(name, options.get("rule")) or ())
-        told, options = options, ({"eps": sources.rounding(names)} if rounded else {}) | options
-        params = merge(name, origin, deltas, outputs_first=outputs_first, check_finite=check_finite, **options)
+        how = sources.with_eps(name, options, names)
+        params = merge(name, origin, deltas, outputs_first=outputs_first, check_finite=check_finite, **how)
         plan = Plan(sources.like, kind, check_finite, progress, max_shard_size)
-        told = told if outputs_first == PYTORCH else told | {"outputs_first": outputs_first}
+        told = options if outputs_first == PYTORCH else options | {"outputs_first": outputs_first}
         with write_card(card, [Step(name, len(names), told)], sources.base, sources.models):
             write(out, plan, params)
 
