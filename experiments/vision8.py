@@ -20,9 +20,12 @@ pools for each seed and kind. A killed run goes on behind its last module, and t
 the last start. A few minutes on 2 CPU cores with no arguments. Expected numbers: README.md.
 """
 
+import contextlib
+import itertools
 import shutil
 import time
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import job
@@ -126,6 +129,11 @@ def together(tasks: range) -> str:
     return f"tasks-{tasks.start + 1}-{tasks.stop}"
 
 
+def unfinished(folder: Path, tasks: range, kind: str, seed: int) -> Path:
+    """The folder of what was tested of these tasks, for a run that is killed to go on."""
+    return folder / "unfinished" / f"{together(tasks)}-{kind}-{seed}"
+
+
 def measured(bench: Bench, programs: dict[tuple[str, int], dict[str, merge_bench.Program]]) -> dict[range, MergingRun]:
     """The modules of a seed under every rule, all tasks at once, and so many as --together says."""
     how, count = bench.options.merging, len(bench.run.stream.tasks)
@@ -141,9 +149,9 @@ def measured(bench: Bench, programs: dict[tuple[str, int], dict[str, merge_bench
         for tasks, run in runs.items():
             compiled = programs.setdefault((kind, len(tasks)), {})
             of_all = joint if len(tasks) == count else None
-            unfinished = bench.run.folder / "unfinished" / f"{together(tasks)}-{kind}-{bench.seed}"
+            rest = unfinished(bench.run.folder, tasks, kind, bench.seed)
             merges[tasks][kind] = merge_bench.merged_pool(
-                run, kind, how.rules, compiled, how.curvature_images, bench.seed, unfinished, of_all, known=True
+                run, kind, how.rules, compiled, how.curvature_images, bench.seed, rest, of_all, known=True
             )
     own = {"run": f"seed {bench.seed}", "seed": bench.seed}
     return {
@@ -219,7 +227,10 @@ def main(arguments: list[str] | None = None) -> None:
             path = report.merging_page(folder, results)
             for table in report.merging_tables(results):
                 console.print(table.rich())
-        shutil.rmtree(run.folder / "unfinished", ignore_errors=True)  # where there are kinds to be added alone
+        for tasks, kind, seed in itertools.product(runs, options.training.kinds, streams):
+            shutil.rmtree(unfinished(run.folder, tasks, kind, seed), ignore_errors=True)  # kinds to be added have none
+        with contextlib.suppress(OSError):  # other seeds' parts are there, or none were
+            (run.folder / "unfinished").rmdir()
     console.print(f"{results.seconds:.0f} s; report: {path}", soft_wrap=True)
 
 

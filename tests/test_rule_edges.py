@@ -360,3 +360,19 @@ def test_eps_is_a_number_that_is_not_negative():
         with pytest.raises(ValueError, match="eps is a finite number that isn't negative"):
             compose.merge("iso", x, [x], eps=wrong)
     compose.merge("iso", x, [x], eps=jnp.float32(1e-3))
+
+
+@pytest.mark.parametrize("rule", ["iso", "tsv", "knots", "subspace_boosting", "dare"])
+def test_eps_of_a_path_that_is_not_there_is_told(rule):
+    rng = np.random.default_rng(0)
+    base, delta = ({"w": rng.normal(size=(4, 3)).astype(np.float32)} for _ in range(2))
+    how = {"rule": "tsv", "key": jax.random.key(0)} if rule == "dare" else {}
+    with pytest.raises(ValueError, match="eps names weight, and the paths are: w"):
+        compose.merge(rule, base, [delta, delta], eps={"weight": 0.1}, **how)
+    compose.merge(rule, base, [delta, delta], eps={"w": 0.1}, **how)
+
+
+def test_eps_may_be_of_a_branch_that_no_module_changes():
+    x = {"a": {"w": np.ones((4, 3), np.float32)}, "b": {"w": np.ones((4, 3), np.float32)}}
+    compose.boost(x | {"a": None}, eps={"a/w": 0.1, "b/w": 0.1})
+    compose.merge("iso", x, [x | {"a": None}], eps={"a/w": 0.1})

@@ -54,9 +54,13 @@ def test_tasks_are_merged_under_heads_that_stay_and_a_run_that_is_there_is_not_m
     assert any(np.any(leaf) for leaf in jax.tree.leaves(adapter.delta(module, base)) if leaf is not None)
 
     assert not list((tmp_path / "small").glob("checkpoints/*"))
+    assert not (tmp_path / "small" / "unfinished").exists()
+    of_others = tmp_path / "small" / "unfinished" / "tasks-1-8-lora-1"
+    of_others.mkdir(parents=True)
     again = run(*line, "--rules", "average", script="vision8.py")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "trained in" not in again.stdout
+    assert list(of_others.parent.iterdir()) == [of_others]  # another seed's, which was killed
     np.testing.assert_array_equal(
         read_result(tmp_path / "small" / "metrics.json", MergingResults).runs[0].pools["lora"].individual,
         pool.individual,

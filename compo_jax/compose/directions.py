@@ -23,6 +23,7 @@ from compo_jax.compose.matrices import (
     leading_of_each,
     orthonormal,
     product,
+    require_paths,
     rounded,
     svd,
 )
@@ -169,6 +170,7 @@ def boost(
     """
     require_part("beta", beta, "the part of the singular values' sum that stays as it is, from 0 to 1")
     (delta,) = require_same([delta], check_finite=check_finite)
+    require_paths(eps, delta)
     of_layers = layers(delta, delta, stacked)
 
     @functools.partial(jax.jit, static_argnums=(2, 3))  # see `by_matrix`

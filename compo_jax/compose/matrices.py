@@ -66,6 +66,16 @@ def rounded(leaves: Sequence, name: str, eps: Eps = None, base: Any = None) -> R
     return Rounded(most, jnp.maximum(given.floor, jnp.where(jnp.isfinite(size), most * size, 0.0)))
 
 
+def require_paths(eps: Eps, like: Tree) -> None:
+    """ValueError where `eps` names a path that `like` hasn't; what is behind a None of `like` may be named."""
+    if not isinstance(eps, Mapping):
+        return
+    known = dict(tree.by_name(tree.map_with_name(lambda name, x: x is None, like)))
+    holes = tuple(f"{name}/" for name, hole in known.items() if hole)
+    if wrong := [name for name in eps if name not in known and not name.startswith(holes)]:
+        raise ValueError(f"eps names {', '.join(map(str, wrong))}, and the paths are: {', '.join(known)}")
+
+
 def _number(eps: Any) -> float:
     require_not_negative(eps=eps)
     return float(eps)
@@ -173,6 +183,7 @@ def by_matrix(
       eps: see `Eps`; default that of the leaves' types.
     """
     deltas = with_zeros(base, deltas, check_finite=check_finite)
+    require_paths(eps, base)
     require_number("scale", scale, "a finite number")
     weights = None if weights is None else weigh(weights, len(deltas), 1.0)
     of_layers = layers(base, deltas[0], stacked)

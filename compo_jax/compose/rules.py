@@ -39,7 +39,7 @@ from compo_jax.compose.interference import wudi
 from compo_jax.compose.kronecker import kronecker_merge, regmean
 from compo_jax.compose.leaves import Stacked, add_weighted
 from compo_jax.compose.masks import consensus, emr_params, tall_params
-from compo_jax.compose.matrices import rounding
+from compo_jax.compose.matrices import require_paths, rounding
 from compo_jax.compose.modules import listed, with_holes, with_zeros
 from compo_jax.compose.numbers import Scalar, Weights, require_key
 from compo_jax.compose.solve import Solved, solve_merge
@@ -146,7 +146,7 @@ def lines(
         options["stacked"] = stacked
     behind = functools.partial(merge, rule, weights=weights, check_finite=check_finite, **options)
     if when == "before":
-        behind = functools.partial(behind, **_rounded(rule, holed, options))
+        behind = functools.partial(behind, **_rounded(rule, base, holed, options))
         deltas = scaled_by_layer(holed, factors)
         return behind(base, deltas if find_rule(rule).leafwise else jax.tree.map(whole, deltas))
     merged = behind(widened(base), holed)  # unrounded
@@ -154,10 +154,11 @@ def lines(
     return moved_by_layer(base, moved, factors, check_finite=check_finite)
 
 
-def _rounded(rule: str, deltas: Sequence[Tree], options: dict[str, Any]) -> dict[str, Any]:
+def _rounded(rule: str, base: Tree, deltas: Sequence[Tree], options: dict[str, Any]) -> dict[str, Any]:
     """The option `eps` for a rule that has it, behind an add-on that widens the deltas."""
     if "eps" not in (options_of(rule, options.get("rule")) or ()):
         return {}
+    require_paths(options.get("eps"), base)
     return {"eps": rounding(deltas, options.get("eps"))}
 
 
@@ -196,7 +197,7 @@ def _before(change):
         theirs = chosen.needs + chosen.takes + tuple(options_of(rule) or ())
         deltas = with_zeros(base, deltas, check_finite=check_finite)
         mine = {name: options[name] for name in names if name in options}
-        options |= _rounded(rule, deltas, options)
+        options |= _rounded(rule, base, deltas, options)
         deltas = change(base, deltas, deferred=chosen.leafwise, **mine)
         options = {name: x for name, x in options.items() if name not in mine or name in theirs}
         if "key" in options:
@@ -386,7 +387,7 @@ def dare(
     leafwise = name is not None and find_rule(name).leafwise
     require_key(key)
     deltas = with_zeros(base, deltas, check_finite=check_finite)
-    options |= {} if name is None else _rounded(name, deltas, options)
+    options |= {} if name is None else _rounded(name, base, deltas, options)
     deltas = drop_each(key, deltas, rate, deferred=leafwise)
     if name is not None:
         inner = jax.random.fold_in(key, 1)  # whose draws are others

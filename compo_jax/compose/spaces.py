@@ -21,7 +21,7 @@ from compo_jax.adapters.adapter import STACKED, in_containers, require_matrix
 from compo_jax.adapters.low_rank import FACTORS
 from compo_jax.compose.entries import Deferred, whole
 from compo_jax.compose.leaves import Stacked, layers
-from compo_jax.compose.matrices import Eps, Rounded, product, rounded, svd
+from compo_jax.compose.matrices import Eps, Rounded, product, require_paths, rounded, svd
 from compo_jax.compose.modules import require_finite, with_holes
 from compo_jax.tree import Tree
 
@@ -88,6 +88,7 @@ def _space(
       share: `(the leaves of the modules that have one, whether their axis 0 counts layers, the size of their errors)
         ->` what they share; of matrices alone, or of none.
     """
+    require_paths(eps, base)
     rows = [jax.tree.structure(base).flatten_up_to(delta) for delta in holed]
     rows = dict(zip(tree.names(base), map(list, zip(*rows, strict=True)), strict=True))
     firsts = {name: next((x for x in row if x is not None), None) for name, row in rows.items()}
