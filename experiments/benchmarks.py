@@ -7,7 +7,10 @@ held out: the paper's very images are not published.
 """
 
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from incremental_options import Stream
 
 Pull = tuple[float, float]
 
@@ -50,8 +53,8 @@ class Benchmark(NamedTuple):
                 "probe_epochs": self.probe_epochs,
             },
             "penalties": {
-                "alpha": self.alpha, "beta": self.beta, "units": "paper", "pull": self.pull,
-                "iel_pull": self.iel_pull, "fisher": "low_rank", "fisher_images": 0,
+                "alpha": self.alpha, "beta": self.beta, "pull": self.pull, "iel_pull": self.iel_pull,
+                "fisher": "low_rank", "fisher_images": 0,
             },
         }  # fmt: skip
 
@@ -80,6 +83,8 @@ BENCHMARKS = {
         "Peach___healthy and Potato___healthy",
     ),
 }  # fmt: skip
+
+WEIGHED = ("ita", "iel")  # whose weights are the paper's, in its units
 
 # Final accuracy (FA, %), in the order of the benchmarks: tables 1, 2 and 4, and those of baselines on CIFAR-100
 _EVERYWHERE = {
@@ -112,12 +117,15 @@ def published(name: str) -> dict[str, float]:
     return {method: round(percent / 100, 4) for method, percent in percents.items()}
 
 
-def differs(name: str, data: str, classes: tuple[int, ...], *, whole: bool) -> str:
-    """In words that a stream's tasks, or its images, are not those of the benchmark, whose numbers are of these alone;
-    "" where they are. `data` is what is opened, and `whole` whether all of its training images are taken."""
+def differs(name: str, stream: "Stream", classes: tuple[int, ...]) -> str:
+    """In words that the tasks, or the images, are not those of the benchmark, whose numbers are of these alone; ""
+    where they are. `stream` is what is opened, and `classes` how many its tasks have."""
     benchmark = BENCHMARKS[name]
     if classes == benchmark.classes:
-        same = whole and (data == benchmark.data or data.startswith("folder:"))
+        folder = stream.data.startswith("folder:")  # whose parts are called as its owner likes
+        whole = stream.images is None and stream.test_fraction == benchmark.test_fraction
+        parts = (stream.train_split, stream.test_split) == (benchmark.train_split, None)
+        same = whole and (folder or (stream.data == benchmark.data and parts))
         return "" if same else f"these are other images than {name}'s: the paper's numbers are left out"
     theirs, these = (
         " + ".join(f"{len(list(same))} x {count}" for count, same in groupby(each))

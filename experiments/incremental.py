@@ -73,8 +73,7 @@ def published(options: Options, stream: data.TaskStream) -> dict[str, float]:
     """The paper's numbers for a benchmark's methods, where the tasks are its."""
     if (name := options.stream.benchmark) is None:
         return {}
-    source, classes = options.stream, tuple(len(task.classes) for task in stream.tasks)
-    told = benchmarks.differs(name, source.data, classes, whole=source.images is None)
+    told = benchmarks.differs(name, options.stream, tuple(len(task.classes) for task in stream.tasks))
     if told:
         console.print(told)
     return {} if told else benchmarks.published(name)
@@ -97,13 +96,14 @@ def methods(options: Options, base) -> list[incremental.Method]:
         "ewc": {"alpha": weigh.ewc},
         "lwf": {"alpha": weigh.lwf},
     }
-    shared = {"units": weigh.units} | ({"coupled": weigh.penalty == "coupled"} if weigh.penalty else {})
+    shared = {"coupled": weigh.penalty == "coupled"} if weigh.penalty else {}
     made = []
     for name in how.methods:
         way, _, kind = name.partition("-")
         pulls = (way.startswith("iel") and weigh.iel_pull) or weigh.pull
         pull = {"pull": pulls} if "pull" in incremental.WAYS[way].options else {}
-        made.append(incremental.method(way, **shared | kinds[kind] | ways.get(way, {}) | pull))
+        units = {"units": weigh.units or ("paper" if way in benchmarks.WEIGHED else "relative")}
+        made.append(incremental.method(way, **units | shared | kinds[kind] | ways.get(way, {}) | pull))
         if made[-1].adapter is not None:  # a wrong rank or pattern is said before there is a run folder
             jax.eval_shape(made[-1].adapter.init, jax.random.key(0), base)
     return made

@@ -9,7 +9,21 @@ from typing import Annotated, Literal
 
 import options as line
 from benchmarks import BENCHMARKS
-from options import OPEN, Count, LocalPath, Name, OpenCount, OpenPath, Rate, Seed, Text, Weight, number, values
+from options import (
+    OPEN,
+    Count,
+    LocalPath,
+    Name,
+    OpenCount,
+    OpenPath,
+    OpenWeight,
+    Rate,
+    Seed,
+    Text,
+    Weight,
+    number,
+    values,
+)
 
 FOLDER = "folder:"
 FROZEN = ("ncm", "ranpac", "simplecil")  # on the base's features; the last two also WAY-KIND
@@ -148,18 +162,19 @@ class Training:
 class Penalties:
     """What keeps modules from harming one another"""
 
-    alpha: Weight = 0.1
-    """weight of ITA's penalty"""
-    tak_alpha: Weight = 0.004
-    """weight of ITA's penalty by Kronecker factors (TAK)"""
-    beta: Weight = 0.1
-    """weight of IEL's penalty"""
-    ewc: Weight = 0.1
-    """weight of elastic weight consolidation"""
+    alpha: OpenWeight = None
+    """weight of ITA's penalty (default, in relative units: 0.1)"""
+    tak_alpha: OpenWeight = None
+    """weight of ITA's penalty by Kronecker factors, TAK (default, in relative units: 0.004)"""
+    beta: OpenWeight = None
+    """weight of IEL's penalty (default, in relative units: 0.1)"""
+    ewc: OpenWeight = None
+    """weight of elastic weight consolidation (default, in relative units: 0.1)"""
     lwf: Weight = 10.0
     """weight of learning without forgetting's distillation"""
-    units: Literal["relative", "paper"] = "relative"
-    """of the weights: relative to the curvature's mean, or of the curvature as it is"""
+    units: Annotated[Literal["relative", "paper"] | None, OPEN] = None
+    """of the weights: relative to the curvature's mean, or of the curvature as it is (default: relative; paper for a
+    benchmark's own weights)"""
     penalty: Annotated[Coupling, OPEN] = None
     """added to the loss, or a step of its own (default: coupled for full deltas, TAK and EWC)"""
     pull: Annotated[Pull | None, number(float, 0, many=2), OPEN] = None
@@ -197,6 +212,8 @@ class Options:
     place: Place = Place()
 
 
+RELATIVE = {"alpha": 0.1, "tak_alpha": 0.004, "beta": 0.1, "ewc": 0.1}  # the weights' defaults, in relative units
+
 # What a data set wants where the command line leaves it open; "" is of any.
 PRESETS = {
     "": {"tasks": 10, "epochs": 20, "batch": 128},
@@ -216,20 +233,26 @@ def parse(arguments: list[str] | None = None, documentation: str | None = None) 
     methods = tuple(sorted(methods, key=lambda name: name in FROZEN))  # in order, those last
     if set(methods) <= set(FROZEN):
         raise ValueError(f"{', '.join(methods)} train nothing: name a method before them, ita-lora say")
-    others = set().union(*map(_taken, METHODS)) - set().union(*map(_taken, methods))
+    taken = set().union(*map(_taken, methods))
+    others = set().union(*map(_taken, METHODS)) - taken
     for group in (named.training, named.penalties):
         line.refuse(group, f"with {', '.join(methods)}", *sorted(others & vars(group).keys()))
+    open_weights = [name for name in RELATIVE if name in taken and getattr(options.penalties, name) is None]
+    if options.penalties.units == "paper" and open_weights:
+        wanted = " and ".join(map(line.flag, open_weights))
+        raise ValueError(f"--units paper has no default for {wanted}: name it too, or leave the weights relative")
     data, seed = options.stream.data, options.place.seed
     label = "compare" if options.training.compare else "-".join(methods)
     folder = Path(data.removeprefix(FOLDER)).name if data.startswith(FOLDER) else ""
     what = options.stream.benchmark or folder or data
     name = options.place.name or line.plain(f"incremental-{what}-{seed}" + f"-{label}" * (label != "ita-lora"))
     wanted = PRESETS[""] | PRESETS.get(data, {})
+    weighed = RELATIVE | {"pull": (0.1, 0.05)} | ({} if options.stream.benchmark else {"units": "relative"})
     return dataclasses.replace(
         options,
         stream=line.filled(options.stream, wanted),
         training=line.filled(dataclasses.replace(options.training, methods=methods), wanted),
-        penalties=line.filled(options.penalties, {"pull": (0.1, 0.05)}),
+        penalties=line.filled(options.penalties, weighed),
         place=dataclasses.replace(options.place, name=name),
     )
 
@@ -239,6 +262,8 @@ def _default(named: Options) -> Options:
     groups = BENCHMARKS[named.stream.benchmark].wanted()
     if named.penalties.pull is not None:  # which is IEL's too, then
         del groups["penalties"]["iel_pull"]
+    if named.penalties.units == "relative":  # which the paper's weights are not
+        del groups["penalties"]["alpha"], groups["penalties"]["beta"]
     if named.stream.data != Stream.data:  # which may have other parts
         del groups["stream"]["train_split"]
     plain = Options()

@@ -56,13 +56,7 @@ def test_a_benchmark_fills_in_what_the_command_line_leaves_open():
     assert (chosen.training.epochs, chosen.training.batch, chosen.training.probe_epochs) == (5, 128, 1)
     assert (chosen.training.rank, chosen.training.learning_rate) == (16, 3e-4)
     weigh = chosen.penalties
-    assert (weigh.alpha, weigh.beta, weigh.units, weigh.pull, weigh.iel_pull) == (
-        5,
-        20,
-        "paper",
-        (0.1, 0.01),
-        (0.1, 0.001),
-    )
+    assert (weigh.alpha, weigh.beta, weigh.pull, weigh.iel_pull) == (5, 20, (0.1, 0.01), (0.1, 0.001))
     assert chosen.place.name == "incremental-cropdisease-7x5-0-ita-lora-iel-lora"
     ours = options("")
     assert ours.penalties.alpha == 0.1 and ours.training.rank == 8 and ours.stream.augment == "default"
@@ -80,6 +74,61 @@ def test_what_the_command_line_names_wins():
     assert options(f"{line} --data-dir x").stream.train_split == "test"
     pulls = [method.pull for method in job.methods(chosen, job.models.backbone(None, None, None, "float32")[1])]
     assert pulls == [(1, 2), (1, 2)]
+
+
+BASE = job.models.backbone().params
+
+
+@pytest.mark.parametrize(
+    ("line", "weighed"),
+    [
+        ("--benchmark cifar100-10x10 --data-dir x", ["paper 0.02", "paper 20", "relative 0.004", "relative 0.1"]),
+        (
+            "--benchmark cropdisease-7x5 --data-dir x --alpha 7 --ewc 3",
+            ["paper 7", "paper 20", "relative 0.004", "relative 3"],
+        ),
+        (
+            "--benchmark cropdisease-7x5 --data-dir x --units relative",
+            ["relative 0.1", "relative 0.1", "relative 0.004", "relative 0.1"],
+        ),
+        (
+            "--benchmark cifar100-10x10 --data-dir x --units paper --tak-alpha 10 --ewc 300",
+            ["paper 0.02", "paper 20", "paper 10", "paper 300"],
+        ),
+        ("", ["relative 0.1", "relative 0.1", "relative 0.004", "relative 0.1"]),
+    ],
+)
+def test_a_benchmarks_units_are_those_of_the_weights_that_it_gives(line, weighed):
+    made = job.methods(options(f"{line} --methods ita-lora iel-lora tak-lora ewc-full"), BASE)
+    assert [f"{method.units} {method.alpha:g}" for method in made] == weighed
+
+
+def test_weights_in_the_papers_units_are_named():
+    for line in ("--benchmark cifar100-10x10 --data-dir x", ""):
+        with pytest.raises(ValueError, match="no default for .*--tak-alpha and --ewc: name it too"):
+            options(f"{line} --units paper --methods ita-lora tak-lora ewc-full")
+
+
+@pytest.mark.parametrize(
+    ("line", "same"),
+    [
+        ("--benchmark cifar100-10x10", True),
+        ("--benchmark cifar100-10x10 --class-order 1993", True),
+        ("--benchmark cifar100-10x10 --train-split train[:1%]", False),
+        ("--benchmark cifar100-10x10 --test-split test[:5%]", False),
+        ("--benchmark cifar100-10x10 --images 5", False),
+        ("--benchmark cifar100-10x10 --data cifar10", False),
+        ("--benchmark imagenet_r-10x20", True),
+        ("--benchmark imagenet_r-10x20 --test-fraction 0.01", False),
+        ("--benchmark imagenet_r-10x20 --data folder:r", True),
+        ("--benchmark mit67-10 --train-split all", True),
+        ("--benchmark mit67-10 --test-fraction 0.5", False),
+    ],
+)
+def test_the_papers_numbers_are_of_its_images_alone(line, same):
+    chosen = options(f"{line} --data-dir x")
+    told = benchmarks.differs(chosen.stream.benchmark, chosen.stream, benchmarks.BENCHMARKS[line.split()[1]].classes)
+    assert (told == "") is same
 
 
 def test_ita_and_iel_have_each_its_pull():

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from compo_jax.compose.numbers import require_not_negative, require_number
 from compo_jax.data import Task, TaskStream, steps_per_epoch, train_batches
 from compo_jax.incremental.classifier import Head, logits, masked, task_columns
 from compo_jax.incremental.descent import penalty_step
+from compo_jax.incremental.fisher import KINDS
 from compo_jax.incremental.modes import Memory, Method, Mode
 from compo_jax.incremental.optimizer import coupled_adamw, decoupled_adamw, rates
 from compo_jax.incremental.reference import Reference
@@ -68,6 +70,20 @@ def head_width(mode: Mode, stream: TaskStream) -> int:
     return max((len(lesson.task.classes) for lesson in lessons if lesson), default=0)
 
 
+def _require_sound(method: Method) -> None:
+    """ValueError for a number or a word that the method can't have."""
+    for field, allowed in (("units", ("relative", "paper")), ("curvature", KINDS), ("coupled", (True, False, None))):
+        if getattr(method, field) not in [*allowed]:
+            known = ", ".join(map(str, allowed))
+            raise ValueError(f"method {method.name!r}: {field} is one of {known}, not {getattr(method, field)!r}")
+    require_number("learning_rate", method.learning_rate, "a finite number above zero", lambda x: x > 0)
+    require_not_negative(alpha=method.alpha)
+    if len(method.pull) != 2:
+        raise ValueError(f"method {method.name!r}: pull is two numbers, λ_F and λ_I, not {method.pull}")
+    for strength in method.pull:
+        require_not_negative(pull=strength)
+
+
 def training(setup: Setup, method: Method, *, width: int | None = None) -> Training:
     """The pieces of `method`; see `task_trainer`."""
     stream, settings, mode = setup.stream, setup.settings, method.mode(setup, method)
@@ -78,6 +94,7 @@ def training(setup: Setup, method: Method, *, width: int | None = None) -> Train
     }
     if missing := [what for what, value in pieces.items() if value is None]:
         raise ValueError(f"method {method.name!r} can't train: it lacks {' and '.join(missing)}")
+    _require_sound(method)
     width = head_width(mode, stream) if width is None else width
     coupled = method.adapter.dense is None if method.coupled is None else method.coupled
 

@@ -1,17 +1,20 @@
 """A new task on the templates of others: which parts of its network learn."""
 
+import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from compo_jax.data.splits import Split
 from compo_jax.data.stream import Augmentation
+from compo_jax.modular.edit import take_tasks
 from compo_jax.modular.losses import Prepare
 from compo_jax.modular.net import ModularNet, Network
 from compo_jax.modular.settings import Settings
 from compo_jax.modular.training import Learner, learner
+from compo_jax.tree import Tree
 
 PARTS: dict[str, tuple[str, ...]] = {
     "head": ("^head",),
@@ -51,23 +54,28 @@ def nearest_source(network: Network, prepare: Prepare, split: Split, images: int
     """The task whose route tells the classes of these labelled images apart best, and so is a new one's start.
 
     By the accuracy of nearest centroids on the features, cross-validated in at most five folds, on about as many images
-    in all; batch statistics are those of the images. ValueError where a class has fewer than two images.
+    in all; batch statistics are those of the images, of each task's network alone. ValueError where a class has fewer
+    than two images.
     """
-    net, counts = network.net, np.bincount(split.labels)
+    counts = np.bincount(split.labels)
     if counts.min() < 2:
         raise ValueError(f"a class has {counts.min()} images, and the nearest source is told by two of each or more")
     rows = np.concatenate(
         [np.flatnonzero(split.labels == c)[: max(images // len(counts), 2)] for c in range(len(counts))]
     )
-    labels = split.labels[rows]
-    features = jax.jit(
-        lambda variables, images: net.apply(
-            variables, jnp.stack([images] * len(net.classes)), None, True,
-            method="features", mutable=["batch_stats"],
-        )[0]
-    )(network.variables, prepare(split.images(rows)))  # fmt: skip
+    labels, images = split.labels[rows], prepare(split.images(rows))[None]
     folds = int(min(5, np.bincount(labels).min()))
-    return int(np.argmax([_centroid_accuracy(np.asarray(x), labels, folds) for x in features]))
+
+    def accuracy(task: int) -> float:
+        net, variables = take_tasks(network, [task])
+        return _centroid_accuracy(np.asarray(_features(net, variables, images)[0]), labels, folds)
+
+    return int(np.argmax([accuracy(task) for task in range(len(network.net.classes))]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _features(net: ModularNet, variables: Tree, images: Array) -> Float[Array, "tasks images features"]:
+    return net.apply(variables, images, None, True, method="features", mutable=["batch_stats"])[0]
 
 
 def _centroid_accuracy(features: np.ndarray, labels: np.ndarray, folds: int) -> float:

@@ -73,17 +73,22 @@ def source_objectives(
     """Information maximisation of each source's network on the target's training images: the lowest is the best
     source that can be told without labels.
 
-    `bn="target"` takes batch statistics on them first (on 20 batches at most), so that sources are compared by what
-    they see and not by how far their statistics are off.
+    `bn="target"` takes batch statistics on them first (on 20 batches at most, the same for all), so that sources are
+    compared by what they see and not by how far their statistics are off. Each source is a network of its own there:
+    BN that tasks share would take the mean of what all sources give.
     """
-    net, variables = network
-    splits = [target.train] * len(net.classes)
     if bn not in ("source", "target"):
         raise ValueError(f"{bn!r} is not among source, target")
-    if bn == "target":
-        variables = statistics(net, prepare)(variables, itertools.islice(balanced_batches(splits, batch, 0)(0), 20))
-    logits = predictions(net, prepare)(variables, splits, batch)
-    return np.array([information_maximisation(jnp.asarray(part)) for part in logits])
+
+    def objective(source: int) -> Array:
+        net, variables = take_tasks(network, [source])
+        if bn == "target":
+            batches = balanced_batches([target.train], batch, 0)(0)
+            variables = statistics(net, prepare)(variables, itertools.islice(batches, 20))
+        (logits,) = predictions(net, prepare)(variables, [target.train], batch)
+        return information_maximisation(jnp.asarray(logits))
+
+    return np.array([objective(source) for source in range(len(network.net.classes))])
 
 
 def soup_of_sources(network: Network, prepare: Prepare, target: Task, batch: int = 64) -> list[int]:

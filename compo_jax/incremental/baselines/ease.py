@@ -24,7 +24,8 @@ def completed(measured: Sequence[Sequence[Prototypes]]) -> list[list[Prototypes]
     """`[task][subspace]`, the prototypes of each task's classes in the features of every task's adapter.
 
     Those of an older task's classes in a newer subspace can't be measured, for its images are gone: they are the newer
-    classes' means there, weighted by how near the old class is to each in its own subspace (a softmax of cosines).
+    classes' means there, weighted by how near the old class is to each in its own subspace (a softmax of cosines). The
+    authors' code has a switch by which they are made anew of all newer tasks' classes after each task.
 
     Args:
       measured: `[task][subspace]`, those in the subspaces up to the task's own.

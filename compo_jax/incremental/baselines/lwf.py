@@ -13,7 +13,8 @@ from compo_jax.incremental.ways import register
 
 def distillation(setup: Setup, method: Method) -> Mode:
     """Sequential, with the earlier classes' answers of the model before the task kept, on the task's own images, at
-    temperature 2. The earlier heads stand still."""
+    temperature 2. The earlier heads stand still. The answers are one softmax over all earlier classes, for tasks are
+    not told apart in a test, where the paper keeps each earlier task's apart."""
     plain = fine_tuning(setup, method)
     base, total = setup.base, len(setup.stream.classes)
     width = feature_width(setup.model, base, setup.stream)

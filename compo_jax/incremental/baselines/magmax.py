@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from compo_jax import tree
+from compo_jax.compose.numbers import require_number
 from compo_jax.incremental.baselines.sequential import fine_tuning
 from compo_jax.incremental.modes import Method, Mode, composed
 from compo_jax.incremental.settings import Setup
@@ -25,6 +26,7 @@ def magnitude_merging(setup: Setup, method: Method, *, scale: float = 0.5) -> Mo
     Args:
       scale: λ of the merged task vector; default: that of the authors' code for all class-incremental streams.
     """
+    require_number("scale", scale, "the finite factor of the merged task vector")
     plain = fine_tuning(setup, method)
     base, adapter = setup.base, method.adapter
     nothing = jax.tree.map(jnp.zeros_like, adapter.delta(plain.memory["module"], base))

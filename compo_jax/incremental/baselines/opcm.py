@@ -7,8 +7,9 @@ import optax
 from jaxtyping import Float
 
 from compo_jax import adapters, tree
+from compo_jax.compose.numbers import require_part
 from compo_jax.incremental.ita import task_arithmetic
-from compo_jax.incremental.modes import Method, Mode, composed
+from compo_jax.incremental.modes import Method, Mode, apart, composed
 from compo_jax.incremental.settings import Setup
 from compo_jax.incremental.ways import register
 
@@ -37,11 +38,13 @@ def projected_merging(setup: Setup, method: Method, *, alpha: float = 0.5) -> Mo
 
     With `S_t = S_{t-1} + P(Δ_t)`, projected by the singular vectors of S_{t-1}, the model is `base + S_t / λ_t` where
     `λ_t = ‖S_t‖ / mean_{s ≤ t} ‖Δ_s‖`. A weight that is no matrix is added as it is. The heads are trained and put
-    together as those of other methods are; the paper has CLIP's zero-shot heads instead.
+    together as those of other methods are; the paper has CLIP's zero-shot heads instead. Queries, keys and values are
+    one matrix where the model has them in one, as timm's have; in the paper's CLIP they are three.
 
     Args:
-      alpha: part of the singular values' sum whose vectors are left out; default: the paper's.
+      alpha: part of the singular values' sum whose vectors are left out, from 0 to 1; default: the paper's.
     """
+    require_part("alpha", alpha, "the part of the singular values' sum whose vectors are left out, from 0 to 1")
     plain = task_arithmetic(setup, method)
     base, adapter = setup.base, method.adapter
 
@@ -69,6 +72,7 @@ def projected_merging(setup: Setup, method: Method, *, alpha: float = 0.5) -> Mo
         memory={"sum": jax.tree.map(jnp.zeros_like, start), "length": jnp.zeros(()), "tasks": jnp.zeros(())},
         remember=remember,
         at_once=False,
+        compose=apart,
         classify=classify,
     )
 

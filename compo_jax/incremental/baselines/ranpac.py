@@ -4,6 +4,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from compo_jax.compose.numbers import require_number
+from compo_jax.curvature.batches import require_count
 from compo_jax.incremental.baselines.first_session import adapted_first
 from compo_jax.incremental.baselines.ncm import class_counts
 from compo_jax.incremental.classifier import Head
@@ -26,17 +28,24 @@ def random_projection(
 
     The head is the ridge regression of one-hot labels on `relu(features @ projection)`. Its sums over images grow task
     by task in the paper; all images at once, as here, give the same head. The ridge is the one of `ridges` with the
-    least squared error on a fifth of the newest task's images after fitting to all others, and then all are fitted.
+    least squared error on a fifth of the newest task's images after fitting to all others, older tasks' too, where
+    the authors' code fits to the newest task's alone; and then all are fitted.
 
     Args:
       width: of the projection, 10 000 in the paper: its time grows with the cube of this or of the number of images,
         the smaller of them.
-      newest: how many images, the last ones, are the newest task's; default: all.
+      ridges: to choose from.
+      newest: how many images, the last ones, are the newest task's; default, and below five: all.
 
-    ValueError as of `nearest_class_mean`.
+    ValueError as of `nearest_class_mean`, and for a width, a ridge or a number of images that can't be.
     """
     class_counts(features, labels)
-    if newest is not None and not 0 <= newest <= len(labels):
+    require_count(width, f"width is the number of the projection's columns, a whole number from 1 on, not {width}")
+    if not ridges:
+        raise ValueError("there are no ridges to choose from")
+    for ridge in ridges:
+        require_number("a ridge", ridge, "a finite number above zero", lambda x: x > 0)
+    if newest is not None and not (isinstance(newest, int | np.integer) and 0 <= newest <= len(labels)):
         raise ValueError(f"newest={newest} of {len(labels)} images: it is how many of them, the last ones, are new")
     projection = np.asarray(jax.random.normal(key, (features.shape[1], width)), np.float64)
     h = np.maximum(features @ projection, 0)
@@ -53,7 +62,8 @@ def random_projection(
     held[len(h) - count :] = np.random.default_rng(0).permutation(count) % 5 == 4  # they may come class by class
     tried = fit(~held)
     errors = [np.sum((h[held] @ tried(ridge) - y[held]) ** 2) for ridge in ridges]
-    kernel = fit(slice(None))(ridges[int(np.argmin(errors))])
+    best = ridges[int(np.argmin(errors))] if held.any() else max(ridges)  # of too few images to try them on
+    kernel = fit(slice(None))(best)
     return projection, {"kernel": kernel, "bias": np.zeros(kernel.shape[1])}
 
 

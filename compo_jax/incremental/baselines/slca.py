@@ -50,7 +50,8 @@ def align_classes(key: Key[Array, ""], head: Head, means: Means, roots: Roots, s
     """The head after SGD with momentum on features drawn from the first `seen` classes' Gaussians, all alike.
 
     The loss is the cross-entropy of logits over 0.1 times their norm (Zhang et al., 2023, arXiv 2303.05118;
-    the authors' code takes the mean of the tasks' norms). The rate falls by a cosine, epoch by epoch.
+    the authors' code takes the mean of the tasks' norms, and draws old classes around means that it shortens by up to a
+    tenth). The rate falls by a cosine, epoch by epoch.
     """
     mask = jnp.arange(means.shape[0]) < seen
 
