@@ -26,12 +26,14 @@ _NO_SPACE = "No space left on device"  # tensorstore raises a ValueError with it
 
 
 # -- what options can't know ---------------------------------------------------------------------------------------
-def divisible(batch: int, option: str) -> None:
-    """ValueError where the devices can't share a batch."""
+def divisible(batch: int, option: str, each: int = 1) -> None:
+    """ValueError where the devices can't share a batch, or one gets fewer images than `each`."""
     import jax
 
     if batch % (devices := jax.device_count()):
         raise ValueError(f"{option} {batch} can't be divided among {devices} devices: choose a multiple of {devices}")
+    if batch < each * devices:
+        raise ValueError(f"{option} {batch} is less than {each} for each of {devices} devices: choose more")
 
 
 def enough_images(tasks: Iterable["Task"], wanted: int, option: str) -> None:

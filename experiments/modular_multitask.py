@@ -142,10 +142,10 @@ def learned(session: Session, arm: Arm, name: str, seed: int, folder: Path) -> M
 
 
 def route_function(session: Session, net: ModularNet) -> modular.Route:
-    """What gave the weights when the learning of routes ended: of hard ones the sharpest softmax."""
+    """What gave the weights when the learning of routes ended: of hard ones a softmax at that step's temperature."""
     if net.route != "hard":
         return routes.KINDS[net.route]
-    return partial(routes.soft, temperature=session.settings.temperature[1])
+    return partial(routes.soft, temperature=modular.learned_temperature(session.settings))
 
 
 def gap(session: Session, network: Network, trained: modular.Trained, seed: int, folder: Path) -> modular.Gap | None:
@@ -166,6 +166,7 @@ def gap(session: Session, network: Network, trained: modular.Trained, seed: int,
 def analysed(session: Session, name: str, net: ModularNet, method: MultitaskMethod) -> OrderAnalysis:
     """Of the first seed: its routes beside random ones, what each template is worth, and a forecast by curvature."""
     seed, tasks, images = session.options.place.seeds[0], session.stream.tasks, session.options.net.analysis_images
+    images = min(images, *(len(task.test) for task in tasks))
     linear = net.route == "linear"
     weights = method.order.weights[0] if linear else np.eye(net.templates)[method.order.hard[0]]
     random = modular.beside_random(weights, jax.random.key(0), linear=linear)
@@ -184,7 +185,7 @@ def analysed(session: Session, name: str, net: ModularNet, method: MultitaskMeth
         few, layer = some(tasks[0].train, 256), network.net.layers // 2
         return modular.rerouting(network, session.stream.prepare, few, 0, layer)
 
-    removal = part(session, f"{seed}-removal", modular.analysis.Removal, removed)
+    removal = part(session, f"{seed}-removal-{images}", modular.analysis.Removal, removed)
     rerouting = None if net.groups > 1 else part(session, f"{seed}-bridge", Rerouting, rerouted)
     return OrderAnalysis(name, net.route, random, removal, images, rerouting)
 

@@ -265,8 +265,8 @@ class Adapting:
     """where a route starts, and how it or batch norm is adapted"""
     adapt_steps: OpenCount = None
     """steps of an adaptation (default: the set's)"""
-    adapt_batch: OpenCount = None
-    """images in such a step (default: the set's)"""
+    adapt_batch: Annotated[int | None, number(int, 2), OPEN] = None
+    """images in such a step, of one alone there is nothing to learn (default: the set's)"""
     adapt_learning_rate: Rate = 1e-3
     """of batch norm"""
     adapt_route_rate: OpenRate = None
@@ -372,5 +372,6 @@ def parse(kind: type[Options], documentation: str | None, arguments: list[str] |
         raise ValueError(f"--phases begin one after the other, the first not after the second: not {phases}")
     for key, value in line.flat(options).items():
         if key.split("_")[-1] == "batch":
-            job.divisible(value, line.flag(key))
+            learns_apart = key == "adapt_batch" and options.training.runner == "pmap"
+            job.divisible(value, line.flag(key), each=2 if learns_apart else 1)
     return options

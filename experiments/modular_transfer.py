@@ -66,11 +66,16 @@ def check(options: modular_options.NewTask, stream: data.TaskStream) -> None:
     if not 1 <= options.held_out <= len(stream.tasks) - 1:
         raise ValueError(f"{options.held_out} of {len(stream.tasks)} tasks can't be left out: one must stay at least")
     for task in stream.tasks:
-        fewest = int(np.bincount(task.train.labels).min())
+        fewest = int(np.bincount(task.train.labels, minlength=len(task.classes)).min())
         if max(options.budgets) > fewest:
             raise ValueError(
                 f"{max(options.budgets)} images of each class were asked for and a class of {task.name!r} has "
                 f"{fewest}: lower --budgets; 0 takes all"
+            )
+        if min(fewest, *(budget or fewest for budget in options.budgets)) < 2:
+            raise ValueError(
+                f"a new task's source is told by two images of each class, and of a class of {task.name!r} there is "
+                f"{min(fewest, 1)}: raise --budgets or --images"
             )
 
 

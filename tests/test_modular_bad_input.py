@@ -18,6 +18,7 @@ from compo_jax.modular import (
     gumbel,
     hard,
     information_maximisation,
+    learned_temperature,
     learner,
     macs,
     mean_source,
@@ -28,10 +29,13 @@ from compo_jax.modular import (
     routes,
     set_route,
     soft,
+    statistics,
     straight_through,
 )
+from compo_jax.modular.losses import by_task
 
 SMALL = NET, VARIABLES = small()
+LINEAR = small((3, 3), route="linear")
 KERNELS = VARIABLES["params"]["templates"]
 LOGITS = np.zeros((2, 3, 3), np.float32)
 KEY = jax.random.key(0)
@@ -85,6 +89,13 @@ def test_all_settings_out_of_their_range_are_told_at_once():
     assert repr(Settings(20)).startswith("Settings(steps=20, batch=32")
 
 
+def test_what_was_learned_was_learned_at_the_last_temperature_before_the_route_was_fixed():
+    """Phases that begin at once know the first temperature alone."""
+    assert float(learned_temperature(Settings(steps=7, phases=(0.5, 0.5), temperature=(1.0, 0.1)))) == 1.0
+    of_last = learned_temperature(Settings(steps=10, phases=(0.0, 1.0), temperature=(1.0, 0.1)))
+    np.testing.assert_allclose(of_last, 0.1**0.9, rtol=1e-6)  # step 9 of 10
+
+
 @pytest.mark.parametrize("steps, warmup", [(1, 0.05), (2, 0.0), (3, 0.99)])
 def test_a_training_of_few_steps_has_a_rate(steps, warmup):
     transform = optimizer(Settings(steps, warmup=warmup))
@@ -136,6 +147,11 @@ ROWS = {
     "no pixels": (lambda: macs(NET, 0), "size=0: a whole number"),
     "patches with a rest": (lambda: macs(NET, 5), "5x5 pixels can't be cut into patches of 2"),
     "channels first": (lambda: jax.eval_shape(NET.apply, VARIABLES, jnp.zeros((2, 4, 3, 6, 6))), "channels first"),
+    "-inf in a linear route": (lambda: learner(LINEAR.net, PICTURES.prepare, Settings(2)).train(
+        set_route(LINEAR.variables, logits(-inf, (0, 0, 1))), trains(PICTURES), 0), "a linear route holds NaN or infinite"),
+    "rows that are not of all tasks": (lambda: by_task(jnp.zeros((3, 4)), 4), "3 rows of 4 tasks: .* devices divide"),
+    "statistics of unlike batches": (lambda: statistics(NET, PICTURES.prepare)(VARIABLES, (
+        next(balanced_batches(trains(PICTURES), n, 0)(0)) for n in (4, 2))), r"of one size, .* \[2, 4\] images"),
     # images
     **{f"labels {name}": (lambda f=f: learner(NET.clone(classes=(3, 3)), PICTURES.prepare, Settings(2)).train(
         VARIABLES, relabelled(f), 0), "task 1 has labels from .* and a head of 3 classes")

@@ -170,12 +170,44 @@ def test_sources_are_told_apart_without_labels():
     assert one.classes == (3,)
 
 
-def three_sources():
-    return stream(3, names=NAMES), Network(*small((3, 3, 3), shared_head=True))
+def three_sources(bn="task"):
+    return stream(3, names=NAMES), Network(*small((3, 3, 3), shared_head=True, bn=bn))
 
 
-def test_a_soup_of_sources_begins_with_the_best_and_is_no_worse_by_the_objective():
-    made, network = three_sources()
+def alone(network, source, images, method=None):
+    """What a source's network of its own gives for images, in batch statistics of these alone."""
+    net, variables = take_tasks(network, [source])
+    return net.apply(variables, images[None], None, True, method=method, mutable=["batch_stats"])[0][0]
+
+
+@pytest.mark.parametrize("bn", ["task", "layer", "template"])
+def test_each_source_is_judged_as_a_network_of_its_own(bn):
+    made, network = three_sources(bn)
+    target = made.tasks[2]
+    images = made.prepare(target.train.pixels)
+    expected = [information_maximisation(alone(network, source, images)) for source in range(3)]
+    found = source_objectives(network, made.prepare, target, len(images), bn="target")
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("bn", ["task", "layer", "template"])
+def test_the_nearest_source_is_the_one_that_is_nearest_alone(bn):
+    split = PICTURES.tasks[0].train
+    differing = []
+    for seed in range(4):
+        net, variables = small((3, 3, 3), bn=bn, layers=4)
+        drawn = jax.random.normal(jax.random.key(seed), variables["params"]["route"].shape)
+        network = Network(net, {**variables, "params": variables["params"] | {"route": 3 * drawn}})
+        features = [alone(network, source, PICTURES.prepare(split.pixels), "features") for source in range(3)]
+        scores = [_centroid_accuracy(np.asarray(z), split.labels, 5) for z in features]
+        assert scores[nearest_source(network, PICTURES.prepare, split, len(split))] == max(scores)
+        differing.append(max(scores) > min(scores))
+    assert any(differing)
+
+
+@pytest.mark.parametrize("bn", ["task", "layer", "template"])
+def test_a_soup_of_sources_begins_with_the_best_and_is_no_worse_by_the_objective(bn):
+    made, network = three_sources(bn)
     soup = soup_of_sources(network, made.prepare, made.tasks[2])
     singles = source_objectives(network, made.prepare, made.tasks[2], bn="target")
     assert soup[0] == np.argmin(singles)
@@ -195,6 +227,14 @@ def test_a_source_that_would_raise_the_objective_is_left_out(monkeypatch):
         lambda one, *_, bn: np.array([of[(0,)], of[(1,)], of[(2,)]] if one is network else [of[one]]),
     )
     assert soup_of_sources(network, made.prepare, made.tasks[2]) == [1, 2]
+
+
+def test_of_one_image_nothing_is_learned():
+    one, _ = mean_source(domains()[1])
+    for options in ({}, {"route": "fixed", "bn": "affine"}):
+        with pytest.raises(ValueError, match="of one image information maximisation is zero"):
+            adaptation(one, PICTURES.prepare, Settings(1, batch=1), NAMES, **options)
+    adaptation(one, PICTURES.prepare, Settings(1, batch=1), NAMES, route="fixed", bn="target")
 
 
 def test_bad_targets_are_told():

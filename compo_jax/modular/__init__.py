@@ -48,6 +48,7 @@ from compo_jax.modular.routes import linear as linear
 from compo_jax.modular.routes import soft as soft
 from compo_jax.modular.routes import straight_through as straight_through
 from compo_jax.modular.settings import Settings as Settings
+from compo_jax.modular.settings import learned_temperature as learned_temperature
 from compo_jax.modular.settings import phase as phase
 from compo_jax.modular.storage import load_task as load_task
 from compo_jax.modular.storage import load_templates as load_templates

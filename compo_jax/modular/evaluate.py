@@ -54,8 +54,8 @@ def _logits(net, prepare, variables, weights, images):
 
 @runtime_checkable
 class Estimate(Protocol):
-    """The variables with the batch statistics of all these batches together, which are of one size, those of
-    `balanced_batches` say; labels aren't read."""
+    """The variables with the batch statistics of all these batches together, those of `balanced_batches` say; labels
+    aren't read. ValueError for batches of two sizes."""
 
     def __call__(self, variables: Tree, batches: Iterable[Batch]) -> Tree: ...
 
@@ -91,10 +91,15 @@ def statistics(net: ModularNet, prepare: Prepare, route: Route | None = None) ->
 
 def pooled_statistics(moments: Callable[[Array], Tree], tasks: int, batches: Iterable[Batch]) -> Tree:
     """The batch statistics of all these batches together, from the first and second moments on one's images."""
-    total, count = None, 0
+    total, count, sizes = None, 0, set()
     for batch in batches:
         if (given := int(np.max(batch["task"])) + 1) != tasks:
             raise ValueError(f"a network of {tasks} tasks was given batches of {given}")
+        sizes.add(len(batch["task"]) // tasks)
+        if len(sizes) > 1:
+            raise ValueError(
+                f"batch statistics are of batches of one size, and here are some of {sorted(sizes)} images"
+            )
         found = moments(batch["image"])
         total, count = found if total is None else jax.tree.map(jnp.add, total, found), count + 1
     if not count:

@@ -20,7 +20,12 @@ Rows = Float[Array, "rows height width channels"]
 
 
 def by_task(rows: Array, tasks: int) -> Array:
-    """Rows `i · tasks + t` of `balanced_batches` as (tasks, batch, ...)."""
+    """Rows `i · tasks + t` of `balanced_batches` as (tasks, batch, ...). ValueError where they are no such rows."""
+    if len(rows) % tasks:
+        raise ValueError(
+            f"a device has {len(rows)} rows of {tasks} tasks: each device takes as many images of each task, so choose "
+            "a batch (images of a task) that the devices divide"
+        )
     return jnp.moveaxis(rows.reshape(-1, tasks, *rows.shape[1:]), 1, 0)
 
 

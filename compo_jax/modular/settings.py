@@ -131,3 +131,8 @@ def phase(settings: Settings, step: Array | int) -> Phase:
         jnp.where(fixed, 0.0, settings.usage),
         fixed,
     )
+
+
+def learned_temperature(settings: Settings) -> Float[Array, ""]:
+    """τ at the last step that hard routes are learned at; where none is, what it would be at the first."""
+    return phase(settings, max(settings.freeze - 1, 0)).temperature

@@ -17,7 +17,7 @@ from compo_jax.modular.batches import balanced_batches
 from compo_jax.modular.evaluate import Gap, discretisation_gap, require_tasks, statistics
 from compo_jax.modular.losses import Prepare, objective
 from compo_jax.modular.net import ModularNet
-from compo_jax.modular.settings import Settings, phase
+from compo_jax.modular.settings import Settings, learned_temperature
 from compo_jax.modular.updates import optimizer
 from compo_jax.train import Checkpoints, fit, init_state, jit_runner
 from compo_jax.tree import Tree
@@ -100,6 +100,7 @@ def learner(
 
     def train(variables, splits, seed, folder: Path | None = None, **fit_options) -> Trained:
         require_tasks(net, splits, labels=True)
+        routes.KINDS[net.route](variables["params"]["route"])  # which says what is no route
         params, frozen = tree.partition(variables["params"], trained)
         key = jax.random.fold_in(jax.random.key(seed), 1)
         context = {"frozen": frozen, "statistics": variables["batch_stats"], "key": key}
@@ -116,7 +117,7 @@ def learner(
 
     as_learned = routes.KINDS[net.route]
     if net.route == "hard":  # of what came to a fixed order by `harden`, a soft network, whose temperature is 1
-        temperature = 1.0 if fixed else phase(settings, settings.freeze).temperature
+        temperature = 1.0 if fixed else learned_temperature(settings)
         as_learned = partial(routes.soft, temperature=temperature)
 
     def gap(trained, splits, seed, test_splits) -> Gap:

@@ -156,9 +156,12 @@ def adaptation(
         ones (nats; at each layer, averaged); of a free route, of `|c - c_0|² / |c_0|²`, c_0 where training starts.
       consistency: weight of the cross-entropy (nats) of the answers to images under `augment` with the answers to the
         images themselves as targets, which get no gradient (Xie et al., 2020, arXiv 1904.12848); 0 for none.
-      runner: `jit_runner`, or `pmap_runner`, under which each device takes H(E p) over its own part of the batch.
+      runner: `jit_runner`, or `pmap_runner`, under which each device takes H(E p) over its own part of the batch, and
+        needs two images of it.
     """
     _require_options(net, route, bn)
+    if settings.batch < 2 and (route != "fixed" or bn == "affine"):
+        raise ValueError("of one image information maximisation is zero whatever is predicted: take batches of two")
     _require_weights(route, prior, consistency, augment)
     trained = [pattern for pattern, yes in (("^route$", route == "free"), ("^norm/", bn == "affine")) if yes]
     transform, route_of = optimizer(settings), routes.KINDS[net.route]

@@ -64,8 +64,8 @@ def pmap_runner(loss, optimizer, *, extras=None, devices: int | None = None) -> 
     """The same step under `jax.pmap`: each device sees its part of the batch, and gradients are averaged.
 
     Equal to `jit_runner` for a loss that is a plain mean over the batch; randomness drawn for a batch differs, since
-    each device draws for its own part. JAX calls pmap the old way, a layer over `jax.jit` and `jax.shard_map` by now,
-    so that there is nothing to gain in speed: take `jit_runner` for new work.
+    each device draws for its own part, all from one key. JAX calls pmap the old way, a layer over `jax.jit` and
+    `jax.shard_map` by now, so that there is nothing to gain in speed: take `jit_runner` for new work.
     """
     mesh = meshes.data_mesh(devices)
     count, own = mesh.size, [d.process_index == jax.process_index() for d in mesh.devices.flat]
