@@ -57,6 +57,12 @@ def writable_path(path: str | os.PathLike) -> Path:
     return path
 
 
+def require_ordinary(path: Path) -> None:
+    """ValueError for a device, a pipe or a socket, which writing by `replaced` would put a file in the place of."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is no ordinary file, and one would be put in its place: give another name")
+
+
 def lock(file: Path, *, wait: bool = True, create: bool = True) -> int:
     """A descriptor that holds the lock of `file` until `unlock`, or until the process ends, however it ends.
 

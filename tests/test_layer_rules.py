@@ -119,8 +119,8 @@ def competed(x, density=0.5, clip=0.05):
     tasks, size = x.shape
     shares, values = [], []
     for row in x:
-        ordered, cut = np.sort(np.abs(row)), int(clip * size)
-        low, high = ordered[cut], ordered[size - cut - 1]
+        ordered = np.sort(np.abs(row))
+        low, high = ordered[int(size * clip)], ordered[int(size * (1 - clip) - 1)]  # as the authors' code has it
         value = np.clip(np.abs(row), low, high)
         score = np.exp(tasks * ((value - low) / (high - low)) ** 2) * np.tanh(row * x.sum(0))
         least = np.sort(score)[int(size * (1 - density))]

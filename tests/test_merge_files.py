@@ -232,3 +232,12 @@ def test_the_header_is_one_that_the_library_writes(tmp_path):
     length = int.from_bytes(header[:8], "little")
     assert length % 8 == 0 and json.loads(header[8 : 8 + length])["steps"]["dtype"] == "I64"
     same_bits(load_file(tmp_path / "out"), load_file(base))
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    base, models = written(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for out, card in ((tmp_path / "pipe", None), (tmp_path / "out.safetensors", tmp_path / "pipe")):
+        with pytest.raises(ValueError, match="pipe is no ordinary file, and one would be put in its place"):
+            merge_files("average", models, out, base=base, card=card)
+    assert (tmp_path / "pipe").is_fifo() and not (tmp_path / "out.safetensors").exists()

@@ -148,7 +148,7 @@ ROWS = {
     "patches with a rest": (lambda: macs(NET, 5), "5x5 pixels can't be cut into patches of 2"),
     "channels first": (lambda: jax.eval_shape(NET.apply, VARIABLES, jnp.zeros((2, 4, 3, 6, 6))), "channels first"),
     "-inf in a linear route": (lambda: learner(LINEAR.net, PICTURES.prepare, Settings(2)).train(
-        set_route(LINEAR.variables, logits(-inf, (0, 0, 1))), trains(PICTURES), 0), "a linear route holds NaN or infinite"),
+        set_route(LINEAR.variables, logits(-inf, (0, 0, 1))), trains(PICTURES), 0), "a linear route holds NaN or inf"),
     "rows that are not of all tasks": (lambda: by_task(jnp.zeros((3, 4)), 4), "3 rows of 4 tasks: .* devices divide"),
     "statistics of unlike batches": (lambda: statistics(NET, PICTURES.prepare)(VARIABLES, (
         next(balanced_batches(trains(PICTURES), n, 0)(0)) for n in (4, 2))), r"of one size, .* \[2, 4\] images"),

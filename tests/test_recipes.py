@@ -130,6 +130,15 @@ def test_a_gradient_goes_over_the_layers(tmp_path, files):
     np.testing.assert_allclose(found["layers.1.attn"].ravel(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_gradient_over_one_layer_is_at_its_end(tmp_path):
+    """As in mergekit's plan, where the place is 1 if there is one layer."""
+    save_file({"layers.0.w": np.zeros((3, 4), np.float32)}, tmp_path / "base.safetensors")
+    save_file({"layers.0.w": np.ones((3, 4), np.float32)}, tmp_path / "a.safetensors")
+    text = "base_model: base.safetensors\nmerge_method: task_arithmetic\n"
+    text += "models: [{model: a.safetensors, parameters: {weight: [0, 0.75]}}]\n"
+    np.testing.assert_array_equal(result(tmp_path, text)["layers.0.w"], 0.75)
+
+
 def test_a_filter_is_a_text_and_a_pattern_is_an_expression(tmp_path, files):
     base, models = files
     text = "base_model: base.safetensors\nmerge_method: task_arithmetic\nmodels:\n  - model: a.safetensors\n"
@@ -310,6 +319,7 @@ REFUSED = [
     (WEIGHED % 1 + "rule: ties", r"models\[0\] has a parameter density that ties doesn't take for one model: there are "
      "weight; those of the whole merge stand under the recipe's own parameters:"),
     (WEIGHED.replace("density", "lambda") % 1 + "merge_method: task_arithmetic", "has a parameter lambda that task_"),
+    (WEIGHED % 0.5 + "merge_method: task_arithmetic", "has a parameter density that task_arithmetic doesn't take"),
     ("[1, 2]", "has no keys such as merge_method"),
     ("a: [", "is no YAML"),
     (TWO + "rule: ties\nrule: average", "the key rule is there twice"),

@@ -97,7 +97,7 @@ def adamerging(
       groups: `leaves` is the paper's layer-wise (each tensor, and here each layer of a stack, its own weights), `tasks`
         its task-wise; see `groups.grouped`.
       steps, learning_rate, start: the authors': 500 steps of Adam at 1e-3, from 0.3 everywhere, weights clipped to
-        [0, 1], and one batch of 16 of each task a step.
+        [0, 1]. A step takes one batch of each task; theirs sums two, of 16 images each.
 
     ValueError for another number of tasks, one without images, and where the entropy isn't finite.
     """

@@ -13,7 +13,7 @@ import yaml
 
 import compo_jax
 from compo_jax.compose.shards import Checkpoint
-from compo_jax.files import local_path, replaced
+from compo_jax.files import local_path, replaced, require_ordinary
 
 
 class Step(NamedTuple):
@@ -54,6 +54,7 @@ def card_target(card: str | os.PathLike | None, out: Path, *, folder: bool, reci
     taken = {out.resolve(): "the checkpoint"} | ({} if recipe is None else {recipe.resolve(): "the recipe"})
     if what := "a folder" if card.is_dir() else taken.get(card.resolve()):
         raise ValueError(f"{card} is {what}: give the card's file")
+    require_ordinary(card)
     if not card.parent.is_dir() and not (folder and card.parent.resolve() == out.resolve()):
         raise FileNotFoundError(f"there is no folder {card.parent} to write {card.name} to: make it first")
     return card

@@ -95,10 +95,11 @@ def pcb(
     if not size:
         return base
     outliers, kept = count_of(clip, size), max(1, size - count_of(1 - density, size))
+    largest = min(count_of(clip, size, up=True), size - 1)  # the authors' rounding: at this end up
     numbers = []
     for task in range(len(deltas)):
         leaves = [row[task] for row in rows]
-        bounds = [kth_largest(leaves, size - outliers), kth_largest(leaves, outliers + 1)]
+        bounds = [kth_largest(leaves, size - outliers), kth_largest(leaves, largest + 1)]
         numbers.append([*bounds, *(_kth_score(rows, task, bounds, k, size) for k in (kept, 1))])
     columns = [x for column in zip(*numbers, strict=True) for x in column]
 

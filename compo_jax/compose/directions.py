@@ -120,7 +120,8 @@ def dc_merge(
       smoothing: `mean`, or `linear`, which falls from `min(ratio, σ_1 / σ_k)` to 1; None leaves them. The authors' code
         takes `mean` for LoRA (of which it keeps all 16 components), and None for full deltas.
       density: the part of each M_t that is kept before signs are elected, the authors' 1e-3, one entry at least; None
-        for the mean of all M_t.
+        for the mean of all M_t. Of entries that are alike, as one module's are after smoothing by `mean`, rounding
+        says which. M_t counts its zeros, too, of modules of low rank all but (T rank)²: raise it for these.
       mask: False keeps what is outside of the blocks.
       scale: of the merged task vector; the authors search for it on validation data.
       eps, stacked: see `tsv`.

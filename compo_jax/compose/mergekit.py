@@ -3,9 +3,9 @@
 They are its methods as its documentation and code describe them (github.com/arcee-ai/mergekit, docs/merge_methods.md).
 The rules of the same names in `rules.RULES` follow the papers: TIES trims a whole model there, SLERP and the Karcher
 mean turn whole models, and the norm goes linearly. Computed in float32 at least, and rounded once. What else differs:
-draws are JAX's; of entries as large as the last one kept, all are kept; `gamma: 0` removes no outlier; SCE and Model
-Stock have no absolute thresholds, so that small task vectors count as large ones do, and in Model Stock a mean cosine
-below zero is the base.
+draws are JAX's; of entries as large as the last one kept, all are kept, and of a tensor one at least; `gamma: 0`
+removes no outlier; SCE and Model Stock have no absolute thresholds, so that small task vectors count as large ones do,
+and in Model Stock a mean cosine below zero is the base.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -235,7 +235,8 @@ def _arithmetic(thin: _Thin, mix: Callable[..., Array]) -> Run:
 
 def _task_vectors(thin: _Thin, mix: Callable[..., Array], normalize: bool, rescale: bool, **each: float) -> Method:
     overall = {"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False}
-    return Method(_arithmetic(thin, mix), {"weight": None, "density": 1.0} | each, overall)
+    density = {} if thin is _all else {"density": 1.0}  # mergekit takes it there, too, and thins nothing
+    return Method(_arithmetic(thin, mix), {"weight": None} | density | each, overall)
 
 
 METHODS = {

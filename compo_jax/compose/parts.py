@@ -235,13 +235,14 @@ def _at_depth(value: Value, name: str, layers: Mapping[str, float]) -> Value:
 
 
 def layer_places(sources: Sources, names: Sequence[str]) -> dict[str, float]:
-    """By name, from 0 in the first layer to 1 in the last one; of tensors with a number in their paths."""
+    """By name, from 0 in the first layer to 1 in the last one, the only one say, as in mergekit; of tensors with a
+    number in their paths."""
     origin = sources.origin(names, False)
     places = depths(origin, origin, ())
     network = ends(places.values())
 
     def place(stack, first, _):
         lowest, last = network[stack]
-        return (first - lowest) / max(last - lowest, 1)
+        return (first - lowest) / (last - lowest) if last > lowest else 1.0
 
     return {name: place(*where) for name, where in places.items()}

@@ -23,7 +23,7 @@
         add_ons:                           # in this order, before or after the rule
           - breadcrumbs: {kept: 0.8}
           - lines: {beta: 0.5}
-    dtype: bfloat16                        # or out_dtype: of the result
+    dtype: bfloat16                        # or out_dtype: of the result; what is merged is not rounded before
     seed: 0                                # of methods that draw
     outputs_first: []                      # matrices that are (out, in), as of `merge_files`; default PyTorch's
 

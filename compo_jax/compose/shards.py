@@ -11,7 +11,17 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from compo_jax.files import INDEX, SINGLE, index_file, local_path, replaced, safetensors_file, weight_files, weight_map
+from compo_jax.files import (
+    INDEX,
+    SINGLE,
+    index_file,
+    local_path,
+    replaced,
+    require_ordinary,
+    safetensors_file,
+    weight_files,
+    weight_map,
+)
 
 #: The types that are merged; tensors of others (counts, masks) are the same in all checkpoints, and are copied.
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
@@ -137,6 +147,7 @@ def target(out: str | os.PathLike, max_shard_size: int | None = None) -> Path:
         raise ValueError(f"max_shard_size is the most bytes of a file, not {max_shard_size}")
     if max_shard_size is None and out.is_dir():
         raise ValueError(f"{out} is a folder: give the name of the file to write")
+    require_ordinary(out)
     if max_shard_size is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already: files of at most max_shard_size= bytes are written to a new folder")
     if not out.parent.is_dir():

@@ -58,8 +58,8 @@ def della(
 
     In each row (the last axis) an entry of rank r, from 0 for the smallest magnitude to 1 for the largest, is dropped
     with the probability `p = rate + window (½ - r)`, and otherwise divided by `1 - p`: the delta in expectation. The
-    paper then elects signs: the rule `ties` with `density=1.0` behind it. Its code is mergekit's, which ranks in the
-    rows of PyTorch's weights, a row for each output, and rescales what is left of a tensor to the norm that it had.
+    paper then elects signs: the rule `ties` with `density=1.0` behind it. Its code ranks in the rows of PyTorch's
+    weights, a row for each output; mergekit's rescales what is left of a tensor to the norm that it had.
 
     ValueError where a probability isn't from 0 to below 1.
     """
