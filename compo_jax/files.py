@@ -161,13 +161,13 @@ def index_file(path: Path) -> Path | None:
         if (path / SINGLE).exists():
             return None
         if not (path / INDEX).exists():
-            pickled = " pytorch_model.bin is a PyTorch pickle, which isn't read as it can run code: convert it, where "
+            pickled = " pytorch_model*.bin is a PyTorch pickle, which isn't read as it can run code: convert it, where "
             pickled += (
                 "PyTorch is, by safetensors.torch.save_file(torch.load(..., weights_only=True), 'model.safetensors')"
             )
             raise ValueError(
                 f"{path} holds neither model.safetensors nor {INDEX}: give a checkpoint's folder or its file."
-                + pickled * (path / "pytorch_model.bin").exists()
+                + pickled * any(path.glob("pytorch_model*.bin"))
             )
         path = path / INDEX
     return path if path.name.endswith(".index.json") else None

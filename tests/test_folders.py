@@ -83,6 +83,13 @@ def test_numbers_that_are_equal_have_one_order(folder):
     assert sorted(names, key=folders._order(names)) == ["001", "01", "1", "02", "2", "10"]
 
 
+def test_hidden_folders_are_not_read_wherever_they_are(folder):
+    before = values(opened(folder, tasks=1).tasks[0].train)
+    for place in ("train/ant/.ipynb_checkpoints", "train/.cache", "train/bee/deeper/.AppleDouble"):
+        saved(folder / place / "0-checkpoint.png", 200)
+    assert values(opened(folder, tasks=1).tasks[0].train) == before
+
+
 def test_a_folder_that_links_lead_back_to_is_read_once(folder):
     os.symlink(".", folder / "train" / "ant" / "again")
     os.symlink(folder / "train" / "bee", folder / "train" / "ant" / "bees")
@@ -233,6 +240,7 @@ def broken(folder):
         (written("train.txt", "train/ant/0.png\nalone\n"), "line 2: 'alone' has no path or no label"),
         (written("train.txt", "train/ant/0.png ant\ntrain/x.png bee"), "lists 1 files that are not there: .*x.png"),
         (written("train.txt", "train/ant/0.png ant\ntrain/ant/0.png bee"), "has the label bee and, further up, ant"),
+        (written("train.txt", "train/ant/0.png, 0\ntrain/bee/0.png, 1"), "not there: .* without commas, quotes or a"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_learned_is_told_by_name(folder, damage, told):

@@ -334,6 +334,36 @@ def test_what_fits_no_layout_is_told():
         models.from_timm(clip, heads=2, activation="relu")
 
 
+def renamed(arrays, *changes):
+    for old, new in changes:
+        arrays = {name.replace(old, new): x for name, x in arrays.items()}
+    return arrays
+
+
+def test_what_a_checkpoint_is_that_does_not_fit_is_told():
+    plain, clip = (random_params(ViT(**TINY, **KINDS[kind])) for kind in ("vit", "clip"))
+    hf = models.to_hf(plain, "vit")
+    new = renamed(hf, ("encoder.layer.", "layers."), ("attention.attention.query", "attention.q_proj"))
+    with pytest.raises(ValueError, match="transformers 5's own names: write it by save_pretrained"):
+        models.from_hf(new, heads=2)
+    with pytest.raises(ValueError, match="no table of positions: where they are rotary, as DINOv3's"):
+        models.from_hf({name: x for name, x in hf.items() if "position" not in name}, heads=2)
+    timm = models.to_timm(plain)
+    with pytest.raises(ValueError, match="no table of positions: where they are rotary, as DINOv3's"):
+        models.from_timm({name: x for name, x in timm.items() if name != "pos_embed"}, heads=2)
+    classifier = {"classifier.weight": np.zeros((3, 12), np.float32), "classifier.bias": np.zeros(3, np.float32)}
+    with pytest.raises(ValueError, match="classifier of a CLIP reads the mean of its patches' tokens"):
+        models.from_hf(models.to_hf(clip, "clip") | classifier, heads=2)
+    with pytest.raises(
+        ValueError, match=r"norm.weight \(int8\) hold no floating-point numbers: a quantised checkpoint"
+    ):
+        models.from_timm(timm | {"norm.weight": np.ones(12, np.int8)}, heads=2)
+    for pool in ("max", "avgmax"):
+        config = {"architecture": "vit_tiny_patch16_224", "global_pool": pool}
+        with pytest.raises(ValueError, match=f"global_pool is '{pool}', and ViT pools by token, avg or map"):
+            models.from_timm(timm, heads=2, config=config)
+
+
 QUICK = {
     "vit_base_patch16_clip_quickgelu_224.openai": True, "vit_base_patch16_clip_224.openai": True,
     "vit_base_patch16_clip_224.laion2b": False, "vit_base_patch16_clip_224.openai_ft_in12k_in1k": False,

@@ -255,9 +255,13 @@ def test_an_index_of_several_files_is_a_checkpoint(tmp_path):
 def test_folders_that_are_no_checkpoints_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
         load(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a PyTorch pickle.*safetensors\.torch\.save_file"):
-        load(tmp_path)
+    for name in ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin"):
+        (tmp_path / name).write_bytes(b"PK")
+        with pytest.raises(
+            ValueError, match=r"pytorch_model\*\.bin is a PyTorch pickle.*safetensors\.torch\.save_file"
+        ):
+            load(tmp_path)
+        (tmp_path / name).unlink()
     folder(tmp_path / "bare")
     with pytest.raises(ValueError, match=r"bare has no config\.json, .*give the \.safetensors file itself"):
         load(tmp_path / "bare")

@@ -171,10 +171,12 @@ def _in_folders(folder: Path) -> Images:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """The folders in a folder, and the files in each; a folder that links lead to again is read once."""
+    """The folders in a folder, hidden ones left out, and the files in each; a folder that links lead to again is read
+    once."""
     seen = {os.path.realpath(folder)}
     for where, inside, files in os.walk(folder, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(where, name)) for name in sorted(inside)}
+        shown = sorted(name for name in inside if not name.startswith("."))
+        real = {name: os.path.realpath(os.path.join(where, name)) for name in shown}
         inside[:] = [name for name, path in real.items() if path not in seen and not seen.add(path)]
         yield where, files
 
@@ -195,11 +197,17 @@ def _listed(file: Path) -> Images:
             raise ValueError(f"{file}, line {number}: {line!r} has no path or no label: {LAYOUT}")
         image = file.parent / path.strip()
         if seen.setdefault(image, label) != label:
-            raise ValueError(f"{file}, line {number}: {path} has the label {label} and, further up, {seen[image]}")
+            raise ValueError(
+                f"{file}, line {number}: {path} has the label {label} and, further up, {seen[image]}. A line is a "
+                "path, a space or a tab, and a label"
+            )
     if not seen:
         raise ValueError(f"{file} lists no images: {LAYOUT}")
     if missing := [str(image) for image in seen if not image.is_file()]:
-        raise FileNotFoundError(f"{file} lists {len(missing):,} files that are not there: {_some(missing)}")
+        raise FileNotFoundError(
+            f"{file} lists {len(missing):,} files that are not there: {_some(missing)}. A line is a path with slashes, "
+            "a space or a tab, and a label, without commas, quotes or a header"
+        )
     return Images(file, list(seen), list(seen.values()))
 
 

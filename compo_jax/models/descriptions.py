@@ -72,7 +72,10 @@ def _timm(config: Mapping[str, Any]) -> Described:
     name = f"{config['architecture']}.{tag}"
     usual = "quick_gelu" if re.match(_QUICK, name) else "gelu_tanh" if re.match(_TANH, name) else "gelu"
     fields = {"activation": activation_of(arguments.get("act_layer", usual))}
-    if config.get("global_pool") == "avg":
+    pool = config.get("global_pool") or "token"
+    if pool not in ("token", "avg", "map"):
+        raise ValueError(f"config.json's global_pool is {pool!r}, and ViT pools by token, avg or map: take another")
+    if pool == "avg":
         fields["pool"] = "mean"
     return Described(TIMM, fields, arguments.get("num_heads"))
 

@@ -123,6 +123,7 @@ def read(
         raise foreign(arrays, "those of a ViT are by timm, Hugging Face, Google or OpenAI")
     layout = layout or description.layout or likely(LAYOUTS, arrays)
     arrays = {name: arrays[full] for name, full in layout.kept(arrays).items()}
+    _require_floating(arrays)
     shapes = {name: np.shape(array) for name, array in arrays.items()}
     if layout.name == "augreg":
         layout = augreg(_augreg_heads(shapes))
@@ -152,6 +153,16 @@ def read(
         params["position"] = resized(params["position"], image_size // model.patch, class_row, layout.antialias)
         model = model.clone(image_size=image_size)
     return model, params
+
+
+def _require_floating(arrays: Arrays) -> None:
+    kinds = {name: jnp.result_type(x) for name, x in arrays.items()}
+    if whole := [f"{name} ({kind})" for name, kind in kinds.items() if not jnp.issubdtype(kind, jnp.floating)]:
+        more = f" and {len(whole) - 5} others" * (len(whole) > 5)
+        raise ValueError(
+            f"{', '.join(whole[:5])}{more} hold no floating-point numbers: a quantised checkpoint, say, whose scales "
+            "lie elsewhere; take it in float32, float16 or bfloat16"
+        )
 
 
 @functools.lru_cache(maxsize=8)
