@@ -318,3 +318,20 @@ def test_a_network_and_its_images_have_the_same_tasks():
     for function in (predictions, accuracies):
         with pytest.raises(ValueError, match="a network of 2 tasks was given images of 3"):
             function(net, PICTURES.prepare)(begin, held_out(stream(3)))
+
+
+def test_checkpoints_of_another_training_are_not_gone_on_with(tmp_path):
+    net, variables = small((3, 3), layers=1, templates=1)
+    settings = Settings(2, batch=2, estimate=1)
+    one = lambda settings: learner(net, PICTURES.prepare, settings, runner=ONE_DEVICE)
+    done = one(settings).train(variables, trains(PICTURES), 0, tmp_path)
+    identical(one(settings).train(variables, trains(PICTURES), 0, tmp_path).variables, done.variables)
+    others = stream(2, count=12)
+    for changed_settings, splits, seed, told in (
+        (settings, trains(PICTURES), 1, "seed: 0 there, 1 now"),
+        (settings._replace(learning_rate=0.5), trains(PICTURES), 0, "settings.learning_rate: .* there, 0.5 now"),
+        (settings, trains(others), 0, "images: .* there"),
+    ):
+        with pytest.raises(ValueError, match=f"what was learned with other settings .*{told}"):
+            one(changed_settings).train(variables, splits, seed, tmp_path)
+    identical(one(settings).train(variables, trains(PICTURES), 0, tmp_path).variables, done.variables)

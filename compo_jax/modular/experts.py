@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from compo_jax.data import Split
 from compo_jax.data.stream import Augmentation
 from compo_jax.files import local_path
+from compo_jax.modular.asked import require_same
 from compo_jax.modular.batches import balanced_batches
 from compo_jax.modular.evaluate import (
     Estimate,
@@ -107,6 +108,8 @@ def learner(
 
     def train(variables, splits, seed, folder: Path | None = None, **fit_options) -> Tree:
         require_tasks(net.one_expert(), splits, labels=True)
+        if folder is not None:
+            require_same(folder, net, settings, splits, seed)
         context = {"statistics": variables["batch_stats"], "key": jax.random.fold_in(jax.random.key(seed), 1)}
         kept = None if folder is None else Checkpoints(local_path(folder))
         batches, state = balanced_batches(splits, settings.batch, seed), init_state(variables["params"], transform)

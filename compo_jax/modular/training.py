@@ -13,6 +13,7 @@ from compo_jax.data import Split
 from compo_jax.data.stream import Augmentation
 from compo_jax.files import local_path
 from compo_jax.modular import routes
+from compo_jax.modular.asked import require_same
 from compo_jax.modular.batches import balanced_batches
 from compo_jax.modular.evaluate import Gap, discretisation_gap, require_tasks, statistics
 from compo_jax.modular.losses import Prepare, objective
@@ -43,7 +44,8 @@ FIXED_ORDER = "^(?!route$)"  # the paths of all parameters but the route
 class Train(Protocol):
     """Trains from these variables on each task's split.
 
-    A killed training goes on from the checkpoints in `folder`; `fit_options` are those of `train.fit`.
+    A killed training goes on from the checkpoints in `folder`; `fit_options` are those of `train.fit`. ValueError where
+    these are of other settings, images, or another seed.
     """
 
     def __call__(
@@ -102,6 +104,8 @@ def learner(
         require_tasks(net, splits, labels=True)
         routes.KINDS[net.route](variables["params"]["route"])  # which says what is no route
         params, frozen = tree.partition(variables["params"], trained)
+        if folder is not None:
+            require_same(folder, net, settings, splits, seed, trained=list(patterns))
         key = jax.random.fold_in(jax.random.key(seed), 1)
         context = {"frozen": frozen, "statistics": variables["batch_stats"], "key": key}
         state = init_state(params, transform)
