@@ -207,7 +207,8 @@ def _foreign(path: Path, error: Exception) -> str:
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A hidden path beside `path`, to write the new file or folder to: it takes the place of the old one in the end,
-    whole, or is removed where an error is raised."""
+    whole, or is removed where an error is raised. ValueError as of `require_ordinary`."""
+    require_ordinary(path)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield aside

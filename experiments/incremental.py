@@ -134,6 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     paper = published(options, learned.stream)
     tried, names = methods(options, learned.base), [task.name for task in learned.stream.tasks]
     config = {key: value for key, value in flat(options).items() if key not in ("runs", "tensorboard", "hosts")}
+    config["units"] = config["units"] or "paper"  # of a benchmark's own weights
     with (
         open_run(place.runs / place.name, config, tensorboard=place.tensorboard) as run,
         progress_bar(console=console) as progress,

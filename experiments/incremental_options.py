@@ -173,8 +173,8 @@ class Penalties:
     lwf: Weight = 10.0
     """weight of learning without forgetting's distillation"""
     units: Annotated[Literal["relative", "paper"] | None, OPEN] = None
-    """of the weights: relative to the curvature's mean, or of the curvature as it is (default: relative; paper for a
-    benchmark's own weights)"""
+    """of the weights: relative to the curvature's mean, or of the curvature as it is (default: relative; with
+    --benchmark, paper for --alpha and --beta)"""
     penalty: Annotated[Coupling, OPEN] = None
     """added to the loss, or a step of its own (default: coupled for full deltas, TAK and EWC)"""
     pull: Annotated[Pull | None, number(float, 0, many=2), OPEN] = None
@@ -240,7 +240,7 @@ def parse(arguments: list[str] | None = None, documentation: str | None = None) 
     open_weights = [name for name in RELATIVE if name in taken and getattr(options.penalties, name) is None]
     if options.penalties.units == "paper" and open_weights:
         wanted = " and ".join(map(line.flag, open_weights))
-        raise ValueError(f"--units paper has no default for {wanted}: name it too, or leave the weights relative")
+        raise ValueError(f"--units paper has no default for {wanted}: name {'them' if open_weights[1:] else 'it'} too")
     data, seed = options.stream.data, options.place.seed
     label = "compare" if options.training.compare else "-".join(methods)
     folder = Path(data.removeprefix(FOLDER)).name if data.startswith(FOLDER) else ""
@@ -264,7 +264,7 @@ def _default(named: Options) -> Options:
         del groups["penalties"]["iel_pull"]
     if named.penalties.units == "relative":  # which the paper's weights are not
         del groups["penalties"]["alpha"], groups["penalties"]["beta"]
-    if named.stream.data != Stream.data:  # which may have other parts
+    if named.stream.data not in (Stream.data, groups["stream"]["data"]):  # which may have other parts
         del groups["stream"]["train_split"]
     plain = Options()
     return dataclasses.replace(

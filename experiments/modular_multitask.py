@@ -166,7 +166,6 @@ def gap(session: Session, network: Network, trained: modular.Trained, seed: int,
 def analysed(session: Session, name: str, net: ModularNet, method: MultitaskMethod) -> OrderAnalysis:
     """Of the first seed: its routes beside random ones, what each template is worth, and a forecast by curvature."""
     seed, tasks, images = session.options.place.seeds[0], session.stream.tasks, session.options.net.analysis_images
-    images = min(images, *(len(task.test) for task in tasks))
     linear = net.route == "linear"
     weights = method.order.weights[0] if linear else np.eye(net.templates)[method.order.hard[0]]
     random = modular.beside_random(weights, jax.random.key(0), linear=linear)

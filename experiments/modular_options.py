@@ -266,7 +266,7 @@ class Adapting:
     adapt_steps: OpenCount = None
     """steps of an adaptation (default: the set's)"""
     adapt_batch: Annotated[int | None, number(int, 2), OPEN] = None
-    """images in such a step, of one alone there is nothing to learn (default: the set's)"""
+    """images in such a step, two or more (default: the set's)"""
     adapt_learning_rate: Rate = 1e-3
     """of batch norm"""
     adapt_route_rate: OpenRate = None

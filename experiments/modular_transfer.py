@@ -74,8 +74,8 @@ def check(options: modular_options.NewTask, stream: data.TaskStream) -> None:
             )
         if min(fewest, *(budget or fewest for budget in options.budgets)) < 2:
             raise ValueError(
-                f"a new task's source is told by two images of each class, and of a class of {task.name!r} there is "
-                f"{min(fewest, 1)}: raise --budgets or --images"
+                f"a new task's source is told by two images of each class: a class of {task.name!r} has {fewest}, and "
+                f"--budgets says {min(options.budgets)} (0: all)"
             )
 
 

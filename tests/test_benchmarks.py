@@ -105,7 +105,7 @@ def test_a_benchmarks_units_are_those_of_the_weights_that_it_gives(line, weighed
 
 def test_weights_in_the_papers_units_are_named():
     for line in ("--benchmark cifar100-10x10 --data-dir x", ""):
-        with pytest.raises(ValueError, match="no default for .*--tak-alpha and --ewc: name it too"):
+        with pytest.raises(ValueError, match="no default for .*--tak-alpha and --ewc: name them too"):
             options(f"{line} --units paper --methods ita-lora tak-lora ewc-full")
 
 
@@ -114,6 +114,12 @@ def test_weights_in_the_papers_units_are_named():
     [
         ("--benchmark cifar100-10x10", True),
         ("--benchmark cifar100-10x10 --class-order 1993", True),
+        ("--benchmark cifar100-10x10 --train-split train --test-split test", True),
+        ("--benchmark cifar100-10x10 --test-split test", True),
+        ("--benchmark cifar100-10x10 --data folder:c --train-split val", False),
+        ("--benchmark resisc45-9x5 --data resisc45", True),
+        ("--benchmark resisc45-9x5 --train-split train[:50%]", False),
+        ("--benchmark cifar100-10x10 --train-split train", False),
         ("--benchmark cifar100-10x10 --train-split train[:1%]", False),
         ("--benchmark cifar100-10x10 --test-split test[:5%]", False),
         ("--benchmark cifar100-10x10 --images 5", False),

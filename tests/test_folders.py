@@ -240,7 +240,7 @@ def broken(folder):
         (written("train.txt", "train/ant/0.png\nalone\n"), "line 2: 'alone' has no path or no label"),
         (written("train.txt", "train/ant/0.png ant\ntrain/x.png bee"), "lists 1 files that are not there: .*x.png"),
         (written("train.txt", "train/ant/0.png ant\ntrain/ant/0.png bee"), "has the label bee and, further up, ant"),
-        (written("train.txt", "train/ant/0.png, 0\ntrain/bee/0.png, 1"), "not there: .* without commas, quotes or a"),
+        (written("train.txt", "train/ant/0.png, 0\ntrain/bee/0.png, 1"), "not there: .* no comma between them"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_learned_is_told_by_name(folder, damage, told):

@@ -344,7 +344,7 @@ def test_what_a_checkpoint_is_that_does_not_fit_is_told():
     plain, clip = (random_params(ViT(**TINY, **KINDS[kind])) for kind in ("vit", "clip"))
     hf = models.to_hf(plain, "vit")
     new = renamed(hf, ("encoder.layer.", "layers."), ("attention.attention.query", "attention.q_proj"))
-    with pytest.raises(ValueError, match="transformers 5's own names: write it by save_pretrained"):
+    with pytest.raises(ValueError, match="transformers 5's own names: write the checkpoint by its save_pretrained"):
         models.from_hf(new, heads=2)
     with pytest.raises(ValueError, match="no table of positions: where they are rotary, as DINOv3's"):
         models.from_hf({name: x for name, x in hf.items() if "position" not in name}, heads=2)
@@ -358,6 +358,12 @@ def test_what_a_checkpoint_is_that_does_not_fit_is_told():
         ValueError, match=r"norm.weight \(int8\) hold no floating-point numbers: a quantised checkpoint"
     ):
         models.from_timm(timm | {"norm.weight": np.ones(12, np.int8)}, heads=2)
+    index = {"blocks.0.attn.relative_position_index": np.zeros((5, 5), np.int64)}
+    with pytest.raises(ValueError, match="a variant with relative or rotary positions"):
+        models.from_timm(timm | index, heads=2)
+    with pytest.raises(ValueError) as told:
+        models.from_timm(timm | classifier, heads=2)
+    assert "CLIP" not in str(told.value) and "rotary" not in str(told.value)
     for pool in ("max", "avgmax"):
         config = {"architecture": "vit_tiny_patch16_224", "global_pool": pool}
         with pytest.raises(ValueError, match=f"global_pool is '{pool}', and ViT pools by token, avg or map"):

@@ -26,19 +26,19 @@ def setup():
         ("coupled", "no", "coupled is one of True, False, None, not 'no'"),
         ("alpha", NAN, "alpha is a finite number that isn't negative"),
         ("alpha", -1.0, "alpha is a finite number that isn't negative"),
-        ("learning_rate", NAN, "learning_rate is a finite number above zero"),
-        ("learning_rate", -1.0, "learning_rate is a finite number above zero"),
-        ("learning_rate", 0.0, "learning_rate is a finite number above zero"),
-        ("pull", (NAN, 1.0), "pull is a finite number that isn't negative"),
-        ("pull", (1.0, -3.0), "pull is a finite number that isn't negative"),
+        ("learning_rate", NAN, "learning_rate is a finite number that isn't negative"),
+        ("learning_rate", -1.0, "learning_rate is a finite number that isn't negative"),
+        ("pull", (NAN, 1.0), "ita-lora's pull's λ_F is a finite number"),
+        ("pull", (1.0, -3.0), "ita-lora's pull's λ_I is a finite number"),
         ("pull", (1.0,), "pull is two numbers"),
+        ("pull", 0.1, "pull is two numbers"),
     ],
 )
 def test_what_a_method_can_not_have_is_told_by_its_name(setup, tmp_path, field, value, told):
     method = incremental.method("ita", adapters.lora(1), learning_rate=1e-2)._replace(**{field: value})
-    with pytest.raises((ValueError, TypeError), match=told):
+    with pytest.raises(ValueError, match=told):
         training(setup, method)
-    with pytest.raises((ValueError, TypeError), match=told):
+    with pytest.raises(ValueError, match=told):
         next(iter(incremental.learn_stream(setup, [method], tmp_path / "run")))
     assert not list(tmp_path.glob("run/pools/*/*"))
 
@@ -77,12 +77,11 @@ def features(images):
         ({"ridges": ()}, "no ridges"),
         ({"width": 0}, "width is the number"),
         ({"width": -3}, "width is the number"),
-        ({"width": 2.5}, "width is the number"),
-        ({"newest": 2.5}, "newest=2.5 of 20 images"),
+        ({"newest": 21}, "newest=21 of 20 images"),
     ],
 )
 def test_a_random_projection_is_of_numbers_that_can_be(options, told):
-    with pytest.raises((ValueError, TypeError), match=told):
+    with pytest.raises(ValueError, match=told):
         random_projection(jax.random.key(0), *features(20), **options)
 
 

@@ -33,7 +33,7 @@ from compo_jax.modular import (
     take_tasks,
     transfer,
 )
-from compo_jax.modular.parts import _centroid_accuracy
+from compo_jax.modular.parts import _centroid_accuracy, _features
 
 PICTURES = stream()
 SETTINGS = Settings(steps=20, batch=6, estimate=3)
@@ -76,6 +76,13 @@ def test_the_nearest_source_is_told_by_two_images_of_each_class():
     one_each = ArraySplit(split.images(np.arange(3)), split.labels[:3])
     with pytest.raises(ValueError, match="a class has 1 images, .* two of each or more"):
         nearest_source(network, PICTURES.prepare, one_each)
+
+
+def test_the_nearest_source_is_told_by_one_program_however_many_classes_tasks_have():
+    network, split = small((2, 3, 4), bn="layer"), PICTURES.tasks[0].train
+    before = _features._cache_size()
+    nearest_source(network, PICTURES.prepare, split, 60)
+    assert _features._cache_size() == before + 1
 
 
 @pytest.mark.filterwarnings("error")
@@ -235,6 +242,7 @@ def test_of_one_image_nothing_is_learned():
         with pytest.raises(ValueError, match="of one image information maximisation is zero"):
             adaptation(one, PICTURES.prepare, Settings(1, batch=1), NAMES, **options)
     adaptation(one, PICTURES.prepare, Settings(1, batch=1), NAMES, route="fixed", bn="target")
+    adaptation(one, PICTURES.prepare, Settings(1, batch=1), NAMES, prior=0.1)
 
 
 def test_bad_targets_are_told():

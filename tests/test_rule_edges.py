@@ -125,6 +125,9 @@ def test_pcb_counts_the_highest_scores_alone_where_these_are_one():
     alike = [{"w": rng.integers(-2, 3, 400).astype(np.float32)}]
     merged = compose.merge("pcb", base, alike, density=0.1, clip=0.0)["w"]
     np.testing.assert_array_equal(merged != 0, np.abs(alike[0]["w"]) == 2)
+    few = [{"w": np.array([1, 2, 4], np.float32)}]  # whose outliers at the two ends would be more than all
+    merged = compose.merge("pcb", {"w": np.zeros(3, np.float32)}, few, density=1.0, clip=0.4)["w"]
+    assert np.all(np.diff(merged) >= 0)
     same = [{"w": np.ones(400, np.float32)}]
     np.testing.assert_array_equal(compose.merge("pcb", base, same)["w"], 1)
     assert compose.merge("pcb", {"w": np.zeros((0, 3))}, [{"w": np.zeros((0, 3))}])["w"].shape == (0, 3)

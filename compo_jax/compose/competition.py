@@ -81,7 +81,7 @@ def pcb(
 
     Args:
       clip: the fraction of entries at each end of a task's magnitudes that are taken for outliers, and moved to the
-        next ones.
+        next ones; rounded down at the lower end and up at the upper one, as in the authors' code.
       scale: λ, of the merged task vector; the authors' 1 to 2, chosen by the validation accuracy.
 
     Magnitudes and scores are compared over all leaves. Where a task's scores that count are all equal, so are shares.
@@ -95,7 +95,7 @@ def pcb(
     if not size:
         return base
     outliers, kept = count_of(clip, size), max(1, size - count_of(1 - density, size))
-    largest = min(count_of(clip, size, up=True), size - 1)  # the authors' rounding: at this end up
+    largest = min(count_of(clip, size, up=True), size - 1 - outliers)
     numbers = []
     for task in range(len(deltas)):
         leaves = [row[task] for row in rows]

@@ -120,8 +120,9 @@ def dc_merge(
       smoothing: `mean`, or `linear`, which falls from `min(ratio, σ_1 / σ_k)` to 1; None leaves them. The authors' code
         takes `mean` for LoRA (of which it keeps all 16 components), and None for full deltas.
       density: the part of each M_t that is kept before signs are elected, the authors' 1e-3, one entry at least; None
-        for the mean of all M_t. Of entries that are alike, as one module's are after smoothing by `mean`, rounding
-        says which. M_t counts its zeros, too, of modules of low rank all but (T rank)²: raise it for these.
+        for the mean of all M_t. The zeros of M_t are counted too, and of modules of a low rank it has (T rank)² other
+        entries at most: take a larger part for these. Of one module, smoothed by `mean`, all entries are equal, and
+        rounding decides which are kept.
       mask: False keeps what is outside of the blocks.
       scale: of the merged task vector; the authors search for it on validation data.
       eps, stacked: see `tsv`.

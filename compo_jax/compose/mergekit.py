@@ -3,9 +3,10 @@
 They are its methods as its documentation and code describe them (github.com/arcee-ai/mergekit, docs/merge_methods.md).
 The rules of the same names in `rules.RULES` follow the papers: TIES trims a whole model there, SLERP and the Karcher
 mean turn whole models, and the norm goes linearly. Computed in float32 at least, and rounded once. What else differs:
-draws are JAX's; of entries as large as the last one kept, all are kept, and of a tensor one at least; `gamma: 0`
-removes no outlier; SCE and Model Stock have no absolute thresholds, so that small task vectors count as large ones do,
-and in Model Stock a mean cosine below zero is the base.
+draws are JAX's; of entries as large as the last one kept, all are kept, and one at least of each tensor;
+task_arithmetic takes no density, with which mergekit does nothing there; `gamma: 0` removes no outlier; SCE and Model
+Stock have no absolute thresholds, so that small task vectors count as large ones do, and in Model Stock a mean cosine
+below zero is the base.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -199,14 +199,14 @@ def _listed(file: Path) -> Images:
         if seen.setdefault(image, label) != label:
             raise ValueError(
                 f"{file}, line {number}: {path} has the label {label} and, further up, {seen[image]}. A line is a "
-                "path, a space or a tab, and a label"
+                "path and, behind a space or a tab, its label"
             )
     if not seen:
         raise ValueError(f"{file} lists no images: {LAYOUT}")
     if missing := [str(image) for image in seen if not image.is_file()]:
         raise FileNotFoundError(
-            f"{file} lists {len(missing):,} files that are not there: {_some(missing)}. A line is a path with slashes, "
-            "a space or a tab, and a label, without commas, quotes or a header"
+            f"{file} lists {len(missing):,} files that are not there: {_some(missing)}. A line is a path with slashes "
+            "and, behind a space or a tab, its label; no comma between them, no quotes, no header"
         )
     return Images(file, list(seen), list(seen.values()))
 

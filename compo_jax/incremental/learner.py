@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from compo_jax.compose.numbers import require_not_negative, require_number
+from compo_jax.compose.numbers import require_not_negative
 from compo_jax.data import Task, TaskStream, steps_per_epoch, train_batches
 from compo_jax.incremental.classifier import Head, logits, masked, task_columns
 from compo_jax.incremental.descent import penalty_step
@@ -70,18 +70,17 @@ def head_width(mode: Mode, stream: TaskStream) -> int:
     return max((len(lesson.task.classes) for lesson in lessons if lesson), default=0)
 
 
-def _require_sound(method: Method) -> None:
+def _require_values(method: Method) -> None:
     """ValueError for a number or a word that the method can't have."""
+    of = f"{method.name}'s"
     for field, allowed in (("units", ("relative", "paper")), ("curvature", KINDS), ("coupled", (True, False, None))):
         if getattr(method, field) not in [*allowed]:
             known = ", ".join(map(str, allowed))
-            raise ValueError(f"method {method.name!r}: {field} is one of {known}, not {getattr(method, field)!r}")
-    require_number("learning_rate", method.learning_rate, "a finite number above zero", lambda x: x > 0)
-    require_not_negative(alpha=method.alpha)
-    if len(method.pull) != 2:
-        raise ValueError(f"method {method.name!r}: pull is two numbers, λ_F and λ_I, not {method.pull}")
-    for strength in method.pull:
-        require_not_negative(pull=strength)
+            raise ValueError(f"{of} {field} is one of {known}, not {getattr(method, field)!r}")
+    if np.shape(method.pull) != (2,):
+        raise ValueError(f"{of} pull is two numbers, λ_F and λ_I, not {method.pull}")
+    require_not_negative(**{f"{of} {field}": getattr(method, field) for field in ("alpha", "learning_rate")})
+    require_not_negative(**{f"{of} pull's {name}": x for name, x in zip(("λ_F", "λ_I"), method.pull, strict=True)})
 
 
 def training(setup: Setup, method: Method, *, width: int | None = None) -> Training:
@@ -94,7 +93,7 @@ def training(setup: Setup, method: Method, *, width: int | None = None) -> Train
     }
     if missing := [what for what, value in pieces.items() if value is None]:
         raise ValueError(f"method {method.name!r} can't train: it lacks {' and '.join(missing)}")
-    _require_sound(method)
+    _require_values(method)
     width = head_width(mode, stream) if width is None else width
     coupled = method.adapter.dense is None if method.coupled is None else method.coupled
 

@@ -25,16 +25,6 @@ _VARIANTS = (
     (r"rel_pos|relative_position|rope", "a variant with relative or rotary positions"),
 )
 
-# What names say of how a checkpoint was written, and what there is to do.
-_HINTS = (
-    (r"layers\.\d+\.attention\.q_proj\b", "these are transformers 5's own names: write it by save_pretrained(folder)"),
-    (
-        r"^(?=classifier\.).*",
-        "transformers' classifier of a CLIP reads the mean of its patches' tokens, which ViT doesn't pool so: load the "
-        "CLIP that it was made of",
-    ),
-)
-
 # Heads by (width, depth) and the patches it is published with: in timm, AugReg, DeiT, MAE, DINO, CLIP and SigLIP.
 _HEADS = {
     (64, 6): (2, (16,)),
@@ -146,8 +136,14 @@ def check(shapes: Shapes, expected: Shapes, model: ViT, layout: Layout) -> None:
     variants = [text for pattern, text in _VARIANTS if any(re.search(pattern, name) for name in shapes)]
     lines += [f"this is {text}: ViT has no such part, take another checkpoint" for text in variants]
     unexpected = [name for name in shapes if name not in expected]
-    lines += [text for pattern, text in _HINTS if any(re.search(pattern, name) for name in unexpected)]
-    if any(re.search(r"pos(ition)?_embed", name) for name in expected if name not in shapes):
+    if any(re.search(r"layers\.\d+\.attention\.q_proj\b", name) for name in unexpected):
+        lines.append("these are transformers 5's own names: write the checkpoint by its save_pretrained(folder)")
+    if layout.name == "clip" and any(name.startswith("classifier.") for name in unexpected):
+        lines.append(
+            "transformers' classifier of a CLIP reads the mean of its patches' tokens, and ViT doesn't pool so: load "
+            "the CLIP that it was made of"
+        )
+    if any("pos" in name for name in expected) and not any("pos" in name for name in shapes):
         lines.append("it has no table of positions: where they are rotary, as DINOv3's, ViT has no such part")
     biases = {name for name in expected if re.search(r"(query|key|value|qkv|[qkv]_proj|in_proj)[._]bias$", name)}
     if biases and expected.keys() - shapes.keys() == biases:

@@ -123,7 +123,6 @@ def read(
         raise foreign(arrays, "those of a ViT are by timm, Hugging Face, Google or OpenAI")
     layout = layout or description.layout or likely(LAYOUTS, arrays)
     arrays = {name: arrays[full] for name, full in layout.kept(arrays).items()}
-    _require_floating(arrays)
     shapes = {name: np.shape(array) for name, array in arrays.items()}
     if layout.name == "augreg":
         layout = augreg(_augreg_heads(shapes))
@@ -134,6 +133,7 @@ def read(
     model = read_architecture(shapes, layout, fields)
     params_shapes = _shapes(model)
     check(shapes, written_shapes(params_shapes, layout), model, layout)
+    _require_floating(arrays)
     if model.pre_norm and "activation" not in fields:
         raise ValueError(
             "a CLIP is trained with QuickGELU (OpenAI's, DFN's, MetaCLIP's) or GELU (LAION's, DataComp's), and no "

@@ -22,7 +22,8 @@ def _heads(net: ModularNet, params: Tree, tasks: Sequence[int]) -> dict[str, Tre
     return {} if net.shared_head else {f"head_{i}": params[f"head_{t}"] for i, t in enumerate(tasks)}
 
 
-def _without_heads(network: Network) -> Network:
+def without_heads(network: Network) -> Network:
+    """The network without the parameters of heads that its tasks have each to itself."""
     net, variables = network
     params = {k: v for k, v in variables["params"].items() if net.shared_head or not k.startswith("head_")}
     return Network(net, {**variables, "params": params})
@@ -31,7 +32,7 @@ def _without_heads(network: Network) -> Network:
 def take_tasks(network: Network, tasks: Sequence[int]) -> Network:
     """The network of some of the tasks, in this order."""
     net, params = network.net, network.variables["params"]
-    taken = take(_without_heads(network), "task", tasks)
+    taken = take(without_heads(network), "task", tasks)
     taken["params"] |= _heads(net, params, tasks)
     return Network(net.clone(classes=tuple(net.classes[t] for t in tasks)), taken)
 
@@ -58,7 +59,7 @@ def add_task(network: Network, other: Network) -> Network:
             "one of `modular.PARTS` that leaves them as they are"
         )
     net, count = network.net, len(network.net.classes)
-    joined = join(net, "task", _without_heads(network).variables, _without_heads(other).variables)
+    joined = join(net, "task", without_heads(network).variables, without_heads(other).variables)
     joined["params"] |= _heads(net, network.variables["params"], range(count))
     theirs = _heads(other.net, other.variables["params"], range(len(other.net.classes)))
     joined["params"] |= {f"head_{count + i}": head for i, head in enumerate(theirs.values())}
@@ -81,7 +82,7 @@ def new_task(network: Network, key: Key[Array, ""], classes: int | None = None, 
     params = taken["params"]
     key_route, key_head = jax.random.split(key)
     if like is None:
-        bare = _without_heads(network)
+        bare = without_heads(network)
         means = jax.tree.map(lambda x: jnp.mean(x, axis=0, keepdims=True), parted(bare).of_tasks)
         taken = tree.combine(means, bare.variables)
         params = taken["params"] | _heads(net, variables["params"], [0])

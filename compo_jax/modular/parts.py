@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from compo_jax.data.splits import Split
 from compo_jax.data.stream import Augmentation
-from compo_jax.modular.edit import take_tasks
+from compo_jax.modular.edit import take_tasks, without_heads
 from compo_jax.modular.losses import Prepare
 from compo_jax.modular.net import ModularNet, Network
 from compo_jax.modular.settings import Settings
@@ -63,12 +63,13 @@ def nearest_source(network: Network, prepare: Prepare, split: Split, images: int
     rows = np.concatenate(
         [np.flatnonzero(split.labels == c)[: max(images // len(counts), 2)] for c in range(len(counts))]
     )
-    labels, images = split.labels[rows], prepare(split.images(rows))[None]
+    labels, pixels = split.labels[rows], prepare(split.images(rows))[None]
     folds = int(min(5, np.bincount(labels).min()))
 
     def accuracy(task: int) -> float:
-        net, variables = take_tasks(network, [task])
-        return _centroid_accuracy(np.asarray(_features(net, variables, images)[0]), labels, folds)
+        net, variables = without_heads(take_tasks(network, [task]))
+        features = _features(net.clone(classes=(2,)), variables, pixels)  # one program, however many classes
+        return _centroid_accuracy(np.asarray(features[0]), labels, folds)
 
     return int(np.argmax([accuracy(task) for task in range(len(network.net.classes))]))
 

@@ -134,5 +134,5 @@ def phase(settings: Settings, step: Array | int) -> Phase:
 
 
 def learned_temperature(settings: Settings) -> Float[Array, ""]:
-    """τ at the last step that hard routes are learned at; where none is, what it would be at the first."""
+    """τ at the last step that hard routes are learned in; that of the first step, where they are never learned."""
     return phase(settings, max(settings.freeze - 1, 0)).temperature

@@ -102,7 +102,7 @@ def learner(
 
     def train(variables, splits, seed, folder: Path | None = None, **fit_options) -> Trained:
         require_tasks(net, splits, labels=True)
-        routes.KINDS[net.route](variables["params"]["route"])  # which says what is no route
+        routes.KINDS[net.route](variables["params"]["route"])  # raises where it holds NaN, say
         params, frozen = tree.partition(variables["params"], trained)
         if folder is not None:
             require_same(folder, net, settings, splits, seed, trained=list(patterns))

@@ -160,7 +160,7 @@ def adaptation(
         needs two images of it.
     """
     _require_options(net, route, bn)
-    if settings.batch < 2 and (route != "fixed" or bn == "affine"):
+    if settings.batch < 2 and not (prior or consistency) and (route != "fixed" or bn == "affine"):
         raise ValueError("of one image information maximisation is zero whatever is predicted: take batches of two")
     _require_weights(route, prior, consistency, augment)
     trained = [pattern for pattern, yes in (("^route$", route == "free"), ("^norm/", bn == "affine")) if yes]

@@ -322,7 +322,7 @@ def _removal(it: OrderAnalysis, falling: list[int], used: np.ndarray) -> Block:
     return Block(
         route_figures.removal(it.removal, falling),
         f"{what} (mean ± standard deviation over draws, taken as independent between tasks). {reading} Mean over "
-        f"tasks, {it.removal_images} images of each task; first seed.",
+        f"tasks, at most {it.removal_images} images of each task; first seed.",
         [Table("Removal", ["template", "weights (%)", "drop (points)", "random places", "±"], rows)],
     )
 

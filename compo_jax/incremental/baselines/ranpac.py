@@ -34,14 +34,14 @@ def random_projection(
     Args:
       width: of the projection, 10 000 in the paper: its time grows with the cube of this or of the number of images,
         the smaller of them.
-      ridges: to choose from.
+      ridges: to choose from; the largest one, where there are fewer than five images.
       newest: how many images, the last ones, are the newest task's; default, and below five: all.
 
     ValueError as of `nearest_class_mean`, and for a width, a ridge or a number of images that can't be.
     """
     class_counts(features, labels)
     require_count(width, f"width is the number of the projection's columns, a whole number from 1 on, not {width}")
-    if not ridges:
+    if not len(ridges):
         raise ValueError("there are no ridges to choose from")
     for ridge in ridges:
         require_number("a ridge", ridge, "a finite number above zero", lambda x: x > 0)
