@@ -72,10 +72,10 @@ def check(options: modular_options.NewTask, stream: data.TaskStream) -> None:
                 f"{max(options.budgets)} images of each class were asked for and a class of {task.name!r} has "
                 f"{fewest}: lower --budgets; 0 takes all"
             )
-        if min(fewest, *(budget or fewest for budget in options.budgets)) < 2:
+        if fewest < 2:
             raise ValueError(
-                f"a new task's source is told by two images of each class: a class of {task.name!r} has {fewest}, and "
-                f"--budgets says {min(options.budgets)} (0: all)"
+                f"a class of {task.name!r} has {fewest} training image, and a new task's source is told by two of "
+                "each: raise --images"
             )
 
 
