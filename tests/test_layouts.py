@@ -364,6 +364,15 @@ def test_what_a_checkpoint_is_that_does_not_fit_is_told():
     with pytest.raises(ValueError) as told:
         models.from_timm(timm | classifier, heads=2)
     assert "CLIP" not in str(told.value) and "rotary" not in str(told.value)
+    for config, told in (
+        ({"architecture": "vit_base_patch16_rpn_224"}, "vit_base_patch16_rpn_224.* normalises what each part gives"),
+        (
+            {"architecture": "vit_tiny_patch16_224", "global_pool": "avg", "model_args": {"pool_include_prefix": True}},
+            "pool_include_prefix pools over the class token, too",
+        ),
+    ):
+        with pytest.raises(ValueError, match=told):
+            models.from_timm(timm, heads=2, config=config)
     for pool in ("max", "avgmax"):
         config = {"architecture": "vit_tiny_patch16_224", "global_pool": pool}
         with pytest.raises(ValueError, match=f"global_pool is '{pool}', and ViT pools by token, avg or map"):

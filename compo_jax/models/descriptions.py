@@ -72,6 +72,12 @@ def _timm(config: Mapping[str, Any]) -> Described:
     name = f"{config['architecture']}.{tag}"
     usual = "quick_gelu" if re.match(_QUICK, name) else "gelu_tanh" if re.match(_TANH, name) else "gelu"
     fields = {"activation": activation_of(arguments.get("act_layer", usual))}
+    if "_rpn_" in name:
+        raise ValueError(f"{name} normalises what each part gives and not what it gets, and ViT doesn't: take another")
+    if arguments.get("pool_include_prefix"):
+        raise ValueError(
+            "config.json's pool_include_prefix pools over the class token, too, and ViT doesn't: take another"
+        )
     pool = config.get("global_pool") or "token"
     if pool not in ("token", "avg", "map"):
         raise ValueError(f"config.json's global_pool is {pool!r}, and ViT pools by token, avg or map: take another")
