@@ -100,6 +100,9 @@ def pcb(
     for task in range(len(deltas)):
         leaves = [row[task] for row in rows]
         bounds = [kth_largest(leaves, size - outliers), kth_largest(leaves, largest + 1)]
+        if not check_finite:  # an infinity is no outlier to hide
+            top = kth_largest(leaves, 1)
+            bounds[1] = jnp.where(jnp.isfinite(top), bounds[1], top)
         numbers.append([*bounds, *(_kth_score(rows, task, bounds, k, size) for k in (kept, 1))])
     columns = [x for column in zip(*numbers, strict=True) for x in column]
 
