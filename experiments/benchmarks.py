@@ -122,13 +122,13 @@ def differs(name: str, stream: "Stream", classes: tuple[int, ...]) -> str:
     where they are. `stream` is what is opened, and `classes` how many its tasks have."""
     benchmark = BENCHMARKS[name]
     if classes == benchmark.classes:
-        parts = (stream.train_split, stream.test_split)
-        if benchmark.train_split or benchmark.layout:  # a part is held out, unless a folder has its own
-            same = stream.test_fraction == benchmark.test_fraction
-            same &= stream.data.startswith("folder:") or parts == (benchmark.train_split, None)
-        else:
+        folder, parts = stream.data.startswith("folder:"), (stream.train_split, stream.test_split)
+        if benchmark.test_fraction is None:
             same = parts in ((None, None), (None, "test"), ("train", "test"))
-        same &= stream.images is None and (stream.data == benchmark.data or stream.data.startswith("folder:"))
+        else:  # a part is held out, unless a folder has its own
+            same = stream.test_fraction == benchmark.test_fraction
+            same &= folder or parts == (benchmark.train_split, None)
+        same &= stream.images is None and (folder or stream.data == benchmark.data)
         return "" if same else f"these are other images than {name}'s: the paper's numbers are left out"
     theirs, these = (
         " + ".join(f"{len(list(same))} x {count}" for count, same in groupby(each))

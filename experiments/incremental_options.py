@@ -239,8 +239,8 @@ def parse(arguments: list[str] | None = None, documentation: str | None = None) 
         line.refuse(group, f"with {', '.join(methods)}", *sorted(others & vars(group).keys()))
     open_weights = [name for name in RELATIVE if name in taken and getattr(options.penalties, name) is None]
     if options.penalties.units == "paper" and open_weights:
-        wanted = " and ".join(map(line.flag, open_weights))
-        raise ValueError(f"--units paper has no default for {wanted}: name {'them' if open_weights[1:] else 'it'} too")
+        flags = " and ".join(map(line.flag, open_weights))
+        raise ValueError(f"--units paper has no default for {flags}: name {'them' if open_weights[1:] else 'it'} too")
     data, seed = options.stream.data, options.place.seed
     label = "compare" if options.training.compare else "-".join(methods)
     folder = Path(data.removeprefix(FOLDER)).name if data.startswith(FOLDER) else ""

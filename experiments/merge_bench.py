@@ -1,5 +1,7 @@
 """The modules of a pool under every merge rule: what is taken of them once, and how a rule is run, timed and tested."""
 
+import contextlib
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -201,6 +203,14 @@ def alone(stream, extract, models, head) -> np.ndarray:
         _, predicted = incremental.predictions(logits, first, len(task.classes))
         accuracies.append(np.mean(predicted == task.test.labels))
     return np.array(accuracies)
+
+
+def forget(unfinished: Path) -> None:
+    """Removes what `once` wrote for a comparison, and the folder around it where no other's parts are there."""
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    with contextlib.suppress(OSError):
+        unfinished.parent.rmdir()
 
 
 def once(path: Path, kind: type[Result], make: Callable[[], Result]) -> Result:

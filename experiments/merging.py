@@ -19,8 +19,7 @@ With --recipe no rules are compared: checkpoint files are merged into one as a Y
 it (compo_jax/compose/recipes.py has an example), a tensor at a time.
 """
 
-import contextlib
-import shutil
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,11 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
     job.put_aside(folder, options)
     write_result(folder / "metrics.json", results)
     path = report.merging_page(folder, results)
-    for run in runs:
-        for name in pools:
-            shutil.rmtree(unfinished(run, name))
-        with contextlib.suppress(OSError):  # another comparison's parts are there
-            (run.folder / "merging" / "unfinished").rmdir()
+    for run, name in itertools.product(runs, pools):
+        merge_bench.forget(unfinished(run, name))
     for table in report.merging_tables(results):
         console.print(table.rich())
     console.print(f"{results.seconds:.0f} s; report: {path}", soft_wrap=True)

@@ -20,9 +20,7 @@ pools for each seed and kind. A killed run goes on behind its last module, and t
 the last start. A few minutes on 2 CPU cores with no arguments. Expected numbers: README.md.
 """
 
-import contextlib
 import itertools
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -228,9 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
             for table in report.merging_tables(results):
                 console.print(table.rich())
         for tasks, kind, seed in itertools.product(runs, options.training.kinds, streams):
-            shutil.rmtree(unfinished(run.folder, tasks, kind, seed), ignore_errors=True)  # kinds to be added have none
-        with contextlib.suppress(OSError):  # other seeds' parts are there, or none were
-            (run.folder / "unfinished").rmdir()
+            merge_bench.forget(unfinished(run.folder, tasks, kind, seed))
     console.print(f"{results.seconds:.0f} s; report: {path}", soft_wrap=True)
 
 

@@ -16,6 +16,8 @@ import incremental as job
 from incremental_options import METHODS, parse
 from options import flat
 
+BASE = job.models.backbone().params
+
 
 def options(line):
     return parse(line.split())
@@ -72,11 +74,8 @@ def test_what_the_command_line_names_wins():
         None,
     )
     assert options(f"{line} --data-dir x").stream.train_split == "test"
-    pulls = [method.pull for method in job.methods(chosen, job.models.backbone(None, None, None, "float32")[1])]
+    pulls = [method.pull for method in job.methods(chosen, BASE)]
     assert pulls == [(1, 2), (1, 2)]
-
-
-BASE = job.models.backbone().params
 
 
 @pytest.mark.parametrize(
@@ -139,7 +138,7 @@ def test_the_papers_numbers_are_of_its_images_alone(line, same):
 
 def test_ita_and_iel_have_each_its_pull():
     chosen = options("--benchmark cifar100-10x10 --data-dir x --methods pull-lora iel_pull-lora ita-ia3")
-    pulls = [method.pull for method in job.methods(chosen, job.models.backbone(None, None, None, "float32")[1])]
+    pulls = [method.pull for method in job.methods(chosen, BASE)]
     assert pulls == [(0.025, 0.001), (0.1, 0.001), (0.025, 0.001)]
 
 

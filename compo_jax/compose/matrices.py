@@ -70,7 +70,7 @@ def require_paths(eps: Eps, like: Tree) -> None:
     """ValueError where `eps` names a path that `like` hasn't; what is behind a None of `like` may be named."""
     if not isinstance(eps, Mapping):
         return
-    known = dict(tree.by_name(tree.map_with_name(lambda name, x: x is None, like)))
+    known = tree.by_name(tree.map_with_name(lambda name, x: x is None, like))
     holes = tuple(f"{name}/" for name, hole in known.items() if hole)
     if wrong := [name for name in eps if name not in known and not name.startswith(holes)]:
         raise ValueError(f"eps names {', '.join(map(str, wrong))}, and the paths are: {', '.join(known)}")

@@ -29,8 +29,8 @@ def _described(setup: Setup, fingerprint: str, methods: Sequence[Method]) -> dic
         "methods": [method.name for method in methods],
     }
     for t, task in enumerate(stream.tasks):
-        said[f"task {t}"] = [task.name, len(task.classes), *map(asked.labels_of, (task.train, task.test))]
-        said[f"images of task {t}"] = [*map(asked.images_of, (task.train, task.test))]
+        said[f"task {t}"] = [task.name, len(task.classes), *map(asked.label_digest, (task.train, task.test))]
+        said[f"images of task {t}"] = [*map(asked.image_digest, (task.train, task.test))]
     for method in methods:
         form = {} if method.adapter is None else {"adapter": [method.adapter.name, dict(method.adapter.settings)]}
         said |= {f"{method.name}.{option}": value for option, value in (method._asdict() | form).items()}

@@ -14,5 +14,5 @@ def require_same(folder: Path, net: Any, settings: Settings, splits: Sequence[Sp
     """ValueError, with all differences, where the folder has checkpoints of another training. Where training starts is
     not compared."""
     said = asked.fields("net", net) | {f"settings.{name}": value for name, value in settings._asdict().items()}
-    images = [[asked.labels_of(split), asked.images_of(split)] for split in splits]
+    images = [[asked.label_digest(split), asked.image_digest(split)] for split in splits]
     asked.require_same(local_path(folder), said | {"seed": seed, "images": images} | more)

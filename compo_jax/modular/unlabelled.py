@@ -80,11 +80,12 @@ def source_objectives(
     if bn not in ("source", "target"):
         raise ValueError(f"{bn!r} is not among source, target")
 
+    batches = list(itertools.islice(balanced_batches([target.train], batch, 0)(0), 20)) if bn == "target" else []
+
     def objective(source: int) -> Array:
         net, variables = take_tasks(network, [source])
-        if bn == "target":
-            batches = balanced_batches([target.train], batch, 0)(0)
-            variables = statistics(net, prepare)(variables, itertools.islice(batches, 20))
+        if batches:
+            variables = statistics(net, prepare)(variables, batches)
         (logits,) = predictions(net, prepare)(variables, [target.train], batch)
         return information_maximisation(jnp.asarray(logits))
 

@@ -49,12 +49,12 @@ def fields(prefix: str, model: Any) -> dict[str, Any]:
     return {f"{prefix}.{name}": getattr(model, name) for name in getattr(model, "__dataclass_fields__", ())}
 
 
-def labels_of(split: Split) -> str:
+def label_digest(split: Split) -> str:
     """A digest of all labels."""
     return hashlib.sha256(np.asarray(split.labels, np.int64).tobytes()).hexdigest()[:12]
 
 
-def images_of(split: Split) -> str:
+def image_digest(split: Split) -> str:
     """A digest of some images, from the first to the last."""
     some = np.unique(np.linspace(0, len(split) - 1, min(_IMAGES, len(split))).astype(int))
     return hashlib.sha256(np.ascontiguousarray(split.images(some)).tobytes()).hexdigest()[:12]
